@@ -1,0 +1,71 @@
+"""The contract of an embedded engine: a KV cache that may be filled from both ends, and spans of prefill over it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from cakekv.keys import Identity
+from cakekv.layout import KVLayout
+
+Cache = TypeVar("Cache")
+Logits = TypeVar("Logits")
+
+
+class Engine(ABC, Generic[Cache, Logits]):
+    """What a restore needs of a model."""
+
+    layout: KVLayout
+    max_context: int
+    """Tokens the model's positions reach."""
+    vocabulary_size: int
+
+    @abstractmethod
+    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
+        """Everything that decides whether a stored chunk is this model's."""
+
+    @abstractmethod
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty KV cache with room for `capacity` tokens."""
+
+    @abstractmethod
+    def compute(self, cache: Cache, token_ids: Sequence[int], start: int) -> Logits:
+        """Run the model over the span of `token_ids` that begins at position `start`.
+
+        Every position below `start` that a layer can see must be covered. Fills the cache at the span's positions.
+
+        Returns
+        -------
+        Logits
+            Of the span's last token, shape (vocabulary,).
+        """
+
+    @abstractmethod
+    def place(
+        self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]
+    ) -> int:
+        """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.
+
+        Parameters
+        ----------
+        cache : Cache
+            The cache being restored.
+        start, tokens : int
+            The chunk's first position and its length.
+        segments : sequence of memoryview or None
+            Per layer, laid out as `KVLayout.segment_bytes` says; None for a layer that does not need it.
+
+        Returns
+        -------
+        int
+            Bytes copied.
+        """
+
+    @abstractmethod
+    def gather(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
+        """Copy a covered region of the cache into per-layer segments (the reverse of `place`)."""
+
+    @abstractmethod
+    def staging(self, size: int) -> memoryview:
+        """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""

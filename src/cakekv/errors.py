@@ -1,0 +1,62 @@
+"""Every error cakekv raises on purpose. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class CakeError(Exception):
+    """Base of all errors raised by cakekv."""
+
+
+class BadInput(CakeError, ValueError):
+    """The caller asked for something that cannot be done: an empty prompt, an unknown mode, a malformed size."""
+
+
+class UnsupportedModel(CakeError):
+    """The model keeps state that cannot be cut into per-token chunks (state-space layers, encoder-decoders, ...)."""
+
+
+class StoreError(CakeError):
+    """A tier could not be opened, read or written."""
+
+
+class StoreFull(StoreError):
+    """A chunk does not fit: it is larger than the capacity, or the device behind the tier has no room left."""
+
+
+class MissingChunk(StoreError):
+    """The chunk is not (or no longer) in the tier."""
+
+
+class ChunkFault(Enum):
+    """Every way in which the bytes of a chunk can be untrustworthy."""
+
+    TRUNCATED = "the file ends before the header says it should"
+    OVERLONG = "the file goes on after the header says it ends"
+    BAD_MAGIC = "this is not a cakekv chunk"
+    UNSUPPORTED_VERSION = "the chunk has a format version that this cakekv does not read"
+    HEADER_OUT_OF_RANGE = "a count or length in the header is out of range"
+    HEADER_CHECKSUM = "the header does not match its checksum"
+    SEGMENT_MISPLACED = "a segment overlaps another, is misaligned, or lies outside the file"
+    WRONG_KEY = "the chunk belongs to another key"
+    WRONG_POSITION = "the chunk belongs to another position"
+    WRONG_SHAPE = "the chunk has another shape (tokens, layers or segment lengths) than this model's"
+    SEGMENT_CHECKSUM = "a segment does not match its checksum"
+
+
+class CorruptChunk(CakeError):
+    """A chunk whose bytes cannot be trusted.
+
+    Parameters
+    ----------
+    fault : ChunkFault
+        Which check failed.
+    detail : str
+        Where, with the values that disagree.
+    """
+
+    def __init__(self, fault: ChunkFault, detail: str = "") -> None:
+        self.fault = fault
+        self.detail = detail
+        super().__init__(f"{fault.value}" + (f": {detail}" if detail else ""))

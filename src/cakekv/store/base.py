@@ -1,0 +1,148 @@
+"""The contract of a storage tier: opaque chunks by key. Add a tier by subclassing `Store` in a file of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from cakekv.keys import ChunkKey
+
+
+class StoredChunk(NamedTuple):
+    """One chunk that a tier holds."""
+
+    key: ChunkKey
+    size: int
+    """Bytes, header included."""
+    used_at: float
+    """Seconds since the epoch at which it was last written or read, as far as the tier knows."""
+
+
+class StoreStats(NamedTuple):
+    """What a tier holds."""
+
+    chunks: int
+    bytes: int
+    capacity: int | None
+    """Bytes it may hold, or None if it is not bounded."""
+
+
+class ChunkReader(ABC):
+    """An open chunk. Its bytes stay readable until `close`, even if the chunk is evicted meanwhile."""
+
+    size: int
+    """Bytes of the whole chunk."""
+    slice_bytes: int
+    """How much to ask for at a time, so that an abandoned read stops soon; at least 4096."""
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset` on.
+
+        Parameters
+        ----------
+        buffer : memoryview
+            Writable, contiguous, format "B".
+        offset : int
+            Bytes from the start of the chunk.
+
+        Returns
+        -------
+        int
+            Bytes read; fewer than asked for only at the end of the chunk.
+
+        Raises
+        ------
+        MissingChunk
+            The chunk vanished and the tier cannot keep it open.
+        StoreError
+            The tier failed.
+        """
+
+    def close(self) -> None:  # noqa: B027 - closing is optional
+        """Release what the reader holds. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Store(ABC):
+    """One tier. All methods may be called from several threads."""
+
+    name: str
+    """Short name for reports: "memory", "disk", ..."""
+    parallel_reads: int = 4
+    """How many chunks to read at a time to keep the tier busy."""
+
+    @abstractmethod
+    def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        """Size in bytes of each chunk, or None where it is not stored. One round trip for the whole batch."""
+
+    @abstractmethod
+    def open(self, key: ChunkKey) -> ChunkReader:
+        """Open a chunk for reading.
+
+        Raises
+        ------
+        MissingChunk
+            It is not stored.
+        StoreError
+            The tier failed.
+        """
+
+    @abstractmethod
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
+        """Store a chunk, whole or not at all; what was stored under the key before is replaced.
+
+        Chunks that have to go to make room are evicted before the write begins, so the capacity is never exceeded.
+
+        Returns
+        -------
+        bool
+            False if the tier chose not to keep the chunk (for instance because it is larger than the capacity).
+
+        Raises
+        ------
+        StoreFull
+            The device behind the tier has no room.
+        StoreError
+            The tier failed. Nothing is visible under the key that was not there before.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[ChunkKey]) -> int:
+        """Remove chunks; keys that are not stored are passed over. Returns how many were removed."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[StoredChunk]:
+        """All chunks, in no particular order."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """How many chunks and bytes the tier holds."""
+
+    @abstractmethod
+    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
+        """Note that chunks keyed under the identity `root` (hexadecimal) are written here, to explain misses later."""
+
+    @abstractmethod
+    def identities(self) -> dict[str, dict[str, str]]:
+        """The identities noted so far: root to its fields."""
+
+    def close(self) -> None:  # noqa: B027 - closing is optional
+        """Release connections and files. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
