@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from cakekv.keys import Identity
@@ -20,6 +20,8 @@ class Engine(ABC, Generic[Cache, Logits]):
     max_context: int
     """Tokens the model's positions reach."""
     vocabulary_size: int
+    stop_tokens: frozenset[int]
+    """Tokens that end an answer."""
 
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
@@ -42,9 +44,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
 
     @abstractmethod
-    def place(
-        self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]
-    ) -> int:
+    def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]) -> int:
         """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.
 
         Parameters
@@ -69,3 +69,25 @@ class Engine(ABC, Generic[Cache, Logits]):
     @abstractmethod
     def staging(self, size: int) -> memoryview:
         """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""
+
+    @abstractmethod
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Refuse a prompt that the model cannot take.
+
+        Raises
+        ------
+        BadInput
+            It is empty, longer than the context, or holds a token id outside the vocabulary.
+        """
+
+    @abstractmethod
+    def sampler(
+        self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+    ) -> Callable[[Logits], int]:
+        """How to choose a token from logits: the likeliest one at temperature 0.0, else a seeded sample.
+
+        Raises
+        ------
+        BadInput
+            A parameter is out of range.
+        """

@@ -72,7 +72,7 @@ class RestoreReport:
     recomputed_tokens : int
         Positions computed although a chunk was stored for them, because it failed or was late.
     wasted_tokens : int
-        Positions whose chunk was (partly) read although they were computed in the end, in whole chunks.
+        Tokens' worth of the bytes read in vain.
     wasted_bytes : int
         Bytes read in vain.
     met_at : int or None

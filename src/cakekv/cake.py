@@ -1,0 +1,386 @@
+"""The front door: a model, a store, and prompts whose prefixes are restored from both ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+from cakekv.chunk import ChunkShape
+from cakekv.engine.base import Engine
+from cakekv.errors import BadInput, StoreError
+from cakekv.explain import why_nothing_is_stored
+from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.load.staging import StagingPool
+from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.planner import MODES, Mode, Source, Span
+from cakekv.restore.report import RestoreReport
+from cakekv.restorer import OnProgress, Progress, Restorer
+from cakekv.save.saver import Saver, SaveReport
+from cakekv.store.base import Store
+from cakekv.store.opening import open_store
+
+__all__ = ["Cake", "Generation", "Prefill", "Progress"]
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Prefill:
+    """A prompt whose KV cache is complete.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        The prompt.
+    cache : object
+        The engine's cache, covering the prompt.
+    logits : object
+        Of the prompt's last token, shape (vocabulary,).
+    report : RestoreReport
+        How the cache came about.
+    """
+
+    token_ids: list[int]
+    cache: Any
+    logits: Any
+    report: RestoreReport
+
+
+@dataclass
+class Generation:
+    """An answer.
+
+    Attributes
+    ----------
+    text : str
+        Decoded; empty if there is no tokenizer.
+    token_ids : list of int
+        The generated tokens, without the stop token.
+    report : RestoreReport
+        How the prompt's cache came about.
+    """
+
+    text: str
+    token_ids: list[int]
+    report: RestoreReport
+
+
+class Cake:
+    """A model whose prompts are restored from stores.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    tokenizer : transformers tokenizer or None
+        Needed for prompts given as text.
+    store : Store, str, sequence of Store, or None
+        Where chunks are loaded from; they are saved to the first. None: nothing is stored.
+    chunk_tokens : int
+        Unit of storing and loading, in tokens.
+    max_span_tokens : int
+        Longest span of prefill, in tokens.
+    tenant : str
+        Salt of all keys: prompts of different tenants never share a chunk.
+
+    Examples
+    --------
+    >>> cake = Cake.from_pretrained("path/to/model", store="file:///var/cache/kv?capacity=20GB")  # doctest: +SKIP
+    >>> cake.prefill(document)                                                                    # doctest: +SKIP
+    >>> print(cake.generate(document + question).text)                                            # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any, Any],
+        tokenizer: Any = None,
+        store: Store | str | Sequence[Store] | None = None,
+        *,
+        chunk_tokens: int = 64,
+        max_span_tokens: int = 512,
+        tenant: str = "",
+    ) -> None:
+        if chunk_tokens < 1 or max_span_tokens < chunk_tokens:
+            raise BadInput(
+                f"chunk_tokens must be at least 1 and max_span_tokens at least chunk_tokens; "
+                f"got {chunk_tokens} and {max_span_tokens}"
+            )
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.tiers = _tiers(store)
+        self.chunk_tokens = chunk_tokens
+        self.max_span_tokens = max_span_tokens
+        self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
+        self.compute_cost = ComputeCost()
+        self.last_report: RestoreReport | None = None
+        self._shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
+        self._staging = StagingPool(engine.staging, self._shape.total_bytes)
+        self._sources = [Source(tier.name, LoadCost(tier.parallel_reads), tier.parallel_reads) for tier in self.tiers]
+        self._saver = Saver(self.tiers[0], self._shape, self._staging) if self.tiers else None
+        self._introduced = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        store: Store | str | Sequence[Store] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        chunk_tokens: int = 64,
+        max_span_tokens: int = 512,
+        tenant: str = "",
+    ) -> Self:
+        """Load a model and its tokenizer with transformers: a folder, or a name in the local Hugging Face cache.
+
+        Raises
+        ------
+        BadInput
+            There is no such model.
+        UnsupportedModel
+            Its state cannot be cut into chunks.
+        """
+        from cakekv.engine.transformers import TransformersEngine, load_tokenizer
+
+        engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
+        return cls(
+            engine,
+            load_tokenizer(os.fspath(model)),
+            store,
+            chunk_tokens=chunk_tokens,
+            max_span_tokens=max_span_tokens,
+            tenant=tenant,
+        )
+
+    def prefill(
+        self, prompt: Prompt, *, mode: Mode = "auto", save: bool = True, on_progress: OnProgress | None = None
+    ) -> Prefill:
+        """Complete a prompt's KV cache, and save what of it was not stored.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text or token ids.
+        mode : {"auto", "compute", "load", "both"}
+            Which arms may work; see `cakekv.restore.planner.Restore`.
+        save : bool
+            Whether computed chunks go to the store (in the background; `wait_saved` waits).
+        on_progress : callable or None
+            Told of every change, from several threads.
+
+        Raises
+        ------
+        BadInput
+            The prompt is empty, too long for the model, or holds tokens it does not know; the mode is unknown.
+        """
+        began = monotonic()
+        token_ids = self._tokens(prompt)
+        return self._restore(began, token_ids, len(token_ids), mode, save, on_progress)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "auto",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        save: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Generation:
+        """Answer a prompt; parameters as in `stream`."""
+        sampling = (temperature, top_k, top_p, seed)
+        tokens = list(self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress))
+        assert self.last_report is not None
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer is not None else ""
+        return Generation(text, tokens, self.last_report)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "auto",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        save: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[str]:
+        """Answer a prompt piece by piece; `last_report` holds the report once the answer is complete.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text or token ids.
+        max_new_tokens : int
+            Longest answer, in tokens.
+        mode, save, on_progress
+            As in `prefill`.
+        temperature : float
+            0.0 chooses the likeliest token, higher values sample.
+        top_k, top_p : int, float or None
+            Sample among the k likeliest tokens, or the likeliest that make up this probability.
+        seed : int or None
+            Of the sampling.
+
+        Raises
+        ------
+        BadInput
+            As in `prefill`, or there is no tokenizer, or a sampling parameter is out of range.
+        """
+        if self.tokenizer is None:
+            raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
+        tokens: list[int] = []
+        shown = ""
+        for token in self._generate(prompt, max_new_tokens, mode, (temperature, top_k, top_p, seed), save, on_progress):
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # a character may take several tokens
+                yield text[len(shown) :]
+                shown = text
+
+    def wait_saved(self) -> SaveReport:
+        """Block until everything computed so far is stored; returns the totals of this `Cake`."""
+        return self._saver.wait() if self._saver is not None else SaveReport()
+
+    def close(self) -> None:
+        """Finish saving. The stores stay open: they belong to the caller."""
+        if self._saver is not None:
+            self._saver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        mode: Mode,
+        sampling: tuple[float, int | None, float | None, int | None],
+        save: bool,
+        on_progress: OnProgress | None,
+    ) -> Iterator[int]:
+        began = monotonic()
+        if max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        choose = self.engine.sampler(*sampling)
+        token_ids = self._tokens(prompt)
+        capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
+        prefill = self._restore(began, token_ids, capacity, mode, save, on_progress)
+        logits, position = prefill.logits, len(token_ids)
+        for _ in range(max_new_tokens):
+            token = choose(logits)
+            if token in self.engine.stop_tokens:
+                break
+            yield token
+            if position == capacity:
+                break
+            logits = self.engine.compute(prefill.cache, [token], position)
+            position += 1
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise BadInput("the prompt is text, but there is no tokenizer: pass one to Cake, or give token ids")
+            token_ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
+        else:
+            token_ids = [int(token) for token in prompt]
+        self.engine.check_prompt(token_ids)
+        return token_ids
+
+    def _restore(
+        self,
+        began: float,
+        token_ids: list[int],
+        capacity: int,
+        mode: Mode,
+        save: bool,
+        on_progress: OnProgress | None,
+    ) -> Prefill:
+        if mode not in MODES:
+            raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+        notes: list[str] = []
+        looked_up = monotonic()
+        keys = chunk_keys(self.identity, token_ids) if self.tiers else []
+        stored = self._lookup(keys, notes)
+        lookup_s = monotonic() - looked_up
+        cache = self.engine.new_cache(capacity)
+        restorer: Restorer[Any, Any] = Restorer(
+            self.engine,
+            cache,
+            token_ids,
+            keys,
+            stored,
+            self.tiers,
+            self._sources,
+            self.compute_cost,
+            self._shape,
+            self._staging,
+            mode=mode,
+            max_span_tokens=self.max_span_tokens,
+            began=began,
+            on_span=lambda span: self._save(cache, keys, span, restorer) if save else None,
+            on_progress=on_progress,
+        )
+        logits = restorer.run()
+        ttft_s = monotonic() - began
+        report = restorer.report()
+        report.ttft_s, report.lookup_s = ttft_s, lookup_s
+        if self.tiers and not any(stored):
+            notes += why_nothing_is_stored(self.identity, self.tiers)
+        report.notes += notes
+        self.last_report = report
+        return Prefill(token_ids, cache, logits, report)
+
+    def _lookup(self, keys: list[ChunkKey], notes: list[str]) -> list[tuple[int, ...]]:
+        """Per chunk, which tiers hold it."""
+        holders: list[tuple[int, ...]] = [()] * len(keys)
+        for index, tier in enumerate(self.tiers):
+            try:
+                sizes = tier.lookup(keys)
+            except StoreError as error:
+                notes.append(f"The {tier.name} tier could not be asked what it holds: {error}")
+                continue
+            holders = [(*held, index) if size is not None else held for held, size in zip(holders, sizes, strict=True)]
+        return holders
+
+    def _save(self, cache: Any, keys: list[ChunkKey], span: Span, restorer: Restorer[Any, Any]) -> None:
+        if self._saver is None:
+            return
+        self._introduce()
+        first = span.start // self.chunk_tokens
+        end = min((span.start + span.tokens) // self.chunk_tokens, len(keys))
+        for chunk in range(first, end):
+            if restorer.is_missing(chunk):
+                start = chunk * self.chunk_tokens
+                self._saver.save(keys[chunk], start, partial(self.engine.gather, cache, start, self.chunk_tokens))
+
+    def _introduce(self) -> None:
+        """Leave this model's identity in the store once, so that misses can be explained later."""
+        if not self._introduced:
+            self._introduced = True
+            with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
+                self.tiers[0].remember_identity(self.identity.root.hex(), self.identity.fields())
+
+
+def _tiers(store: Store | str | Sequence[Store] | None) -> list[Store]:
+    if store is None:
+        return []
+    if isinstance(store, str):
+        return [open_store(store)]
+    return [store] if isinstance(store, Store) else list(store)

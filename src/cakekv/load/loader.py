@@ -1,0 +1,214 @@
+"""The I/O arm: worker threads that read chunks, check them and place them into the cache, as the planner asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from cakekv.chunk import ChunkShape, read_header, segments
+from cakekv.errors import CorruptChunk, MissingChunk, StoreError
+from cakekv.keys import ChunkKey
+from cakekv.load.staging import StagingPool
+from cakekv.restore.planner import Load, Restore
+from cakekv.store.base import ChunkReader, Store
+
+Place = Callable[[int, int, list[memoryview | None]], int]
+"""(first position, tokens, segment per layer or None) to bytes copied."""
+
+
+class _Abandoned(Exception):
+    """The load was cancelled in mid-read."""
+
+
+class Loader:
+    """Loads what a `Restore` asks for, from every tier at once, several chunks at a time.
+
+    A load is read in slices straight into the staging buffer that it is placed from, and given up between two slices
+    once compute has claimed its chunk. Nothing is placed that was not verified.
+
+    Parameters
+    ----------
+    restore : Restore
+        The planner; guarded by `changed`.
+    changed : threading.Condition
+        Held for every call of the planner; notified after each.
+    tiers : sequence of Store
+        One per source of the restore.
+    keys : sequence of ChunkKey
+        Keys of the prompt's chunks.
+    shape : ChunkShape
+        What a chunk of this model looks like.
+    unwindowed : sequence of int
+        The layers that every load needs; the others only where a sliding window can see the chunk.
+    place : callable
+        Copies segments into the cache.
+    staging : StagingPool
+        Buffers of at least `shape.total_bytes`.
+    """
+
+    def __init__(
+        self,
+        restore: Restore,
+        changed: threading.Condition,
+        tiers: Sequence[Store],
+        keys: Sequence[ChunkKey],
+        shape: ChunkShape,
+        unwindowed: Sequence[int],
+        place: Place,
+        staging: StagingPool,
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._restore = restore
+        self._changed = changed
+        self._tiers = tiers
+        self._keys = keys
+        self._shape = shape
+        self._unwindowed = tuple(unwindowed)
+        self._place = place
+        self._staging = staging
+        self._on_event = on_event
+        self._closed = False
+        self._crash: BaseException | None = None
+        self.placed_bytes = 0
+        self._threads = [
+            threading.Thread(target=self._work, args=(source,), name=f"cakekv-load-{tier.name}-{number}", daemon=True)
+            for source, tier in enumerate(tiers)
+            for number in range(tier.parallel_reads)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._restore.cancel_loads()
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the workers to stop, at most this long in all: one may hang in a tier that does not answer."""
+        deadline = monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+
+    def raise_crash(self) -> None:
+        """Raise what a worker died of, if one did. Called with `changed` held."""
+        if self._crash is not None:
+            raise self._crash
+
+    def _work(self, source: int) -> None:
+        try:
+            while (load := self._next(source)) is not None:
+                self._perform(load)
+        except BaseException as crash:
+            with self._changed:
+                self._crash = crash
+                self._changed.notify_all()
+
+    def _next(self, source: int) -> Load | None:
+        with self._changed:
+            while not self._closed:
+                load = self._restore.next_load(source, monotonic())
+                if load is not None:
+                    return load
+                self._changed.wait()
+        return None
+
+    def _perform(self, load: Load) -> None:
+        with self._staging.buffer() as buffer:
+            progress = _Progress()
+            try:
+                parts = self._read(load, buffer, progress)
+            except _Abandoned:
+                self._report(lambda now: self._restore.abandoned(load, progress.bytes, now))
+                return
+            except (CorruptChunk, MissingChunk, StoreError) as error:
+                reason = _reason(error)
+                self._report(lambda now: self._restore.failed(load, reason, progress.bytes, now))
+                return
+            with self._changed:
+                wanted = self._restore.arrived(load, monotonic())
+            if not wanted:
+                return
+            copied = self._place(load.start, load.tokens, parts)
+
+            def placed(now: float) -> None:
+                self._restore.placed(load, now)
+                self.placed_bytes += copied
+
+            self._report(placed)
+
+    def _report(self, event: Callable[[float], None]) -> None:
+        with self._changed:
+            event(monotonic())
+            self._on_event()
+            self._changed.notify_all()
+
+    def _read(self, load: Load, buffer: memoryview, progress: _Progress) -> list[memoryview | None]:
+        """Read and verify what the load needs; the layers it does not need are None."""
+        shape = self._shape
+        layers = range(len(shape.segment_bytes)) if load.windowed else self._unwindowed
+        with self._tiers[load.source].open(self._keys[load.chunk]) as reader:
+            wanted = _ranges(shape, layers)
+            _fill(reader, buffer, wanted[0], load, progress)
+            header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
+            header.expect(shape, self._keys[load.chunk], load.start)
+            for span in wanted[1:]:
+                _fill(reader, buffer, span, load, progress)
+        views = segments(shape, buffer)
+        parts: list[memoryview | None] = [None] * len(views)
+        for layer in layers:
+            header.verify(layer, views[layer])
+            parts[layer] = views[layer]
+        return parts
+
+
+class _Progress:
+    """Bytes read so far by one load."""
+
+    bytes = 0
+
+
+def load_bytes(shape: ChunkShape, layers: Sequence[int]) -> int:
+    """Bytes read for a chunk of which only `layers` are needed."""
+    return sum(end - start for start, end in _ranges(shape, layers))
+
+
+def _ranges(shape: ChunkShape, layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Byte ranges to read, adjacent ones joined; the first begins with the header."""
+    ranges = [(0, shape.header_bytes)]
+    for layer in layers:
+        start = shape.offsets[layer]
+        end = shape.offsets[layer + 1] if layer + 1 < len(shape.offsets) else shape.total_bytes
+        if ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((start, end))
+    return ranges
+
+
+def _fill(reader: ChunkReader, buffer: memoryview, span: tuple[int, int], load: Load, progress: _Progress) -> None:
+    offset, end = span[0], min(span[1], reader.size)
+    while offset < end:
+        if load.cancelled:
+            raise _Abandoned
+        count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
+        if count == 0:
+            break
+        progress.bytes += count
+        offset += count
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CorruptChunk):
+        return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
+    if isinstance(error, MissingChunk):
+        return "vanished from the store"
+    return f"store failed: {error}"

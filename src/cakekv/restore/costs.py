@@ -1,0 +1,180 @@
+"""What a span costs to compute and a chunk to load: models learned online from what was just measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+_NOISE = 0.05
+"""Relative noise expected of a span's time."""
+_TRUST = (1.0, 1.0, 0.2)
+"""How firmly the prior's shape is held, per coefficient: the attention share differs most between machines."""
+_MEMORY = 0.97
+"""Weight that an observation keeps when the next one arrives."""
+_OUTLIER = math.log(1.5)
+
+
+@dataclass(frozen=True)
+class ComputeShape:
+    """Seconds of a span as `fixed + linear * n + quadratic * n * (start + n / 2)`, up to a common factor.
+
+    Parameters
+    ----------
+    fixed : float
+        Per span (kernel launches, Python).
+    linear : float
+        Per token (projections, MLPs).
+    quadratic : float
+        Per token and position it attends to.
+    """
+
+    fixed: float
+    linear: float
+    quadratic: float
+
+    def seconds(self, start: int, tokens: int) -> float:
+        """Seconds of the span of `tokens` tokens that begins at position `start`."""
+        return self.fixed + tokens * (self.linear + self.quadratic * (start + 0.5 * tokens))
+
+
+TYPICAL = ComputeShape(fixed=20e-3, linear=1e-3, quadratic=1e-3 / 4096)
+"""A shape to start from where nothing is known: attention costs as much as the rest at 4k tokens of context."""
+
+
+class ComputeCost:
+    """Learns what prefill costs on this machine.
+
+    Weighted ridge regression of the three coefficients towards the prior's shape, on relative errors, with a slowly
+    fading memory; a fast multiplicative correction follows a machine that suddenly has more or less to give. A single
+    outlier is doubted, a second one in the same direction believed.
+
+    Parameters
+    ----------
+    prior : ComputeShape
+        The shape assumed before anything was measured.
+    trusted : bool
+        True if `prior` was measured (a stored calibration) rather than assumed.
+    """
+
+    def __init__(self, prior: ComputeShape = TYPICAL, trusted: bool = False) -> None:
+        self._prior = prior
+        self._fit = prior
+        self._moments = [[0.0] * 3 for _ in range(3)]
+        self._targets = [0.0] * 3
+        self._measured = 0.0
+        self._expected = 0.0
+        self._log_scale = 0.0
+        self._doubted: tuple[int, int, float] | None = None
+        self.known = trusted
+
+    @property
+    def shape(self) -> ComputeShape:
+        """The current estimate."""
+        scale = math.exp(self._log_scale)
+        return ComputeShape(self._fit.fixed * scale, self._fit.linear * scale, self._fit.quadratic * scale)
+
+    def seconds(self, start: int, tokens: int) -> float:
+        """Expected seconds of the span of `tokens` tokens that begins at position `start`."""
+        return self._fit.seconds(start, tokens) * math.exp(self._log_scale)
+
+    def observe(self, start: int, tokens: int, seconds: float) -> None:
+        """Learn from a span that took `seconds`."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        if self.known:
+            surprise = math.log(seconds / self.seconds(start, tokens))
+            if abs(surprise) > _OUTLIER:
+                doubted, self._doubted = self._doubted, (start, tokens, surprise)
+                if doubted is None or (doubted[2] > 0) != (surprise > 0):
+                    return
+            else:
+                self._doubted = None
+        self._learn(start, tokens, seconds)
+        correction = math.log(seconds / self._fit.seconds(start, tokens))
+        self._log_scale += 0.5 * (correction - self._log_scale) if self.known else correction
+        self.known = True
+
+    def _learn(self, start: int, tokens: int, seconds: float) -> None:
+        prior = self._prior
+        features = (prior.fixed, prior.linear * tokens, prior.quadratic * tokens * (start + 0.5 * tokens))
+        weight = 1.0 / (_NOISE * seconds) ** 2
+        for i in range(3):
+            self._targets[i] = _MEMORY * self._targets[i] + weight * features[i] * seconds
+            for j in range(3):
+                self._moments[i][j] = _MEMORY * self._moments[i][j] + weight * features[i] * features[j]
+        self._measured = _MEMORY * self._measured + seconds
+        self._expected = _MEMORY * self._expected + sum(features)
+        common = self._measured / self._expected
+        held = [trust / common**2 for trust in _TRUST]
+        matrix = [[self._moments[i][j] + (held[i] if i == j else 0.0) for j in range(3)] for i in range(3)]
+        factors = _solve(matrix, [self._targets[i] + held[i] * common for i in range(3)])
+        fixed, linear, quadratic = (max(factor, 0.02 * common) for factor in factors)
+        self._fit = ComputeShape(prior.fixed * fixed, prior.linear * linear, prior.quadratic * quadratic)
+
+
+def _solve(a: list[list[float]], b: list[float]) -> list[float]:
+    """Solve a positive definite 3×3 system by Gaussian elimination."""
+    rows = [[*a[i], b[i]] for i in range(3)]
+    for i in range(3):
+        for j in range(i + 1, 3):
+            factor = rows[j][i] / rows[i][i]
+            for k in range(i, 4):
+                rows[j][k] -= factor * rows[i][k]
+    x = [0.0] * 3
+    for i in (2, 1, 0):
+        x[i] = (rows[i][3] - sum(rows[i][k] * x[k] for k in range(i + 1, 3))) / rows[i][i]
+    return x
+
+
+class LoadCost:
+    """Learns how fast one tier delivers chunks.
+
+    Two figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
+    reads count once) and the duration of a single load (for what is in flight). Both fade within a few chunks.
+
+    Parameters
+    ----------
+    depth : int
+        Loads the tier serves at a time; completions of parallel loads come in bunches, so the memory spans several.
+    """
+
+    def __init__(self, depth: int = 1) -> None:
+        self._keep = 1.0 - 1.0 / (3.0 + 2.0 * depth)
+        self._bytes = 0.0
+        self._busy_s = 0.0
+        self._duration_s = 0.0
+        self._duration_bytes = 1.0
+        self.last_completed: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self._bytes > 0
+
+    def seconds(self, size: int) -> float:
+        """Seconds that `size` more bytes keep the tier busy; 0.0 while nothing is known."""
+        return size * self._busy_s / self._bytes if self._bytes > 0 else 0.0
+
+    def duration(self, size: int) -> float:
+        """Seconds from the request for `size` bytes until they are placed; 0.0 while nothing is known."""
+        return self._duration_s * size / self._duration_bytes
+
+    def observe(self, size: int, began: float, ended: float) -> None:
+        """Learn from a load of `size` bytes, requested at `began` and done at `ended` (seconds, any one clock)."""
+        if size <= 0 or ended <= began:
+            return
+        busy_from = began if self.last_completed is None else max(began, self.last_completed)
+        interval = max(ended - busy_from, 0.0)
+        self.last_completed = ended if self.last_completed is None else max(ended, self.last_completed)
+        self._bytes = self._keep * self._bytes + size
+        self._busy_s = self._keep * self._busy_s + interval
+        fresh = 1.0 if not self._duration_s else 0.4
+        self._duration_s += fresh * (ended - began - self._duration_s)
+        self._duration_bytes += fresh * (size - self._duration_bytes)
+
+    def copy(self) -> Self:
+        """An independent model with the same state."""
+        twin = type(self)()
+        twin.__dict__.update(self.__dict__)
+        return twin

@@ -1,0 +1,66 @@
+"""The plan: which of the uncovered chunks to load, given what both arms cost. The rest is computed.
+
+Compute walks the uncovered chunks in order of position. A chunk that nobody stored (a hole, and the suffix) can only
+be computed once everything before it is covered; it is a *deadline* for every load before it. Loading a chunk saves
+its compute time, and late chunks save most (attention grows with position, bytes do not). So the plan takes the chunks
+from the back and gives each to the source with the most time to spare before the deadlines that follow the chunk,
+as long as the load ends before compute would get there. What is left below is computed meanwhile: both arms end
+together. With one source and no hole this is Cake's meeting point (arXiv 2410.03065, section 3), known in advance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Candidate(NamedTuple):
+    """An uncovered chunk."""
+
+    chunk: int
+    compute_s: float
+    """Seconds to compute it."""
+    load_s: Mapping[int, float]
+    """Seconds its load keeps each source busy, per source that could deliver it; empty for a hole."""
+
+
+def assign_loads(candidates: Sequence[Candidate], sources: int, compute_busy_s: float = 0.0) -> dict[int, int]:
+    """Choose the chunks to load.
+
+    Parameters
+    ----------
+    candidates : sequence of Candidate
+        All uncovered chunks, by ascending position. The last one is a hole (the suffix is never stored).
+    sources : int
+        How many sources there are.
+    compute_busy_s : float
+        Seconds until compute is done with what it is doing now.
+
+    Returns
+    -------
+    dict
+        Chunk to source, for the chunks to load.
+    """
+    before_s = compute_busy_s + sum(candidate.compute_s for candidate in candidates)
+    spare_s = [float("inf")] * sources
+    """Per source: the least time left before any deadline behind the current chunk."""
+    chosen: dict[int, int] = {}
+    for chunk, compute_s, load_s in reversed(candidates):
+        before_s -= compute_s
+        if not load_s:
+            # Loads of chunks behind this hole can wait; only those before it are due when compute gets here.
+            for source in range(sources):
+                spare_s[source] = min(spare_s[source], before_s)
+            continue
+        best, best_spare = -1, 0.0
+        for source, seconds in load_s.items():
+            left = spare_s[source] - seconds
+            if left > best_spare:
+                best, best_spare = source, left
+        if best < 0:
+            continue
+        chosen[chunk] = best
+        for source in range(sources):
+            spare_s[source] -= compute_s
+        spare_s[best] -= load_s[best]
+    return chosen

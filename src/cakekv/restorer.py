@@ -1,0 +1,184 @@
+"""One prompt's restore on an embedded engine: the planner decides, the engine computes, the loader loads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Generic, NamedTuple
+
+from cakekv.chunk import ChunkShape
+from cakekv.engine.base import Cache, Engine, Logits
+from cakekv.keys import ChunkKey
+from cakekv.load.loader import Loader, load_bytes
+from cakekv.load.staging import StagingPool
+from cakekv.restore.costs import ComputeCost
+from cakekv.restore.planner import Mode, Restore, Source, Span, Wait
+from cakekv.restore.report import RestoreReport
+from cakekv.store.base import Store
+
+
+class Progress(NamedTuple):
+    """A restore at one moment."""
+
+    mode: str
+    prompt_tokens: int
+    prefix_tokens: int
+    front: int
+    """End of the last computed span."""
+    back: int
+    """Start of the loaded tail."""
+    bands: list[tuple[int, int, str]]
+    """Runs of positions (start, end, state), state being the name of a `restore.planner.State` in lower case."""
+    elapsed_s: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Restorer(Generic[Cache, Logits]):
+    """Fills one cache with one prompt.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    cache : Cache
+        A fresh cache of the engine, with room for the prompt.
+    token_ids : sequence of int
+        The prompt.
+    keys : sequence of ChunkKey
+        Keys of its full chunks.
+    stored : sequence of sequences of int
+        Per chunk, which of the tiers hold it.
+    tiers : sequence of Store
+        Where to load from.
+    sources : sequence of Source
+        The planner's view of the tiers, in the same order.
+    compute_cost : ComputeCost
+        What spans cost; learns.
+    shape : ChunkShape
+        What a chunk looks like.
+    staging : StagingPool
+        Buffers for the loader.
+    mode, max_span_tokens
+        As in `Restore`.
+    began : float
+        `time.monotonic()` at which the request began.
+    on_span : callable
+        Told of every computed span, in order.
+    on_progress : callable or None
+        Told of every change, from several threads.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Cache, Logits],
+        cache: Cache,
+        token_ids: Sequence[int],
+        keys: Sequence[ChunkKey],
+        stored: Sequence[Sequence[int]],
+        tiers: Sequence[Store],
+        sources: Sequence[Source],
+        compute_cost: ComputeCost,
+        shape: ChunkShape,
+        staging: StagingPool,
+        *,
+        mode: Mode,
+        max_span_tokens: int,
+        began: float,
+        on_span: Callable[[Span], None] = lambda span: None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        unwindowed = engine.layout.unwindowed
+        everything = range(len(engine.layout.layers))
+        self._engine = engine
+        self._cache = cache
+        self._token_ids = token_ids
+        self._began = began
+        self._on_span = on_span
+        self._on_progress = on_progress
+        self._changed = threading.Condition()
+        self._restore = Restore(
+            len(token_ids),
+            shape.tokens,
+            stored,
+            sources,
+            compute_cost,
+            chunk_bytes=load_bytes(shape, everything),
+            unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
+            window=engine.layout.window,
+            mode=mode,
+            max_span_tokens=max_span_tokens,
+            now=began,
+        )
+        self._loader = Loader(
+            self._restore,
+            self._changed,
+            tiers if any(stored) else [],
+            keys,
+            shape,
+            unwindowed,
+            lambda start, tokens, parts: engine.place(cache, start, tokens, parts),
+            staging,
+            self._tell,
+        )
+
+    def run(self) -> Logits:
+        """Cover every position; returns the logits of the prompt's last token.
+
+        Raises
+        ------
+        BaseException
+            Whatever the engine or a loader thread raised; the loads in flight are cancelled first.
+        """
+        logits: Logits | None = None
+        with self._loader:
+            while True:
+                with self._changed:
+                    self._loader.raise_crash()
+                    answer = self._restore.next_compute(monotonic())
+                    self._changed.notify_all()
+                    if isinstance(answer, Wait):
+                        self._changed.wait(max(0.0, answer.until - monotonic()))
+                        continue
+                if answer is None:
+                    assert logits is not None, "the last position is always computed"
+                    return logits
+                end = answer.start + answer.tokens
+                logits = self._engine.compute(self._cache, self._token_ids[answer.start : end], answer.start)
+                with self._changed:
+                    self._restore.computed(answer, monotonic())
+                    self._tell()
+                    self._changed.notify_all()
+                self._on_span(answer)
+
+    def is_missing(self, chunk: int) -> bool:
+        """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""
+        return self._restore.is_missing(chunk)
+
+    def report(self) -> RestoreReport:
+        """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
+        self._loader.join(timeout_s=1.0)
+        with self._changed:
+            report = self._restore.report
+            report.placed_bytes = self._loader.placed_bytes
+            return report
+
+    def _tell(self) -> None:
+        """Report progress; called with `_changed` held."""
+        if self._on_progress is None:
+            return
+        restore = self._restore
+        latest = restore.latest
+        self._on_progress(
+            Progress(
+                restore.mode,
+                restore.prompt_tokens,
+                restore.prefix_tokens,
+                latest.front,
+                latest.back,
+                restore.bands(),
+                monotonic() - self._began,
+            )
+        )

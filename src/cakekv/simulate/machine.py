@@ -1,0 +1,107 @@
+"""A virtual clock that drives the planner: compute and tiers are cost functions instead of an engine and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cakekv.restore.planner import Load, Restore, Span, Wait
+
+ComputeTime = Callable[[Span, float], float]
+"""(span, now) to the seconds it takes."""
+
+
+@dataclass
+class VirtualTier:
+    """A tier whose loads in flight share its bandwidth evenly.
+
+    Parameters
+    ----------
+    bandwidth : callable
+        (now) to (bytes per second, time at which that changes next, in seconds; infinity for never).
+    latency_s : float
+        Seconds before a load's first byte.
+    """
+
+    bandwidth: Callable[[float], tuple[float, float]]
+    latency_s: float = 0.0
+
+
+def constant(bytes_per_s: float) -> Callable[[float], tuple[float, float]]:
+    """A bandwidth that never changes."""
+    return lambda now: (bytes_per_s, float("inf"))
+
+
+def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0) -> float:
+    """Drive one restore to its end.
+
+    Parameters
+    ----------
+    restore : Restore
+        Fresh, begun at `now`.
+    compute_time : callable
+        What spans really take.
+    tiers : sequence of VirtualTier
+        One per source of the restore.
+    now : float
+        Seconds on the virtual clock.
+
+    Returns
+    -------
+    float
+        The clock when every position was covered.
+    """
+    flights: list[list[_Flight]] = [[] for _ in tiers]
+    span: Span | None = None
+    span_ends = float("inf")
+    look_again = float("inf")
+    while True:
+        if span is None:
+            answer = restore.next_compute(now)
+            if answer is None:
+                return now
+            if isinstance(answer, Wait):
+                look_again = max(answer.until, now + 1e-6)
+            else:
+                span, span_ends, look_again = answer, now + compute_time(answer, now), float("inf")
+        for index, tier in enumerate(tiers):
+            for flight in [flight for flight in flights[index] if flight.load.cancelled]:
+                flights[index].remove(flight)
+                restore.abandoned(flight.load, int(flight.load.size - flight.left), now)
+            while (load := restore.next_load(index, now)) is not None:
+                flights[index].append(_Flight(load, float(load.size), now + tier.latency_s))
+        upcoming = min(span_ends, look_again, *(_next_event(t, f, now) for t, f in zip(tiers, flights, strict=True)))
+        for tier, loads in zip(tiers, flights, strict=True):
+            _deliver(tier, loads, now, upcoming)
+        now = upcoming
+        for loads in flights:
+            for flight in [flight for flight in loads if flight.left <= 1e-3]:
+                loads.remove(flight)
+                if restore.arrived(flight.load, now):
+                    restore.placed(flight.load, now)
+        if span is not None and now >= span_ends:
+            restore.computed(span, now)
+            span, span_ends = None, float("inf")
+
+
+@dataclass(eq=False)
+class _Flight:
+    load: Load
+    left: float
+    flows_from: float
+
+
+def _next_event(tier: VirtualTier, flights: list[_Flight], now: float) -> float:
+    if not flights:
+        return float("inf")
+    rate, changes = tier.bandwidth(now)
+    flowing = [flight for flight in flights if flight.flows_from <= now]
+    waiting = [flight.flows_from for flight in flights if flight.flows_from > now]
+    done = now + min(flight.left for flight in flowing) * len(flowing) / rate if flowing and rate > 0 else float("inf")
+    return min(changes, done, *waiting)
+
+
+def _deliver(tier: VirtualTier, flights: list[_Flight], now: float, until: float) -> None:
+    flowing = [flight for flight in flights if flight.flows_from <= now]
+    for flight in flowing:
+        flight.left -= tier.bandwidth(now)[0] * (until - now) / len(flowing)

@@ -1,0 +1,189 @@
+"""The planner's laws under random orders of events, failures, cancellations and stalls."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.planner import MODES, Load, Restore, Source, Span, State, Wait
+
+
+class Driver:
+    """Plays engine and loader in a random order and keeps its own record of who covered what."""
+
+    def __init__(self, restore: Restore, seed: int, failing: float, slow_source: bool) -> None:
+        self.restore = restore
+        self.random = random.Random(seed)
+        self.failing = failing
+        self.slow_source = slow_source
+        self.now = 0.0
+        self.inflight: list[Load] = []
+        self.placing: list[Load] = []
+        self.computed: dict[int, int] = {}
+        self.placed: dict[int, bool] = {}
+        self.span: Span | None = None
+
+    def run(self) -> None:
+        for _ in range(200_000):
+            self.now += self.random.expovariate(20.0)
+            if self.span is None and self.random.random() < 0.7:
+                answer = self.restore.next_compute(self.now)
+                if answer is None:
+                    return
+                if isinstance(answer, Span):
+                    self.begin(answer)
+                elif not self.inflight and not self.placing:
+                    assert isinstance(answer, Wait)
+                    self.now = max(self.now, answer.until)
+            elif self.span is not None and self.random.random() < 0.3:
+                span, self.span = self.span, None
+                self.restore.computed(span, self.now)
+                for chunk in self.chunks_of(span):
+                    self.computed[chunk] = self.computed.get(chunk, 0) + 1
+            self.load()
+        raise AssertionError("the restore did not end")
+
+    def chunks_of(self, span: Span) -> range:
+        size = self.restore.chunk_tokens
+        assert span.start % size == 0
+        return range(span.start // size, -(-(span.start + span.tokens) // size))
+
+    def begin(self, span: Span) -> None:
+        assert span.tokens > 0
+        for chunk in range(span.start // self.restore.chunk_tokens):
+            assert chunk in self.computed or chunk in self.placed, f"{span} reads chunk {chunk}, which is not covered"
+        for chunk in self.chunks_of(span):
+            assert chunk not in self.computed
+            # only a chunk that came without its windowed part may be taken back
+            assert self.placed.pop(chunk, False) is not True, "compute overwrites a placed chunk"
+        self.check_window(span)
+        self.span = span
+
+    def check_window(self, span: Span) -> None:
+        window = self.restore._window
+        if window is not None:
+            for position in range(max(0, span.start - window + 1), span.start):
+                chunk = position // self.restore.chunk_tokens
+                assert self.placed.get(chunk, True), f"{span} sees position {position}, loaded without its window"
+
+    def load(self) -> None:
+        source = self.random.randrange(len(self.restore.sources))
+        load = self.restore.next_load(source, self.now)
+        if load is not None:
+            assert load.chunk not in self.computed
+            assert self.placed.pop(load.chunk, None) is not True, "loaded twice"
+            self.inflight.append(load)
+        if self.placing and self.random.random() < 0.8:
+            load = self.placing.pop(self.random.randrange(len(self.placing)))
+            assert load.chunk not in self.computed, "a placed chunk overwrites a computed one"
+            assert self.span is None or load.chunk not in self.chunks_of(self.span)
+            self.placed[load.chunk] = load.windowed
+            self.restore.placed(load, self.now)
+        if self.inflight and self.random.random() < 0.4:
+            load = self.inflight[self.random.randrange(len(self.inflight))]
+            if self.slow_source and load.source == 0 and self.random.random() < 0.98:
+                return
+            self.inflight.remove(load)
+            if load.cancelled and self.random.random() < 0.5:
+                self.restore.abandoned(load, load.size // 2, self.now)
+            elif self.random.random() < self.failing:
+                self.restore.failed(load, "corrupt: bit flip", load.size, self.now)
+            elif self.restore.arrived(load, self.now):
+                self.placing.append(load)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    prompt=st.integers(1, 700),
+    chunk=st.integers(1, 32),
+    max_span=st.integers(1, 200),
+    mode=st.sampled_from(MODES),
+    sources=st.integers(1, 3),
+    stored_share=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    failing=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    slow_source=st.booleans(),
+    window=st.one_of(st.none(), st.integers(1, 300)),
+    depth=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_every_position_is_covered_exactly_once_whatever_happens(
+    prompt: int,
+    chunk: int,
+    max_span: int,
+    mode: str,
+    sources: int,
+    stored_share: float,
+    failing: float,
+    slow_source: bool,
+    window: int | None,
+    depth: int,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    chunks = -(-prompt // chunk)
+    stored = [tuple(source for source in range(sources) if rng.random() < stored_share) for _ in range(prompt // chunk)]
+    restore = Restore(
+        prompt,
+        chunk,
+        stored,
+        [Source(f"tier{source}", LoadCost(depth), depth) for source in range(sources)],
+        ComputeCost(),
+        chunk_bytes=chunk * 1000,
+        unwindowed_chunk_bytes=chunk * 400,
+        window=window,
+        mode=mode,  # type: ignore[arg-type]
+        max_span_tokens=max_span,
+    )
+    driver = Driver(restore, seed, failing, slow_source)
+    driver.run()
+
+    assert restore.done
+    assert all(state in (State.LOADED, State.COMPUTED) for state in restore.state)
+    assert set(driver.computed) | set(driver.placed) == set(range(chunks))
+    assert not set(driver.computed) & set(driver.placed)
+    assert all(times == 1 for times in driver.computed.values())
+    assert chunks - 1 in driver.computed, "the last token's logits are needed"
+    report = restore.report
+    assert report.computed_tokens + report.loaded_tokens == prompt
+    assert sum(span.tokens for span in report.spans) == report.computed_tokens
+    if mode == "compute":
+        assert report.loaded_tokens == 0
+        assert not report.loads
+    if mode == "load" and failing == 0.0 and not slow_source:
+        # only what nobody stored is computed, unless a load was given up as late
+        late = any(load.outcome == "late" for load in report.loads)
+        computable = {i for i in range(chunks) if i >= len(stored) or not stored[i]} | {chunks - 1}
+        assert late or set(driver.computed) <= computable
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), mode=st.sampled_from(["auto", "load", "both"]))
+def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> None:
+    restore = Restore(
+        640,
+        64,
+        [(0,)] * 9,
+        [Source("dead", LoadCost(2), 2)],
+        ComputeCost(),
+        chunk_bytes=1000,
+        mode=mode,  # type: ignore[arg-type]
+        patience_s=5.0,
+    )
+    rng = random.Random(seed)
+    now = 0.0
+    for _ in range(10_000):
+        now += rng.random()
+        restore.next_load(0, now)
+        answer = restore.next_compute(now)
+        if answer is None:
+            break
+        if isinstance(answer, Span):
+            now += 0.1
+            restore.computed(answer, now)
+        else:
+            now = max(now, answer.until)
+    assert restore.done
+    assert restore.report.computed_tokens == 640
