@@ -1,6 +1,32 @@
-"""Who a chunk is: model fingerprint, layout, recipe, tenant and the tokens so far make its key."""
+"""Who a chunk is: model fingerprint, layout, recipe, tenant and the tokens so far make its key.
+
+A key is the BLAKE3 digest of the key before it and the chunk's own tokens; the first chunk follows the digest of an
+`Identity`. So a key names every token from the beginning of the prompt, and the same everywhere: no process, machine
+or library version enters into it.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from cakekv.errors import BadInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+FORMAT_VERSION = 1
+"""Version of the chunk format. It is part of every key, so that two versions never meet in a store."""
+
+WEIGHT_SUFFIXES = (".gguf", ".safetensors")
 
 
 class ChunkKey(bytes):
@@ -9,6 +35,178 @@ class ChunkKey(bytes):
     __slots__ = ()
     LENGTH = 32
 
+    def __new__(cls, digest: bytes) -> Self:
+        """Raises `BadInput` if `digest` is not 32 bytes long."""
+        if len(digest) != cls.LENGTH:
+            raise BadInput(f"a chunk key has {cls.LENGTH} bytes, not {len(digest)}")
+        return super().__new__(cls, digest)
 
-class Identity:  # placeholder until the keys land
-    pass
+    @property
+    def short(self) -> str:
+        """The first 12 hexadecimal digits, for messages."""
+        return self.hex()[:12]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything besides the tokens that decides whether one engine may use another's chunks.
+
+    Parameters
+    ----------
+    weights : str
+        Fingerprint of the weights, from `fingerprint_files` or `fingerprint_tensors`.
+    architecture : str
+        The model's configuration as far as it changes keys and values (RoPE settings, normalisation, ...), `canonical`.
+    dtype : str
+        Element type of the cache, for example "bfloat16".
+    layout : str
+        Order of the bytes within a segment, `canonical`.
+    chunk_tokens : int
+        Tokens per chunk.
+    adapter : str
+        Fingerprint of the adapter in use; "" for none.
+    tenant : str
+        Secret salt that keeps tenants apart; "" if they share.
+    recipe : str
+        The lossy options under which chunks were made; "raw" for none.
+    format_version : int
+        Version of the chunk format.
+
+    Raises
+    ------
+    BadInput
+        `chunk_tokens` is not positive.
+    """
+
+    weights: str
+    architecture: str
+    dtype: str
+    layout: str
+    chunk_tokens: int
+    adapter: str = ""
+    tenant: str = ""
+    recipe: str = "raw"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise BadInput(f"a chunk holds at least one token, not {self.chunk_tokens}")
+
+    @cached_property
+    def root(self) -> bytes:
+        """The digest that the first chunk's key follows; 32 bytes."""
+        return blake3(canonical(asdict(self)).encode(), derive_key_context="cakekv identity").digest()
+
+    def fields(self) -> dict[str, str]:
+        """All fields as text, to explain a miss; of the tenant only a short digest, because a salt is a secret."""
+        fields = {name: str(value) for name, value in asdict(self).items()}
+        if self.tenant:
+            fields["tenant"] = blake3(self.tenant.encode(), derive_key_context="cakekv tenant").hexdigest(4)
+        return fields
+
+
+def canonical(value: Any) -> str:
+    """Stable text for plain data: JSON with sorted keys, ASCII only, without spaces.
+
+    Raises
+    ------
+    BadInput
+        The value is not plain data, or holds a NaN or an infinity.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"only plain, finite data can be part of a key: {error}") from error
+
+
+def chunk_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[ChunkKey]:
+    """One key per full chunk of a prompt, each chained to the one before.
+
+    Parameters
+    ----------
+    identity : Identity
+        Whose chunks.
+    token_ids : sequence of int
+        The prompt from its first token on.
+
+    Raises
+    ------
+    BadInput
+        The token ids are not a flat sequence of integers from 0 to 2**63 - 1.
+    """
+    tokens = np.asarray(token_ids)
+    if not tokens.size:
+        return []
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise BadInput(f"token ids must be a flat sequence of integers, not {tokens.ndim}-d {tokens.dtype}")
+    tokens = tokens.astype("<i8")
+    if tokens.min() < 0:
+        raise BadInput(f"token ids must be from 0 to 2**63 - 1; the one at {int(tokens.argmin())} is not")
+    data = tokens.tobytes()
+    step = identity.chunk_tokens * tokens.itemsize
+    keys = []
+    parent = identity.root
+    for end in range(step, len(data) + 1, step):
+        parent = ChunkKey(blake3(parent + data[end - step : end]).digest())
+        keys.append(parent)
+    return keys
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Buffer]]) -> str:
+    """Fingerprint of a live model's weights: the same in whatever order its tensors come.
+
+    Parameters
+    ----------
+    tensors : iterable of (name, dtype, shape, data)
+        `data` is a C-contiguous buffer with the tensor's bytes. One tensor at a time is held.
+
+    Returns
+    -------
+    str
+        Hexadecimal.
+
+    Raises
+    ------
+    BadInput
+        There are no tensors.
+    """
+    entries = []
+    for name, dtype, shape, data in tensors:
+        view = memoryview(data)
+        content = blake3(max_threads=blake3.AUTO)
+        if view.nbytes:  # an empty view cannot be cast
+            content.update(view.cast("B"))
+        entries.append([name, dtype, list(shape), content.hexdigest()])
+    if not entries:
+        raise BadInput("a model without tensors has no fingerprint")
+    return blake3(canonical(sorted(entries)).encode(), derive_key_context="cakekv tensors").hexdigest()
+
+
+def fingerprint_files(folder_or_file: Path) -> str:
+    """Fingerprint of the weights in a file, or in all weight files of a folder: of their contents alone.
+
+    Parameters
+    ----------
+    folder_or_file : Path
+        A .safetensors or .gguf file, or a folder with some (its subfolders are not looked into).
+
+    Returns
+    -------
+    str
+        Hexadecimal.
+
+    Raises
+    ------
+    BadInput
+        There are no weights there, or they cannot be read.
+    """
+    files = [folder_or_file]
+    if folder_or_file.is_dir():
+        files = sorted(file for file in folder_or_file.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        if not files:
+            raise BadInput(f"{folder_or_file} holds no {' or '.join(WEIGHT_SUFFIXES)} files; name a model's folder")
+    try:
+        digests = [blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest() for file in files]
+    except OSError as error:
+        raise BadInput(f"the weights in {folder_or_file} cannot be read: {error}") from error
+    return blake3(canonical(digests).encode(), derive_key_context="cakekv files").hexdigest()

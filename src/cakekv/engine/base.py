@@ -42,9 +42,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
 
     @abstractmethod
-    def place(
-        self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]
-    ) -> int:
+    def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]) -> int:
         """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.
 
         Parameters

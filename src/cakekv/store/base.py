@@ -103,6 +103,13 @@ class Store(ABC):
 
         Chunks that have to go to make room are evicted before the write begins, so the capacity is never exceeded.
 
+        Parameters
+        ----------
+        key : ChunkKey
+            Its name.
+        data : memoryview
+            Its bytes; contiguous, format "B".
+
         Returns
         -------
         bool

@@ -1,0 +1,104 @@
+"""Sizes, bandwidths and durations as people write them: "10GB", "7Gbps", "2ms"."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from cakekv.errors import BadInput
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_PREFIXES = _DECIMAL | _BINARY
+_SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "µs": Decimal("1e-6")}
+_LARGEST = 2**63
+
+_NUMBER = r"\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*"
+_PREFIX = r"(?P<prefix>(?:[kKmMgGtT]i?)?)"
+_SIZE = re.compile(rf"{_NUMBER}(?:{_PREFIX}B)?\s*")
+_BANDWIDTH = re.compile(rf"{_NUMBER}{_PREFIX}(?P<unit>B|b|bit)(?:/s|ps)\s*")
+_DURATION = re.compile(rf"{_NUMBER}(?P<unit>s|ms|us|µs)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size in bytes.
+
+    Parameters
+    ----------
+    text : str or int
+        For example "10GB" (10 * 10**9), "1.5GiB" (1.5 * 2**30), "4096" or 4096.
+
+    Raises
+    ------
+    BadInput
+        It is not a size of at least one byte and less than 2**63.
+    """
+    match = _SIZE.fullmatch(str(text))
+    size = int(_amount(match)) if match else 0
+    if not 0 < size < _LARGEST:
+        raise BadInput(
+            f"{text!r} is not a size: write a positive number with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, "
+            'GiB, TiB (powers of 1024), such as "10GB" or "1.5GiB"'
+        )
+    return size
+
+
+def parse_bandwidth(text: str) -> float | None:
+    """A bandwidth in bytes per second, or None for "unlimited".
+
+    Parameters
+    ----------
+    text : str
+        For example "50MB/s" (bytes: capital B), "7Gbps" or "400Mbit/s" (bits: small b).
+
+    Raises
+    ------
+    BadInput
+        It is neither "unlimited" nor a positive bandwidth.
+    """
+    if text == "unlimited":
+        return None
+    match = _BANDWIDTH.fullmatch(text)
+    bandwidth = float(_amount(match) / (1 if match["unit"] == "B" else 8)) if match else 0.0
+    if not 0 < bandwidth < _LARGEST:
+        raise BadInput(
+            f"{text!r} is not a bandwidth: write a positive number of bytes or bits per second, such as "
+            '"50MB/s" or "1.5GiB/s" (B: bytes), "7Gbps" or "400Mbit/s" (b: bits), or "unlimited"'
+        )
+    return bandwidth
+
+
+def parse_duration(text: str) -> float:
+    """A duration in seconds.
+
+    Parameters
+    ----------
+    text : str
+        For example "2ms", "0.5s" or "150us".
+
+    Raises
+    ------
+    BadInput
+        It is not a duration.
+    """
+    match = _DURATION.fullmatch(text)
+    if not match:
+        raise BadInput(f'{text!r} is not a duration: write a number with s, ms or us, such as "2ms" or "0.5s"')
+    return float(Decimal(match["number"]) * _SECONDS[match["unit"]])
+
+
+def format_bytes(size: int) -> str:
+    """A size for people, in powers of 1000: "999 B", "1.5 GB"."""
+    if abs(size) < 1000:
+        return f"{size} B"
+    value = float(size)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if round(abs(value), 1) < 1000:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+def _amount(match: re.Match[str]) -> Decimal:
+    """Number times prefix, exactly."""
+    return Decimal(match["number"]) * _PREFIXES[(match["prefix"] or "").lower()]

@@ -1,0 +1,111 @@
+"""Sizes, bandwidths and durations, as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cakekv.errors import BadInput
+from cakekv.quantities import format_bytes, parse_bandwidth, parse_bytes, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("10GB", 10**10),
+        ("10 gB", 10**10),
+        ("1.5GiB", 3 * 2**29),
+        (".5KiB", 512),
+        ("7TB", 7 * 10**12),
+        ("8kB", 8000),
+        ("4096B", 4096),
+        (" 4096 ", 4096),
+        (4096, 4096),
+        ("0.1TiB", 109951162777),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "big",
+        "10Gb",
+        "10G",
+        "-1GB",
+        -1,
+        0,
+        "0",
+        "0.1B",
+        "nan",
+        "inf",
+        "1e9",
+        "1GB/s",
+        "9" * 30,
+        "1 2 GB",
+        "١GB",
+        True,
+    ],
+)
+def test_what_is_no_size_is_refused_with_examples(text):
+    with pytest.raises(BadInput, match='such as "10GB"'):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "bandwidth"),
+    [
+        ("50MB/s", 50e6),
+        ("1MiB/s", 2**20),
+        ("7Gbps", 7e9 / 8),
+        ("400Mbit/s", 50e6),
+        ("1.5 kBps", 1500),
+        ("8b/s", 1),
+        ("unlimited", None),
+    ],
+)
+def test_bandwidths(text, bandwidth):
+    assert parse_bandwidth(text) == bandwidth
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fast", "50", "50MB", "0MB/s", "-5MB/s", "nanMB/s", "infMB/s", "MB/s", "5Mbytes/s", "5MB/h"]
+)
+def test_what_is_no_bandwidth_is_refused_with_examples(text):
+    with pytest.raises(BadInput, match='such as "50MB/s"'):
+        parse_bandwidth(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2ms", 0.002), ("0.5s", 0.5), ("150 us", 150e-6), ("0s", 0)])
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "soon", "-2ms", "nan s", "inf s"])
+def test_what_is_no_duration_is_refused_with_examples(text):
+    with pytest.raises(BadInput, match='such as "2ms"'):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_999, "1.0 MB"),
+        (1_500_000_000, "1.5 GB"),
+        (10**16, "10000.0 TB"),
+    ],
+)
+def test_sizes_are_shown_in_the_unit_that_suits_them(size, text):
+    assert format_bytes(size) == text
+
+
+@given(st.integers(1, 2**60))
+def test_what_is_shown_can_be_read_again(size):
+    assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.051)
