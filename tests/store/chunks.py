@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from functools import cache
 
 from cakekv.chunk import ChunkShape, seal
 from cakekv.keys import ChunkKey
@@ -17,11 +18,16 @@ def key_of(number: int) -> ChunkKey:
     return ChunkKey(hashlib.sha256(str(number).encode()).digest())
 
 
-def chunk_of(number: int, shape: ChunkShape = SHAPE) -> memoryview:
-    """A sealed chunk, different for every number."""
-    data = memoryview(bytearray(random.Random(number).randbytes(shape.total_bytes)))
-    seal(shape, data, key_of(number), 0)
-    return data
+def chunk_of(number: int) -> memoryview:
+    """A sealed chunk, different for every number; the caller's to change."""
+    return memoryview(bytearray(_sealed(number)))
+
+
+@cache
+def _sealed(number: int) -> bytes:
+    data = bytearray(random.Random(number).randbytes(SIZE))
+    seal(SHAPE, memoryview(data), key_of(number), 0)
+    return bytes(data)
 
 
 def read(store: Store, key: ChunkKey) -> bytes:

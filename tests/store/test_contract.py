@@ -140,6 +140,15 @@ def test_the_least_recently_used_goes_first(open_tier):
     assert store.stats() == StoreStats(3, 3 * SIZE, 3 * SIZE)
 
 
+def test_use_between_two_evictions_counts(open_tier):
+    store = open_tier(3 * SIZE)
+    for number in range(4):
+        store.write(key_of(number), chunk_of(number))
+    store.open(key_of(1)).close()
+    store.write(key_of(4), chunk_of(4))
+    assert {chunk.key for chunk in store} == {key_of(1), key_of(3), key_of(4)}
+
+
 def test_looking_up_is_not_using(open_tier):
     store = open_tier(2 * SIZE)
     for number in range(2):

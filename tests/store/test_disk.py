@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -205,6 +206,12 @@ def test_chunks_removed_by_hand_free_their_room(folder):
     assert store.stats() == StoreStats(3, 3 * SIZE, 3 * SIZE)
 
 
+def test_opening_counts_anew(folder):
+    fill(DiskStore(folder), 0, 1)
+    file_of(folder, 1).unlink()
+    assert DiskStore(folder).stats() == StoreStats(1, SIZE, None)
+
+
 def test_chunks_added_by_hand_do_not_upset_the_counts(folder):
     store = DiskStore(folder)
     fill(store, 0, 1)
@@ -272,7 +279,12 @@ def test_a_full_disk_leaves_nothing_half_visible(mount):
         verify_chunk(memoryview(read(store, chunk.key)))
     assert store.stats().bytes == sum(chunk.size for chunk in stored)
     assert list((store.path / "incoming").iterdir()) == []
-    store.delete([stored[0].key])
+    with (store.path.parent / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    again = DiskStore(store.path)
+    assert read(again, stored[0].key)
+    again.delete([stored[0].key])
     fill(store, 20)
 
 

@@ -212,7 +212,8 @@ class DiskStore(Store):
                 write_file(marker, _marker_text())
             for name in (CHUNKS, INCOMING, IDENTITIES):
                 make_folder(self.path / name)
-            os.ftruncate(descriptor, 0)  # so that the counts, which someone's `rm` may have made wrong, are made anew
+            # Whoever locks next counts anew: someone's `rm` may have made the counts wrong.
+            os.pwrite(descriptor, _COUNTS.pack(_CHANGING, 0, 0), 0)
         finally:
             os.close(descriptor)
 
