@@ -102,8 +102,8 @@ class Restore:
     window : int or None
         Widest sliding window of the model in tokens.
     mode : {"auto", "compute", "load", "both"}
-        "compute" loads nothing, "load" computes only what cannot be loaded, "both" makes both arms contribute at
-        least one piece each, "auto" lets an arm that does not pay stay idle.
+        "compute" loads nothing, "load" computes only what cannot be loaded, "both" puts both arms to work whether it
+        pays or not (the first stored chunk is computed, the last one requested), "auto" leaves an idle arm idle.
     max_span_tokens : int
         Longest span to compute at a time.
     patience_s : float
@@ -166,7 +166,10 @@ class Restore:
         """Chunks that were loaded without the part of the windowed layers."""
         self._want_window: set[int] = set()
         self._requested_any = False
-        prefix_chunks = max((chunk + 1 for chunk, held in enumerate(self._holders) if held), default=0)
+        stored_chunks = [chunk for chunk, held in enumerate(self._holders) if held]
+        self._reserved = stored_chunks[0] if mode == "both" and len(stored_chunks) > 1 else None
+        """A stored chunk that is computed all the same."""
+        prefix_chunks = stored_chunks[-1] + 1 if stored_chunks else 0
         self._back = prefix_chunks
         self.prefix_tokens = self.start_of(prefix_chunks)
         report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
@@ -268,9 +271,6 @@ class Restore:
         limit = min(self.chunks, first + 2 * self._max_span_chunks)
         while end < limit and end not in self._plan and self.state[end] <= State.LOADING:
             end += 1
-        if end == first:
-            starved = self.mode == "both" and not self._record.report.spans and self.state[first] is State.STORED
-            return int(starved)
         unsure = self._plan and any(not source.cost.known for source in self.sources)
         if unsure or not self.compute.known:
             return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens))
@@ -490,7 +490,7 @@ class Restore:
             if chunk in remaining:
                 load_s = {self._inflight[chunk].source: remaining[chunk]}
             else:
-                held = self._holders[chunk]
+                held = self._holders[chunk] if chunk != self._reserved else ()
                 if held not in by_holders:
                     by_holders[held] = {source: pending_s[source] for source in held if not self._stalled(source)}
                 load_s = by_holders[held]
