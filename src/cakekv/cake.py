@@ -18,7 +18,8 @@ from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
 from cakekv.load.staging import StagingPool
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.planner import MODES, Mode, Source, Span
+from cakekv.restore.flights import Source
+from cakekv.restore.planner import MODES, Mode, Span
 from cakekv.restore.report import RestoreReport
 from cakekv.restorer import OnProgress, Progress, Restorer
 from cakekv.save.saver import Saver, SaveReport

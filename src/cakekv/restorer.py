@@ -13,7 +13,8 @@ from cakekv.keys import ChunkKey
 from cakekv.load.loader import Loader, load_bytes
 from cakekv.load.staging import StagingPool
 from cakekv.restore.costs import ComputeCost
-from cakekv.restore.planner import Mode, Restore, Source, Span, Wait
+from cakekv.restore.flights import Source
+from cakekv.restore.planner import Mode, Restore, Span, Wait
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store
 

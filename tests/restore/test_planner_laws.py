@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.planner import MODES, Load, Restore, Source, Span, State, Wait
+from cakekv.restore.flights import Load, Source
+from cakekv.restore.planner import MODES, Restore, Span, State, Wait
 
 
 class Driver:

@@ -12,7 +12,8 @@ from cakekv.chunk import ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
-from cakekv.restore.planner import Load, Restore
+from cakekv.restore.flights import Load
+from cakekv.restore.planner import Restore
 from cakekv.store.base import ChunkReader, Store
 
 Place = Callable[[int, int, list[memoryview | None]], int]

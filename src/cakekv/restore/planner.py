@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
-from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.costs import ComputeCost
+from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.plan import Candidate, assign_loads
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
@@ -38,19 +38,8 @@ class State(IntEnum):
 
 
 _COVERED = (State.LOADED, State.COMPUTED)
-_KEEP = 0.8
-"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
 _PROBE_TOKENS = 128
 """Longest span while the speed of an arm is unknown: long enough to learn from, short enough to regret."""
-
-
-class Source(NamedTuple):
-    """A tier to load from."""
-
-    name: str
-    cost: LoadCost
-    depth: int
-    """Loads to keep in flight."""
 
 
 class Span(NamedTuple):
@@ -64,22 +53,6 @@ class Wait(NamedTuple):
     """Nothing to compute before a load ends; ask again after the next event, or at `until` (seconds)."""
 
     until: float
-
-
-@dataclass(eq=False, slots=True)
-class Load:
-    """Load this chunk next. `cancelled` turns True when nobody needs it any more."""
-
-    chunk: int
-    start: int
-    tokens: int
-    source: int
-    windowed: bool
-    """Whether layers with a sliding window need their part, too."""
-    size: int
-    began: float
-    cancelled: bool = False
-    late: bool = False
 
 
 class Restore:
@@ -140,7 +113,6 @@ class Restore:
         self._chunk_bytes = chunk_bytes
         self._unwindowed_chunk_bytes = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self._patience_s = patience_s
         self.chunks = -(-prompt_tokens // chunk_tokens)
         loadable = (prompt_tokens - 1) // chunk_tokens
         self._holders: list[tuple[int, ...]] = [
@@ -152,11 +124,7 @@ class Restore:
         self._front = 0
         """First chunk that is neither covered nor being computed."""
         self._span: tuple[Span, float] | None = None
-        self._inflight: dict[int, Load] = {}
-        self._outstanding: list[int] = [0] * len(self.sources)
-        """Loads handed out per source and not answered yet, abandoned and late ones included."""
-        self._stuck: list[int] = [0] * len(self.sources)
-        """Loads per source that were given up as late and not answered yet."""
+        self._flights = Flights(self.sources, patience_s)
         self._plan: dict[int, int] = {}
         self._queues: list[list[int]] = [[] for _ in self.sources]
         """Planned chunks per source, the one due first at the end."""
@@ -227,22 +195,23 @@ class Restore:
         assert self._span is None, "the span before was not reported as computed"
         if self._front == self.chunks:
             return None
-        self._give_up_late_loads(now)
+        for late in self._flights.give_up_late(now):
+            self._lose(late, "late")
         first = self._front
         count = self._computable(first)
         if self._stale() or count < 2 * self._max_span_chunks:
             self._replan(now)
             count = self._computable(first)
         if count == 0:
-            return Wait(self._next_look(now))
+            return Wait(self._flights.next_look(now))
         if not self._window_covered(first):
             return self.next_compute(now)
         if count > self._max_span_chunks:
             count = self._max_span_chunks if count >= 2 * self._max_span_chunks else -(-count // 2)
         for chunk in range(first, first + count):
-            load = self._inflight.pop(chunk, None)
+            load = self._flights.of_chunk(chunk)
             if load is not None:
-                load.cancelled = True
+                self._flights.cancel(load)
             self.state[chunk] = State.COMPUTING
         self._remove_uncovered(first, first + count)
         self._front = first + count
@@ -296,7 +265,7 @@ class Restore:
 
     def next_load(self, source: int, now: float) -> Load | None:
         """What `source` should load next, or None if there is nothing worth loading now (ask after the next event)."""
-        if self.mode == "compute" or self._outstanding[source] >= self.sources[source].depth:
+        if self.mode == "compute" or not self._flights.has_room(source):
             return None
         if self._stale():
             self._replan(now)
@@ -310,8 +279,7 @@ class Restore:
         size = self._chunk_bytes if windowed else self._unwindowed_chunk_bytes
         load = Load(chunk, self.start_of(chunk), self.chunk_tokens, source, windowed, size, now)
         self.state[chunk] = State.LOADING
-        self._inflight[chunk] = load
-        self._outstanding[source] += 1
+        self._flights.begin(load)
         self._requested_any = True
         self._changes += 1
         return load
@@ -342,6 +310,7 @@ class Restore:
         if load.cancelled:
             self._note(load, load.size, now, "late" if load.late else "overtaken")
             return False
+        self._flights.land(load)
         self.state[load.chunk] = State.PLACING
         self._remove_uncovered(load.chunk, load.chunk + 1)
         return True
@@ -349,7 +318,6 @@ class Restore:
     def placed(self, load: Load, now: float) -> None:
         """The chunk is in the cache."""
         assert self.state[load.chunk] is State.PLACING
-        del self._inflight[load.chunk]
         self.state[load.chunk] = State.LOADED
         if not load.windowed:
             self._unwindowed.add(load.chunk)
@@ -367,22 +335,16 @@ class Restore:
         self._answered(load, size, now)
         self._note(load, size, now, reason)
         if not load.cancelled:
-            del self._inflight[load.chunk]
+            self._flights.land(load)
             self._lose(load, reason)
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""
-        for load in self._inflight.values():
-            load.cancelled = True
+        self._flights.cancel_all()
 
     def _answered(self, load: Load, size: int, now: float) -> None:
-        self._outstanding[load.source] -= 1
-        if load.late:
-            self._stuck[load.source] -= 1
-        cost = self.sources[load.source].cost
-        if not cost.known:
+        if self._flights.answered(load, size, now):
             self._changes = self.chunks
-        cost.observe(size, load.began, now)
 
     def _note(self, load: Load, size: int, now: float, outcome: str) -> None:
         self._record.load(load.start, load.tokens, load.source, size, load.began, now, outcome)
@@ -397,25 +359,6 @@ class Restore:
         self.state[chunk] = State.STORED if self._holders[chunk] else State.MISSING
         self._record.lost(load.start, reason)
         self._changes = self.chunks
-
-    def _give_up_late_loads(self, now: float) -> None:
-        for load in list(self._inflight.values()):
-            if self.state[load.chunk] is State.LOADING and now >= self._deadline(load):
-                load.cancelled = load.late = True
-                self._stuck[load.source] += 1
-                del self._inflight[load.chunk]
-                self._lose(load, "late")
-
-    def _deadline(self, load: Load) -> float:
-        cost = self.sources[load.source].cost
-        return load.began + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
-
-    def _next_look(self, now: float) -> float:
-        """When a wait should be thought over: a while after the next load should have ended, or must have."""
-        looks = [now + 1.0]
-        for load in self._inflight.values():
-            looks += [self._deadline(load), now + max(0.02, self.sources[load.source].cost.duration(load.size))]
-        return min(looks)
 
     # --------------------------------------------------------------------- plan
 
@@ -480,53 +423,27 @@ class Restore:
         slope = tokens * shape.quadratic * tokens
         if self.mode == "load":
             fixed, slope = 1e9, 0.0
-        pending_s = [self._load_seconds(source, self._chunk_bytes, now) for source in range(len(self.sources))]
+        unknown_s = self.compute.seconds(0, tokens)
+        pending_s = [
+            self._flights.busy_seconds(source, self._chunk_bytes, unknown_s, now) for source in range(len(self.sources))
+        ]
         if self.mode == "load":
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
         by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
-        remaining = self._inflight_seconds(now)
+        remaining = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
         for chunk in self._uncovered:
-            if chunk in remaining:
-                load_s = {self._inflight[chunk].source: remaining[chunk]}
+            if chunk in remaining and (load := self._flights.of_chunk(chunk)):
+                load_s = {load.source: remaining[chunk]}
             else:
                 held = self._holders[chunk] if chunk != self._reserved else ()
                 if held not in by_holders:
-                    by_holders[held] = {source: pending_s[source] for source in held if not self._stalled(source)}
+                    by_holders[held] = {
+                        source: pending_s[source] for source in held if not self._flights.stalled(source)
+                    }
                 load_s = by_holders[held]
             candidates.append((chunk, fixed + slope * chunk, load_s))
         return candidates
-
-    def _stalled(self, source: int) -> bool:
-        """Whether every worker of the source hangs in a load that was given up."""
-        return self._stuck[source] >= self.sources[source].depth
-
-    def _load_seconds(self, source: int, size: int, now: float) -> float:
-        """Seconds that one more chunk keeps the source busy; grows while the source delivers nothing."""
-        cost = self.sources[source].cost
-        expected = cost.seconds(size) if cost.known else self.compute.seconds(0, self.chunk_tokens)
-        waiting = [load.began for load in self._inflight.values() if load.source == source]
-        if not waiting:
-            return expected
-        silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
-        return max(expected, silent_s - max(expected, cost.duration(size)))
-
-    def _inflight_seconds(self, now: float) -> dict[int, float]:
-        """For each chunk in flight, the seconds it adds to the time until its source is through with all of them."""
-        remaining: dict[int, float] = {}
-        for index, source in enumerate(self.sources):
-            loads = sorted((load for load in self._inflight.values() if load.source == index), key=_age)
-            if not loads:
-                continue
-            each = self._load_seconds(index, loads[0].size, now)
-            busy_from = max(loads[0].began, source.cost.last_completed or loads[0].began)
-            overdue_s = now - busy_from - max(each, source.cost.duration(loads[0].size))
-            before = now + max(0.0, 0.5 * overdue_s)
-            for place, load in enumerate(loads, start=1):
-                ends = max(before, busy_from + place * each)
-                remaining[load.chunk] = _KEEP * (ends - (now if place == 1 else before))
-                before = ends
-        return remaining
 
     # -------------------------------------------------------------------- state
 
@@ -536,7 +453,3 @@ class Restore:
 
     def _remove_uncovered(self, first: int, end: int) -> None:
         del self._uncovered[bisect_left(self._uncovered, first) : bisect_left(self._uncovered, end)]
-
-
-def _age(load: Load) -> float:
-    return load.began

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cakekv.restore.planner import Load, Restore, Span, Wait
+from cakekv.restore.flights import Load
+from cakekv.restore.planner import Restore, Span, Wait
 
 ComputeTime = Callable[[Span, float], float]
 """(span, now) to the seconds it takes."""
