@@ -150,19 +150,24 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """The model `name` of `CONFIGS`.
+    """The model `name` of `CONFIGS`."""
+    return tiny(CONFIGS[name](), dtype, attention)
 
-    Its weights are drawn large enough for attention to matter: with transformers' own initialisation a token's logits
-    hardly depend on the tokens before it, and no test would notice a missing chunk.
+
+def tiny(config: Any, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    """A model with seeded weights.
+
+    They are drawn large enough for attention to matter: with transformers' own initialisation a token's logits hardly
+    depend on the tokens before it, and no test would notice a missing chunk.
     """
-    config = CONFIGS[name]()
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.normal_(0, 1.5 / math.sqrt(parameter.shape[-1]), generator=generator)
+                parameter.copy_(noise * (1.5 / math.sqrt(parameter.shape[-1])))
             else:  # biases and norms start as zeros or ones
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return model.to(dtype).eval()
+                parameter.add_(noise, alpha=0.2)
+    return model.eval()

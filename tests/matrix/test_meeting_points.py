@@ -25,7 +25,7 @@ from matrix.restoring import (
     prompt,
 )
 
-NOISE_FACTOR = 3
+NOISE_FACTOR = 4
 """A restore may differ from the full prefill by this many times what full prefills differ by among themselves."""
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

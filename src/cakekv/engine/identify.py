@@ -64,8 +64,13 @@ def adapter_fingerprint(model: Any) -> str:
 
 
 def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the model, by the names they have without adapters."""
-    for name, tensor in model.state_dict().items():
+    """All tensors of the model, by the names they have without adapters.
+
+    Buffers that are not saved with the weights count too: RoPE frequencies are such, and those of a model cast to
+    bfloat16 after it was built differ from those of the same model loaded as bfloat16.
+    """
+    tensors = {**model.state_dict(), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, tensor in tensors.items():
         parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
         yield ".".join(parts), tensor
 

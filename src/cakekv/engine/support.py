@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers.cache_utils import (
 from cakekv.engine.cache import LayerShape, Plane
 from cakekv.errors import UnsupportedModel
 
+_NOT_CAUSAL = "its attention is not causal: a token's keys and values depend on later tokens"
+
 
 def check_config(config: Any) -> None:
     """Refuse, from its configuration alone, a model whose state cannot be cut into per-token chunks.
@@ -32,12 +35,12 @@ def check_config(config: Any) -> None:
         raise _refusal(config, "an encoder-decoder's cross-attention depends on more than the tokens so far")
     text = config.get_text_config(decoder=True)
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise _refusal(config, "its attention is not causal: a token's keys and values depend on later tokens")
+        raise _refusal(config, _NOT_CAUSAL)
     _recorders(config)
 
 
 def probe(model: Any) -> list[LayerShape | None]:
-    """Find out what each layer keeps by running one token through the model.
+    """Find out what each layer keeps by running a few tokens through the model.
 
     Parameters
     ----------
@@ -61,12 +64,12 @@ def probe(model: Any) -> list[LayerShape | None]:
     if not accepts(model, "past_key_values"):
         raise _refusal(config, f"{type(model).__name__} takes no KV cache")
     recorders = _recorders(config)
-    layers = [DummyLayer() if recorder is None else recorder for recorder in recorders]
-    with torch.inference_mode():
-        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-        output = model(input_ids=token, past_key_values=Cache(layers=layers), use_cache=True, return_dict=True)
-    if getattr(output, "logits", None) is None or output.logits.ndim != 3:
-        raise _refusal(config, f"{type(model).__name__} has no language-model head")
+    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
+    first, second = (_first_logits(model, cache, tokens) for tokens in ([1, 1], [1, 2]))
+    # The token before is the same, so any difference is one of rounding, unless the model looks ahead.
+    rounding = 16 * torch.finfo(first.dtype).eps * first.abs().max()
+    if bool((first - second).abs().max() > rounding):
+        raise _refusal(config, _NOT_CAUSAL)
     shapes = [_shape(recorder, index, model) for index, recorder in enumerate(recorders)]
     if not any(shapes):
         raise _refusal(config, "none of its layers keeps keys and values")
@@ -78,8 +81,22 @@ def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def _first_logits(model: Any, cache: Cache, tokens: list[int]) -> torch.Tensor:
+    """The first token's logits in a forward over an empty cache."""
+    try:
+        with torch.inference_mode():
+            input_ids = torch.tensor([tokens], device=model.device)
+            output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True)
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        raise _refusal(model.config, f"its forward fails on a few tokens and an empty cache: {error!r}") from error
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise _refusal(model.config, f"{type(model).__name__} has no language-model head")
+    return logits[0, 0]  # type: ignore[no-any-return]
+
+
 class _Recorder(DynamicLayer):  # type: ignore[misc]
-    """A layer's cache that notes what a forward of one token hands it."""
+    """A layer's cache that stays empty and notes what forwards hand it."""
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
@@ -95,11 +112,17 @@ class _Recorder(DynamicLayer):  # type: ignore[misc]
 
 
 def _recorders(config: Any) -> list[_Recorder | None]:
-    """One per layer, with the window that transformers' own cache would have; None for a layer that keeps nothing."""
+    """One per layer, with its window, as transformers' own cache has it; None for a layer that keeps nothing.
+
+    A window that the configuration class does not declare is ignored: the model's attention does not know of it, only
+    the cache would (a Llama checkpoint whose config.json has a left-over `sliding_window`, for example).
+    """
     try:
         layers = DynamicCache(config=config).layers
     except (KeyError, AttributeError, TypeError) as error:
         raise _refusal(config, f"transformers cannot tell what its layers keep ({error!r})") from error
+    declared = {field.name for field in fields(config.get_text_config(decoder=True))}
+    windowed = not declared.isdisjoint({"sliding_window", "attention_chunk_size"})
     recorders: list[_Recorder | None] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -109,19 +132,20 @@ def _recorders(config: Any) -> list[_Recorder | None]:
             raise _refusal(config, f"its layer {index} keeps a sparse-attention index beside its keys and values")
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise _refusal(config, f"its layer {index} keeps its state in a {type(layer).__name__}")
-        recorders.append(None if type(layer) is DummyLayer else _Recorder(getattr(layer, "sliding_window", None)))
+        window = getattr(layer, "sliding_window", None) if windowed else None
+        recorders.append(None if type(layer) is DummyLayer else _Recorder(window))
     return recorders
 
 
 def _shape(recorder: _Recorder | None, index: int, model: Any) -> LayerShape | None:
     if recorder is None:
         return None
-    if len(recorder.seen) != 1:
-        raise _refusal(model.config, f"its layer {index} writes its cache {len(recorder.seen)} times in one forward")
+    if len(recorder.seen) != 2:
+        raise _refusal(model.config, f"its layer {index} does not write its cache exactly once in a forward")
     keys, values = recorder.seen[0]
     for states in (keys, values):
-        if states.ndim != 4 or states.shape[0] != 1 or states.shape[2] != 1:
-            raise _refusal(model.config, f"its layer {index} keeps {tuple(states.shape)} for one token")
+        if states.ndim != 4 or states.shape[0] != 1 or states.shape[2] != 2:
+            raise _refusal(model.config, f"its layer {index} keeps {tuple(states.shape)} for two tokens")
         if states.device != model.device:
             raise _refusal(model.config, f"its layer {index} is on {states.device}, its first layer on {model.device}")
     return LayerShape(
