@@ -30,10 +30,8 @@ class LayerShape(NamedTuple):
     @property
     def layout(self) -> LayerLayout:
         """The same without torch's types."""
-        planes = tuple(
-            PlaneLayout(plane.heads, plane.width, plane.dtype.itemsize) for plane in (self.keys, self.values)
-        )
-        return LayerLayout(planes, self.window)
+        planes = (PlaneLayout(heads, width, dtype.itemsize) for heads, width, dtype in (self.keys, self.values))
+        return LayerLayout(tuple(planes), self.window)
 
 
 class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -61,10 +59,9 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_sliding = self.window is not None
         self.is_initialized = True
         if keys[1:] == values[1:]:
-            heads = (keys.heads, values.heads)
-            joint = torch.empty((sum(heads), capacity, keys.width), dtype=keys.dtype, device=device)
+            joint = torch.empty((keys.heads + values.heads, capacity, keys.width), dtype=keys.dtype, device=device)
             self.regions = [joint]
-            key_region, value_region = joint.split(heads)
+            key_region, value_region = joint[: keys.heads], joint[keys.heads :]
         else:
             self.regions = [
                 torch.empty((heads, capacity, width), dtype=dtype, device=device) for heads, width, dtype in shape[:2]

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cakekv.errors import BadInput
@@ -17,29 +15,11 @@ from cakekv.layout import KVLayout
 
 # Everything in a configuration counts unless it is known not to change keys and values. The dtype has a field of its
 # own in `Identity`; class names differ between a model just built and the same model saved and loaded.
-_IRRELEVANT = frozenset(
-    [
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "tokenizer_class",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "initializer_range",
-    ]
-)
+_IRRELEVANT = {
+    *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
+    *("id2label", "label2id", "problem_type", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def architecture(config: Any) -> str:
@@ -84,19 +64,24 @@ def adapter_fingerprint(model: Any) -> str:
 
 
 def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the model, by the names they have without adapters."""
-    for name, tensor in model.state_dict().items():
+    """All tensors of the model, by the names they have without adapters.
+
+    Buffers that are not saved with the weights count too: RoPE frequencies are such, and those of a model cast to
+    bfloat16 after it was built differ from those of the same model loaded as bfloat16.
+    """
+    tensors = {**model.state_dict(), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, tensor in tensors.items():
         parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
         yield ".".join(parts), tensor
 
 
 def _entries(
     tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, str, tuple[int, ...], npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
     for name, tensor in tensors:
         if tensor.is_meta:
             raise BadInput(f"{name} is not in memory, so the model cannot be identified; load it without offloading")
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
 
 

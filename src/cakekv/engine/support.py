@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers.cache_utils import (
 from cakekv.engine.cache import LayerShape, Plane
 from cakekv.errors import UnsupportedModel
 
+_NOT_CAUSAL = "its attention is not causal: a token's keys and values depend on later tokens"
+
 
 def check_config(config: Any) -> None:
     """Refuse, from its configuration alone, a model whose state cannot be cut into per-token chunks.
@@ -32,59 +35,12 @@ def check_config(config: Any) -> None:
         raise _refusal(config, "an encoder-decoder's cross-attention depends on more than the tokens so far")
     text = config.get_text_config(decoder=True)
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise _refusal(config, "its attention is not causal: a token's keys and values depend on later tokens")
-    layer_windows(config)
-
-
-def layer_windows(config: Any) -> list[int | type[DummyLayer] | None]:
-    """Each layer's window (None: it sees everything), or `DummyLayer` for a layer that keeps nothing of its own.
-
-    Raises
-    ------
-    UnsupportedModel
-        Some layer keeps something else than keys and values per token.
-    """
-    try:
-        layers = DynamicCache(config=config).layers
-    except (KeyError, AttributeError, TypeError) as error:
-        raise _refusal(config, f"transformers cannot tell what its layers keep ({error!r})") from error
-    windows: list[int | type[DummyLayer] | None] = []
-    for index, layer in enumerate(layers):
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise _refusal(
-                config, f"its layer {index} keeps a running state (state space, linear attention or convolution)"
-            )
-        if isinstance(layer, DynamicIndexedLayer):
-            raise _refusal(config, f"its layer {index} keeps a sparse-attention index beside its keys and values")
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DummyLayer:
-            windows.append(DummyLayer)
-        else:
-            raise _refusal(config, f"its layer {index} keeps its state in a {type(layer).__name__}")
-    return windows
-
-
-class _RecordingLayer(DynamicLayer):  # type: ignore[misc]
-    """Notes what a forward of one token hands it."""
-
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-        self.is_sliding = window is not None
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen.append((key_states, value_states))
-        return key_states, value_states
+        raise _refusal(config, _NOT_CAUSAL)
+    _recorders(config)
 
 
 def probe(model: Any) -> list[LayerShape | None]:
-    """Find out what each layer keeps by running one token through the model.
+    """Find out what each layer keeps by running a few tokens through the model.
 
     Parameters
     ----------
@@ -107,16 +63,14 @@ def probe(model: Any) -> list[LayerShape | None]:
         raise _refusal(config, "it carries a running state from token to token")
     if not accepts(model, "past_key_values"):
         raise _refusal(config, f"{type(model).__name__} takes no KV cache")
-    layers = [
-        DummyLayer() if window is DummyLayer else _RecordingLayer(window)  # type: ignore[arg-type]
-        for window in layer_windows(config)
-    ]
-    with torch.inference_mode():
-        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-        output = model(input_ids=token, past_key_values=Cache(layers=layers), use_cache=True, return_dict=True)
-    if getattr(output, "logits", None) is None or output.logits.ndim != 3:
-        raise _refusal(config, f"{type(model).__name__} has no language-model head")
-    shapes = [None if isinstance(layer, DummyLayer) else _shape(layer, i, model) for i, layer in enumerate(layers)]
+    recorders = _recorders(config)
+    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
+    first, second = (_first_logits(model, cache, tokens) for tokens in ([1, 1], [1, 2]))
+    # The token before is the same, so any difference is one of rounding, unless the model looks ahead.
+    rounding = 16 * torch.finfo(first.dtype).eps * first.abs().max()
+    if bool((first - second).abs().max() > rounding):
+        raise _refusal(config, _NOT_CAUSAL)
+    shapes = [_shape(recorder, index, model) for index, recorder in enumerate(recorders)]
     if not any(shapes):
         raise _refusal(config, "none of its layers keeps keys and values")
     return shapes
@@ -127,17 +81,78 @@ def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def _shape(layer: _RecordingLayer, index: int, model: Any) -> LayerShape:
-    if len(layer.seen) != 1:
-        raise _refusal(model.config, f"its layer {index} writes its cache {len(layer.seen)} times in one forward")
-    planes = []
-    for states in layer.seen[0]:
-        if states.ndim != 4 or states.shape[0] != 1 or states.shape[2] != 1:
-            raise _refusal(model.config, f"its layer {index} keeps {tuple(states.shape)} for one token")
+def _first_logits(model: Any, cache: Cache, tokens: list[int]) -> torch.Tensor:
+    """The first token's logits in a forward over an empty cache."""
+    try:
+        with torch.inference_mode():
+            input_ids = torch.tensor([tokens], device=model.device)
+            output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True)
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        raise _refusal(model.config, f"its forward fails on a few tokens and an empty cache: {error!r}") from error
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise _refusal(model.config, f"{type(model).__name__} has no language-model head")
+    return logits[0, 0]  # type: ignore[no-any-return]
+
+
+class _Recorder(DynamicLayer):  # type: ignore[misc]
+    """A layer's cache that stays empty and notes what forwards hand it."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append((key_states, value_states))
+        return key_states, value_states
+
+
+def _recorders(config: Any) -> list[_Recorder | None]:
+    """One per layer, with its window, as transformers' own cache has it; None for a layer that keeps nothing.
+
+    A window that the configuration class does not declare is ignored: the model's attention does not know of it, only
+    the cache would (a Llama checkpoint whose config.json has a left-over `sliding_window`, for example).
+    """
+    try:
+        layers = DynamicCache(config=config).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise _refusal(config, f"transformers cannot tell what its layers keep ({error!r})") from error
+    declared = {field.name for field in fields(config.get_text_config(decoder=True))}
+    windowed = not declared.isdisjoint({"sliding_window", "attention_chunk_size"})
+    recorders: list[_Recorder | None] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            reason = f"its layer {index} keeps a running state (state space, linear attention or convolution)"
+            raise _refusal(config, reason)
+        if isinstance(layer, DynamicIndexedLayer):
+            raise _refusal(config, f"its layer {index} keeps a sparse-attention index beside its keys and values")
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise _refusal(config, f"its layer {index} keeps its state in a {type(layer).__name__}")
+        window = getattr(layer, "sliding_window", None) if windowed else None
+        recorders.append(None if type(layer) is DummyLayer else _Recorder(window))
+    return recorders
+
+
+def _shape(recorder: _Recorder | None, index: int, model: Any) -> LayerShape | None:
+    if recorder is None:
+        return None
+    if len(recorder.seen) != 2:
+        raise _refusal(model.config, f"its layer {index} does not write its cache exactly once in a forward")
+    keys, values = recorder.seen[0]
+    for states in (keys, values):
+        if states.ndim != 4 or states.shape[0] != 1 or states.shape[2] != 2:
+            raise _refusal(model.config, f"its layer {index} keeps {tuple(states.shape)} for two tokens")
         if states.device != model.device:
-            raise _refusal(model.config, f"its layer {index} is on {states.device} and its start on {model.device}")
-        planes.append(Plane(states.shape[1], states.shape[3], states.dtype))
-    return LayerShape(*planes, layer.window)
+            raise _refusal(model.config, f"its layer {index} is on {states.device}, its first layer on {model.device}")
+    return LayerShape(
+        Plane(keys.shape[1], keys.shape[3], keys.dtype),
+        Plane(values.shape[1], values.shape[3], values.dtype),
+        recorder.window,
+    )
 
 
 def _refusal(config: Any, reason: str) -> UnsupportedModel:

@@ -78,7 +78,7 @@ class CudaTransfer(Transfer):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview | None]) -> int:
         placed = 0
@@ -87,8 +87,7 @@ class CudaTransfer(Transfer):
                 for target, source in _tensors(layer, start, tokens, segment):
                     target.copy_(source, non_blocking=True)
                 placed += segment.nbytes
-            copied = self._stream.record_event(torch.cuda.Event(blocking=True))
-        copied.synchronize()
+            self._wait()
         return placed
 
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
@@ -96,11 +95,16 @@ class CudaTransfer(Transfer):
             for layer, segment in _pairs(cache, start, tokens, segments):
                 for source, target in _tensors(layer, start, tokens, segment):
                     target.copy_(source, non_blocking=True)
-            copied = self._stream.record_event(torch.cuda.Event(blocking=True))
-        copied.synchronize()
+            self._wait()
 
     def staging(self, size: int) -> memoryview:
-        return memoryview(torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy())
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+
+    def _wait(self) -> None:
+        """Wait, asleep, for what this thread has put on the stream."""
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        copied.record(self._stream)
+        copied.synchronize()
 
 
 def _pairs(
@@ -113,10 +117,8 @@ def _pairs(
         raise BadInput(f"{len(segments)} segments for {len(cache.stored)} layers")
     pairs = [(layer, segment) for layer, segment in zip(cache.stored, segments, strict=True) if segment is not None]
     for layer, segment in pairs:
-        if segment.nbytes != layer.token_bytes * tokens:
-            raise BadInput(
-                f"a segment of {segment.nbytes} bytes, where {tokens} tokens have {layer.token_bytes * tokens}"
-            )
+        if segment.nbytes != (expected := layer.token_bytes * tokens):
+            raise BadInput(f"a layer's segment has {segment.nbytes} bytes instead of {expected} for {tokens} tokens")
     return iter(pairs)
 
 

@@ -168,15 +168,14 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def compute(self, cache: TwoEndedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
         """As `Engine.compute`; the logits are float32 and on the CPU, so that the work is done when it returns."""
-        if not len(token_ids) or start < 0 or start + len(token_ids) > cache.capacity:
-            raise BadInput(
-                f"a span of {len(token_ids)} tokens at {start} does not fit a cache of {cache.capacity} tokens"
-            )
+        tokens = len(token_ids)
+        if tokens < 1 or start < 0 or start + tokens > cache.capacity:
+            raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
         with torch.inference_mode():
-            tokens = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
+            input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
             output = self.model(
-                input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
+                input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
             )
             logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
         return logits

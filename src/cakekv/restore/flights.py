@@ -1,0 +1,157 @@
+"""Loads in flight: how many each source has, when they should end, and which have been waited for long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cakekv.restore.costs import LoadCost
+
+_KEEP = 0.8
+"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
+
+
+class Source(NamedTuple):
+    """A tier to load from."""
+
+    name: str
+    cost: LoadCost
+    depth: int
+    """Loads to keep in flight."""
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """Load this chunk, or a part of it. `cancelled` turns True when nobody needs it any more."""
+
+    chunk: int
+    start: int
+    tokens: int
+    source: int
+    windowed: bool
+    """Whether layers with a sliding window need their part, too."""
+    size: int
+    """Bytes to read."""
+    began: float
+    group: int | None = None
+    """Load only this group of layers (see `layered`); None: all that are needed."""
+    cancelled: bool = False
+    late: bool = False
+
+
+class Flights:
+    """Keeps count of the loads that were handed out.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+        The tiers.
+    patience_s : float
+        As in `Restore`.
+    """
+
+    def __init__(self, sources: Sequence[Source], patience_s: float) -> None:
+        self._sources = sources
+        self._patience_s = patience_s
+        self._wanted: dict[tuple[int, int | None], Load] = {}
+        """Loads that were neither answered nor cancelled, by chunk and group."""
+        self._outstanding = [0] * len(sources)
+        """Loads per source that were not answered yet, cancelled ones included."""
+        self._stuck = [0] * len(sources)
+        """Loads per source that were given up as late and not answered yet."""
+
+    def has_room(self, source: int) -> bool:
+        """Whether the source should be given another load."""
+        return self._outstanding[source] < self._sources[source].depth
+
+    def stalled(self, source: int) -> bool:
+        """Whether every worker of the source hangs in a load that was given up."""
+        return self._stuck[source] >= self._sources[source].depth
+
+    def begin(self, load: Load) -> None:
+        """A load was handed out."""
+        self._wanted[load.chunk, load.group] = load
+        self._outstanding[load.source] += 1
+
+    def of_chunk(self, chunk: int) -> Load | None:
+        """The load of the whole chunk that is in flight and wanted."""
+        return self._wanted.get((chunk, None))
+
+    def cancel(self, load: Load) -> None:
+        """Nobody needs the load any more."""
+        load.cancelled = True
+        self._wanted.pop((load.chunk, load.group), None)
+
+    def cancel_all(self) -> None:
+        """Nobody needs any load any more."""
+        for load in list(self._wanted.values()):
+            self.cancel(load)
+
+    def answered(self, load: Load, size: int, now: float) -> bool:
+        """The source is through with the load, after `size` bytes. Returns whether its speed was unknown before."""
+        self._outstanding[load.source] -= 1
+        if load.late:
+            self._stuck[load.source] -= 1
+        cost = self._sources[load.source].cost
+        news = not cost.known
+        cost.observe(size, load.began, now)
+        return news
+
+    def land(self, load: Load) -> None:
+        """The load is in place, or has failed."""
+        self._wanted.pop((load.chunk, load.group), None)
+
+    def give_up_late(self, now: float) -> list[Load]:
+        """Cancel the loads that have been waited for long enough, and return them."""
+        late = [load for load in self._wanted.values() if now >= self._deadline(load)]
+        for load in late:
+            self.cancel(load)
+            load.late = True
+            self._stuck[load.source] += 1
+        return late
+
+    def next_look(self, now: float) -> float:
+        """When a wait should be thought over: a while after the next load should have ended, or must have."""
+        looks = [now + 1.0]
+        for load in self._wanted.values():
+            looks += [self._deadline(load), now + max(0.02, self._sources[load.source].cost.duration(load.size))]
+        return max(min(looks), now + 1e-3)
+
+    def busy_seconds(self, source: int, size: int, unknown_s: float, now: float) -> float:
+        """Seconds that `size` more bytes keep the source busy; `unknown_s` if nothing is known of it.
+
+        Grows while the source has loads in flight and delivers nothing.
+        """
+        cost = self._sources[source].cost
+        expected = cost.seconds(size) if cost.known else unknown_s
+        waiting = [load.began for load in self._wanted.values() if load.source == source]
+        if not waiting:
+            return expected
+        silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
+        return max(expected, silent_s - max(expected, cost.duration(size)))
+
+    def remaining_seconds(self, unknown_s: float, now: float) -> dict[int, float]:
+        """For each chunk in flight, the seconds it adds to the time until its source is through with all of them."""
+        remaining: dict[int, float] = {}
+        for index, source in enumerate(self._sources):
+            loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
+            if not loads:
+                continue
+            each = self.busy_seconds(index, loads[0].size, unknown_s, now)
+            busy_from = max(loads[0].began, source.cost.last_completed or loads[0].began)
+            overdue_s = now - busy_from - max(each, source.cost.duration(loads[0].size))
+            before, reached = now, now + max(0.0, 0.5 * overdue_s)
+            for place, load in enumerate(loads, start=1):
+                reached = max(reached, busy_from + place * each)
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * (reached - before)
+                before = reached
+        return remaining
+
+    def _deadline(self, load: Load) -> float:
+        cost = self._sources[load.source].cost
+        return load.began + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
+
+
+def _age(load: Load) -> float:
+    return load.began

@@ -1,0 +1,100 @@
+"""Two engines have the same identity exactly if their chunks can be exchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cakekv.engine.transformers import TransformersEngine
+from matrix.models import CONFIGS, build, tiny
+
+
+def identity_of(model: Any) -> bytes:
+    return TransformersEngine(model).identity(chunk_tokens=8).root
+
+
+def changed_config(**changes: Any) -> Any:
+    config = CONFIGS["llama"]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_survives_saving_and_loading(tmp_path: Path) -> None:
+    model = build("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = TransformersEngine.from_pretrained(tmp_path, device="cpu")
+    assert loaded.identity(8) == TransformersEngine(model).identity(8)
+    assert loaded.identity(8).dtype == "bfloat16"
+
+
+def test_a_model_cast_after_it_was_built_has_other_positions() -> None:
+    assert identity_of(build("llama").bfloat16()) != identity_of(build("llama", torch.bfloat16))
+
+
+def test_the_attention_implementation_does_not_matter() -> None:
+    assert identity_of(build("llama", attention="eager")) == identity_of(build("llama", attention="sdpa"))
+
+
+def test_one_changed_weight_matters() -> None:
+    model = build("llama")
+    before = identity_of(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    assert identity_of(model) != before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_that_change_the_numbers_matter(changes: dict[str, Any]) -> None:
+    assert identity_of(tiny(changed_config(**changes))) != identity_of(build("llama"))
+
+
+@pytest.mark.parametrize("changes", [{"use_cache": False}, {"_name_or_path": "elsewhere"}, {"id2label": {0: "a"}}])
+def test_settings_that_do_not_change_the_numbers_do_not_matter(changes: dict[str, Any]) -> None:
+    assert identity_of(tiny(changed_config(**changes))) == identity_of(build("llama"))
+
+
+def test_dtype_window_chunk_tenant_and_recipe_matter() -> None:
+    engine = TransformersEngine(build("mistral"))
+    wider = CONFIGS["mistral"]()
+    wider.sliding_window += 1
+    identities = [
+        engine.identity(8),
+        engine.identity(16),
+        engine.identity(8, tenant="a"),
+        engine.identity(8, recipe="int8"),
+        TransformersEngine(build("mistral", torch.bfloat16)).identity(8),
+        TransformersEngine(build("mistral", torch.float16)).identity(8),
+        TransformersEngine(tiny(wider)).identity(8),
+    ]
+    assert len({identity.root for identity in identities}) == len(identities)
+
+
+def test_adapters_matter_while_they_are_in_use() -> None:
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    engine = TransformersEngine(model)
+    bare = engine.identity(8)
+    model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["k_proj"]), adapter_name="first")
+    with_adapter = engine.identity(8)
+    assert with_adapter != bare
+    assert with_adapter.weights == TransformersEngine(model).identity(8).weights == bare.weights
+    model.set_adapter("first")
+    model.disable_adapters()
+    assert engine.identity(8) == bare
+    model.enable_adapters()
+    assert engine.identity(8) == with_adapter
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.lora_A["first"].weight += 1
+    assert engine.identity(8) != with_adapter
