@@ -7,7 +7,7 @@ from cakekv.restore.plan import Candidate, assign_loads
 
 def chunks(costs: list[float], stored: dict[int, dict[int, float]]) -> list[Candidate]:
     """One candidate per compute cost; `stored` maps a chunk to its load seconds per source."""
-    return [Candidate(chunk, cost, stored.get(chunk, {})) for chunk, cost in enumerate(costs)]
+    return [(chunk, cost, stored.get(chunk, {})) for chunk, cost in enumerate(costs)]
 
 
 def test_equal_arms_meet_in_the_middle() -> None:

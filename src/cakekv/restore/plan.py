@@ -11,17 +11,10 @@ together. With one source and no hole this is Cake's meeting point (arXiv 2410.0
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-
-class Candidate(NamedTuple):
-    """An uncovered chunk."""
-
-    chunk: int
-    compute_s: float
-    """Seconds to compute it."""
-    load_s: Mapping[int, float]
-    """Seconds its load keeps each source busy, per source that could deliver it; empty for a hole."""
+Candidate = tuple[int, float, Mapping[int, float]]
+"""An uncovered chunk: its index, the seconds to compute it, and per source that could deliver it the seconds that its
+load keeps that source busy; no source for a hole."""
 
 
 def assign_loads(candidates: Sequence[Candidate], sources: int, compute_busy_s: float = 0.0) -> dict[int, int]:
@@ -41,26 +34,25 @@ def assign_loads(candidates: Sequence[Candidate], sources: int, compute_busy_s: 
     dict
         Chunk to source, for the chunks to load.
     """
-    before_s = compute_busy_s + sum(candidate.compute_s for candidate in candidates)
+    before_s = compute_busy_s + sum(candidate[1] for candidate in candidates)
+    saved_s = 0.0
     spare_s = [float("inf")] * sources
-    """Per source: the least time left before any deadline behind the current chunk."""
+    """Per source: `saved_s` and the least time left before any deadline behind the current chunk."""
     chosen: dict[int, int] = {}
     for chunk, compute_s, load_s in reversed(candidates):
         before_s -= compute_s
         if not load_s:
             # Loads of chunks behind this hole can wait; only those before it are due when compute gets here.
-            for source in range(sources):
-                spare_s[source] = min(spare_s[source], before_s)
+            due_s = before_s + saved_s
+            spare_s = [due_s if spare > due_s else spare for spare in spare_s]
             continue
-        best, best_spare = -1, 0.0
+        best, most = -1, saved_s
         for source, seconds in load_s.items():
             left = spare_s[source] - seconds
-            if left > best_spare:
-                best, best_spare = source, left
-        if best < 0:
-            continue
-        chosen[chunk] = best
-        for source in range(sources):
-            spare_s[source] -= compute_s
-        spare_s[best] -= load_s[best]
+            if left > most:
+                best, most = source, left
+        if best >= 0:
+            chosen[chunk] = best
+            spare_s[best] = most
+            saved_s += compute_s
     return chosen

@@ -160,7 +160,8 @@ class Restore:
         self._plan: dict[int, int] = {}
         self._queues: list[list[int]] = [[] for _ in self.sources]
         """Planned chunks per source, the one due first at the end."""
-        self._loads_until_plan = 0
+        self._changes = self.chunks
+        """Chunks that changed hands since the plan was made."""
         self._unwindowed: set[int] = set()
         """Chunks that were loaded without the part of the windowed layers."""
         self._want_window: set[int] = set()
@@ -224,9 +225,11 @@ class Restore:
         if self._front == self.chunks:
             return None
         self._give_up_late_loads(now)
-        self._replan(now)
         first = self._front
         count = self._computable(first)
+        if self._stale() or count < 2 * self._max_span_chunks:
+            self._replan(now)
+            count = self._computable(first)
         if count == 0:
             return Wait(self._next_look(now))
         if not self._window_covered(first):
@@ -255,14 +258,15 @@ class Restore:
             assert self.state[chunk] is State.COMPUTING
             self.state[chunk] = State.COMPUTED
         self.compute.observe(span.start, span.tokens, now - began)
-        self._loads_until_plan = 0
+        self._changes += span.tokens // self.chunk_tokens + 1
         self._record.span(span.start, span.tokens, began, now)
         self._record.frontier(now, span.start + span.tokens, self.start_of(self._back))
 
     def _computable(self, first: int) -> int:
-        """How many chunks from `first` on compute should take, if any."""
+        """How many chunks from `first` on compute should take, as far as that matters for the next span."""
         end = first
-        while end < self.chunks and end not in self._plan and self.state[end] <= State.LOADING:
+        limit = min(self.chunks, first + 2 * self._max_span_chunks)
+        while end < limit and end not in self._plan and self.state[end] <= State.LOADING:
             end += 1
         if end == first:
             starved = self.mode == "both" and not self._record.report.spans and self.state[first] is State.STORED
@@ -293,10 +297,12 @@ class Restore:
         """What `source` should load next, or None if there is nothing worth loading now (ask after the next event)."""
         if self.mode == "compute" or self._outstanding[source] >= self.sources[source].depth:
             return None
-        self._loads_until_plan -= 1
-        if self._loads_until_plan < 0:
+        if self._stale():
             self._replan(now)
         chunk = self._due(source)
+        if chunk is None and self._changes:
+            self._replan(now)
+            chunk = self._due(source)
         if chunk is None:
             return None
         windowed = self._needs_window(chunk)
@@ -306,6 +312,7 @@ class Restore:
         self._inflight[chunk] = load
         self._outstanding[source] += 1
         self._requested_any = True
+        self._changes += 1
         return load
 
     def _due(self, source: int) -> int | None:
@@ -373,7 +380,7 @@ class Restore:
             self._stuck[load.source] -= 1
         cost = self.sources[load.source].cost
         if not cost.known:
-            self._loads_until_plan = 0
+            self._changes = self.chunks
         cost.observe(size, load.began, now)
 
     def _note(self, load: Load, size: int, now: float, outcome: str) -> None:
@@ -388,7 +395,7 @@ class Restore:
         self._holders[chunk] = tuple(source for source in self._holders[chunk] if source != load.source)
         self.state[chunk] = State.STORED if self._holders[chunk] else State.MISSING
         self._record.lost(load.start, reason)
-        self._loads_until_plan = 0
+        self._changes = self.chunks
 
     def _give_up_late_loads(self, now: float) -> None:
         for load in list(self._inflight.values()):
@@ -411,9 +418,13 @@ class Restore:
 
     # --------------------------------------------------------------------- plan
 
+    def _stale(self) -> bool:
+        """Whether to plan again. Far from the end that is worth doing only after so many changes."""
+        return self._changes * 8 > len(self._uncovered)
+
     def _replan(self, now: float) -> None:
-        """Decide again which chunks to load. Far from the end that is worth doing only every so many loads."""
-        self._loads_until_plan = len(self._uncovered) // 16
+        """Decide again which chunks to load."""
+        self._changes = 0
         if self.mode == "compute":
             return
         candidates = self._candidates(now)
@@ -473,7 +484,7 @@ class Restore:
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
         by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
         remaining = self._inflight_seconds(now)
-        candidates = []
+        candidates: list[Candidate] = []
         for chunk in self._uncovered:
             if chunk in remaining:
                 load_s = {self._inflight[chunk].source: remaining[chunk]}
@@ -482,7 +493,7 @@ class Restore:
                 if held not in by_holders:
                     by_holders[held] = {source: pending_s[source] for source in held if not self._stalled(source)}
                 load_s = by_holders[held]
-            candidates.append(Candidate(chunk, fixed + slope * chunk, load_s))
+            candidates.append((chunk, fixed + slope * chunk, load_s))
         return candidates
 
     def _stalled(self, source: int) -> bool:

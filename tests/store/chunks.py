@@ -1,0 +1,31 @@
+"""Chunks to fill stores with."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from cakekv.chunk import ChunkShape, seal
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store
+
+SHAPE = ChunkShape(16, (9000, 3000))
+SIZE = SHAPE.total_bytes
+
+
+def key_of(number: int) -> ChunkKey:
+    return ChunkKey(hashlib.sha256(str(number).encode()).digest())
+
+
+def chunk_of(number: int, shape: ChunkShape = SHAPE) -> memoryview:
+    """A sealed chunk, different for every number."""
+    data = memoryview(bytearray(random.Random(number).randbytes(shape.total_bytes)))
+    seal(shape, data, key_of(number), 0)
+    return data
+
+
+def read(store: Store, key: ChunkKey) -> bytes:
+    with store.open(key) as reader:
+        buffer = memoryview(bytearray(reader.size))
+        assert reader.read_into(buffer, 0) == reader.size
+        return bytes(buffer)

@@ -1,0 +1,227 @@
+"""What every tier must do. A new tier is one line in `TIERS`."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cakekv.errors import BadInput, MissingChunk
+from cakekv.store.base import StoreStats
+from cakekv.store.disk import DiskStore
+from cakekv.store.memory import MemoryStore
+from cakekv.store.throttled import ThrottledStore
+
+from .chunks import SIZE, chunk_of, key_of, read
+
+TIERS = {
+    "memory": lambda folder, capacity: MemoryStore(capacity),
+    "disk": lambda folder, capacity: DiskStore(folder / "store", capacity),
+    "throttled memory": lambda folder, capacity: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6),
+    "throttled disk": lambda folder, capacity: ThrottledStore(DiskStore(folder / "store", capacity), 1e12),
+}
+
+
+@pytest.fixture(params=TIERS)
+def open_tier(request, tmp_path):
+    def opened(capacity=None, name="tier"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        store = TIERS[request.param](folder, capacity)
+        request.addfinalizer(store.close)
+        return store
+
+    return opened
+
+
+@pytest.fixture
+def store(open_tier):
+    return open_tier()
+
+
+def test_a_new_store_is_empty(store):
+    assert store.lookup([key_of(0)]) == [None]
+    assert list(store) == []
+    assert store.stats() == StoreStats(0, 0, None)
+    assert store.identities() == {}
+    with pytest.raises(MissingChunk):
+        store.open(key_of(0))
+
+
+def test_what_is_written_is_read(store):
+    for number in range(3):
+        assert store.write(key_of(number), chunk_of(number))
+    assert store.lookup([key_of(2), key_of(9), key_of(0)]) == [SIZE, None, SIZE]
+    assert store.lookup([]) == []
+    for number in range(3):
+        assert read(store, key_of(number)) == chunk_of(number)
+    assert store.stats() == StoreStats(3, 3 * SIZE, None)
+    assert {chunk.key: chunk.size for chunk in store} == {key_of(number): SIZE for number in range(3)}
+
+
+def test_parts_of_a_chunk_can_be_read(store):
+    store.write(key_of(0), chunk_of(0))
+    with store.open(key_of(0)) as reader:
+        assert reader.size == SIZE
+        assert reader.slice_bytes >= 4096
+        for offset, length in [(4096, 100), (0, 10), (SIZE - 5, 5)]:
+            buffer = memoryview(bytearray(length))
+            assert reader.read_into(buffer, offset) == length
+            assert buffer == chunk_of(0)[offset : offset + length]
+
+
+def test_a_read_past_the_end_says_so(store):
+    store.write(key_of(0), chunk_of(0))
+    with store.open(key_of(0)) as reader:
+        buffer = memoryview(bytearray(b"\xee" * 10))
+        assert reader.read_into(buffer, SIZE - 4) == 4
+        assert bytes(buffer) == bytes(chunk_of(0)[-4:]) + b"\xee" * 6
+        assert reader.read_into(buffer, SIZE) == 0
+        assert reader.read_into(buffer, SIZE + 100) == 0
+
+
+def test_a_reader_may_be_closed_twice(store):
+    store.write(key_of(0), chunk_of(0))
+    reader = store.open(key_of(0))
+    reader.close()
+    reader.close()
+
+
+def test_the_writers_buffer_may_be_used_again(store):
+    data = chunk_of(0)
+    store.write(key_of(0), data)
+    data[:] = bytes(len(data))
+    assert read(store, key_of(0)) == chunk_of(0)
+
+
+def test_writing_again_replaces(store):
+    store.write(key_of(0), chunk_of(0))
+    assert store.write(key_of(0), chunk_of(1)[:5000])
+    assert read(store, key_of(0)) == chunk_of(1)[:5000]
+    assert store.stats() == StoreStats(1, 5000, None)
+
+
+def test_an_open_chunk_outlives_its_deletion(store):
+    store.write(key_of(0), chunk_of(0))
+    with store.open(key_of(0)) as reader:
+        assert store.delete([key_of(0)]) == 1
+        buffer = memoryview(bytearray(SIZE))
+        assert reader.read_into(buffer, 0) == SIZE
+        assert buffer == chunk_of(0)
+
+
+def test_deleting(store):
+    for number in range(3):
+        store.write(key_of(number), chunk_of(number))
+    assert store.delete([key_of(0), key_of(7), key_of(2), key_of(2)]) == 2
+    assert [chunk.key for chunk in store] == [key_of(1)]
+    assert store.stats() == StoreStats(1, SIZE, None)
+    with pytest.raises(MissingChunk):
+        store.open(key_of(0))
+
+
+def test_the_least_recently_used_goes_first(open_tier):
+    store = open_tier(3 * SIZE)
+    for number in range(3):
+        store.write(key_of(number), chunk_of(number))
+    store.open(key_of(0)).close()
+    for number in (3, 4):
+        assert store.write(key_of(number), chunk_of(number))
+    assert {chunk.key for chunk in store} == {key_of(0), key_of(3), key_of(4)}
+    store.write(key_of(0), chunk_of(0))
+    store.write(key_of(5), chunk_of(5))
+    assert {chunk.key for chunk in store} == {key_of(4), key_of(0), key_of(5)}
+    assert store.stats() == StoreStats(3, 3 * SIZE, 3 * SIZE)
+
+
+def test_looking_up_is_not_using(open_tier):
+    store = open_tier(2 * SIZE)
+    for number in range(2):
+        store.write(key_of(number), chunk_of(number))
+    store.lookup([key_of(0)])
+    store.write(key_of(2), chunk_of(2))
+    assert store.lookup([key_of(0), key_of(1)]) == [None, SIZE]
+
+
+def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier):
+    store = open_tier(SIZE)
+    assert store.write(key_of(0), chunk_of(0))
+    assert not store.write(key_of(1), memoryview(bytes(SIZE + 1)))
+    assert read(store, key_of(0)) == chunk_of(0)
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_capacity_must_hold_something(open_tier, capacity):
+    with pytest.raises(BadInput, match="capacity"):
+        open_tier(capacity)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["write", "open", "delete"]), st.integers(0, 6), st.integers(1, 5000)), max_size=30
+    ),
+)
+def test_any_history_gives_what_the_model_gives(open_tier, history):
+    """Against the simplest possible store: a dictionary in order of use."""
+    store = open_tier(10_000, secrets.token_hex(8))
+    model = {}
+    for action, number, size in history:
+        key = key_of(number)
+        if action == "write":
+            data = chunk_of(number + size)[:size]
+            assert store.write(key, data)
+            others = {other: held for other, held in model.items() if other != key}
+            # A tier may, but need not, make room for the new chunk beside the one it replaces.
+            kept = {other: held for other, held in others.items() if store.lookup([other])[0] is not None}
+            assert list(kept) == list(others)[len(others) - len(kept) :], "evicted out of order"
+            if sum(map(len, model.values())) + size <= 10_000:
+                assert kept == others, "evicted without need"
+            model = kept | {key: bytes(data)}
+        elif action == "open" and key in model:
+            assert read(store, key) == model[key]
+            model[key] = model.pop(key)
+        elif action == "delete":
+            assert store.delete([key]) == (model.pop(key, None) is not None)
+        assert {chunk.key: chunk.size for chunk in store} == {key: len(data) for key, data in model.items()}
+        assert store.stats() == StoreStats(len(model), sum(map(len, model.values())), 10_000)
+        assert store.stats().bytes <= 10_000
+
+
+def test_many_threads_share_a_store(open_tier):
+    store = open_tier(6 * SIZE)
+    start = threading.Barrier(4)
+
+    def work(seed):
+        choose = random.Random(seed)
+        start.wait()
+        for _ in range(30):
+            number = choose.randrange(12)
+            if choose.random() < 0.5:
+                store.write(key_of(number), chunk_of(number))
+            elif choose.random() < 0.2:
+                store.delete([key_of(number)])
+            else:
+                with suppress(MissingChunk):
+                    assert read(store, key_of(number)) == chunk_of(number)
+            assert store.stats().bytes <= 6 * SIZE
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    chunks = list(store)
+    assert store.stats() == StoreStats(len(chunks), sum(chunk.size for chunk in chunks), 6 * SIZE)
+
+
+def test_identities_are_remembered(store):
+    roots = [key_of(number).hex() for number in range(2)]
+    store.remember_identity(roots[0], {"weights": "é", "dtype": "float32"})
+    store.remember_identity(roots[1], {"weights": "other"})
+    store.remember_identity(roots[0], {"weights": "é", "dtype": "float32"})
+    assert store.identities() == {roots[0]: {"weights": "é", "dtype": "float32"}, roots[1]: {"weights": "other"}}
+    assert list(store) == []

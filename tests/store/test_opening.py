@@ -1,0 +1,74 @@
+"""Stores by URL, and what the messages say when there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from cakekv.errors import BadInput, StoreError
+from cakekv.store.disk import DiskStore
+from cakekv.store.memory import MemoryStore
+from cakekv.store.opening import open_store
+from cakekv.store.throttled import ThrottledStore
+
+
+def test_memory():
+    store = open_store("memory://?capacity=2GB")
+    assert isinstance(store, MemoryStore)
+    assert store.capacity == 2 * 10**9
+    assert open_store("memory://").stats().capacity is None
+
+
+def test_file(tmp_path):
+    store = open_store(f"file://{tmp_path}/a%20b?capacity=10MiB")
+    assert isinstance(store, DiskStore)
+    assert store.path == tmp_path / "a b"
+    assert store.capacity == 10 * 2**20
+
+
+def test_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_store("here").path == tmp_path / "here"
+    assert open_store("~/there?capacity=1MB").path == tmp_path / "home" / "there"
+    assert open_store(str(tmp_path / "100%25")).path == tmp_path / "100%25"
+
+
+def test_a_link():
+    store = open_store("memory://?bandwidth=50MB/s&latency=2ms&capacity=1GB")
+    assert isinstance(store, ThrottledStore)
+    assert (store.bandwidth, store.latency_s) == (50e6, 0.002)
+    assert store.stats().capacity == 10**9
+    assert open_store("memory://?latency=1s").bandwidth == float("inf")
+    assert isinstance(open_store("memory://?bandwidth=unlimited"), MemoryStore)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "neither a path nor"),
+        ("?capacity=1GB", "neither a path nor"),
+        ("memory:", "neither a path nor"),
+        ("file:/x", "neither a path nor"),
+        ("s3://bucket", "unknown kind of store 's3'.*there are file, memory"),
+        ("memory://host", "has no place"),
+        ("file://relative/path", "not absolute"),
+        ("file://", "not absolute"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, latency"),
+        ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
+        ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
+        ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
+        ("memory://?bandwidth=fast", "option 'bandwidth'.*such as \"50MB/s\""),
+        ("memory://?latency=long", "option 'latency'.*such as \"2ms\""),
+    ],
+)
+def test_bad_urls_are_told_what_is_wrong(url, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        open_store(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_opened(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="give another path"):
+        open_store(str(tmp_path / "file"))
