@@ -82,11 +82,8 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from cakekv.demo.quiet import quiet_transformers
-
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(target)
