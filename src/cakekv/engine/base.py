@@ -20,8 +20,11 @@ class Engine(ABC, Generic[Cache, Logits]):
     max_context: int
     """Tokens the model's positions reach."""
     vocabulary_size: int
-    stop_tokens: frozenset[int]
-    """Tokens that end an answer."""
+
+    @property
+    @abstractmethod
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
 
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:

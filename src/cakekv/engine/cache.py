@@ -30,7 +30,9 @@ class LayerShape(NamedTuple):
     @property
     def layout(self) -> LayerLayout:
         """The same without torch's types."""
-        planes = tuple(PlaneLayout(plane.heads, plane.width, plane.dtype.itemsize) for plane in (self.keys, self.values))
+        planes = tuple(
+            PlaneLayout(plane.heads, plane.width, plane.dtype.itemsize) for plane in (self.keys, self.values)
+        )
         return LayerLayout(planes, self.window)
 
 

@@ -18,9 +18,27 @@ from cakekv.layout import KVLayout
 # Everything in a configuration counts unless it is known not to change keys and values. The dtype has a field of its
 # own in `Identity`; class names differ between a model just built and the same model saved and loaded.
 _IRRELEVANT = frozenset(
-    "_name_or_path name_or_path transformers_version architectures auto_map dtype torch_dtype use_cache "
-    "output_attentions output_hidden_states return_dict id2label label2id problem_type tokenizer_class "
-    "bos_token_id eos_token_id pad_token_id initializer_range".split()
+    [
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "tokenizer_class",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+    ]
 )
 
 

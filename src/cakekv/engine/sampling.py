@@ -38,12 +38,7 @@ def choose_token(
     """
     if logits.ndim != 1 or not logits.numel():
         raise BadInput(f"logits must have shape (vocabulary,), not {tuple(logits.shape)}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise BadInput(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BadInput(f"top_p must be above 0 and at most 1, not {top_p}")
+    check_sampling(temperature, top_k, top_p)
     if bool(logits.isnan().any()):
         raise BadInput("the logits hold a NaN: the model's weights or its KV cache are damaged")
     if temperature == 0:
@@ -56,3 +51,13 @@ def choose_token(
         before = probabilities.cumsum(dim=0) - probabilities
         probabilities = probabilities[before < top_p]
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise `BadInput` if a setting of `choose_token` is out of range."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise BadInput(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise BadInput(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise BadInput(f"top_p must be above 0 and at most 1, not {top_p}")

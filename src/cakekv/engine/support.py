@@ -36,7 +36,7 @@ def check_config(config: Any) -> None:
     layer_windows(config)
 
 
-def layer_windows(config: Any) -> list[int | None | type[DummyLayer]]:
+def layer_windows(config: Any) -> list[int | type[DummyLayer] | None]:
     """Each layer's window (None: it sees everything), or `DummyLayer` for a layer that keeps nothing of its own.
 
     Raises
@@ -48,7 +48,7 @@ def layer_windows(config: Any) -> list[int | None | type[DummyLayer]]:
         layers = DynamicCache(config=config).layers
     except (KeyError, AttributeError, TypeError) as error:
         raise _refusal(config, f"transformers cannot tell what its layers keep ({error!r})") from error
-    windows: list[int | None | type[DummyLayer]] = []
+    windows: list[int | type[DummyLayer] | None] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             raise _refusal(

@@ -114,7 +114,9 @@ def _pairs(
     pairs = [(layer, segment) for layer, segment in zip(cache.stored, segments, strict=True) if segment is not None]
     for layer, segment in pairs:
         if segment.nbytes != layer.token_bytes * tokens:
-            raise BadInput(f"a segment of {segment.nbytes} bytes, where {tokens} tokens have {layer.token_bytes * tokens}")
+            raise BadInput(
+                f"a segment of {segment.nbytes} bytes, where {tokens} tokens have {layer.token_bytes * tokens}"
+            )
     return iter(pairs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -11,11 +11,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.engine.base import Engine
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
+from cakekv.engine.sampling import check_sampling, choose_token
 from cakekv.engine.support import accepts, check_config, probe
 from cakekv.engine.transfer import transfer_for
 from cakekv.errors import BadInput, UnsupportedModel
@@ -168,7 +169,9 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def compute(self, cache: TwoEndedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
         """As `Engine.compute`; the logits are float32 and on the CPU, so that the work is done when it returns."""
         if not len(token_ids) or start < 0 or start + len(token_ids) > cache.capacity:
-            raise BadInput(f"a span of {len(token_ids)} tokens at {start} does not fit a cache of {cache.capacity} tokens")
+            raise BadInput(
+                f"a span of {len(token_ids)} tokens at {start} does not fit a cache of {cache.capacity} tokens"
+            )
         cache.set_length(start)
         with torch.inference_mode():
             tokens = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
@@ -190,6 +193,24 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.staging`."""
         return self._transfer.staging(size)
 
+    def sampler(
+        self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+    ) -> Callable[[torch.Tensor], int]:
+        """As `Engine.sampler`."""
+        check_sampling(temperature, top_k, top_p)
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens that the model's generation settings end an answer with."""
+        stop = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset([stop] if isinstance(stop, int) else stop or [])
+
 
 def context_length(config: Any) -> int:
     """Tokens that a model can have in its context; `sys.maxsize` if its positions have no end (ALiBi).
@@ -207,3 +228,18 @@ def context_length(config: Any) -> int:
         if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
             length = min(length, int(parameters["original_max_position_embeddings"]))
     return length
+
+
+def load_tokenizer(name_or_folder: str | Path) -> Any:
+    """The tokenizer in a model's folder, or of a model on the Hugging Face hub.
+
+    Raises
+    ------
+    BadInput
+        There is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"cannot load the tokenizer of {str(name_or_folder)!r}: {reason}") from error

@@ -271,7 +271,8 @@ class Restore:
         if end == first:
             starved = self.mode == "both" and not self._record.report.spans and self.state[first] is State.STORED
             return int(starved)
-        if not self.compute.known or any(not source.cost.known for source in self.sources):
+        unsure = self._plan and any(not source.cost.known for source in self.sources)
+        if unsure or not self.compute.known:
             return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens))
         return end - first
 
