@@ -1,0 +1,110 @@
+"""The clairvoyant bound: how soon both arms could be done if they met at the best point, with no granularity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cakekv.restore.report import LoadRecord, SpanRecord
+
+
+class Curve(NamedTuple):
+    """A time that grows, or shrinks, with the position: straight lines between measured points."""
+
+    positions: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+
+    def at(self, position: float) -> float:
+        """Seconds at a position; beyond the ends, those of the ends."""
+        return float(np.interp(position, self.positions, self.seconds))
+
+
+class Bound(NamedTuple):
+    """The least time to first token, and the meeting point (in tokens, not rounded) that gives it."""
+
+    seconds: float
+    meet_at: float
+
+
+def compute_curve(spans: Sequence[SpanRecord]) -> Curve:
+    """Seconds to compute everything below a position, from a run that computed everything.
+
+    Raises
+    ------
+    ValueError
+        The spans do not follow one another from position 0.
+    """
+    _check_contiguous("computed", spans)
+    positions = [0.0, *(float(span.start + span.tokens) for span in spans)]
+    seconds = np.cumsum([0.0, *(span.ended_s - span.began_s for span in spans)])
+    return Curve(np.array(positions), seconds)
+
+
+def load_curve(loads: Sequence[LoadRecord]) -> Curve:
+    """Seconds to load everything from a position up to the end of the prefix, from a run that loaded all of it.
+
+    Loads in flight at the same time share the tier, so a chunk's own time is the time between the arrival of the chunk
+    before it, in order of arrival, and its own.
+
+    Raises
+    ------
+    ValueError
+        The loads do not cover the prefix, each chunk once.
+    """
+    placed = sorted((load for load in loads if load.outcome == "placed"), key=lambda load: load.ended_s)
+    began_s = min((load.began_s for load in placed), default=0.0)
+    arrivals = [began_s, *(load.ended_s for load in placed)]
+    own_s = {load.start: after - before for load, before, after in zip(placed, arrivals, arrivals[1:], strict=False)}
+    by_position = sorted(placed)
+    _check_contiguous("loaded", by_position)
+    positions = [0.0, *(float(load.start + load.tokens) for load in by_position)]
+    from_start = np.cumsum([0.0, *(own_s[load.start] for load in by_position)])
+    return Curve(np.array(positions), from_start[-1] - from_start)
+
+
+def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], prefix_tokens: int) -> Bound:
+    """Least TTFT of a restore whose arms start together and run as fast as they did alone.
+
+    The minimum, over real numbers m, of the longer of computing [0, m) and loading [m, prefix), and then the suffix.
+
+    Parameters
+    ----------
+    spans : sequence of SpanRecord
+        Of a run in mode "compute", over the whole prompt.
+    loads : sequence of LoadRecord
+        Of a run in mode "load", over the whole prefix.
+    prefix_tokens : int
+        Length of the prefix.
+
+    Raises
+    ------
+    ValueError
+        The records do not cover the prefix.
+    """
+    front, rest = compute_curve(spans), load_curve(loads)
+    if rest.positions[-1] != prefix_tokens or front.positions[-1] < prefix_tokens:
+        raise ValueError(f"the runs end at {front.positions[-1]} and {rest.positions[-1]}, the prefix at {prefix_tokens}")
+    suffix_s = float(front.seconds[-1]) - front.at(prefix_tokens)
+    # The longer of a rising and a falling line is least where they cross; both are straight between breakpoints.
+    breakpoints = np.union1d(front.positions[front.positions <= prefix_tokens], rest.positions)
+    lead = np.array([front.at(m) - rest.at(m) for m in breakpoints])
+    after = int(np.argmax(lead >= 0))
+    if after == 0:
+        meet_at = float(breakpoints[0])
+    else:
+        share = -lead[after - 1] / (lead[after] - lead[after - 1])
+        meet_at = float(breakpoints[after - 1] + share * (breakpoints[after] - breakpoints[after - 1]))
+    return Bound(max(front.at(meet_at), rest.at(meet_at)) + suffix_s, meet_at)
+
+
+def _check_contiguous(what: str, records: Sequence[SpanRecord | LoadRecord]) -> None:
+    end = 0
+    for record in records:
+        if record.start != end:
+            raise ValueError(f"the {what} runs jump from position {end} to {record.start}")
+        end += record.tokens
+    if not records:
+        raise ValueError(f"nothing was {what}")

@@ -1,0 +1,175 @@
+"""Measuring the modes side by side, over prefix lengths and bandwidths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cakekv.bench.bound import clairvoyant_bound, compute_curve
+from cakekv.cake import Cake
+from cakekv.engine.base import Engine
+from cakekv.errors import BadInput, CakeError
+from cakekv.restore.planner import Mode
+from cakekv.restore.report import RestoreReport
+from cakekv.store.disk import DiskStore
+from cakekv.store.throttled import ThrottledStore
+
+ARMS: tuple[Mode, ...] = ("compute", "load", "both")
+
+
+@dataclass
+class Point:
+    """One prefix at one bandwidth.
+
+    Attributes
+    ----------
+    prefix_tokens : int
+        Length of the stored prefix.
+    bandwidth_ratio : float
+        Bandwidth over that at which loading the prefix takes as long as computing it.
+    bandwidth : float
+        Bytes per second.
+    runs : dict
+        Per mode, the report of each repeat.
+    bounds : list of float
+        The clairvoyant bound of each repeat, in seconds.
+    """
+
+    prefix_tokens: int
+    bandwidth_ratio: float
+    bandwidth: float
+    runs: dict[str, list[RestoreReport]] = field(default_factory=lambda: {mode: [] for mode in ARMS})
+    bounds: list[float] = field(default_factory=list)
+
+    def seconds(self, mode: str) -> float:
+        """Median TTFT of a mode."""
+        return median(report.ttft_s for report in self.runs[mode])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: medians, what follows from them, and every repeat."""
+        compute_s, load_s, both_s = (self.seconds(mode) for mode in ARMS)
+        bound_s = median(self.bounds)
+        both = self.runs["both"]
+        return {
+            "prefix_tokens": self.prefix_tokens,
+            "bandwidth_ratio": self.bandwidth_ratio,
+            "bandwidth_bytes_per_s": self.bandwidth,
+            "compute_s": compute_s,
+            "load_s": load_s,
+            "both_s": both_s,
+            "bound_s": bound_s,
+            "both_of_bound": bound_s / both_s,
+            "both_of_better": min(compute_s, load_s) / both_s,
+            "repeats": {
+                **{f"{mode}_s": [report.ttft_s for report in self.runs[mode]] for mode in ARMS},
+                "bound_s": self.bounds,
+                "met_at": [report.met_at for report in both],
+                "computed_tokens": [report.computed_tokens for report in both],
+                "loaded_tokens": [report.loaded_tokens for report in both],
+                "wasted_tokens": [report.wasted_tokens for report in both],
+            },
+        }
+
+
+def check_grid(engine: Engine[Any, Any], tokens: int, prefixes: Sequence[int], suffix: int, chunk_tokens: int) -> None:
+    """Refuse a grid that cannot be measured, before hours are spent on half of it.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    tokens : int
+        Length of the document.
+    prefixes : sequence of int
+        Prefix lengths, in tokens.
+    suffix : int
+        Tokens after the prefix.
+    chunk_tokens : int
+        Tokens per chunk.
+
+    Raises
+    ------
+    BadInput
+        A prefix is not a multiple of the chunk, or a prompt is longer than the document or the model's context.
+    """
+    for prefix in prefixes:
+        if prefix < chunk_tokens or prefix % chunk_tokens:
+            raise BadInput(f"a prefix of {prefix} tokens is not a multiple of the chunk's {chunk_tokens}")
+        if prefix + suffix > tokens:
+            raise BadInput(f"a prompt of {prefix} + {suffix} tokens is longer than the document, which has {tokens}")
+        if prefix + suffix > engine.max_context:
+            raise BadInput(
+                f"a prompt of {prefix} + {suffix} tokens is longer than the model's context of {engine.max_context}"
+            )
+
+
+def measure_prefix(
+    engine: Engine[Any, Any],
+    token_ids: Sequence[int],
+    prefix_tokens: int,
+    ratios: Sequence[float],
+    repeats: int,
+    folder: Path,
+    on_run: Callable[[str], None],
+    *,
+    chunk_tokens: int = 64,
+    max_span_tokens: int = 512,
+) -> list[Point]:
+    """Measure the three modes in turn, at every bandwidth, several times.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    token_ids : sequence of int
+        The prompt: prefix and suffix.
+    prefix_tokens : int
+        How much of it is stored.
+    ratios : sequence of float
+        Bandwidths, as multiples of the balanced one.
+    repeats : int
+        Runs of every mode at every bandwidth. One after another they go through the bandwidths and, within those,
+        through the modes, so that what else the machine does meets all of them.
+    folder : Path
+        For the store: a new folder on the disk that is to be measured.
+    on_run : callable
+        Told, in words, what is run next; called `runs_per_prefix` times.
+    chunk_tokens, max_span_tokens : int
+        As in `Cake`.
+
+    Raises
+    ------
+    CakeError
+        The prefix could not be stored.
+    """
+    with DiskStore(folder) as disk:
+        link = ThrottledStore(disk, math.inf)
+        with Cake(engine, None, link, chunk_tokens=chunk_tokens, max_span_tokens=max_span_tokens) as cake:
+            on_run("filling the store")
+            cake.prefill(token_ids[:prefix_tokens], mode="compute")
+            saved = cake.wait_saved()
+            if saved.saved_chunks * chunk_tokens != prefix_tokens:
+                raise CakeError(f"only {saved.saved_chunks} chunks were stored: {saved.error or 'the tier declined'}")
+            on_run("finding the balanced bandwidth")
+            alone = cake.prefill(token_ids, mode="compute", save=False).report
+            balanced = saved.saved_bytes / compute_curve(alone.spans).at(prefix_tokens)
+            points = [Point(prefix_tokens, ratio, ratio * balanced) for ratio in ratios]
+            for _ in range(repeats):
+                for point in points:
+                    link.set_bandwidth(point.bandwidth)
+                    for mode in ARMS:
+                        on_run(f"{point.bandwidth_ratio:g} × balanced bandwidth, {mode}")
+                        report = cake.prefill(token_ids, mode=mode, save=False).report
+                        point.runs[mode].append(report)
+                    spans, loads = point.runs["compute"][-1].spans, point.runs["load"][-1].loads
+                    point.bounds.append(clairvoyant_bound(spans, loads, prefix_tokens).seconds)
+    return points
+
+
+def runs_per_prefix(ratios: Sequence[float], repeats: int) -> int:
+    """How many prefills `measure_prefix` runs."""
+    return 2 + repeats * len(ratios) * len(ARMS)

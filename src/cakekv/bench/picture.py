@@ -1,0 +1,64 @@
+"""A picture of a bench: TTFT over bandwidth, one panel per prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cakekv.report.colours import BOUND, MODES
+from cakekv.report.picture import new_figure, save_figure
+
+MARKERS = {"compute": "s", "load": "^", "both": "o"}
+
+
+def bench_picture(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the points of a bench as a PNG.
+
+    Parameters
+    ----------
+    points : sequence of dict
+        As `Point.to_dict` makes them.
+    path : Path
+        The PNG.
+
+    Raises
+    ------
+    CakeError
+        It cannot be written, or matplotlib is not installed.
+    """
+    prefixes = sorted({point["prefix_tokens"] for point in points})
+    columns = min(2, len(prefixes))
+    rows = -(-len(prefixes) // columns)
+    figure, axes = new_figure(rows, columns, 4.8 * columns, 3.4 * rows + 0.5)
+    for ax, prefix in zip(axes, prefixes, strict=False):
+        _panel(ax, prefix, sorted((p for p in points if p["prefix_tokens"] == prefix), key=_ratio))
+    for ax in axes[len(prefixes) :]:
+        ax.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def _panel(ax: Any, prefix: int, points: Sequence[dict[str, Any]]) -> None:
+    ratios = [point["bandwidth_ratio"] for point in points]
+    for mode, marker in MARKERS.items():
+        medians = [point[f"{mode}_s"] for point in points]
+        spread = [point["repeats"][f"{mode}_s"] for point in points]
+        low, high = [min(runs) for runs in spread], [max(runs) for runs in spread]
+        ax.fill_between(ratios, low, high, color=MODES[mode], alpha=0.15, linewidth=0)
+        ax.plot(ratios, medians, marker=marker, markersize=5, color=MODES[mode], label=mode)
+    bounds = [point["bound_s"] for point in points]
+    ax.plot(ratios, bounds, color=BOUND, linestyle=(0, (4, 2)), linewidth=1.2, label="clairvoyant bound")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ratios, [f"{ratio:g}×" for ratio in ratios])
+    ax.minorticks_off()
+    # Below balance, load alone takes many times as long as anything else; what matters is at the bottom.
+    ax.set_ylim(0, 2 * max(point["compute_s"] for point in points))
+    ax.set_title(f"prefix of {prefix:,} tokens", loc="left", fontsize=10, fontweight="bold")
+    ax.set_xlabel("bandwidth, in multiples of the balanced one")
+    ax.set_ylabel("TTFT (s)")
+
+
+def _ratio(point: dict[str, Any]) -> float:
+    return float(point["bandwidth_ratio"])

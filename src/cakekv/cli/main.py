@@ -1,0 +1,53 @@
+"""The command cakekv."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from cakekv import __version__
+from cakekv.cli import ask, bench, demo, store
+from cakekv.cli.console import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+app.command()(ask.ask)
+app.command()(bench.bench)
+app.add_typer(store.app, name="store")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cakekv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def cakekv(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Restore a prompt's KV cache from both ends: compute the head, load the tail, meet in the middle.
+
+    Start with `cakekv demo`. Then ask about a text of yours, twice: the second time the document's KV cache is restored
+    from the store.
+
+        cakekv ask --document notes.txt --question "What is this about?"
+
+    Exit codes: 0 done, 1 failed, 2 the input was wrong, 130 interrupted.
+    """
+    # The libraries underneath draw bars and give advice of their own; ours say what there is to say.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

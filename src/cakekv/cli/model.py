@@ -1,0 +1,31 @@
+"""Getting a model ready, with something to look at meanwhile."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cakekv.cli.console import NEWS
+from cakekv.store.base import Store
+
+if TYPE_CHECKING:
+    from cakekv.cake import Cake
+
+
+def load_cake(model: str, store: Store | None, tenant: str = "") -> Cake:
+    """A `Cake` of the demo's model ("demo"), a folder, or a model name.
+
+    Raises
+    ------
+    CakeError
+        There is no such model, or it is not supported.
+    """
+    with NEWS.status("Loading the libraries …") as status:
+        from cakekv.cake import Cake
+        from cakekv.demo.model import NAME, demo_model, is_converted
+
+        if model == "demo":
+            if not is_converted():
+                status.update(f"Converting {NAME} (once, about 20 s) …")
+            model = str(demo_model())
+        status.update("Loading the model …")
+        return Cake.from_pretrained(model, store, tenant=tenant)
