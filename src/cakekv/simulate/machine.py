@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from cakekv.restore.planner import Load, Restore, Span, Wait
+from cakekv.restore.planner import Load, Span, Wait
 
 ComputeTime = Callable[[Span, float], float]
 """(span, now) to the seconds it takes."""
+
+
+class Policy(Protocol):
+    """What the clock drives: the planner, or anything that speaks its protocol (see `cakekv.restore.planner`)."""
+
+    def next_compute(self, now: float) -> Span | Wait | None:
+        """What to compute next; asked whenever compute is free."""
+
+    def computed(self, span: Span, now: float) -> None:
+        """The span is in the cache."""
+
+    def next_load(self, source: int, now: float) -> Load | None:
+        """What the tier should load next; asked after every event."""
+
+    def arrived(self, load: Load, now: float) -> bool:
+        """A load's bytes are here; whether they may be placed."""
+
+    def placed(self, load: Load, now: float) -> None:
+        """The load is in the cache; placing takes no time."""
+
+    def abandoned(self, load: Load, size: int, now: float) -> None:
+        """A cancelled load was given up after `size` bytes."""
 
 
 @dataclass
@@ -32,12 +55,12 @@ def constant(bytes_per_s: float) -> Callable[[float], tuple[float, float]]:
     return lambda now: (bytes_per_s, float("inf"))
 
 
-def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0) -> float:
+def run_restore(restore: Policy, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0) -> float:
     """Drive one restore to its end.
 
     Parameters
     ----------
-    restore : Restore
+    restore : Policy
         Fresh, begun at `now`.
     compute_time : callable
         What spans really take.
