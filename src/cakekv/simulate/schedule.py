@@ -62,8 +62,8 @@ def best_seconds(
         Seconds, a lower bound too low by `precision` at most.
     """
     chunks = -(-prompt_tokens // chunk_tokens)
-    span_tokens = max(chunk_tokens, curve.step_tokens // chunk_tokens * chunk_tokens)
-    shape = curve.shape(span_tokens)
+    span_chunks = max(1, curve.step_tokens // chunk_tokens)
+    shape = curve.shape(span_chunks * chunk_tokens)
     starts = [chunk * chunk_tokens for chunk in range(chunks)]
     ends = [*starts[1:], prompt_tokens]
     work = [shape.seconds(start, end - start) - shape.fixed for start, end in zip(starts, ends, strict=True)]
@@ -72,7 +72,7 @@ def best_seconds(
     low, high = between
     while high - low > precision * high:
         middle = (low + high) / 2
-        if _reachable(middle, work, held, shape.fixed, span_tokens // chunk_tokens, chunk_bytes, bandwidth, effort):
+        if _reachable(middle, work, held, shape.fixed, span_chunks, chunk_bytes, bandwidth, effort):
             high = middle
         else:
             low = middle

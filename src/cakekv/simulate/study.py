@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.planner import Mode, Restore, Source, Span
@@ -46,13 +47,9 @@ class Configuration:
 
     @property
     def curve(self) -> ComputeCurve:
-        """What prefill takes."""
-        return estimated_curve(self.hardware, self.share, MODELS[self.model])
-
-    @property
-    def span_tokens(self) -> int:
-        """Longest span: a step's tokens in whole chunks."""
-        return max(self.chunk_tokens, self.curve.step_tokens)
+        """What prefill takes, in steps of whole chunks."""
+        curve = estimated_curve(self.hardware, self.share, MODELS[self.model])
+        return replace(curve, step_tokens=max(1, curve.step_tokens // self.chunk_tokens) * self.chunk_tokens)
 
     @property
     def token_bytes(self) -> float:
@@ -74,6 +71,29 @@ class Outcome:
     def ratio(self) -> float:
         """Time over the clairvoyant optimum."""
         return self.time_s / self.least_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the traces: the seed and the index bring them back."""
+        configuration = self.configuration
+        return {
+            "index": configuration.index,
+            "model": configuration.model,
+            "hardware": configuration.hardware,
+            "share": configuration.share,
+            "prompt_tokens": configuration.prompt_tokens,
+            "suffix_tokens": configuration.suffix_tokens,
+            "chunk_tokens": configuration.chunk_tokens,
+            "holes": configuration.holes,
+            "gbps": [8e-9 * tier.mean for tier in configuration.tiers],
+            "fluctuates": configuration.fluctuates,
+            "warm": configuration.warm,
+            "time_s": self.time_s,
+            "optimum_s": self.least_s,
+            "compute_s": self.compute_s,
+            "load_s": self.load_s,
+            "ratio": self.ratio,
+            "against_better_arm": self.against_better_arm,
+        }
 
     @property
     def against_better_arm(self) -> float:
@@ -137,12 +157,12 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
 def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
     """A fresh restore, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
-    shape = configuration.curve.shape(configuration.span_tokens)
+    curve = configuration.curve
     sources = []
     for index, tier in enumerate(configuration.tiers):
         cost = LoadCost(DEPTH)
         if configuration.warm:
-            each_s = size * len(tier.rates) * tier.period_s / tier.done(len(tier.rates) * tier.period_s)
+            each_s = size / tier.mean
             _warm_up(cost, size, each_s)
         sources.append(Source(f"tier{index}", cost, DEPTH))
     holders = tuple(range(len(sources)))
@@ -151,10 +171,10 @@ def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
         configuration.chunk_tokens,
         [holders if held else () for held in configuration.stored],
         sources,
-        ComputeCost(shape, trusted=True) if configuration.warm else ComputeCost(),
+        ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
         chunk_bytes=size,
         mode=mode,
-        max_span_tokens=configuration.span_tokens,
+        max_span_tokens=curve.step_tokens,
     )
 
 

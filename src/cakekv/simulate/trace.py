@@ -42,6 +42,11 @@ class Trace:
             place += 1
         return min(place, len(self.rates) - 1)
 
+    @property
+    def mean(self) -> float:
+        """The mean of the rates."""
+        return sum(self.rates) / len(self.rates)
+
     def done(self, now: float) -> float:
         """What was done from 0 until `now`: the integral of the rate."""
         place = self._place(now)
