@@ -71,7 +71,9 @@ def paper(json_file: _Json = None, picture: _Picture = None) -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help='A model\'s name, or the shape of its KV cache: "layers,kv_heads,head_dim".')],
+    model: Annotated[
+        str, typer.Option(help='A model\'s name, or the shape of its KV cache: "layers,kv_heads,head_dim".')
+    ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")],
     bandwidth: Annotated[str, typer.Option(help='Of the storage, such as "7Gbps" or "1.5GB/s".')],
     compute: Annotated[str, typer.Option(help="Prefill speed in tokens per second, or A100, 2xA100, H100.")],
@@ -94,7 +96,9 @@ def plan(
     table = Table("", "", title=f"{verdict.model}, {tokens:,} tokens, of which {verdict.stored_tokens:,} stored")
     table.add_row("compute only", _seconds(verdict.compute_s))
     table.add_row("load only", _seconds(verdict.load_s))
-    table.add_row("both", f"{_seconds(verdict.both_s)} ({verdict.compute_s / verdict.both_s:.2f}x the speed of compute)")
+    table.add_row(
+        "both", f"{_seconds(verdict.both_s)} ({verdict.compute_s / verdict.both_s:.2f}x the speed of compute)"
+    )
     met = "nothing is loaded" if verdict.met_at is None else f"the arms meet at token {verdict.met_at:,}"
     table.add_row("meeting point", met)
     table.add_row("stored", format_bytes(verdict.stored_bytes))
@@ -125,7 +129,9 @@ def study(
     numbered = track(indices, "simulating", console=Console(stderr=True))
     outcomes = [studies.run(studies.draw(seed, number)) for number in numbered]
     found = targets.groups(outcomes)
-    table = Table("", "count", "median", "p99", "worst", "arm: median", "arm: worst", title="time / optimum, time / better arm")
+    table = Table(
+        "", "count", "median", "p99", "worst", "arm: median", "arm: worst", title="time / optimum, time / better arm"
+    )
     for group in found:
         figures = (group.median, group.p99, group.worst, group.arm_median, group.arm_worst)
         table.add_row(group.name, str(group.count), *(f"{figure:.3f}" for figure in figures))

@@ -5,11 +5,12 @@ few tokens it has. With many small holes that is what the time goes to: a step f
 two holes to spare a step. What remains relaxed: bytes flow at the tiers' summed bandwidth, without latency, and any
 tier can deliver any chunk.
 
-For a given end T the prompt is walked from the back. The state is how many chunks of the current step are filled (0: the
-chunk behind is loaded) and how many chunks may still be loaded before the deadlines passed so far; its value is the
-most work that the machine can still do before what was passed. Computing a chunk takes its time off that, and a step's
-fixed time when it opens one; loading one takes a chunk off the room, which is first cut to what the tiers can deliver
-until compute reaches the run of computed chunks behind it. T can be reached if any state at the front has work left.
+For a given end T the prompt is walked from the back. The state is how many chunks of the current step are filled (0:
+the chunk behind is loaded) and how many chunks may still be loaded before the deadlines passed so far; its value is
+the most work that the machine can still do before what was passed. Computing a chunk takes its time off that, and a
+step's fixed time when it opens one; loading one takes a chunk off the room, which is first cut to what the tiers can
+deliver until compute reaches the run of computed chunks behind it. T can be reached if any state at the front has work
+left.
 """
 
 from __future__ import annotations
