@@ -23,7 +23,7 @@ import numpy as np
 
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
-from cakekv.simulate.paper_tables import FIGURE_2_CHUNK_S, FIGURE_2_LAST_CHUNK, MODELS, Cell, PaperModel, cells
+from cakekv.simulate.paper_tables import FIGURE_2_CHUNK_S, FIGURE_2_LAST_CHUNK, MODELS, Cell, ModelShape, cells
 
 STEP_TOKENS = 512
 """Token budget of an engine step in the paper's tables."""
@@ -164,7 +164,7 @@ def curve(hardware: str, share: float, model: str) -> ComputeCurve:
     )
 
 
-def estimated_curve(hardware: str, share: float, model: PaperModel) -> ComputeCurve:
+def estimated_curve(hardware: str, share: float, model: ModelShape) -> ComputeCurve:
     """The curve of any model: the paper's if it has one, else that of LongAlpaca-13B scaled by the arithmetic."""
     if model.name in MODELS and compute_only_s(hardware, share, model.name):
         return curve(hardware, share, model.name)
@@ -174,7 +174,7 @@ def estimated_curve(hardware: str, share: float, model: PaperModel) -> ComputeCu
     return ComputeCurve(linear, linear * curvature, large.step_tokens, large.fixed_part)
 
 
-def _curvature(hardware: str, share: float, model: PaperModel) -> float:
+def _curvature(hardware: str, share: float, model: ModelShape) -> float:
     """Attention per position over the rest, from the nearest thing measured, in proportion to the arithmetic."""
     if hardware in FIGURE_2_CHUNK_S:
         first_s, last_s = FIGURE_2_CHUNK_S[hardware]

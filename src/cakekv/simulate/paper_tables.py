@@ -11,10 +11,17 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True)
-class PaperModel:
-    """A row of Table 1, with what its name implies about its size.
+class ModelShape:
+    """What of a model decides how much there is to store and to compute.
 
-    The paper's "kB" are KiB: 32 layers × 2 × 32 heads × 128 × 2 bytes = 512 KiB per token.
+    Parameters
+    ----------
+    name : str
+        Its name.
+    layers, kv_heads, query_heads, head_dim : int
+        Its attention.
+    parameters : float
+        Its size.
     """
 
     name: str
@@ -37,13 +44,16 @@ class PaperModel:
 MODELS = {
     model.name: model
     for model in (
-        PaperModel("LongAlpaca-7B", 32, 32, 32, 128, 6.7e9),
-        PaperModel("LongAlpaca-13B", 40, 40, 40, 128, 13.0e9),
-        PaperModel("Llama-3.1-8B", 32, 8, 32, 128, 8.0e9),
-        PaperModel("Llama-3.1-70B", 80, 8, 64, 128, 70.6e9),
+        ModelShape("LongAlpaca-7B", 32, 32, 32, 128, 6.7e9),
+        ModelShape("LongAlpaca-13B", 40, 40, 40, 128, 13.0e9),
+        ModelShape("Llama-3.1-8B", 32, 8, 32, 128, 8.0e9),
+        ModelShape("Llama-3.1-70B", 80, 8, 64, 128, 70.6e9),
     )
 }
-"""Table 1. LongAlpaca-13B has 40 heads (the table prints 32, with which its 800 kB per token would not come out)."""
+"""Table 1. Its "kB" are KiB: 32 layers × 2 × 32 heads × 128 × 2 bytes = 512 KiB per token.
+
+LongAlpaca-13B has 40 heads; the table prints 32, with which its 800 kB per token would not come out.
+"""
 
 
 class Cell(NamedTuple):

@@ -32,7 +32,13 @@ def draw_paper(path: Path, predictions: Sequence[Prediction], figures: dict[str,
     for key, name, style in (("frontiers", "ours", "-"), ("baseline_frontiers", "baseline", "--")):
         points = figures["figure_5"][key]
         times = [point["time_s"] for point in points]
-        walk.step(times, [point["front"] for point in points], "C0" + style, where="post", label=f"computed, {name}")
+        walk.step(
+            times,
+            [min(point["front"], point["back"]) for point in points],
+            "C0" + style,
+            where="post",
+            label=f"computed, {name}",
+        )
         walk.step(times, [point["back"] for point in points], "C1" + style, where="post", label=f"loaded, {name}")
     walk.set(title="Figure 5: fluctuating resources", xlabel="seconds", ylabel="position (tokens)")
     walk.legend()

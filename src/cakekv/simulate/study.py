@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.planner import Mode, Restore, Source, Span
+from cakekv.restore.planner import Restore, Source, Span
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
@@ -154,7 +154,7 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
     return tuple(stored)
 
 
-def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
+def restore_of(configuration: Configuration) -> Restore:
     """A fresh restore, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
     curve = configuration.curve
@@ -162,8 +162,7 @@ def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
     for index, tier in enumerate(configuration.tiers):
         cost = LoadCost(DEPTH)
         if configuration.warm:
-            each_s = size / tier.mean
-            _warm_up(cost, size, each_s)
+            _warm_up(cost, size, size / tier.mean)
         sources.append(Source(f"tier{index}", cost, DEPTH))
     holders = tuple(range(len(sources)))
     return Restore(
@@ -173,7 +172,6 @@ def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
         sources,
         ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
         chunk_bytes=size,
-        mode=mode,
         max_span_tokens=curve.step_tokens,
     )
 

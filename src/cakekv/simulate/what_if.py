@@ -11,19 +11,19 @@ from cakekv.restore.costs import TYPICAL, ComputeCost, LoadCost
 from cakekv.restore.planner import Mode, Restore, Source
 from cakekv.simulate.hardware import HARDWARE, SHORT_STEP, STEP_TOKENS, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
-from cakekv.simulate.paper_tables import MODELS, PaperModel
+from cakekv.simulate.paper_tables import MODELS, ModelShape
 
 KNOWN_MODELS = MODELS | {
     model.name: model
     for model in (
-        PaperModel("Llama-3.2-1B", 16, 8, 32, 64, 1.24e9),
-        PaperModel("Llama-3.2-3B", 28, 8, 24, 128, 3.21e9),
-        PaperModel("Mistral-7B", 32, 8, 32, 128, 7.25e9),
-        PaperModel("Qwen2.5-7B", 28, 4, 28, 128, 7.62e9),
-        PaperModel("Qwen2.5-32B", 64, 8, 40, 128, 32.8e9),
-        PaperModel("Qwen2.5-72B", 80, 8, 64, 128, 72.7e9),
-        PaperModel("Qwen3-8B", 36, 8, 32, 128, 8.2e9),
-        PaperModel("SmolLM2-135M", 30, 3, 9, 64, 0.135e9),
+        ModelShape("Llama-3.2-1B", 16, 8, 32, 64, 1.24e9),
+        ModelShape("Llama-3.2-3B", 28, 8, 24, 128, 3.21e9),
+        ModelShape("Mistral-7B", 32, 8, 32, 128, 7.25e9),
+        ModelShape("Qwen2.5-7B", 28, 4, 28, 128, 7.62e9),
+        ModelShape("Qwen2.5-32B", 64, 8, 40, 128, 32.8e9),
+        ModelShape("Qwen2.5-72B", 80, 8, 64, 128, 72.7e9),
+        ModelShape("Qwen3-8B", 36, 8, 32, 128, 8.2e9),
+        ModelShape("SmolLM2-135M", 30, 3, 9, 64, 0.135e9),
     )
 }
 _CHUNK_TOKENS = 64
@@ -55,7 +55,7 @@ class Verdict:
         return self.both_s <= 0.9 * self.compute_s
 
 
-def model_named(text: str) -> PaperModel:
+def model_named(text: str) -> ModelShape:
     """A model by name or by its shape, "layers,kv_heads,head_dim".
 
     Raises
@@ -69,13 +69,13 @@ def model_named(text: str) -> PaperModel:
     parts = text.split(",")
     if len(parts) == 3 and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         layers, kv_heads, head_dim = map(int, parts)
-        return PaperModel(text, layers, kv_heads, 0, head_dim, 0.0)
+        return ModelShape(text, layers, kv_heads, 0, head_dim, 0.0)
     raise BadInput(
         f"unknown model {text!r}: write layers,kv_heads,head_dim, such as 32,8,128, or one of {', '.join(KNOWN_MODELS)}"
     )
 
 
-def curve_of(compute: str, model: PaperModel, tokens: int) -> ComputeCurve:
+def curve_of(compute: str, model: ModelShape, tokens: int) -> ComputeCurve:
     """A compute curve from a machine's name or from tokens per second, averaged over a prefill of `tokens` tokens.
 
     Raises
@@ -108,12 +108,12 @@ def curve_of(compute: str, model: PaperModel, tokens: int) -> ComputeCurve:
     return ComputeCurve(linear, linear * curvature, STEP_TOKENS, SHORT_STEP)
 
 
-def what_if(model: PaperModel, tokens: int, bandwidth: str, compute: str, suffix: int = 1) -> Verdict:
+def what_if(model: ModelShape, tokens: int, bandwidth: str, compute: str, suffix: int = 1) -> Verdict:
     """Simulate the planner on a prompt whose prefix is stored.
 
     Parameters
     ----------
-    model : PaperModel
+    model : ModelShape
         The model.
     tokens : int
         Tokens of the whole prompt.
