@@ -86,7 +86,9 @@ def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], 
     """
     front, rest = compute_curve(spans), load_curve(loads)
     if rest.positions[-1] != prefix_tokens or front.positions[-1] < prefix_tokens:
-        raise ValueError(f"the runs end at {front.positions[-1]} and {rest.positions[-1]}, the prefix at {prefix_tokens}")
+        raise ValueError(
+            f"the runs end at {front.positions[-1]} and {rest.positions[-1]}, the prefix at {prefix_tokens}"
+        )
     suffix_s = float(front.seconds[-1]) - front.at(prefix_tokens)
     # The longer of a rising and a falling line is least where they cross; both are straight between breakpoints.
     breakpoints = np.union1d(front.positions[front.positions <= prefix_tokens], rest.positions)

@@ -36,7 +36,9 @@ def ask(
     document: Annotated[str, typer.Option(help="A text file, or demo for Python's language reference.")] = "demo",
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Use the document's first so many tokens only. [default: 7000 of the demo's, else all]"),
+        typer.Option(
+            min=1, help="Use the document's first so many tokens only. [default: 7000 of the demo's, else all]"
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
     store: Annotated[str, typer.Option(help="Where KV chunks are kept: a folder, or a URL.")] = DEFAULT_STORE,
