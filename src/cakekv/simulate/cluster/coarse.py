@@ -1,0 +1,189 @@
+"""How long one prompt takes, in closed form: instead of the planner's chunk by chunk decisions, where they lead.
+
+A prompt is its prefix and its suffix. RAM holds the head of the prefix, the remote tier the rest of it (both evict from
+the tail, and RAM is the smaller), of which some was loaded before compute got to the prompt:
+
+    0 ........ ram_left --- ram_tokens ........ ram_tokens + remote_left --- prefix_tokens ........ prompt_tokens
+      to cover          done           to cover                          done              suffix: compute
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cakekv.restore.costs import ComputeShape
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node: what compute costs and how fast its tiers are, in tokens per second."""
+
+    shape: ComputeShape
+    ram_rate: float
+    layers: int
+    span_tokens: int = 512
+    chunk_tokens: int = 128
+
+    def compute_s(self, start: int, tokens: float) -> float:
+        """Seconds to compute `tokens` tokens from `start` on, in spans."""
+        if tokens <= 0:
+            return 0.0
+        shape = self.shape
+        spans = math.ceil(tokens / self.span_tokens)
+        return shape.fixed * spans + tokens * (shape.linear + shape.quadratic * (start + 0.5 * tokens))
+
+    def computed_in(self, start: int, seconds: float) -> float:
+        """Tokens computed from `start` on in `seconds`, a span's fixed cost spread over the span."""
+        return self.meeting(start, math.inf, 0.0, seconds)
+
+    def meeting(self, start: int, tokens: float, rate: float, head_start_s: float = 0.0) -> float:
+        """Tokens that compute, going forward from `start`, covers before it meets the loads coming back from behind.
+
+        Parameters
+        ----------
+        start : int
+            Position where compute begins.
+        tokens : float
+            Tokens between compute and the end of the region.
+        rate : float
+            Tokens per second of the loads; 0.0 for none: then the answer is what compute does in `head_start_s`.
+        head_start_s : float
+            Seconds that compute begins before the loads do; negative if it begins after.
+        """
+        spread = self.shape.linear + self.shape.fixed / self.span_tokens + self.shape.quadratic * start
+        slope = spread + (1.0 / rate if rate else 0.0)
+        constant = (tokens / rate if rate else 0.0) + head_start_s
+        if constant <= 0:
+            return 0.0
+        root = math.sqrt(slope * slope + 2.0 * self.shape.quadratic * constant)
+        return min(tokens, 2.0 * constant / (slope + root))
+
+
+class Task(NamedTuple):
+    """What is left to do for a prompt when compute gets to it, in tokens."""
+
+    prompt_tokens: int
+    prefix_tokens: int
+    ram_tokens: int
+    """The part of the prefix that RAM holds."""
+    ram_left: float
+    remote_left: float
+
+
+class Outcome(NamedTuple):
+    """What came of it."""
+
+    seconds: float
+    """Until the first token."""
+    computed_tokens: float
+    ram_s: float
+    """Seconds for which the RAM tier was kept busy."""
+    remote_s: float
+
+
+System = Callable[[Machine, Task, float], Outcome]
+"""(machine, task, tokens per second of the remote tier) to what came of it."""
+
+
+def compute_only(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """Nothing is stored."""
+    return Outcome(machine.compute_s(0, task.prompt_tokens), task.prompt_tokens, 0.0, 0.0)
+
+
+def load_only(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """The prefix is loaded, both tiers at once; then the suffix is computed."""
+    ram_s, remote_s = task.ram_left / machine.ram_rate, task.remote_left / remote_rate
+    suffix = task.prompt_tokens - task.prefix_tokens
+    seconds = max(ram_s, remote_s) + machine.compute_s(task.prefix_tokens, suffix)
+    return Outcome(seconds, suffix, ram_s, remote_s)
+
+
+def layerwise(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """The suffix is computed layer by layer while the prefix of the layers above is still being loaded."""
+    ram_s, remote_s = task.ram_left / machine.ram_rate, task.remote_left / remote_rate
+    suffix = task.prompt_tokens - task.prefix_tokens
+    load_s, suffix_s = max(ram_s, remote_s), machine.compute_s(task.prefix_tokens, suffix)
+    seconds = max(load_s, suffix_s) + min(load_s, suffix_s) / machine.layers
+    return Outcome(seconds, suffix, ram_s, remote_s)
+
+
+def cake(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """The paper's Cake: tiers one after the other from the back, whole spans from the front, both always at work."""
+    suffix = task.prompt_tokens - task.prefix_tokens
+    suffix_s = machine.compute_s(task.prefix_tokens, suffix)
+    remote_s = task.remote_left / remote_rate
+    if task.remote_left and machine.compute_s(0, task.ram_left) < remote_s:
+        # Compute walks through the whole head before the remote tier is through with the tail.
+        head_s = machine.compute_s(0, task.ram_left)
+        left = task.remote_left - head_s * remote_rate
+        met = _whole_spans(machine, machine.meeting(task.ram_tokens, left, remote_rate), task.remote_left)
+        seconds = head_s + machine.compute_s(task.ram_tokens, met)
+        return Outcome(seconds + suffix_s, task.ram_left + met + suffix, 0.0, min(seconds, remote_s))
+    met = machine.meeting(0, task.ram_left, machine.ram_rate, remote_s * (1.0 if task.ram_left else 0.0))
+    met = _whole_spans(machine, met, task.ram_left)
+    seconds = machine.compute_s(0, met) if task.ram_left else remote_s
+    ram_s = max(0.0, (task.ram_left - met) / machine.ram_rate)
+    return Outcome(seconds + suffix_s, met + suffix, ram_s, remote_s)
+
+
+def _whole_spans(machine: Machine, tokens: float, most: float) -> float:
+    return min(most, max(1, math.ceil(tokens / machine.span_tokens)) * machine.span_tokens)
+
+
+def ours(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """The planner of `cakekv.restore`: all tiers at once, and the arms land together or the slower one rests."""
+    suffix = task.prompt_tokens - task.prefix_tokens
+    head, head_s = _landing(machine, 0, task.ram_left, machine.ram_rate)
+    left = max(0.0, task.remote_left - head_s * remote_rate)
+    tail, tail_s = _landing(machine, task.ram_tokens, left, remote_rate)
+    seconds = head_s + tail_s + machine.compute_s(task.prefix_tokens, suffix)
+    ram_s = (task.ram_left - head) / machine.ram_rate
+    remote_s = (task.remote_left - tail) / remote_rate
+    return Outcome(seconds, head + tail + suffix, ram_s, remote_s)
+
+
+def ours_layered(machine: Machine, task: Task, remote_rate: float) -> Outcome:
+    """As `ours`, and what is left of the remote part arrives layer by layer under the suffix's compute."""
+    plain = ours(machine, task, remote_rate)
+    if not task.remote_left:
+        return plain
+    suffix = task.prompt_tokens - task.prefix_tokens
+    suffix_s = machine.compute_s(task.prefix_tokens, suffix)
+    hidden_s = suffix_s * (1.0 - 1.0 / machine.layers)
+    head, head_s = _landing(machine, 0, task.ram_left, machine.ram_rate)
+    left = max(0.0, task.remote_left - head_s * remote_rate)
+    met = machine.meeting(task.ram_tokens, left, remote_rate, -hidden_s)
+    tail = min(left, round(met / machine.chunk_tokens) * machine.chunk_tokens)
+    front_s, load_s = machine.compute_s(task.ram_tokens, tail), (left - tail) / remote_rate
+    pipeline_s = max(front_s + suffix_s, load_s + suffix_s / machine.layers, front_s + load_s / machine.layers)
+    if head_s + pipeline_s >= plain.seconds:
+        return plain
+    ram_s = (task.ram_left - head) / machine.ram_rate
+    remote_s = (task.remote_left - tail) / remote_rate
+    return Outcome(head_s + pipeline_s, head + tail + suffix, ram_s, remote_s)
+
+
+def _landing(machine: Machine, start: int, tokens: float, rate: float) -> tuple[float, float]:
+    """Tokens to compute of a region, in chunks, so that it is covered soonest; and the seconds until it is."""
+    if tokens <= 0:
+        return 0.0, 0.0
+    met = machine.meeting(start, tokens, rate)
+    below = met // machine.chunk_tokens * machine.chunk_tokens
+    choices = {0.0, below, min(tokens, below + machine.chunk_tokens)}
+    seconds, computed = min(
+        (max(machine.compute_s(start, choice), (tokens - choice) / rate), choice) for choice in choices
+    )
+    return computed, seconds
+
+
+SYSTEMS: dict[str, System] = {
+    "compute": compute_only,
+    "load": load_only,
+    "layerwise": layerwise,
+    "cake": cake,
+    "ours": ours,
+    "ours-layered": ours_layered,
+}
