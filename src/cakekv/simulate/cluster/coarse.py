@@ -146,37 +146,44 @@ def ours(machine: Machine, task: Task, remote_rate: float) -> Outcome:
 
 
 def ours_layered(machine: Machine, task: Task, remote_rate: float) -> Outcome:
-    """As `ours`, and what is left of the remote part arrives layer by layer under the suffix's compute."""
-    plain = ours(machine, task, remote_rate)
-    if not task.remote_left:
-        return plain
+    """As `ours` with a layered finish, where it pays: the end of the prefix arrives under the suffix's compute."""
     suffix = task.prompt_tokens - task.prefix_tokens
     suffix_s = machine.compute_s(task.prefix_tokens, suffix)
-    hidden_s = suffix_s * (1.0 - 1.0 / machine.layers)
-    head, head_s = _landing(machine, 0, task.ram_left, machine.ram_rate)
-    left = max(0.0, task.remote_left - head_s * remote_rate)
-    met = machine.meeting(task.ram_tokens, left, remote_rate, -hidden_s)
-    tail = min(left, round(met / machine.chunk_tokens) * machine.chunk_tokens)
-    front_s, load_s = machine.compute_s(task.ram_tokens, tail), (left - tail) / remote_rate
-    pipeline_s = max(front_s + suffix_s, load_s + suffix_s / machine.layers, front_s + load_s / machine.layers)
-    if head_s + pipeline_s >= plain.seconds:
-        return plain
-    ram_s = (task.ram_left - head) / machine.ram_rate
-    remote_s = (task.remote_left - tail) / remote_rate
-    return Outcome(head_s + pipeline_s, head + tail + suffix, ram_s, remote_s)
+    if task.remote_left:
+        head, head_s = _landing(machine, 0, task.ram_left, machine.ram_rate)
+        start, rate, left = task.ram_tokens, remote_rate, max(0.0, task.remote_left - head_s * remote_rate)
+    else:
+        head, head_s = 0.0, 0.0
+        start, rate, left = 0, machine.ram_rate, task.ram_left
+    outcomes = [ours(machine, task, remote_rate), layerwise(machine, task, remote_rate)]
+    for met in _chunks_around(
+        machine, machine.meeting(start, left, rate, -suffix_s * (1.0 - 1.0 / machine.layers)), left
+    ):
+        front_s, load_s = machine.compute_s(start, met), (left - met) / rate
+        # The suffix's layers wait for compute, and each for its own part of the loads: of those the first or the last.
+        first_s, last_s = load_s / machine.layers + suffix_s, load_s + suffix_s / machine.layers
+        seconds = head_s + max(front_s + suffix_s, first_s, last_s)
+        ram_met, remote_met = (head, met) if task.remote_left else (met, 0.0)
+        ram_s, remote_s = (task.ram_left - ram_met) / machine.ram_rate, (task.remote_left - remote_met) / remote_rate
+        outcomes.append(Outcome(seconds, head + met + suffix, ram_s, remote_s))
+    return min(outcomes)
 
 
 def _landing(machine: Machine, start: int, tokens: float, rate: float) -> tuple[float, float]:
     """Tokens to compute of a region, in chunks, so that it is covered soonest; and the seconds until it is."""
     if tokens <= 0:
         return 0.0, 0.0
-    met = machine.meeting(start, tokens, rate)
-    below = met // machine.chunk_tokens * machine.chunk_tokens
-    choices = {0.0, below, min(tokens, below + machine.chunk_tokens)}
+    choices = _chunks_around(machine, machine.meeting(start, tokens, rate), tokens)
     seconds, computed = min(
         (max(machine.compute_s(start, choice), (tokens - choice) / rate), choice) for choice in choices
     )
     return computed, seconds
+
+
+def _chunks_around(machine: Machine, met: float, most: float) -> set[float]:
+    """Meeting points to choose from: the chunk's borders around the ideal one, or no compute at all."""
+    below = met // machine.chunk_tokens * machine.chunk_tokens
+    return {0.0, below, min(most, below + machine.chunk_tokens)}
 
 
 SYSTEMS: dict[str, System] = {
