@@ -156,11 +156,12 @@ def ours_layered(machine: Machine, task: Task, remote_rate: float) -> Outcome:
         head, head_s = 0.0, 0.0
         start, rate, left = 0, machine.ram_rate, task.ram_left
     outcomes = [ours(machine, task, remote_rate), layerwise(machine, task, remote_rate)]
-    for met in _chunks_around(
-        machine, machine.meeting(start, left, rate, -suffix_s * (1.0 - 1.0 / machine.layers)), left
-    ):
+    # Compute stops where the suffix's last layer, or if that is later its first, comes just when its loads have.
+    hidden_s = suffix_s * (1.0 - 1.0 / machine.layers)
+    met_last = machine.meeting(start, left, rate, -hidden_s)
+    met_first = machine.meeting(start, left, rate * machine.layers)
+    for met in _chunks_around(machine, max(met_first, met_last), left):
         front_s, load_s = machine.compute_s(start, met), (left - met) / rate
-        # The suffix's layers wait for compute, and each for its own part of the loads: of those the first or the last.
         first_s, last_s = load_s / machine.layers + suffix_s, load_s + suffix_s / machine.layers
         seconds = head_s + max(front_s + suffix_s, first_s, last_s)
         ram_met, remote_met = (head, met) if task.remote_left else (met, 0.0)
