@@ -68,6 +68,15 @@ def test_waiting_prompts_load_ahead() -> None:
     assert ours.ttft_s[2] == pytest.approx(1.5 + 0.292 + 0.1)
 
 
+def test_a_waiting_prompt_loads_after_the_running_one() -> None:
+    first, second = list(range(8)), list(range(100, 108))
+    stored = [Request(0.0, 4096, first), Request(10.0, 4096, second)]
+    run = serve(cluster(remote=20), [*stored, Request(20.0, 5096, first), Request(20.0, 4196, second)], "layerwise")
+    # The remote tier is busy for the first until 24.096; that ends at 24.096 + 0.1. So 100 of 4,096 are loaded ahead.
+    assert run.ttft_s[2] == pytest.approx(4.196)
+    assert run.ttft_s[3] == pytest.approx(4.196 + 3.996 + 0.1 / 10)
+
+
 def test_load_only_computes_a_ready_prompt_while_another_loads() -> None:
     stored = Request(0.0, 4096, list(range(8)))
     first, slow, ready = Request(10.0, 100, []), Request(10.05, 4196, list(range(8))), Request(10.06, 100, [])
@@ -83,6 +92,16 @@ def test_a_shared_limit_slows_the_nodes_that_read_together() -> None:
     assert alone.ttft_s[1:] == pytest.approx([4.196, 4.196])
     assert limited.ttft_s[1] == pytest.approx(4.196)
     assert limited.ttft_s[2] == pytest.approx(8.192 + 0.1)  # two read, so half of 1,000 tokens per second
+
+
+def test_a_node_whose_queue_reads_counts_for_the_shared_limit() -> None:
+    blocks = list(range(8))
+    computing = [Request(10.0, 1000, []), Request(10.0, 1500, [])]
+    waiting = [Request(10.1, 4196, blocks), Request(10.1, 4196, blocks)]
+    run = serve(cluster(2, remote=20, limit=1000.0), [Request(0.0, 4096, blocks), *computing, *waiting], "load")
+    # Each node takes one of them. At 11.0 the first goes on with 4,096 - 900 tokens while the other node reads for the
+    # second, so at 500 a second: 6.392 s and 0.1 s of suffix. The second, at 11.5: 4,096 - 1,400, likewise.
+    assert run.ttft_s[3:] == pytest.approx([0.9 + 6.392 + 0.1, 1.4 + 5.392 + 0.1])
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -61,6 +61,12 @@ def test_cake_uses_one_tier_at_a_time_ours_both() -> None:
     assert seconds("ours", task) == pytest.approx(0.2 + 1.9 + 1.0)
 
 
+def test_cake_meets_in_ram_when_the_remote_tier_is_done_first() -> None:
+    # Remote delivers its 1,000 by 1 s, when compute is at 1,000. Then 3,950 - 1,000 in RAM are left for 1,000 a second
+    # from the front and 10,000 from the back: met after 2,950 / 11,000 = 0.27 s at 1,268, whose span ends at 1,500.
+    assert seconds("cake", Task(5050, 4950, 3950, 3950.0, 1000.0)) == pytest.approx(1.5 + 0.1)
+
+
 def test_what_was_loaded_ahead_is_skipped() -> None:
     # 2,000 of the 4,000 were loaded while the prompt waited: 1,000 from each side.
     assert seconds("ours", Task(5000, 4000, 0, 0.0, 2000.0)) == pytest.approx(2.0)

@@ -63,9 +63,7 @@ def cluster(
     ] = None,
     speed_up: Annotated[
         float | None,
-        typer.Option(
-            help="Factor on the arrival rate; users think faster, too. Default: recomputing all would take 80% of the GPUs."
-        ),
+        typer.Option(help="Factor on the arrival rate. Default: recomputing everything would keep the GPUs 80% busy."),
     ] = None,
     ttft_target: Annotated[str, typer.Option(help="Requests with a later first token don't count as goodput.")] = "5s",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write settings and figures here.")] = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from cakekv.restore.priority import Policy
 from cakekv.simulate.cluster.coarse import SYSTEMS, Machine
-from cakekv.simulate.cluster.node import Behaviour, Job, Node
+from cakekv.simulate.cluster.node import REMOTE, Behaviour, Job, Node
 from cakekv.simulate.cluster.routing import Router, Routing
 from cakekv.simulate.cluster.tiers import BlockCache, Tiers
 from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, Trace
@@ -138,6 +138,8 @@ class _Simulation:
             self.router.free_at[chosen] = max(now, float(self.router.free_at[chosen])) + job.expected_s
             if node.running is None:
                 self._start(chosen, now)
+            else:
+                self._note_reads(chosen, now)
         self._advance_to(float("inf"))
         return Run(self.ttft_s, self.last - (first or 0.0), self.computed, self.loaded, self.busy_s)
 
@@ -168,8 +170,7 @@ class _Simulation:
         ends = now + outcome.seconds
         heapq.heappush(self.events, (ends, index))
         self.router.free_at[index] = ends + node.queued_s
-        waiting = sum(other.remote_left for other in node.queue[: node.admitted])
-        self.reads_until[index] = now + outcome.remote_s + waiting / node.remote_rate
+        self._note_reads(index, now)
         self.ttft_s[job.number] = ends - job.request.arrived_s
         self.computed += outcome.computed_tokens
         machine = node.machine
@@ -186,6 +187,11 @@ class _Simulation:
             others = int((self.reads_until > now).sum())
             bandwidth = min(cluster.tiers.remote.bandwidth, cluster.remote_limit / (others + 1))
             self.nodes[index].remote_rate = bandwidth / cluster.token_bytes
+
+    def _note_reads(self, index: int, now: float) -> None:
+        node = self.nodes[index]
+        waiting = sum(job.remote_left for job in node.queue[: node.admitted])
+        self.reads_until[index] = max(now, node.arm_free_at[REMOTE]) + waiting / node.remote_rate
 
     def _done(self, index: int, now: float) -> None:
         node = self.nodes[index]
