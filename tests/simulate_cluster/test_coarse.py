@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeShape
-from cakekv.simulate.cluster.coarse import SYSTEMS, Machine, Task
+from cakekv.simulate.cluster.cluster import BEHAVIOURS
+from cakekv.simulate.cluster.coarse import Machine, Task
+
+SYSTEMS = {name: behaviour.finish for name, behaviour in BEHAVIOURS.items()}
 
 LINEAR = Machine(ComputeShape(0.0, 1e-3, 0.0), ram_rate=10_000.0, layers=10, span_tokens=500, chunk_tokens=100)
 """1,000 tokens a second, wherever they stand."""

@@ -73,6 +73,9 @@ def cluster(
 
     Every node has RAM of its own, and all share a remote tier. Both keep the least recently used 512-token blocks and
     start empty. Only prefill is simulated. TTFT counts from a request's arrival, so it includes its wait for a GPU.
+
+    "ours" is what the planner does with known costs; "ours-layered" adds a layered finish: the end of the prefix
+    arrives layer by layer while the suffix is being computed.
     """
     chosen = [name.strip() for name in systems.split(",")]
     for name in chosen:

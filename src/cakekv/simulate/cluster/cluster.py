@@ -14,19 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from cakekv.restore.priority import Policy
-from cakekv.simulate.cluster.coarse import SYSTEMS, Machine
+from cakekv.simulate.cluster.coarse import Machine, cake, compute_only, layerwise, load_only, ours, ours_layered
 from cakekv.simulate.cluster.node import REMOTE, Behaviour, Job, Node
 from cakekv.simulate.cluster.routing import Router, Routing
 from cakekv.simulate.cluster.tiers import BlockCache, Tiers
 from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, Trace
 
 BEHAVIOURS: dict[str, Behaviour] = {
-    "compute": Behaviour(SYSTEMS["compute"], stores=False),
-    "load": Behaviour(SYSTEMS["load"], prefers_loaded=True),
-    "layerwise": Behaviour(SYSTEMS["layerwise"], prefers_loaded=True),
-    "cake": Behaviour(SYSTEMS["cake"], tiers_at_once=False),
-    "ours": Behaviour(SYSTEMS["ours"]),
-    "ours-layered": Behaviour(SYSTEMS["ours-layered"]),
+    "compute": Behaviour(compute_only, stores=False),
+    "load": Behaviour(load_only, prefers_loaded=True),
+    "layerwise": Behaviour(layerwise, prefers_loaded=True),
+    "cake": Behaviour(cake, tiers_at_once=False),
+    "ours": Behaviour(ours),
+    "ours-layered": Behaviour(ours_layered),
 }
 
 
@@ -124,9 +124,7 @@ class _Simulation:
         self.last = 0.0
 
     def run(self, trace: Trace, speed_up: float) -> Run:
-        first = None
         for number, request in enumerate(trace.replay(self.requests, speed_up)):
-            first = request.arrived_s if first is None else first
             self._advance_to(request.arrived_s)
             now = request.arrived_s
             chosen, job = self._route(number, request, now)
@@ -141,7 +139,8 @@ class _Simulation:
             else:
                 self._note_reads(chosen, now)
         self._advance_to(float("inf"))
-        return Run(self.ttft_s, self.last - (first or 0.0), self.computed, self.loaded, self.busy_s)
+        began = trace.requests[0].arrived_s / speed_up
+        return Run(self.ttft_s, self.last - began, self.computed, self.loaded, self.busy_s)
 
     def _route(self, number: int, request: Request, now: float) -> tuple[int, Job]:
         """The node that promises the earliest first token among those that the router proposes."""

@@ -35,10 +35,6 @@ class Machine:
         spans = math.ceil(tokens / self.span_tokens)
         return shape.fixed * spans + tokens * (shape.linear + shape.quadratic * (start + 0.5 * tokens))
 
-    def computed_in(self, start: int, seconds: float) -> float:
-        """Tokens computed from `start` on in `seconds`, a span's fixed cost spread over the span."""
-        return self.meeting(start, math.inf, 0.0, seconds)
-
     def meeting(self, start: int, tokens: float, rate: float, head_start_s: float = 0.0) -> float:
         """Tokens that compute, going forward from `start`, covers before it meets the loads coming back from behind.
 
@@ -49,16 +45,17 @@ class Machine:
         tokens : float
             Tokens between compute and the end of the region.
         rate : float
-            Tokens per second of the loads; 0.0 for none: then the answer is what compute does in `head_start_s`.
+            Tokens per second of the loads.
         head_start_s : float
             Seconds that compute begins before the loads do; negative if it begins after.
         """
-        spread = self.shape.linear + self.shape.fixed / self.span_tokens + self.shape.quadratic * start
-        slope = spread + (1.0 / rate if rate else 0.0)
-        constant = (tokens / rate if rate else 0.0) + head_start_s
+        # compute_s(start, met) = head_start_s + (tokens - met) / rate, a span's fixed cost spread over the span
+        shape = self.shape
+        slope = shape.linear + shape.fixed / self.span_tokens + shape.quadratic * start + 1.0 / rate
+        constant = tokens / rate + head_start_s
         if constant <= 0:
             return 0.0
-        root = math.sqrt(slope * slope + 2.0 * self.shape.quadratic * constant)
+        root = math.sqrt(slope * slope + 2.0 * shape.quadratic * constant)
         return min(tokens, 2.0 * constant / (slope + root))
 
 
@@ -185,13 +182,3 @@ def _chunks_around(machine: Machine, met: float, most: float) -> set[float]:
     """Meeting points to choose from: the chunk's borders around the ideal one, or no compute at all."""
     below = met // machine.chunk_tokens * machine.chunk_tokens
     return {0.0, below, min(most, below + machine.chunk_tokens)}
-
-
-SYSTEMS: dict[str, System] = {
-    "compute": compute_only,
-    "load": load_only,
-    "layerwise": layerwise,
-    "cake": cake,
-    "ours": ours,
-    "ours-layered": ours_layered,
-}

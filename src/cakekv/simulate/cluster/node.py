@@ -81,13 +81,13 @@ class Node:
         remote_at = self.arm_free_at[REMOTE]
         for job in self._load_order(waiting, REMOTE, now, policy) if remote_at < now else ():
             remote_at = max(remote_at, job.request.arrived_s)
-            loaded = min(job.remote_left, (now - remote_at) * self.remote_rate)
+            loaded = min(job.remote_left, max(0.0, now - remote_at) * self.remote_rate)
             job.remote_left -= loaded
             remote_at += loaded / self.remote_rate
         ram_at = self.arm_free_at[RAM] if behaviour.tiers_at_once else max(self.arm_free_at[RAM], remote_at)
         for job in self._load_order(waiting, RAM, now, policy) if ram_at < now else ():
             ram_at = max(ram_at, job.request.arrived_s)
-            loaded = min(job.ram_left, (now - ram_at) * self.machine.ram_rate)
+            loaded = min(job.ram_left, max(0.0, now - ram_at) * self.machine.ram_rate)
             job.ram_left -= loaded
             ram_at += loaded / self.machine.ram_rate
         self.arm_free_at[:] = max(now, self.arm_free_at[RAM]), max(now, self.arm_free_at[REMOTE])
