@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cakekv.errors import CakeError
 from cakekv.restore.report import LoadRecord, SpanRecord
 
 
@@ -34,7 +36,7 @@ def compute_curve(spans: Sequence[SpanRecord]) -> Curve:
 
     Raises
     ------
-    ValueError
+    CakeError
         The spans do not follow one another from position 0.
     """
     _check_contiguous("computed", spans)
@@ -46,22 +48,22 @@ def compute_curve(spans: Sequence[SpanRecord]) -> Curve:
 def load_curve(loads: Sequence[LoadRecord]) -> Curve:
     """Seconds to load everything from a position up to the end of the prefix, from a run that loaded all of it.
 
-    Loads in flight at the same time share the tier, so a chunk's own time is the time between the arrival of the chunk
-    before it, in order of arrival, and its own.
+    A chunk's own time is its share of the time it was in flight: loads in flight together share that time evenly.
 
     Raises
     ------
-    ValueError
+    CakeError
         The loads do not cover the prefix, each chunk once.
     """
-    placed = sorted((load for load in loads if load.outcome == "placed"), key=lambda load: load.ended_s)
-    began_s = min((load.began_s for load in placed), default=0.0)
-    arrivals = [began_s, *(load.ended_s for load in placed)]
-    own_s = {load.start: after - before for load, before, after in zip(placed, arrivals, arrivals[1:], strict=False)}
-    by_position = sorted(placed)
-    _check_contiguous("loaded", by_position)
-    positions = [0.0, *(float(load.start + load.tokens) for load in by_position)]
-    from_start = np.cumsum([0.0, *(own_s[load.start] for load in by_position)])
+    placed = sorted(load for load in loads if load.outcome == "placed")
+    _check_contiguous("loaded", placed)
+    own_s = dict.fromkeys((load.start for load in placed), 0.0)
+    for began_s, ended_s in pairwise(sorted({time for load in placed for time in (load.began_s, load.ended_s)})):
+        in_flight = [load.start for load in placed if load.began_s <= began_s and ended_s <= load.ended_s]
+        for start in in_flight:
+            own_s[start] += (ended_s - began_s) / len(in_flight)
+    positions = [0.0, *(float(load.start + load.tokens) for load in placed)]
+    from_start = np.cumsum([0.0, *(own_s[load.start] for load in placed)])
     return Curve(np.array(positions), from_start[-1] - from_start)
 
 
@@ -81,13 +83,14 @@ def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], 
 
     Raises
     ------
-    ValueError
+    CakeError
         The records do not cover the prefix.
     """
     front, rest = compute_curve(spans), load_curve(loads)
     if rest.positions[-1] != prefix_tokens or front.positions[-1] < prefix_tokens:
-        raise ValueError(
-            f"the runs end at {front.positions[-1]} and {rest.positions[-1]}, the prefix at {prefix_tokens}"
+        raise CakeError(
+            f"no bound can be told: the prefix ends at {prefix_tokens}, what was computed at "
+            f"{front.positions[-1]:.0f}, what was loaded at {rest.positions[-1]:.0f}"
         )
     suffix_s = float(front.seconds[-1]) - front.at(prefix_tokens)
     # The longer of a rising and a falling line is least where they cross; both are straight between breakpoints.
@@ -106,7 +109,7 @@ def _check_contiguous(what: str, records: Sequence[SpanRecord | LoadRecord]) -> 
     end = 0
     for record in records:
         if record.start != end:
-            raise ValueError(f"the {what} runs jump from position {end} to {record.start}")
+            raise CakeError(f"no bound can be told: what was {what} jumps from position {end} to {record.start}")
         end += record.tokens
     if not records:
-        raise ValueError(f"nothing was {what}")
+        raise CakeError(f"no bound can be told: nothing was {what}")

@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cakekv.cli.console import NEWS, print_json, write_text
-from cakekv.demo.document import DEMO_TOKENS, QUESTION, cut, document_prompt, read_document
+from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
+from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth
+from cakekv.restore.planner import Mode
 from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 
 if TYPE_CHECKING:
-    from cakekv.cake import Cake
     from cakekv.restore.report import RestoreReport
+    from cakekv.restorer import OnProgress
 
 DEFAULT_STORE = "~/.cache/cakekv/store?capacity=5GB"
 
 
-class ModeChoice(StrEnum):
-    """The planner's modes, for the command line."""
-
-    AUTO = "auto"
-    COMPUTE = "compute"
-    LOAD = "load"
-    BOTH = "both"
-
-
 def ask(
-    question: Annotated[str, typer.Option(help="What to ask about the document.")] = QUESTION,
+    question: Annotated[str | None, typer.Option(help="What to ask; for demo there is a question.")] = None,
     document: Annotated[str, typer.Option(help="A text file, or demo for Python's language reference.")] = "demo",
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Use the document's first so many tokens only. [default: 7000 of the demo's, else all]"
+            min=1, help="Longest document, in tokens; what is longer is cut. [default: 7000 for demo, else no limit]"
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
     store: Annotated[str, typer.Option(help="Where KV chunks are kept: a folder, or a URL.")] = DEFAULT_STORE,
-    mode: Annotated[ModeChoice, typer.Option(help="Which arms may work.")] = ModeChoice.AUTO,
+    mode: Annotated[Mode, typer.Option(help="Which arms may work.")] = "auto",
     bandwidth: Annotated[
         str | None, typer.Option(help='Slow the store down for an experiment, such as "50MB/s" or "7Gbps".')
     ] = None,
@@ -78,17 +72,27 @@ def ask(
     from cakekv.report.picture import frontier_picture
     from cakekv.report.trace import trace_json
 
+    if question is None:
+        if document != "demo":
+            raise BadInput(f"what is to be asked about {document}? Give --question")
+        question = QUESTION
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
-    text = read_document(document)
     with open_store(store) as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
         with load_cake(model, tier, tenant) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
-            if limit is not None:
-                text = cut(cake.tokenizer, text, limit)
-            prompt = document_prompt(cake.tokenizer, text, question)
-            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-            answer = _answer(cake, prompt, mode.value, max_new_tokens, sampling, stream=not as_json)
+            prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
+            stream = partial(
+                cake.stream,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                mode=mode,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
+            answer = _answer(mode, lambda on_progress: stream(on_progress=on_progress), aloud=not as_json)
             restored = cake.last_report
             assert restored is not None
             with NEWS.status("Saving what was computed …"):
@@ -100,32 +104,34 @@ def ask(
     if report is not None:
         write_text(report, restored.to_json(indent=2) + "\n")
     if trace is not None:
-        write_text(trace, trace_json({mode.value: restored}))
+        write_text(trace, trace_json({mode: restored}))
     if picture is not None:
-        frontier_picture({mode.value: restored}, picture)
+        frontier_picture({mode: restored}, picture)
     if as_json:
-        print_json({"model": model, "mode": mode.value, "answer": answer, "report": restored.to_dict()})
+        print_json({"model": model, "mode": mode, "answer": answer, "report": restored.to_dict()})
     else:
         _summarize(restored)
 
 
-def _answer(
-    cake: Cake, prompt: list[int], mode: str, max_new_tokens: int, sampling: dict[str, float | None], stream: bool
-) -> str:
+def _answer(label: str, stream: Callable[[OnProgress], Iterator[str]], aloud: bool) -> str:
+    """Collect an answer; `aloud` writes it to standard output as it comes."""
     from cakekv.report.progress import restore_bar
 
     pieces: list[str] = []
-    with restore_bar(NEWS, mode) as on_progress:  # until the first token
-        answer = cake.stream(prompt, mode=mode, max_new_tokens=max_new_tokens, on_progress=on_progress, **sampling)
-        pieces += [first] if (first := next(answer, None)) is not None else []
-    if stream:
-        sys.stdout.write("".join(pieces))
-    for piece in answer:
+
+    def say(piece: str) -> None:
         pieces.append(piece)
-        if stream:
+        if aloud:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    if stream:
+
+    with restore_bar(NEWS, label) as on_progress:  # until the first token
+        answer = stream(on_progress)
+        first = next(answer, "")
+    say(first)
+    for piece in answer:
+        say(piece)
+    if aloud:
         sys.stdout.write("\n")
     return "".join(pieces)
 

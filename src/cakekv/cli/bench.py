@@ -49,9 +49,8 @@ def bench(
 
     lengths: list[int] = number_list(prefixes, int, "prefix lengths")
     multiples: list[float] = number_list(ratios, float, "ratios")
-    text = read_document(document)
     cake = load_cake(model, None)
-    token_ids = [int(token) for token in cake.tokenizer(text)["input_ids"]]
+    token_ids = [int(token) for token in cake.tokenizer(read_document(document, cake.tokenizer))["input_ids"]]
     check_grid(cake.engine, len(token_ids), lengths, suffix_tokens, cake.chunk_tokens)
     data: dict[str, Any] = {
         "command": shlex.join(["cakekv", *sys.argv[1:]]),

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from cakekv.cli.console import NEWS, RESULTS, print_json, write_json, write_text
-from cakekv.demo.document import DEMO_TOKENS, QUESTION, cut, document_prompt, read_document
+from cakekv.demo.document import DEMO_TOKENS, QUESTION, count_tokens, document_prompt, read_document
 from cakekv.errors import CakeError
 from cakekv.quantities import format_bytes
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results and the store.")] = Path("out"),
-    tokens: Annotated[int, typer.Option(min=256, help="Length of the document, in tokens.")] = DEMO_TOKENS,
+    tokens: Annotated[int, typer.Option(min=1000, help="Length of the document, in tokens.")] = DEMO_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
     """Answer a question about a long document three ways, and compare.
@@ -49,8 +49,8 @@ def demo(
         disk.delete([chunk.key for chunk in disk])
         link = ThrottledStore(disk, float("inf"))
         with load_cake("demo", link) as cake:
-            document = cut(cake.tokenizer, read_document("demo"), tokens)
-            document_tokens = len(cake.tokenizer(document, add_special_tokens=False)["input_ids"])
+            document = read_document("demo", cake.tokenizer, tokens)
+            document_tokens = count_tokens(cake.tokenizer, document)
             NEWS.print(f"{NAME} reads {document_tokens:,} tokens and answers: {QUESTION}", highlight=False)
             prompt = document_prompt(cake.tokenizer, document, QUESTION)
             result = run_demo(cake, link, prompt, partial(restore_bar, NEWS))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cakekv.bench.bound import compute_curve
-from cakekv.cake import Cake, Generation, OnProgress
+from cakekv.cake import Cake, Generation
 from cakekv.errors import CakeError
 from cakekv.restore.planner import Mode
 from cakekv.restore.report import RestoreReport
+from cakekv.restorer import OnProgress
 from cakekv.store.throttled import ThrottledStore
 
 MAX_NEW_TOKENS = 24

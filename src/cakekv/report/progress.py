@@ -14,8 +14,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cakekv.cake import OnProgress, Progress
 from cakekv.report.colours import COMPUTE, LOAD, MODES
+from cakekv.restorer import OnProgress, Progress
 
 # Per state of a band: sign, sign where there is only ASCII, style. Told apart without colours, too.
 _SIGNS = {
@@ -39,6 +39,10 @@ def restore_bar(console: Console, label: str) -> Iterator[OnProgress]:
         To be passed as `on_progress` to `Cake.prefill`, `generate` or `stream`. Cheap: drawing has a thread of its own.
     """
     bar = RestoreBar(label)
+    if not console.is_terminal:
+        yield bar.update
+        console.print(bar)
+        return
     with Live(bar, console=console, refresh_per_second=12):
         yield bar.update
 

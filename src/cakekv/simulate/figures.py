@@ -100,7 +100,7 @@ class Yielding:
     def __init__(self, policy: Policy, until_s: float) -> None:
         self._policy = policy
         self._until_s = until_s
-        self.computed, self.next_load = policy.computed, policy.next_load
+        self.computed, self.layer_ready, self.next_load = policy.computed, policy.layer_ready, policy.next_load
         self.arrived, self.placed, self.abandoned = policy.arrived, policy.placed, policy.abandoned
 
     def next_compute(self, now: float) -> Span | Wait | None:

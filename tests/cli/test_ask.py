@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cakekv.cli.main import app
+from cakekv.store.disk import DiskStore
+
+ask = ["ask", "--question", "What?", "--max-new-tokens", "8"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def run_json(*arguments: object) -> dict[str, object]:
+    code, out, err = run(*arguments, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert isinstance(data, dict)
+    return data
+
+
+def test_the_second_question_is_restored_from_the_store(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
+    first = run_json(*common)
+    second = run_json(*common, "--mode", "load")
+    assert first["report"]["loaded_tokens"] == 0  # type: ignore[index]
+    assert second["report"]["loaded_tokens"] > 1000  # type: ignore[index]
+    assert second["answer"] == first["answer"]
+
+
+def test_the_answer_alone_goes_to_standard_output(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
+    answer = run_json(*common)["answer"]
+    code, out, err = run(*common)
+    assert code == 0
+    assert out == f"{answer}\n"
+    assert "TTFT" in err
+
+
+def test_report_picture_and_trace_are_written(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / "new" / name for name in ("report.json", "picture.png", "trace.json")}
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store", "--mode", "both"]
+    run_json(*common)
+    data = run_json(
+        *common, "--report", files["report.json"], "--picture", files["picture.png"], "--trace", files["trace.json"]
+    )
+    assert json.loads(files["report.json"].read_text()) == data["report"]
+    assert files["picture.png"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files["trace.json"].read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bandwidth", "fast"], "is not a bandwidth"),
+        (["--model", "/no/such/folder"], "there is no model folder"),
+        (["--document", "/no/such/file"], "cannot read the document"),
+        (["--document", __file__, "--store", "ftp://somewhere"], "unknown kind of store"),
+        (["--document", sys.executable], "is not text"),
+        (["--store", "{tmp}/s?capacity=much"], "is not a size"),
+        (["--document", os.devnull], "is empty"),
+        (["--temperature", "1", "--top-p", "0"], "top_p"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    tiny_model: Path, document: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    defaults = ["--model", tiny_model, "--document", document, "--store", tmp_path / "s"]
+    code, out, err = run(*ask, *defaults, *(part.format(tmp=tmp_path) for part in arguments))
+    assert code == 2
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Traceback" not in err
+
+
+def test_a_document_longer_than_the_context_is_refused_and_can_be_cut(tiny_model: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("Yes.\n\n" * 2000)
+    common = [*ask, "--model", tiny_model, "--document", long, "--store", tmp_path / "store"]
+    code, _, err = run(*common)
+    assert code == 2
+    assert "context" in err
+    report = run_json(*common, "--tokens", 500)["report"]
+    assert report["prompt_tokens"] < 520  # type: ignore[index]
+
+
+def test_a_question_is_needed_for_a_document_of_ones_own(document: Path) -> None:
+    code, _, err = run("ask", "--document", document)
+    assert code == 2
+    assert "--question" in err
+
+
+def test_an_unwritable_result_fails_with_exit_code_1(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
+    code, _, err = run(*common, "--report", "/dev/null/report.json")
+    assert code == 1
+    assert "cannot write /dev/null/report.json" in err
+
+
+INTERRUPTIBLE = """
+import cakekv.store.throttled as throttled
+reserve = throttled.ThrottledStore.reserve
+def announced(self, size):
+    print("loading", flush=True)
+    return reserve(self, size)
+throttled.ThrottledStore.reserve = announced
+from cakekv.cli.main import main
+main()
+"""
+
+
+def test_an_interrupted_load_exits_with_130_and_leaves_the_store_sound(
+    tiny_model: Path, document: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    common = [*ask, "--model", str(tiny_model), "--document", str(document), "--store", str(store)]
+    run_json(*common)
+    slow = [*common, "--mode", "load", "--bandwidth", "1kB/s"]
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "Traceback" not in err
+    with DiskStore(store) as opened:
+        chunks = opened.stats().chunks
+    assert chunks > 20
+    verified = run_json("store", "verify", store)
+    assert verified["chunks"] == chunks
+    assert verified["corrupt"] == []

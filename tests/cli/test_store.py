@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cakekv.cli.main import app
+from cakekv.store.disk import DiskStore
+from tests.store.chunks import SIZE, chunk_of, key_of
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["store", *(str(argument) for argument in arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def run_json(*arguments: object, code: int = 0) -> Any:
+    exit_code, out, err = run(*arguments, "--json")
+    assert exit_code == code, err
+    return json.loads(out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store of five chunks."""
+    folder = tmp_path / "a store"
+    with DiskStore(folder) as store:
+        for number in range(5):
+            store.write(key_of(number), chunk_of(number))
+        store.remember_identity("ab" * 32, {"dtype": "bfloat16"})
+    return folder
+
+
+def damage(folder: Path, number: int) -> None:
+    path = next(folder.glob(f"chunks/*/{key_of(number).hex()[2:]}.chunk"))
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+
+
+def test_stats(folder: Path) -> None:
+    assert run_json("stats", folder) == {
+        "chunks": 5,
+        "bytes": 5 * SIZE,
+        "capacity": None,
+        "identities": {"ab" * 32: {"dtype": "bfloat16"}},
+    }
+    _, out, _ = run("stats", folder)
+    assert "5 chunks" in out
+    assert "bfloat16" in out
+
+
+def test_ls(folder: Path) -> None:
+    listed = run_json("ls", folder)
+    assert {chunk["key"] for chunk in listed} == {key_of(number).hex() for number in range(5)}
+    assert [chunk["used_at"] for chunk in listed] == sorted((chunk["used_at"] for chunk in listed), reverse=True)
+    _, out, _ = run("ls", folder, "--limit", 2)
+    assert "and 3 more" in out
+
+
+def test_verify_finds_what_is_corrupt_and_deletes_it_only_on_request(folder: Path) -> None:
+    assert run_json("verify", folder)["corrupt"] == []
+    damage(folder, 3)
+    found = run_json("verify", folder, code=1)
+    assert [chunk["key"] for chunk in found["corrupt"]] == [key_of(3).hex()]
+    assert "checksum" in found["corrupt"][0]["reason"]
+    assert run_json("stats", folder)["chunks"] == 5
+    assert run_json("verify", folder, "--delete-corrupt")["deleted"] == 1
+    assert run_json("verify", folder) == {
+        "chunks": 4,
+        "bytes": 4 * SIZE,
+        "corrupt": [],
+        "vanished": 0,
+        "deleted": 0,
+    }
+
+
+def test_verify_finds_a_sound_chunk_under_anothers_name(folder: Path) -> None:
+    with DiskStore(folder) as store:
+        store.write(key_of(1), chunk_of(2))
+    found = run_json("verify", folder, code=1)
+    assert [chunk["key"] for chunk in found["corrupt"]] == [key_of(1).hex()]
+    assert "another key" in found["corrupt"][0]["reason"]
+
+
+def test_rm_by_the_beginning_of_a_key(folder: Path) -> None:
+    assert run_json("rm", folder, key_of(0).hex()[:16].upper(), key_of(1).hex()) == {"deleted": 2}
+    assert run_json("stats", folder)["chunks"] == 3
+
+
+def test_rm_all(folder: Path) -> None:
+    assert run_json("rm", folder, "--all") == {"deleted": 5}
+    assert run_json("stats", folder)["bytes"] == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("ab", "--all"), ("xyz",), ("",)])
+def test_rm_refuses_to_guess(folder: Path, arguments: tuple[str, ...]) -> None:
+    code, _, err = run("rm", folder, *arguments)
+    assert code == 2
+    assert "error: " in err
+    assert run_json("stats", folder)["chunks"] == 5
+
+
+@pytest.mark.parametrize("url", ["{}/absent", "file://{}/absent", "memory://?capacity=none", "ftp://x"])
+def test_no_command_makes_a_store(tmp_path: Path, url: str) -> None:
+    code, _, err = run("stats", url.format(tmp_path))
+    assert code == 2
+    assert "error: " in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    code, _, err = run("stats", tmp_path)
+    assert code == 1
+    assert "error: " in err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
