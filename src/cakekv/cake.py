@@ -89,6 +89,8 @@ class Cake:
         Longest span of prefill, in tokens.
     tenant : str
         Salt of all keys: prompts of different tenants never share a chunk.
+    layered_finish : bool
+        Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
 
     Examples
     --------
@@ -106,6 +108,7 @@ class Cake:
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
         tenant: str = "",
+        layered_finish: bool = True,
     ) -> None:
         if chunk_tokens < 1 or max_span_tokens < chunk_tokens:
             raise BadInput(
@@ -117,6 +120,7 @@ class Cake:
         self.tiers = _tiers(store)
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
+        self.layered_finish = layered_finish
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
         self.compute_cost = ComputeCost()
         self.last_report: RestoreReport | None = None
@@ -334,6 +338,7 @@ class Cake:
             self._staging,
             mode=mode,
             max_span_tokens=self.max_span_tokens,
+            layered_finish=self.layered_finish,
             began=began,
             on_span=lambda span: self._save(cache, keys, span, restorer) if save else None,
             on_progress=on_progress,

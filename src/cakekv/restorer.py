@@ -14,6 +14,7 @@ from cakekv.load.loader import Loader, load_bytes
 from cakekv.load.staging import StagingPool
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.flights import Source
+from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Mode, Restore, Span, Wait
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store
@@ -35,6 +36,16 @@ class Progress(NamedTuple):
 
 
 OnProgress = Callable[[Progress], None]
+
+_LOOK_S = 0.2
+"""Seconds after which a layer that waits looks for loads that are late."""
+_MOST_GROUPS = 16
+_LEAST_READ_BYTES = 1 << 16
+"""A group of layers is at least that much of a chunk, so that reading it in pieces costs little."""
+
+
+class _LoadLost(Exception):
+    """A load that a layered span waits for will not come."""
 
 
 class Restorer(Generic[Cache, Logits]):
@@ -64,6 +75,8 @@ class Restorer(Generic[Cache, Logits]):
         Buffers for the loader.
     mode, max_span_tokens
         As in `Restore`.
+    layered_finish : bool
+        Whether the suffix may be computed while the last chunks before it arrive, layer by layer.
     began : float
         `time.monotonic()` at which the request began.
     on_span : callable
@@ -87,12 +100,15 @@ class Restorer(Generic[Cache, Logits]):
         *,
         mode: Mode,
         max_span_tokens: int,
+        layered_finish: bool = True,
         began: float,
         on_span: Callable[[Span], None] = lambda span: None,
         on_progress: OnProgress | None = None,
     ) -> None:
         unwindowed = engine.layout.unwindowed
         everything = range(len(engine.layout.layers))
+        self._groups = layer_groups(shape) if layered_finish else []
+        self._group_of = [number for number, group in enumerate(self._groups) for _ in group]
         self._engine = engine
         self._cache = cache
         self._token_ids = token_ids
@@ -109,6 +125,7 @@ class Restorer(Generic[Cache, Logits]):
             chunk_bytes=load_bytes(shape, everything),
             unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
             window=engine.layout.window,
+            groups=_group_bytes(shape, self._groups, unwindowed) if len(self._groups) > 1 else None,
             mode=mode,
             max_span_tokens=max_span_tokens,
             now=began,
@@ -120,6 +137,7 @@ class Restorer(Generic[Cache, Logits]):
             keys,
             shape,
             unwindowed,
+            self._groups,
             lambda start, tokens, parts: engine.place(cache, start, tokens, parts),
             staging,
             self._tell,
@@ -146,13 +164,38 @@ class Restorer(Generic[Cache, Logits]):
                 if answer is None:
                     assert logits is not None, "the last position is always computed"
                     return logits
-                end = answer.start + answer.tokens
-                logits = self._engine.compute(self._cache, self._token_ids[answer.start : end], answer.start)
-                with self._changed:
-                    self._restore.computed(answer, monotonic())
-                    self._tell()
-                    self._changed.notify_all()
-                self._on_span(answer)
+                logits = self._compute(answer)
+
+    def _compute(self, span: Span) -> Logits | None:
+        """Compute a span; None if it had to be given up."""
+        token_ids = self._token_ids[span.start : span.start + span.tokens]
+        self._waited_s = 0.0
+        try:
+            logits = self._engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
+        except _LoadLost:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._restore.placing)
+                self._restore.gave_up(span, monotonic())
+            return None
+        with self._changed:
+            self._restore.computed(span, monotonic(), self._waited_s)
+            self._tell()
+            self._changed.notify_all()
+        self._on_span(span)
+        return logits
+
+    def _gate(self, layer: int) -> None:
+        """Wait until what `layer` sees before the suffix is in place."""
+        group = self._group_of[layer]
+        with self._changed:
+            while not self._restore.layer_ready(group):
+                self._loader.raise_crash()
+                now = monotonic()
+                self._restore.check_late(now)
+                if self._restore.lost:
+                    raise _LoadLost
+                self._changed.wait(_LOOK_S)
+                self._waited_s += monotonic() - now
 
     def is_missing(self, chunk: int) -> bool:
         """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""
@@ -183,3 +226,19 @@ class Restorer(Generic[Cache, Logits]):
                 monotonic() - self._began,
             )
         )
+
+
+def layer_groups(shape: ChunkShape) -> list[range]:
+    """Cut a chunk's layers into groups of about the same size, for a layered finish."""
+    layers = len(shape.segment_bytes)
+    number = max(1, min(_MOST_GROUPS, layers, sum(shape.segment_bytes) // _LEAST_READ_BYTES))
+    ends = [layers * (group + 1) // number for group in range(number)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _group_bytes(shape: ChunkShape, groups: Sequence[range], unwindowed: Sequence[int]) -> LayerGroups:
+    """Bytes to read per group; the first one of a chunk brings the header, too."""
+    whole = [load_bytes(shape, group, with_header=not number) for number, group in enumerate(groups)]
+    needed = [[layer for layer in group if layer in unwindowed] for group in groups]
+    part = [load_bytes(shape, layers, with_header=not number) if layers else 0 for number, layers in enumerate(needed)]
+    return LayerGroups(tuple(whole), tuple(part))

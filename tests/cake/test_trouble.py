@@ -197,7 +197,7 @@ def test_ctrl_c_in_mid_restore_leaves_the_store_whole(
 ) -> None:
     expected = answer(engine, None, prompt)
 
-    def interrupted(self: TransformersEngine, cache: Any, tokens: Any, start: int) -> Any:
+    def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     before = threading.active_count()

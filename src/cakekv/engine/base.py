@@ -13,6 +13,10 @@ Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
 
 
+Gate = Callable[[int], None]
+"""(index into the layout's layers) returns as soon as that layer may attend to the positions before the span."""
+
+
 class Engine(ABC, Generic[Cache, Logits]):
     """What a restore needs of a model."""
 
@@ -35,10 +39,12 @@ class Engine(ABC, Generic[Cache, Logits]):
         """An empty KV cache with room for `capacity` tokens."""
 
     @abstractmethod
-    def compute(self, cache: Cache, token_ids: Sequence[int], start: int) -> Logits:
+    def compute(self, cache: Cache, token_ids: Sequence[int], start: int, gate: Gate | None = None) -> Logits:
         """Run the model over the span of `token_ids` that begins at position `start`.
 
         Every position below `start` that a layer can see must be covered. Fills the cache at the span's positions.
+        With a `gate`, what layer l can see must be covered only once `gate(l)` has returned; what the gate raises ends
+        the computation.
 
         Returns
         -------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         The bytes of `regions`, (heads, capacity, width in bytes), if they are in the host's memory; else empty.
     token_bytes : int
         Bytes of one token.
+    before_read : callable
+        Called before a span reads the layer; returns once what it may see is there.
     """
 
     def __init__(self, shape: LayerShape, capacity: int, device: torch.device) -> None:
@@ -56,6 +60,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values, self.window = shape
         self.capacity = capacity
         self.length = 0
+        self.before_read: Callable[[], None] = _go_on
         self.is_sliding = self.window is not None
         self.is_initialized = True
         if keys[1:] == values[1:]:
@@ -79,6 +84,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a span's keys and values behind what is covered, and return all that the span may see."""
+        self.before_read()
         first, end = self._first_visible(), self.length + key_states.shape[-2]
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
@@ -105,6 +111,10 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _first_visible(self) -> int:
         """The lowest position that a query at `length` sees."""
         return 0 if self.window is None else max(0, self.length - self.window + 1)
+
+
+def _go_on() -> None:
+    """Nothing to wait for."""
 
 
 class TwoEndedCache(Cache):  # type: ignore[misc]
@@ -135,3 +145,14 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         """Say that the next forward begins at `length` and that all it can see below is covered."""
         for layer in self.stored:
             layer.length = length
+
+    @contextmanager
+    def gated(self, gate: Callable[[int], None]) -> Iterator[None]:
+        """Within the `with` block, layer l of `stored` is read only once `gate(l)` has returned."""
+        for index, layer in enumerate(self.stored):
+            layer.before_read = partial(gate, index)
+        try:
+            yield
+        finally:
+            for layer in self.stored:
+                layer.before_read = _go_on

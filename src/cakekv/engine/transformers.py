@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cakekv.engine.base import Engine
+from cakekv.engine.base import Engine, Gate
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
 from cakekv.engine.sampling import check_sampling, choose_token
@@ -164,13 +165,15 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             torch.cuda.current_stream(self.device).synchronize()
         return cache
 
-    def compute(self, cache: TwoEndedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+    def compute(
+        self, cache: TwoEndedCache, token_ids: Sequence[int], start: int, gate: Gate | None = None
+    ) -> torch.Tensor:
         """As `Engine.compute`; the logits are float32 and on the CPU, so that the work is done when it returns."""
         tokens = len(token_ids)
         if tokens < 1 or start < 0 or start + tokens > cache.capacity:
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
-        with torch.inference_mode():
+        with torch.inference_mode(), cache.gated(gate) if gate is not None else nullcontext():
             input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
             output = self.model(
                 input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments

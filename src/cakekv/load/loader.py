@@ -8,7 +8,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from cakekv.chunk import ChunkShape, read_header, segments
+from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
@@ -44,6 +44,8 @@ class Loader:
         What a chunk of this model looks like.
     unwindowed : sequence of int
         The layers that every load needs; the others only where a sliding window can see the chunk.
+    groups : sequence of range
+        The layers of each group of a layered finish.
     place : callable
         Copies segments into the cache.
     staging : StagingPool
@@ -58,6 +60,7 @@ class Loader:
         keys: Sequence[ChunkKey],
         shape: ChunkShape,
         unwindowed: Sequence[int],
+        groups: Sequence[range],
         place: Place,
         staging: StagingPool,
         on_event: Callable[[], None] = lambda: None,
@@ -68,6 +71,9 @@ class Loader:
         self._keys = keys
         self._shape = shape
         self._unwindowed = tuple(unwindowed)
+        self._groups = groups
+        self._headers: dict[tuple[int, int], ChunkHeader] = {}
+        """By chunk and source: pieces after the first do not read the header again."""
         self._place = place
         self._staging = staging
         self._on_event = on_event
@@ -154,21 +160,27 @@ class Loader:
 
     def _read(self, load: Load, buffer: memoryview, progress: _Progress) -> list[memoryview | None]:
         """Read and verify what the load needs; the layers it does not need are None."""
-        shape = self._shape
-        layers = range(len(shape.segment_bytes)) if load.windowed else self._unwindowed
-        with self._tiers[load.source].open(self._keys[load.chunk]) as reader:
-            wanted = _ranges(shape, layers)
-            _fill(reader, buffer, wanted[0], load, progress)
-            header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
-            header.expect(shape, self._keys[load.chunk], load.start)
-            for span in wanted[1:]:
-                _fill(reader, buffer, span, load, progress)
+        shape, key = self._shape, self._keys[load.chunk]
+        layers = self._layers(load)
+        header = self._headers.get((load.chunk, load.source)) if load.group is not None else None
+        with self._tiers[load.source].open(key) as reader:
+            for start, end in _ranges(shape, layers, with_header=header is None):
+                _fill(reader, buffer, start, end, load, progress)
+                if header is None:
+                    header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
+                    header.expect(shape, key, load.start)
+                    self._headers[load.chunk, load.source] = header
+        assert header is not None
         views = segments(shape, buffer)
         parts: list[memoryview | None] = [None] * len(views)
         for layer in layers:
             header.verify(layer, views[layer])
             parts[layer] = views[layer]
         return parts
+
+    def _layers(self, load: Load) -> list[int]:
+        wanted = range(len(self._shape.segment_bytes)) if load.windowed else self._unwindowed
+        return [layer for layer in wanted if load.group is None or layer in self._groups[load.group]]
 
 
 class _Progress:
@@ -177,26 +189,26 @@ class _Progress:
     bytes = 0
 
 
-def load_bytes(shape: ChunkShape, layers: Sequence[int]) -> int:
+def load_bytes(shape: ChunkShape, layers: Sequence[int], with_header: bool = True) -> int:
     """Bytes read for a chunk of which only `layers` are needed."""
-    return sum(end - start for start, end in _ranges(shape, layers))
+    return sum(end - start for start, end in _ranges(shape, layers, with_header))
 
 
-def _ranges(shape: ChunkShape, layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Byte ranges to read, adjacent ones joined; the first begins with the header."""
-    ranges = [(0, shape.header_bytes)]
+def _ranges(shape: ChunkShape, layers: Sequence[int], with_header: bool) -> list[tuple[int, int]]:
+    """Byte ranges to read, adjacent ones joined; the first begins with the header, if that is wanted."""
+    ranges = [(0, shape.header_bytes)] if with_header else []
     for layer in layers:
         start = shape.offsets[layer]
         end = shape.offsets[layer + 1] if layer + 1 < len(shape.offsets) else shape.total_bytes
-        if ranges[-1][1] == start:
+        if ranges and ranges[-1][1] == start:
             ranges[-1] = (ranges[-1][0], end)
         else:
             ranges.append((start, end))
     return ranges
 
 
-def _fill(reader: ChunkReader, buffer: memoryview, span: tuple[int, int], load: Load, progress: _Progress) -> None:
-    offset, end = span[0], min(span[1], reader.size)
+def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Load, progress: _Progress) -> None:
+    offset, end = start, min(end, reader.size)
     while offset < end:
         if load.cancelled:
             raise _Abandoned

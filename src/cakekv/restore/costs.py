@@ -140,7 +140,7 @@ class LoadCost:
     """
 
     def __init__(self, depth: int = 1) -> None:
-        self._keep = 1.0 - 1.0 / (3.0 + 2.0 * depth)
+        self._memory_loads = 3.0 + 2.0 * depth
         self._bytes = 0.0
         self._busy_s = 0.0
         self._duration_s = 0.0
@@ -167,8 +167,11 @@ class LoadCost:
         busy_from = began if self.last_completed is None else max(began, self.last_completed)
         interval = max(ended - busy_from, 0.0)
         self.last_completed = ended if self.last_completed is None else max(ended, self.last_completed)
-        self._bytes = self._keep * self._bytes + size
-        self._busy_s = self._keep * self._busy_s + interval
+        # What is known fades with the time it took, not with every completion: parallel loads end in bunches.
+        expected = self.seconds(size)
+        keep = math.exp(-interval / (self._memory_loads * max(expected, interval / 4))) if expected > 0 else 1.0
+        self._bytes = keep * self._bytes + size
+        self._busy_s = keep * self._busy_s + interval
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)

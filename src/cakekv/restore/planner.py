@@ -30,6 +30,9 @@ _PROBE_TOKENS = 128
 """Longest span while the speed of an arm is unknown: long enough to learn from, short enough to regret."""
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
+_LAST_SPAN_SHARE = 0.5
+"""If the suffix takes at least this share of the last span before it, loads are cut into pieces during that span."""
+_MOMENT_S = 0.005
 _WORTHWHILE = 0.05
 """Share of the suffix's time that loads must still take for a layered finish to begin."""
 
@@ -161,6 +164,12 @@ class Restore:
         """What to compute next: a span (which is claimed), a wait for a load, or None when all is covered."""
         assert self._span is None, "the span before was not reported as computed"
         self.check_late(now)
+        if self._layered is not None:
+            if not self._layered.broken:
+                return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
+            if self.placing:
+                return Wait(now + _MOMENT_S)
+            self._disband()
         while not self.done:
             first = self.coverage.front
             count = self._computable(first)
@@ -168,10 +177,14 @@ class Restore:
                 self._replan(now)
                 count = self._computable(first)
             if count == 0:
-                return self._begin_layered(now) or Wait(self._flights.next_look(now))
+                if self._arm_layered(now):
+                    return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
+                return Wait(self._flights.next_look(now))
             taken_back = self.coverage.take_back_unwindowed(first)
             if not taken_back:
-                return self._claim(first, self._span_chunks(count), now)
+                span = self._claim(first, self._span_chunks(count), now)
+                self._arm_layered(now)
+                return span
             self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._unwindowed_chunk_bytes)
             self._changes = self.coverage.chunks
         return None
@@ -215,9 +228,11 @@ class Restore:
     def _end_span(self, span: Span) -> float:
         assert self._span is not None, "no span was claimed"
         assert self._span[0] == span, f"{span} was not claimed"
-        assert self._layered is None or self._layered.broken or not self._layered.incomplete
+        assert not span.layered or self._layered is None or not self._layered.incomplete
         began = self._span[1]
-        self._span = self._layered = None
+        self._span = None
+        if span.layered:
+            self._layered = None
         return began
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
@@ -236,6 +251,13 @@ class Restore:
 
     def gave_up(self, span: Span, now: float) -> None:
         """The layered span was given up, because a load it needs is `lost`: its positions are uncovered again."""
+        self._disband()
+        began = self._end_span(span)
+        self.coverage.release(*self._chunks_of(span))
+        self._record.gave_up(began, now)
+
+    def _disband(self) -> None:
+        """Go back to whole chunks: what arrived in pieces so far was in vain."""
         assert self._layered is not None
         assert self._groups is not None
         assert not self.placing, "a piece may still be written where compute would write"
@@ -246,40 +268,42 @@ class Restore:
                     self._flights.cancel(load)
             self._record.taken_back(0, self._layered.placed_bytes[chunk])
             self.coverage.give_back(chunk)
-        began = self._end_span(span)
-        self.coverage.release(*self._chunks_of(span))
-        self._record.gave_up(began, now)
+        self._layered = None
         self._changes = self.coverage.chunks
 
-    def _begin_layered(self, now: float) -> Span | None:
-        """Begin the suffix if all before it is covered or about to be loaded, and loading it takes a while."""
+    def _arm_layered(self, now: float) -> bool:
+        """Load what is left in pieces, if no more than the span now claimed is left to compute before the suffix.
+
+        Begun while that last span runs, the first layers are there when the suffix asks for them. But compute cannot
+        take over a chunk any more then, so the suffix must be worth that.
+        """
         groups, coverage = self._groups, self.coverage
         suffix_s = self._finish_s()
         if groups is None or not suffix_s or any(not source.cost.known for source in self._sources):
-            return None
-        waited = range(coverage.front, self._suffix)
-        if any(coverage.state[chunk] is State.STORED and chunk not in self._plan for chunk in waited):
-            return None
+            return False
+        if self._span is not None and suffix_s < _LAST_SPAN_SHARE * self._compute_busy_s(now):
+            return False
+        waited = [chunk for chunk in coverage.uncovered if chunk < self._suffix]
+        if any(chunk not in self._plan for chunk in waited):
+            return False
         busy_s = [0.0] * len(self._sources)
         for chunk, _, load_s in self._candidates(now):
-            if chunk in self._plan and chunk < self._suffix:
+            if chunk < self._suffix:
                 busy_s[self._plan[chunk]] += load_s[self._plan[chunk]]
-        if max(busy_s) < _WORTHWHILE * suffix_s:
-            return None
-        if coverage.take_back_unwindowed(self._suffix):
+        if max(busy_s) < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
+            return False
+        if self._span is None and coverage.take_back_unwindowed(self._suffix):
             self._changes = coverage.chunks
-            return None
+            return False
         pieces = {}
-        whole = []
+        whole = [chunk for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)]
         for chunk in waited:
             if coverage.state[chunk] is State.STORED:
                 sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
                 pieces[chunk] = (self._plan[chunk], sizes)
                 coverage.state[chunk] = State.LOADING
-            elif coverage.state[chunk] in (State.LOADING, State.PLACING):
-                whole.append(chunk)
         self._layered = LayeredFinish(pieces, whole, len(groups.bytes), len(self._sources))
-        return self._claim(self._suffix, coverage.chunks - self._suffix, now, layered=True)
+        return True
 
     def _finish_s(self) -> float:
         """Seconds that loads may go on while the suffix is computed; 0.0 if they may not."""
