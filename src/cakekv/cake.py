@@ -26,7 +26,7 @@ from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 
-__all__ = ["Cake", "Generation", "Prefill", "Progress"]
+__all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
 Prompt = str | Sequence[int]
 

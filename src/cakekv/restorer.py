@@ -156,7 +156,7 @@ class Restorer(Generic[Cache, Logits]):
 
     def is_missing(self, chunk: int) -> bool:
         """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""
-        return self._restore.is_missing(chunk)
+        return not self._restore.coverage.holders[chunk]
 
     def report(self) -> RestoreReport:
         """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
@@ -179,7 +179,7 @@ class Restorer(Generic[Cache, Logits]):
                 restore.prefix_tokens,
                 latest.front,
                 latest.back,
-                restore.bands(),
+                restore.coverage.bands(),
                 monotonic() - self._began,
             )
         )

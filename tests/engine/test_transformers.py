@@ -119,7 +119,10 @@ def test_damaged_folders(saved: Path, tmp_path: Path) -> None:
     (without / weights).unlink()
     garbled = shutil.copytree(saved, tmp_path / "garbled")
     (garbled / "config.json").write_text("{")
-    for folder in (truncated, without, garbled):
+    other_shape = shutil.copytree(saved, tmp_path / "other-shape")
+    config = (saved / "config.json").read_text()
+    (other_shape / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    for folder in (truncated, without, garbled, other_shape):
         with pytest.raises(BadInput, match="cannot load the model"):
             TransformersEngine.from_pretrained(folder)
 

@@ -39,6 +39,8 @@ def poisoned_cache(engine: TransformersEngine) -> TwoEndedCache:
     for layer in cache.stored:
         for region in layer.regions:
             region.fill_(float("nan"))
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()  # loads come in on another stream
     return cache
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.planner import Mode, Restore, Source
+from cakekv.restore.flights import Source
+from cakekv.restore.planner import Mode, Restore
 from cakekv.restore.report import RestoreReport
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 

@@ -8,15 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import MODES, Restore, Span, State, Wait
+from cakekv.restore.layered import LayerGroups
+from cakekv.restore.planner import MODES, Restore, Span, Wait
+
+GROUPS = 3
 
 
 class Driver:
     """Plays engine and loader in a random order and keeps its own record of who covered what."""
 
-    def __init__(self, restore: Restore, seed: int, failing: float, slow_source: bool) -> None:
+    def __init__(self, restore: Restore, sources: int, seed: int, failing: float, slow_source: bool) -> None:
         self.restore = restore
+        self.sources = sources
         self.random = random.Random(seed)
         self.failing = failing
         self.slow_source = slow_source
@@ -26,6 +31,8 @@ class Driver:
         self.computed: dict[int, int] = {}
         self.placed: dict[int, bool] = {}
         self.span: Span | None = None
+        self.layer = 0
+        self.pieces: dict[int, set[int]] = {}
 
     def run(self) -> None:
         for _ in range(200_000):
@@ -39,13 +46,33 @@ class Driver:
                 elif not self.inflight and not self.placing:
                     assert isinstance(answer, Wait)
                     self.now = max(self.now, answer.until)
-            elif self.span is not None and self.random.random() < 0.3:
+            elif self.span is not None and self.random.random() < 0.3 and self.through_the_layers(self.span):
                 span, self.span = self.span, None
                 self.restore.computed(span, self.now)
                 for chunk in self.chunks_of(span):
                     self.computed[chunk] = self.computed.get(chunk, 0) + 1
             self.load()
         raise AssertionError("the restore did not end")
+
+    def through_the_layers(self, span: Span) -> bool:
+        """Take a layered span one step further; returns whether it is through."""
+        self.restore.check_late(self.now)
+        if self.restore.lost:
+            if not self.restore.placing:
+                self.restore.gave_up(span, self.now)
+                self.span = None
+                self.pieces.clear()
+            return False
+        while span.layered and self.layer < GROUPS and self.restore.layer_ready(self.layer):
+            for chunk in range(span.start // self.restore.chunk_tokens):
+                covered = chunk in self.computed or chunk in self.placed or self.layer in self.pieces.get(chunk, ())
+                assert covered, f"layer {self.layer} of {span} reads chunk {chunk}, which is not there"
+            self.layer += 1
+        if span.layered and self.layer < GROUPS:
+            if not self.inflight and not self.placing:
+                self.now += 1.0
+            return False
+        return True
 
     def chunks_of(self, span: Span) -> range:
         size = self.restore.chunk_tokens
@@ -54,7 +81,8 @@ class Driver:
 
     def begin(self, span: Span) -> None:
         assert span.tokens > 0
-        for chunk in range(span.start // self.restore.chunk_tokens):
+        self.layer = 0
+        for chunk in range(0 if span.layered else span.start // self.restore.chunk_tokens):
             assert chunk in self.computed or chunk in self.placed, f"{span} reads chunk {chunk}, which is not covered"
         for chunk in self.chunks_of(span):
             assert chunk not in self.computed
@@ -64,25 +92,28 @@ class Driver:
         self.span = span
 
     def check_window(self, span: Span) -> None:
-        window = self.restore._window
+        window = self.restore.coverage._window
         if window is not None:
             for position in range(max(0, span.start - window + 1), span.start):
                 chunk = position // self.restore.chunk_tokens
                 assert self.placed.get(chunk, True), f"{span} sees position {position}, loaded without its window"
 
     def load(self) -> None:
-        source = self.random.randrange(len(self.restore.sources))
+        source = self.random.randrange(self.sources)
         load = self.restore.next_load(source, self.now)
         if load is not None:
             assert load.chunk not in self.computed
-            assert self.placed.pop(load.chunk, None) is not True, "loaded twice"
+            assert load.group is not None or self.placed.pop(load.chunk, None) is not True, "loaded twice"
             self.inflight.append(load)
         if self.placing and self.random.random() < 0.8:
             load = self.placing.pop(self.random.randrange(len(self.placing)))
             assert load.chunk not in self.computed, "a placed chunk overwrites a computed one"
             assert self.span is None or load.chunk not in self.chunks_of(self.span)
-            self.placed[load.chunk] = load.windowed
+            if load.group is not None:
+                self.pieces.setdefault(load.chunk, set()).add(load.group)
             self.restore.placed(load, self.now)
+            if self.restore.coverage.state[load.chunk] is State.LOADED:
+                self.placed[load.chunk] = load.windowed
         if self.inflight and self.random.random() < 0.4:
             load = self.inflight[self.random.randrange(len(self.inflight))]
             if self.slow_source and load.source == 0 and self.random.random() < 0.98:
@@ -108,6 +139,7 @@ class Driver:
     slow_source=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 300)),
     depth=st.integers(1, 4),
+    layered=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_every_position_is_covered_exactly_once_whatever_happens(
@@ -121,6 +153,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     slow_source: bool,
     window: int | None,
     depth: int,
+    layered: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
@@ -135,14 +168,15 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
         chunk_bytes=chunk * 1000,
         unwindowed_chunk_bytes=chunk * 400,
         window=window,
+        groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200)) if layered else None,
         mode=mode,  # type: ignore[arg-type]
         max_span_tokens=max_span,
     )
-    driver = Driver(restore, seed, failing, slow_source)
+    driver = Driver(restore, sources, seed, failing, slow_source)
     driver.run()
 
     assert restore.done
-    assert all(state in (State.LOADED, State.COMPUTED) for state in restore.state)
+    assert all(state in (State.LOADED, State.COMPUTED) for state in restore.coverage.state)
     assert set(driver.computed) | set(driver.placed) == set(range(chunks))
     assert not set(driver.computed) & set(driver.placed)
     assert all(times == 1 for times in driver.computed.values())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cakekv import __version__
-from cakekv.cli import ask, bench, demo, store
+from cakekv.cli import ask, bench, demo, simulate, simulate_cluster, store
 from cakekv.cli.console import Commands
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command()(demo.demo)
 app.command()(ask.ask)
 app.command()(bench.bench)
 app.add_typer(store.app, name="store")
+simulate.app.command()(simulate_cluster.cluster)
+app.add_typer(simulate.app, name="simulate")
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain, starmap
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _IRRELEVANT = {
     *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
     *("id2label", "label2id", "problem_type", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode"),
 }
 
 
@@ -35,15 +37,20 @@ def layout_text(layout: KVLayout) -> str:
 def weights_fingerprint(model: Any) -> str:
     """Fingerprint of all of a model's tensors but its adapters'.
 
+    Of tensors that are not saved with the weights only the type and shape count. The frequencies of RoPE are such:
+    their values follow from the configuration, and may differ by a rounding between processors; but a model cast to
+    bfloat16 after it was built has them in bfloat16, and so other keys than the same model loaded as bfloat16.
+
     Raises
     ------
     BadInput
         Some tensors are not in memory.
     """
     adapters = set(getattr(model, "peft_config", ()))
-    return fingerprint_tensors(
-        _entries((name, tensor) for name, tensor in _named_tensors(model) if adapters.isdisjoint(name.split(".")))
-    )
+    weights = [(name, tensor) for name, tensor in _weights(model) if adapters.isdisjoint(name.split("."))]
+    saved = {name for name, _ in weights}
+    derived = [(name, tensor) for name, tensor in model.named_buffers() if name not in saved]
+    return fingerprint_tensors(chain((_entry(*each, with_data=False) for each in derived), starmap(_entry, weights)))
 
 
 def adapter_fingerprint(model: Any) -> str:
@@ -57,32 +64,27 @@ def adapter_fingerprint(model: Any) -> str:
             used.update(active, module.merged_adapters)
     if not used:
         return ""
-    settings = {name: model.peft_config[name].to_dict() for name in used}
+    settings = {name: _relevant(model.peft_config[name].to_dict()) for name in used}
     description = json.dumps([states, settings], sort_keys=True, default=_plain).encode()
-    tensors = _entries((name, tensor) for name, tensor in _named_tensors(model) if used & set(name.split(".")))
-    return fingerprint_tensors([("settings", "json", (), description), *tensors])
+    tensors = [(name, tensor) for name, tensor in _weights(model) if used & set(name.split("."))]
+    return fingerprint_tensors(chain([("settings", "json", (), memoryview(description))], starmap(_entry, tensors)))
 
 
-def _named_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the model, by the names they have without adapters.
-
-    Buffers that are not saved with the weights count too: RoPE frequencies are such, and those of a model cast to
-    bfloat16 after it was built differ from those of the same model loaded as bfloat16.
-    """
-    tensors = {**model.state_dict(), **dict(model.named_buffers(remove_duplicate=False))}
-    for name, tensor in tensors.items():
+def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that are saved with the model, by the names they have without adapters."""
+    for name, tensor in model.state_dict().items():
         parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
         yield ".".join(parts), tensor
 
 
-def _entries(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
-    for name, tensor in tensors:
-        if tensor.is_meta:
-            raise BadInput(f"{name} is not in memory, so the model cannot be identified; load it without offloading")
+def _entry(name: str, tensor: torch.Tensor, with_data: bool = True) -> tuple[str, str, tuple[int, ...], memoryview]:
+    """What `fingerprint_tensors` takes."""
+    if tensor.is_meta:
+        raise BadInput(f"{name} is not in memory, so the model cannot be identified; load it without offloading")
+    data = memoryview(b"")
+    if with_data:
         data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-        yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
+    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
 
 
 def _relevant(value: Any) -> Any:

@@ -93,9 +93,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, BadInput):
-                raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise BadInput(
                 f"cannot load the model {source!r}: {reason} (give a folder with config.json and safetensors files, "

@@ -74,9 +74,9 @@ class Flights:
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
 
-    def of_chunk(self, chunk: int) -> Load | None:
-        """The load of the whole chunk that is in flight and wanted."""
-        return self._wanted.get((chunk, None))
+    def of_chunk(self, chunk: int, group: int | None = None) -> Load | None:
+        """The load of the chunk, or of a group of its layers, that is in flight and wanted."""
+        return self._wanted.get((chunk, group))
 
     def cancel(self, load: Load) -> None:
         """Nobody needs the load any more."""

@@ -6,40 +6,32 @@ serialised by the driver.
 
 A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
 A chunk that compute claims while its load is in flight flags that load as `cancelled`; its late arrival is refused.
+A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
+and reports `gave_up` instead of `computed` if one of them turns out to be `lost`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Literal, NamedTuple
 
 from cakekv.restore.costs import ComputeCost
+from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.plan import Candidate, assign_loads
+from cakekv.restore.layered import LayeredFinish, LayerGroups
+from cakekv.restore.plan import Candidate, assign_loads, complete_landing, order_loads
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
 Mode = Literal["auto", "compute", "load", "both"]
 MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
 
-
-class State(IntEnum):
-    """Where a chunk stands."""
-
-    MISSING = 0
-    STORED = 1
-    LOADING = 2
-    PLACING = 3
-    LOADED = 4
-    COMPUTING = 5
-    COMPUTED = 6
-
-
-_COVERED = (State.LOADED, State.COMPUTED)
 _PROBE_TOKENS = 128
 """Longest span while the speed of an arm is unknown: long enough to learn from, short enough to regret."""
+_LONGEST_SUFFIX_SPANS = 4
+"""A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
+_WORTHWHILE = 0.05
+"""Share of the suffix's time that loads must still take for a layered finish to begin."""
 
 
 class Span(NamedTuple):
@@ -47,6 +39,8 @@ class Span(NamedTuple):
 
     start: int
     tokens: int
+    layered: bool = False
+    """Whether each layer must wait for its part of the prefix."""
 
 
 class Wait(NamedTuple):
@@ -74,6 +68,8 @@ class Restore:
         Bytes to read for a chunk, and for its part of the layers without a sliding window.
     window : int or None
         Widest sliding window of the model in tokens.
+    groups : LayerGroups or None
+        How a chunk is cut for a layered finish (see `layered`); None: the suffix waits for whole chunks.
     mode : {"auto", "compute", "load", "both"}
         "compute" loads nothing, "load" computes only what cannot be loaded, "both" puts both arms to work whether it
         pays or not (the first stored chunk is computed, the last one requested), "auto" leaves an idle arm idle.
@@ -97,6 +93,7 @@ class Restore:
         chunk_bytes: int,
         unwindowed_chunk_bytes: int | None = None,
         window: int | None = None,
+        groups: LayerGroups | None = None,
         mode: Mode = "auto",
         max_span_tokens: int = 512,
         patience_s: float = 30.0,
@@ -106,56 +103,45 @@ class Restore:
             raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        self.sources = tuple(sources)
-        self.compute = compute
         self.mode = mode
-        self._window = window
+        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
+        self._sources = tuple(sources)
+        self._compute = compute
         self._chunk_bytes = chunk_bytes
         self._unwindowed_chunk_bytes = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
+        self._groups = groups
+        self._layered: LayeredFinish | None = None
+        self.placing = 0
+        """Pieces that are being placed."""
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self.chunks = -(-prompt_tokens // chunk_tokens)
-        loadable = (prompt_tokens - 1) // chunk_tokens
-        self._holders: list[tuple[int, ...]] = [
-            tuple(stored[chunk]) if chunk < min(loadable, len(stored)) else () for chunk in range(self.chunks)
-        ]
-        self.state: list[State] = [State.STORED if held else State.MISSING for held in self._holders]
-        self._uncovered: list[int] = list(range(self.chunks))
-        """Chunks that are missing, stored or loading, ascending."""
-        self._front = 0
-        """First chunk that is neither covered nor being computed."""
         self._span: tuple[Span, float] | None = None
-        self._flights = Flights(self.sources, patience_s)
+        self._flights = Flights(self._sources, patience_s)
         self._plan: dict[int, int] = {}
-        self._queues: list[list[int]] = [[] for _ in self.sources]
+        self._queues: list[list[int]] = [[] for _ in self._sources]
         """Planned chunks per source, the one due first at the end."""
-        self._changes = self.chunks
+        self._changes = self.coverage.chunks
         """Chunks that changed hands since the plan was made."""
-        self._unwindowed: set[int] = set()
-        """Chunks that were loaded without the part of the windowed layers."""
-        self._want_window: set[int] = set()
         self._requested_any = False
-        stored_chunks = [chunk for chunk, held in enumerate(self._holders) if held]
+        stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
         self._reserved = stored_chunks[0] if mode == "both" and len(stored_chunks) > 1 else None
         """A stored chunk that is computed all the same."""
-        prefix_chunks = stored_chunks[-1] + 1 if stored_chunks else 0
-        self._back = prefix_chunks
-        self.prefix_tokens = self.start_of(prefix_chunks)
+        self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
+        """First chunk behind the last stored one."""
+        self._back = self._suffix
+        self.prefix_tokens = self.coverage.start_of(self._suffix)
         report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
-        self._record = Recorder(report, [source.name for source in self.sources], chunk_bytes / chunk_tokens, now)
-        self._record.frontier(now, 0, self.start_of(self._back))
+        self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
+        self._record.frontier(now, 0, self.prefix_tokens)
 
     @property
     def report(self) -> RestoreReport:
         """What has happened so far."""
-        loaded = [chunk for chunk, state in enumerate(self.state) if state is State.LOADED]
-        self._record.report.met_at = self.start_of(loaded[0]) if loaded else None
+        coverage = self.coverage
+        loaded = (chunk for chunk, state in enumerate(coverage.state) if state is State.LOADED)
+        first = next(loaded, None)
+        self._record.report.met_at = None if first is None else coverage.start_of(first)
         self._record.misses(
-            [
-                (self.start_of(chunk), self.start_of(chunk + 1) - self.start_of(chunk))
-                for chunk, held in enumerate(self._holders)
-                if not held
-            ],
-            lambda start: "not stored" if start < self.prefix_tokens else "behind the stored prefix",
+            coverage.holes(), lambda start: "not stored" if start < self.prefix_tokens else "behind the stored prefix"
         )
         return self._record.report
 
@@ -167,99 +153,149 @@ class Restore:
     @property
     def done(self) -> bool:
         """Whether every position is covered."""
-        return self._front == self.chunks and self._span is None
-
-    def bands(self) -> list[tuple[int, int, str]]:
-        """Runs of positions in the same state, as (start, end, state's name in lower case), covering the prompt."""
-        runs: list[tuple[int, int, str]] = []
-        for chunk, state in enumerate(self.state):
-            name = state.name.lower()
-            if runs and runs[-1][2] == name:
-                runs[-1] = (runs[-1][0], self.start_of(chunk + 1), name)
-            else:
-                runs.append((self.start_of(chunk), self.start_of(chunk + 1), name))
-        return runs
-
-    def start_of(self, chunk: int) -> int:
-        """First position of a chunk, in tokens; of the chunk after the last: the prompt's end."""
-        return min(chunk * self.chunk_tokens, self.prompt_tokens)
-
-    def is_missing(self, chunk: int) -> bool:
-        """Whether no source can deliver the chunk: it was not stored, or every load of it failed."""
-        return not self._holders[chunk]
+        return self.coverage.front == self.coverage.chunks
 
     # ------------------------------------------------------------------ compute
 
     def next_compute(self, now: float) -> Span | Wait | None:
         """What to compute next: a span (which is claimed), a wait for a load, or None when all is covered."""
         assert self._span is None, "the span before was not reported as computed"
-        if self._front == self.chunks:
-            return None
-        for late in self._flights.give_up_late(now):
-            self._lose(late, "late")
-        first = self._front
-        count = self._computable(first)
-        if self._stale() or count < 2 * self._max_span_chunks:
-            self._replan(now)
+        self.check_late(now)
+        while not self.done:
+            first = self.coverage.front
             count = self._computable(first)
-        if count == 0:
-            return Wait(self._flights.next_look(now))
-        if not self._window_covered(first):
-            return self.next_compute(now)
-        if count > self._max_span_chunks:
-            count = self._max_span_chunks if count >= 2 * self._max_span_chunks else -(-count // 2)
-        for chunk in range(first, first + count):
-            load = self._flights.of_chunk(chunk)
-            if load is not None:
-                self._flights.cancel(load)
-            self.state[chunk] = State.COMPUTING
-        self._remove_uncovered(first, first + count)
-        self._front = first + count
-        span = Span(self.start_of(first), self.start_of(first + count) - self.start_of(first))
-        self._span = (span, now)
-        self._advance()
-        return span
+            if self._stale() or count < 2 * self._max_span_chunks:
+                self._replan(now)
+                count = self._computable(first)
+            if count == 0:
+                return self._begin_layered(now) or Wait(self._flights.next_look(now))
+            taken_back = self.coverage.take_back_unwindowed(first)
+            if not taken_back:
+                return self._claim(first, self._span_chunks(count), now)
+            self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._unwindowed_chunk_bytes)
+            self._changes = self.coverage.chunks
+        return None
 
-    def computed(self, span: Span, now: float) -> None:
-        """The claimed span is in the cache."""
-        assert self._span is not None, "no span was claimed"
-        assert self._span[0] == span, f"{span} was not claimed"
-        began = self._span[1]
-        self._span = None
-        for chunk in range(span.start // self.chunk_tokens, -(-(span.start + span.tokens) // self.chunk_tokens)):
-            assert self.state[chunk] is State.COMPUTING
-            self.state[chunk] = State.COMPUTED
-        self.compute.observe(span.start, span.tokens, now - began)
+    def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
+        """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
+        began = self._end_span(span)
+        self.coverage.compute(*self._chunks_of(span))
+        self._compute.observe(span.start, span.tokens, now - began - waited_s)
         self._changes += span.tokens // self.chunk_tokens + 1
         self._record.span(span.start, span.tokens, began, now)
-        self._record.frontier(now, span.start + span.tokens, self.start_of(self._back))
+        self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
 
     def _computable(self, first: int) -> int:
         """How many chunks from `first` on compute should take, as far as that matters for the next span."""
         end = first
-        limit = min(self.chunks, first + 2 * self._max_span_chunks)
-        while end < limit and end not in self._plan and self.state[end] <= State.LOADING:
+        limit = min(self.coverage.chunks, first + 2 * self._max_span_chunks)
+        while end < limit and end not in self._plan and self.coverage.state[end] <= State.LOADING:
             end += 1
-        unsure = self._plan and any(not source.cost.known for source in self.sources)
-        if unsure or not self.compute.known:
+        unsure = self._plan and any(not source.cost.known for source in self._sources)
+        if unsure or not self._compute.known:
             return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens))
         return end - first
 
-    def _window_covered(self, first: int) -> bool:
-        """Whether a span at chunk `first` finds all that its windowed layers see; takes back chunks that lack it."""
-        if self._window is None:
-            return True
-        lowest = max(0, self.start_of(first) - self._window + 1) // self.chunk_tokens
-        lacking = [chunk for chunk in range(lowest, first) if chunk in self._unwindowed]
-        for chunk in lacking:
-            self._record.taken_back(self.chunk_tokens, self._unwindowed_chunk_bytes)
-            self._unwindowed.discard(chunk)
-            self._want_window.add(chunk)
-            self.state[chunk] = State.STORED
-            insort(self._uncovered, chunk)
-        if lacking:
-            self._front = lacking[0]
-        return not lacking
+    def _span_chunks(self, count: int) -> int:
+        """Chunks of the next span, of `count` to compute; what two spans can cover is shared evenly between them."""
+        longest = self._max_span_chunks
+        return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
+
+    def _claim(self, first: int, count: int, now: float, layered: bool = False) -> Span:
+        for chunk in range(first, first + count):
+            load = self._flights.of_chunk(chunk)
+            if load is not None:
+                self._flights.cancel(load)
+        self.coverage.claim(first, first + count)
+        start = self.coverage.start_of(first)
+        span = Span(start, self.coverage.start_of(first + count) - start, layered)
+        self._span = (span, now)
+        return span
+
+    def _end_span(self, span: Span) -> float:
+        assert self._span is not None, "no span was claimed"
+        assert self._span[0] == span, f"{span} was not claimed"
+        assert self._layered is None or self._layered.broken or not self._layered.incomplete
+        began = self._span[1]
+        self._span = self._layered = None
+        return began
+
+    def _chunks_of(self, span: Span) -> tuple[int, int]:
+        return span.start // self.chunk_tokens, -(-(span.start + span.tokens) // self.chunk_tokens)
+
+    # ----------------------------------------------------------- layered finish
+
+    def layer_ready(self, group: int) -> bool:
+        """Whether the layered span that was claimed may go through this group of layers."""
+        return self._layered is None or self._layered.ready(group)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the layered span that was claimed waits for something that will not come."""
+        return self._layered is not None and self._layered.broken
+
+    def gave_up(self, span: Span, now: float) -> None:
+        """The layered span was given up, because a load it needs is `lost`: its positions are uncovered again."""
+        assert self._layered is not None
+        assert self._groups is not None
+        assert not self.placing, "a piece may still be written where compute would write"
+        for chunk in self._layered.incomplete:
+            for group in range(len(self._groups.bytes)):
+                load = self._flights.of_chunk(chunk, group)
+                if load is not None:
+                    self._flights.cancel(load)
+            self._record.taken_back(0, self._layered.placed_bytes[chunk])
+            self.coverage.give_back(chunk)
+        began = self._end_span(span)
+        self.coverage.release(*self._chunks_of(span))
+        self._record.gave_up(began, now)
+        self._changes = self.coverage.chunks
+
+    def _begin_layered(self, now: float) -> Span | None:
+        """Begin the suffix if all before it is covered or about to be loaded, and loading it takes a while."""
+        groups, coverage = self._groups, self.coverage
+        suffix_s = self._finish_s()
+        if groups is None or not suffix_s or any(not source.cost.known for source in self._sources):
+            return None
+        waited = range(coverage.front, self._suffix)
+        if any(coverage.state[chunk] is State.STORED and chunk not in self._plan for chunk in waited):
+            return None
+        busy_s = [0.0] * len(self._sources)
+        for chunk, _, load_s in self._candidates(now):
+            if chunk in self._plan and chunk < self._suffix:
+                busy_s[self._plan[chunk]] += load_s[self._plan[chunk]]
+        if max(busy_s) < _WORTHWHILE * suffix_s:
+            return None
+        if coverage.take_back_unwindowed(self._suffix):
+            self._changes = coverage.chunks
+            return None
+        pieces = {}
+        whole = []
+        for chunk in waited:
+            if coverage.state[chunk] is State.STORED:
+                sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
+                pieces[chunk] = (self._plan[chunk], sizes)
+                coverage.state[chunk] = State.LOADING
+            elif coverage.state[chunk] in (State.LOADING, State.PLACING):
+                whole.append(chunk)
+        self._layered = LayeredFinish(pieces, whole, len(groups.bytes), len(self._sources))
+        return self._claim(self._suffix, coverage.chunks - self._suffix, now, layered=True)
+
+    def _finish_s(self) -> float:
+        """Seconds that loads may go on while the suffix is computed; 0.0 if they may not."""
+        coverage = self.coverage
+        suffix_chunks = coverage.chunks - self._suffix
+        if (
+            self._groups is None
+            or self.mode not in ("auto", "both")
+            or (self._span is not None and self._span[0].start >= self.prefix_tokens)
+            or not self._compute.known
+            or not 0 < suffix_chunks <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
+            or any(coverage.state[chunk] is State.MISSING for chunk in coverage.uncovered if chunk < self._suffix)
+        ):
+            return 0.0
+        groups = len(self._groups.bytes)
+        return self._compute.seconds(self.prefix_tokens, self.prompt_tokens - self.prefix_tokens) * (1 - 1 / groups)
 
     # -------------------------------------------------------------------- loads
 
@@ -267,6 +303,9 @@ class Restore:
         """What `source` should load next, or None if there is nothing worth loading now (ask after the next event)."""
         if self.mode == "compute" or not self._flights.has_room(source):
             return None
+        if self._layered is not None:
+            piece = None if self._layered.broken else self._layered.next(source)
+            return self._begin_load(piece.chunk, source, piece.size, now, piece.group) if piece else None
         if self._stale():
             self._replan(now)
         chunk = self._due(source)
@@ -275,10 +314,14 @@ class Restore:
             chunk = self._due(source)
         if chunk is None:
             return None
-        windowed = self._needs_window(chunk)
-        size = self._chunk_bytes if windowed else self._unwindowed_chunk_bytes
-        load = Load(chunk, self.start_of(chunk), self.chunk_tokens, source, windowed, size, now)
-        self.state[chunk] = State.LOADING
+        self.coverage.state[chunk] = State.LOADING
+        size = self._chunk_bytes if self.coverage.needs_window(chunk) else self._unwindowed_chunk_bytes
+        return self._begin_load(chunk, source, size, now)
+
+    def _begin_load(self, chunk: int, source: int, size: int, now: float, group: int | None = None) -> Load:
+        windowed = self.coverage.needs_window(chunk)
+        start = self.coverage.start_of(chunk)
+        load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group)
         self._flights.begin(load)
         self._requested_any = True
         self._changes += 1
@@ -286,23 +329,16 @@ class Restore:
 
     def _due(self, source: int) -> int | None:
         """The planned chunk that `source` should load first."""
+        coverage = self.coverage
         queue = self._queues[source]
         while queue:
             chunk = queue.pop()
-            if self.state[chunk] is State.STORED:
+            if coverage.state[chunk] is State.STORED:
                 return chunk
         if self.mode == "both" and not self._requested_any:
-            stored = (chunk for chunk in reversed(self._uncovered) if source in self._holders[chunk])
-            return next((chunk for chunk in stored if self.state[chunk] is State.STORED), None)
+            stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
+            return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
         return None
-
-    def _needs_window(self, chunk: int) -> bool:
-        """Whether compute will start at a position whose window reaches back into `chunk`."""
-        if self._window is None or chunk in self._want_window:
-            return True
-        reach = (self.start_of(chunk + 1) + self._window - 2) // self.chunk_tokens
-        behind = range(chunk + 1, min(reach, self.chunks - 1) + 1)
-        return any(self.state[other] is State.MISSING for other in behind)
 
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
@@ -311,18 +347,26 @@ class Restore:
             self._note(load, load.size, now, "late" if load.late else "overtaken")
             return False
         self._flights.land(load)
-        self.state[load.chunk] = State.PLACING
-        self._remove_uncovered(load.chunk, load.chunk + 1)
+        if load.group is None:
+            self.coverage.place(load.chunk)
+        else:
+            self.placing += 1
         return True
 
     def placed(self, load: Load, now: float) -> None:
-        """The chunk is in the cache."""
-        assert self.state[load.chunk] is State.PLACING
-        self.state[load.chunk] = State.LOADED
-        if not load.windowed:
-            self._unwindowed.add(load.chunk)
-        self._advance()
-        self._note(load, load.size, now, "placed")
+        """The load is in the cache."""
+        whole = load.group is None
+        if load.group is not None:
+            assert self._layered is not None
+            self.placing -= 1
+            whole = self._layered.placed(load.chunk, load.group, load.size)
+            if whole:
+                self.coverage.place(load.chunk)
+        elif self._layered is not None:
+            self._layered.whole.discard(load.chunk)
+        if whole:
+            self.coverage.load(load.chunk, load.windowed)
+        self._note(load, load.size, now, "placed", load.tokens if whole else 0)
 
     def abandoned(self, load: Load, size: int, now: float) -> None:
         """A cancelled load was given up after `size` bytes."""
@@ -338,118 +382,89 @@ class Restore:
             self._flights.land(load)
             self._lose(load, reason)
 
+    def check_late(self, now: float) -> None:
+        """Give up loads that have been waited for long enough."""
+        for load in self._flights.give_up_late(now):
+            self._lose(load, "late")
+
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""
         self._flights.cancel_all()
 
     def _answered(self, load: Load, size: int, now: float) -> None:
         if self._flights.answered(load, size, now):
-            self._changes = self.chunks
+            self._changes = self.coverage.chunks
 
-    def _note(self, load: Load, size: int, now: float, outcome: str) -> None:
-        self._record.load(load.start, load.tokens, load.source, size, load.began, now, outcome)
-        while self._back > 0 and self.state[self._back - 1] in (State.LOADED, State.MISSING):
+    def _note(self, load: Load, size: int, now: float, outcome: str, tokens: int = 0) -> None:
+        self._record.load(load, size, now, outcome, tokens)
+        state = self.coverage.state
+        while self._back > 0 and state[self._back - 1] in (State.LOADED, State.MISSING):
             self._back -= 1
-        self._record.frontier(now, self.latest.front, self.start_of(self._back))
+        self._record.frontier(now, self.latest.front, self.coverage.start_of(self._back))
 
     def _lose(self, load: Load, reason: str) -> None:
         """Never ask this source for this chunk again."""
-        chunk = load.chunk
-        self._holders[chunk] = tuple(source for source in self._holders[chunk] if source != load.source)
-        self.state[chunk] = State.STORED if self._holders[chunk] else State.MISSING
+        if self._layered is not None:
+            self._layered.broken = True
+        self.coverage.drop_holder(load.chunk, load.source)
         self._record.lost(load.start, reason)
-        self._changes = self.chunks
+        self._changes = self.coverage.chunks
 
     # --------------------------------------------------------------------- plan
 
     def _stale(self) -> bool:
         """Whether to plan again. Far from the end that is worth doing only after so many changes."""
-        return self._changes * 8 > len(self._uncovered)
+        return self._changes * 8 > len(self.coverage.uncovered)
 
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
         self._changes = 0
         if self.mode == "compute":
             return
+        sources = len(self._sources)
         candidates = self._candidates(now)
-        self._plan = assign_loads(candidates, len(self.sources), self._compute_busy_s(now))
-        if self.mode == "auto" and self.compute.known:
-            self._drop_short_landing(candidates, now)
-        self._queues = [[] for _ in self.sources]
-        due_later: list[list[int]] = [[] for _ in self.sources]
-        for chunk in reversed(self._uncovered):  # nearest hole first; back to front before it
-            if self.state[chunk] is State.MISSING:
-                for queue, group in zip(self._queues, due_later, strict=True):
-                    queue.extend(reversed(group))
-                    group.clear()
-            elif self.state[chunk] is State.STORED and chunk in self._plan:
-                due_later[self._plan[chunk]].append(chunk)
-        for queue, group in zip(self._queues, due_later, strict=True):
-            queue.extend(reversed(group))
+        busy_s = self._compute_busy_s(now)
+        self._plan = assign_loads(candidates, sources, busy_s, self._finish_s())
+        if self.mode == "auto" and self._compute.known:
 
-    def _drop_short_landing(self, candidates: list[Candidate], now: float) -> None:
-        """Load the last chunks before the arms meet, too, if a span of their own would end later than that.
+            def span_s(first: int, chunks: int) -> float:
+                return busy_s + self._compute.seconds(self.coverage.start_of(first), chunks * self.chunk_tokens)
 
-        The plan spreads a span's fixed cost over full spans, which flatters a short one.
-        """
-        busy_s = [0.0] * len(self.sources)
-        short: list[tuple[int, int]] = []
-        for chunk, _, load_s in candidates:
-            if not load_s:
-                break
-            source = self._plan.get(chunk)
-            if source is None:
-                if len(short) == self._max_span_chunks:
-                    return
-                source = min(load_s, key=lambda source: busy_s[source] + load_s[source])
-                short.append((chunk, source))
-            busy_s[source] += load_s[source]
-        if short:
-            span_s = self.compute.seconds(self.start_of(short[0][0]), len(short) * self.chunk_tokens)
-            if max(busy_s) < span_s + self._compute_busy_s(now):
-                self._plan.update(short)
+            complete_landing(candidates, self._plan, sources, self._max_span_chunks, span_s)
+        holes = {chunk for chunk in self.coverage.uncovered if self.coverage.state[chunk] is State.MISSING}
+        self._queues = order_loads(candidates, self._plan, sources, holes)
 
     def _compute_busy_s(self, now: float) -> float:
         if self._span is None:
             return 0.0
         span, began = self._span
-        return max(0.0, began + self.compute.seconds(span.start, span.tokens) - now)
+        return max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
 
     def _candidates(self, now: float) -> list[Candidate]:
         """The uncovered chunks with what each would cost either way."""
-        shape = self.compute.shape
+        shape = self._compute.shape
         tokens = self.chunk_tokens
         fixed = shape.fixed / self._max_span_chunks + tokens * (shape.linear + 0.5 * tokens * shape.quadratic)
         slope = tokens * shape.quadratic * tokens
-        if self.mode == "load":
-            fixed, slope = 1e9, 0.0
-        unknown_s = self.compute.seconds(0, tokens)
+        unknown_s = self._compute.seconds(0, tokens)
         pending_s = [
-            self._flights.busy_seconds(source, self._chunk_bytes, unknown_s, now) for source in range(len(self.sources))
+            self._flights.busy_seconds(source, self._chunk_bytes, unknown_s, now)
+            for source in range(len(self._sources))
         ]
-        if self.mode == "load":
+        if self.mode == "load":  # computing is the last resort
+            fixed, slope = 1e9, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
         by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
         remaining = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
-        for chunk in self._uncovered:
+        for chunk in self.coverage.uncovered:
             if chunk in remaining and (load := self._flights.of_chunk(chunk)):
                 load_s = {load.source: remaining[chunk]}
             else:
-                held = self._holders[chunk] if chunk != self._reserved else ()
+                held = self.coverage.holders[chunk] if chunk != self._reserved else ()
                 if held not in by_holders:
-                    by_holders[held] = {
-                        source: pending_s[source] for source in held if not self._flights.stalled(source)
-                    }
+                    usable = (source for source in held if not self._flights.stalled(source))
+                    by_holders[held] = {source: pending_s[source] for source in usable}
                 load_s = by_holders[held]
             candidates.append((chunk, fixed + slope * chunk, load_s))
         return candidates
-
-    # -------------------------------------------------------------------- state
-
-    def _advance(self) -> None:
-        while self._front < self.chunks and self.state[self._front] in _COVERED:
-            self._front += 1
-
-    def _remove_uncovered(self, first: int, end: int) -> None:
-        del self._uncovered[bisect_left(self._uncovered, first) : bisect_left(self._uncovered, end)]

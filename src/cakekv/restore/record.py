@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cakekv.restore.flights import Load
 from cakekv.restore.report import FrontierPoint, LoadRecord, Miss, RestoreReport, SpanRecord
 
 
@@ -35,15 +36,15 @@ class Recorder:
         self.report.spans.append(SpanRecord(start, tokens, began - self._began, ended - self._began))
         self.report.computed_tokens += tokens
 
-    def load(self, start: int, tokens: int, source: int, size: int, began: float, ended: float, outcome: str) -> None:
-        """A load ended; `size` is what it really read, in bytes."""
+    def load(self, load: Load, size: int, ended: float, outcome: str, tokens: int) -> None:
+        """A load ended; `size` is what it really read, in bytes, and `tokens` what it completed."""
         report = self.report
-        name = self._names[source]
-        report.loads.append(LoadRecord(start, tokens, name, began - self._began, ended - self._began, size, outcome))
+        name = self._names[load.source]
+        began_s, ended_s = load.began - self._began, ended - self._began
+        report.loads.append(LoadRecord(load.start, load.tokens, name, began_s, ended_s, size, outcome, load.group))
         report.bytes_by_tier[name] += size
-        if outcome == "placed":
-            report.loaded_tokens += tokens
-        else:
+        report.loaded_tokens += tokens
+        if outcome != "placed":
             self._waste(size)
 
     def taken_back(self, tokens: int, size: int) -> None:
@@ -54,6 +55,13 @@ class Recorder:
     def _waste(self, size: int) -> None:
         self.report.wasted_bytes += size
         self.report.wasted_tokens = round(self.report.wasted_bytes / self._token_bytes)
+
+    def gave_up(self, began: float, ended: float) -> None:
+        """A layered span was given up."""
+        self.report.notes.append(
+            f"The suffix was begun {began - self._began:.3f} s after the start, while loads before it were on their "
+            f"way; one of them failed, and {ended - began:.3f} s later it had to begin again."
+        )
 
     def lost(self, start: int, reason: str) -> None:
         """The chunk at `start` was stored but cannot be had."""

@@ -30,6 +30,8 @@ class LoadRecord(NamedTuple):
     """Bytes read from the tier, also by loads that were abandoned or failed."""
     outcome: str
     """"placed", "overtaken" (compute got there first) or a failure, such as "corrupt: ..."."""
+    group: int | None = None
+    """The group of layers, if the chunk was loaded in pieces while the suffix was computed."""
 
 
 class Miss(NamedTuple):

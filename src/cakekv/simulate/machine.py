@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore, Span, Wait
+from cakekv.restore.planner import Span, Wait
 
 ComputeTime = Callable[[Span, float], float]
 """(span, now) to the seconds it takes."""
+
+
+class Policy(Protocol):
+    """What the clock drives: the planner, or anything that speaks its protocol (see `cakekv.restore.planner`)."""
+
+    def next_compute(self, now: float) -> Span | Wait | None:
+        """What to compute next; asked whenever compute is free."""
+
+    def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
+        """The span is in the cache."""
+
+    def layer_ready(self, group: int) -> bool:
+        """Whether the layered span that was claimed may go through this group of layers."""
+
+    def next_load(self, source: int, now: float) -> Load | None:
+        """What the tier should load next; asked after every event."""
+
+    def arrived(self, load: Load, now: float) -> bool:
+        """A load's bytes are here; whether they may be placed."""
+
+    def placed(self, load: Load, now: float) -> None:
+        """The load is in the cache; placing takes no time."""
+
+    def abandoned(self, load: Load, size: int, now: float) -> None:
+        """A cancelled load was given up after `size` bytes."""
 
 
 @dataclass
@@ -33,12 +59,14 @@ def constant(bytes_per_s: float) -> Callable[[float], tuple[float, float]]:
     return lambda now: (bytes_per_s, float("inf"))
 
 
-def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0) -> float:
+def run_restore(
+    restore: Policy, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0, groups: int = 1
+) -> float:
     """Drive one restore to its end.
 
     Parameters
     ----------
-    restore : Restore
+    restore : Policy
         Fresh, begun at `now`.
     compute_time : callable
         What spans really take.
@@ -46,6 +74,8 @@ def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[Vir
         One per source of the restore.
     now : float
         Seconds on the virtual clock.
+    groups : int
+        Groups of layers that a layered span goes through one after the other, each in the same time.
 
     Returns
     -------
@@ -55,6 +85,7 @@ def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[Vir
     flights: list[list[_Flight]] = [[] for _ in tiers]
     span: Span | None = None
     span_ends = float("inf")
+    layers = _Layers(0, 0.0)
     look_again = float("inf")
     while True:
         if span is None:
@@ -64,7 +95,9 @@ def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[Vir
             if isinstance(answer, Wait):
                 look_again = max(answer.until, now + 1e-6)
             else:
-                span, span_ends, look_again = answer, now + compute_time(answer, now), float("inf")
+                span, look_again = answer, float("inf")
+                layers = _Layers(groups if span.layered else 1, compute_time(span, now))
+                span_ends = layers.go_on(restore, span, now)
         for index, tier in enumerate(tiers):
             for flight in [flight for flight in flights[index] if flight.load.cancelled]:
                 flights[index].remove(flight)
@@ -81,8 +114,33 @@ def run_restore(restore: Restore, compute_time: ComputeTime, tiers: Sequence[Vir
                 if restore.arrived(flight.load, now):
                     restore.placed(flight.load, now)
         if span is not None and now >= span_ends:
-            restore.computed(span, now)
-            span, span_ends = None, float("inf")
+            layers.left -= 1
+            span_ends = float("inf")
+            if not layers.left:
+                restore.computed(span, now, layers.waited_s)
+                span = None
+        if span is not None and span_ends == float("inf"):
+            span_ends = layers.go_on(restore, span, now)
+
+
+class _Layers:
+    """How far a span has come through the groups of layers."""
+
+    def __init__(self, groups: int, seconds: float) -> None:
+        self.groups = self.left = groups
+        self.waited_s = 0.0
+        self._each_s = seconds / max(groups, 1)
+        self._stopped: float | None = None
+
+    def go_on(self, restore: Policy, span: Span, now: float) -> float:
+        """When the next group will be through; infinity if it has to wait for loads."""
+        if span.layered and not restore.layer_ready(self.groups - self.left):
+            self._stopped = now if self._stopped is None else self._stopped
+            return float("inf")
+        if self._stopped is not None:
+            self.waited_s += now - self._stopped
+            self._stopped = None
+        return now + self._each_s
 
 
 @dataclass(eq=False)

@@ -1,0 +1,163 @@
+"""Who covers what: the state of every chunk of one prompt, and the laws its changes keep."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from enum import IntEnum
+
+
+class State(IntEnum):
+    """Where a chunk stands."""
+
+    MISSING = 0
+    STORED = 1
+    LOADING = 2
+    PLACING = 3
+    LOADED = 4
+    COMPUTING = 5
+    COMPUTED = 6
+
+
+_COVERED = (State.LOADED, State.COMPUTED)
+
+
+class Coverage:
+    """The chunks of one prompt.
+
+    Parameters
+    ----------
+    prompt_tokens, chunk_tokens : int
+        Lengths; the last chunk may be shorter.
+    stored : sequence of sequences of int
+        Per chunk, from the first, the sources that hold it. The chunk with the last token counts as not stored: it is
+        always computed, since its logits are needed.
+    window : int or None
+        Widest sliding window of the model, in tokens.
+
+    Attributes
+    ----------
+    state : list of State
+        Per chunk.
+    holders : list of tuple of int
+        Per chunk, the sources that can deliver it.
+    uncovered : list of int
+        Chunks that are missing, stored or loading, ascending.
+    front : int
+        First chunk that is neither covered nor being computed.
+    """
+
+    def __init__(
+        self, prompt_tokens: int, chunk_tokens: int, stored: Sequence[Sequence[int]], window: int | None
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.chunk_tokens = chunk_tokens
+        self.chunks = -(-prompt_tokens // chunk_tokens)
+        loadable = min(len(stored), (prompt_tokens - 1) // chunk_tokens)
+        self.holders = [tuple(stored[chunk]) if chunk < loadable else () for chunk in range(self.chunks)]
+        self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
+        self.uncovered = list(range(self.chunks))
+        self.front = 0
+        self._window = window
+        self._unwindowed: set[int] = set()
+        """Chunks that were loaded without the part of the windowed layers."""
+        self._want_window: set[int] = set()
+
+    def start_of(self, chunk: int) -> int:
+        """First position of a chunk, in tokens; of the chunk after the last: the prompt's end."""
+        return min(chunk * self.chunk_tokens, self.prompt_tokens)
+
+    def bands(self) -> list[tuple[int, int, str]]:
+        """Runs of positions in the same state, as (start, end, state's name in lower case), covering the prompt."""
+        runs: list[tuple[int, int, str]] = []
+        for chunk, state in enumerate(self.state):
+            name = state.name.lower()
+            if runs and runs[-1][2] == name:
+                runs[-1] = (runs[-1][0], self.start_of(chunk + 1), name)
+            else:
+                runs.append((self.start_of(chunk), self.start_of(chunk + 1), name))
+        return runs
+
+    def holes(self) -> list[tuple[int, int]]:
+        """(start, tokens) of every chunk that no source can deliver."""
+        return [
+            (self.start_of(chunk), self.start_of(chunk + 1) - self.start_of(chunk))
+            for chunk, held in enumerate(self.holders)
+            if not held
+        ]
+
+    def claim(self, first: int, end: int) -> None:
+        """Compute takes these chunks."""
+        for chunk in range(first, end):
+            assert self.state[chunk] <= State.LOADING
+            self.state[chunk] = State.COMPUTING
+        self._remove(first, end)
+
+    def compute(self, first: int, end: int) -> None:
+        """Compute has covered these chunks."""
+        for chunk in range(first, end):
+            assert self.state[chunk] is State.COMPUTING
+            self.state[chunk] = State.COMPUTED
+        self._advance()
+
+    def release(self, first: int, end: int) -> None:
+        """Compute could not cover these chunks after all."""
+        for chunk in range(first, end):
+            assert self.state[chunk] is State.COMPUTING
+            self.give_back(chunk)
+
+    def place(self, chunk: int) -> None:
+        """A verified chunk is about to be put into the cache: nobody else may take it."""
+        assert self.state[chunk] is State.LOADING
+        self.state[chunk] = State.PLACING
+        self._remove(chunk, chunk + 1)
+
+    def load(self, chunk: int, windowed: bool) -> None:
+        """A chunk is in the cache."""
+        assert self.state[chunk] is State.PLACING
+        self.state[chunk] = State.LOADED
+        if not windowed:
+            self._unwindowed.add(chunk)
+        self._advance()
+
+    def drop_holder(self, chunk: int, source: int) -> None:
+        """The source cannot deliver the chunk that it was loading."""
+        self.holders[chunk] = tuple(holder for holder in self.holders[chunk] if holder != source)
+        self.give_back(chunk)
+
+    def give_back(self, chunk: int) -> None:
+        """The chunk is uncovered again."""
+        if self.state[chunk] > State.LOADING:
+            insort(self.uncovered, chunk)
+        self.state[chunk] = State.STORED if self.holders[chunk] else State.MISSING
+        self.front = min(self.front, chunk)
+
+    def needs_window(self, chunk: int) -> bool:
+        """Whether compute starts, or will, at a position whose window reaches back into `chunk`."""
+        if self._window is None or chunk in self._want_window:
+            return True
+        reach = (self.start_of(chunk + 1) + self._window - 2) // self.chunk_tokens
+        behind = range(chunk + 1, min(reach, self.chunks - 1) + 1)
+        return any(self.state[other] in (State.MISSING, State.COMPUTING) for other in behind)
+
+    def take_back_unwindowed(self, first: int) -> int:
+        """Give back the chunks that a span at chunk `first` sees and that came without their windowed part.
+
+        Returns how many; they will be loaded whole, or computed.
+        """
+        if self._window is None:
+            return 0
+        lowest = max(0, self.start_of(first) - self._window + 1) // self.chunk_tokens
+        lacking = [chunk for chunk in range(lowest, first) if chunk in self._unwindowed]
+        for chunk in lacking:
+            self._unwindowed.discard(chunk)
+            self._want_window.add(chunk)
+            self.give_back(chunk)
+        return len(lacking)
+
+    def _advance(self) -> None:
+        while self.front < self.chunks and self.state[self.front] in _COVERED:
+            self.front += 1
+
+    def _remove(self, first: int, end: int) -> None:
+        del self.uncovered[bisect_left(self.uncovered, first) : bisect_left(self.uncovered, end)]

@@ -1,0 +1,107 @@
+"""The least time one restore can take: what a planner that knew all costs and the future could not beat.
+
+The relaxation: tokens are loaded and computed in pieces of any size, steps are always full (a step's fixed cost is
+spread over its tokens), bytes flow at the tiers' summed bandwidth without latency, and any tier can deliver any chunk.
+Each of these only helps, so no schedule of whole chunks and steps is faster: a lower bound. With every chunk in every
+tier it is the exact optimum of the continuous problem:
+
+Let the prompt be runs of stored positions, each followed by a hole (the suffix is the last). Compute goes in order and
+must find everything before a hole covered; so the loads before hole i must be done when compute begins it, and the
+latest that compute may begin it, if it is to end at T, is T minus the compute time of everything from there on. Of two
+equal pieces to load, the later one is the better choice: computing it costs more, and it is bound by fewer of these
+deadlines. So for a given T a pass from the back that loads as much as the deadlines behind it admit leaves the least
+to compute, and T can be reached if and only if that fits. T follows by bisection. With rates that change over time
+(known traces) "bytes until" and "work until" are their integrals; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cakekv.simulate.hardware import ComputeCurve
+from cakekv.simulate.trace import STEADY, Trace
+
+
+class Run(NamedTuple):
+    """Positions from `start` to `end` that are all stored, or all not."""
+
+    start: int
+    end: int
+    stored: bool
+
+
+def runs_of(prompt_tokens: int, chunk_tokens: int, stored: Sequence[bool]) -> list[Run]:
+    """The runs of a prompt of which chunk i is stored if `stored[i]`; the last chunk is never loaded as a whole."""
+    runs: list[Run] = []
+    for chunk in range(-(-prompt_tokens // chunk_tokens)):
+        start, end = chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, prompt_tokens)
+        held = chunk < len(stored) and stored[chunk] and end < prompt_tokens
+        if runs and runs[-1].stored == held:
+            start = runs.pop().start
+        runs.append(Run(start, end, held))
+    return runs
+
+
+def least_seconds(
+    curve: ComputeCurve,
+    runs: Sequence[Run],
+    token_bytes: float,
+    bandwidth: Trace,
+    effort: Trace = STEADY,
+) -> float:
+    """The bound.
+
+    Parameters
+    ----------
+    curve : ComputeCurve
+        What prefill takes while the machine works at a rate of 1.
+    runs : sequence of Run
+        The prompt; the last run is not stored.
+    token_bytes : float
+        Bytes to load per token.
+    bandwidth : Trace
+        The tiers' summed bandwidth over time in bytes per second.
+    effort : Trace
+        The rate at which the machine works over time.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
+    low, high = 0.0, effort.when(curve.amortised(0, runs[-1].end))
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        if _reachable(middle, curve, runs, token_bytes, bandwidth, effort):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _reachable(
+    seconds: float,
+    curve: ComputeCurve,
+    runs: Sequence[Run],
+    token_bytes: float,
+    bandwidth: Trace,
+    effort: Trace,
+) -> bool:
+    left = effort.done(seconds)
+    """Work the machine can still do before what has been passed over, from the back."""
+    room = float("inf")
+    """Bytes that can be loaded before the deadlines of what has been passed over."""
+    for start, end, stored in reversed(runs):
+        if stored:
+            loaded = min(float(end - start), room / token_bytes)
+            room -= loaded * token_bytes
+            left -= curve.amortised(start, end - loaded)
+        else:
+            left -= curve.amortised(start, end)
+            if left >= 0:
+                begins = effort.when(left)
+                room = min(room, bandwidth.done(begins))
+        if left < 0:
+            return False
+    return True

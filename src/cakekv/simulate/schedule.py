@@ -1,0 +1,117 @@
+"""The exact optimum in whole chunks and steps: dynamic programming over what a clairvoyant planner could do.
+
+Like `cakekv.simulate.optimum`, but nothing can be cut finer than a chunk, and every step costs its fixed time however
+few tokens it has. With many small holes that is what the time goes to: a step for each, or computing what lies between
+two holes to spare a step. What remains relaxed: bytes flow at the tiers' summed bandwidth, without latency, and any
+tier can deliver any chunk.
+
+For a given end T the prompt is walked from the back. The state is how many chunks of the current step are filled (0:
+the chunk behind is loaded) and how many chunks may still be loaded before the deadlines passed so far; its value is
+the most work that the machine can still do before what was passed. Computing a chunk takes its time off that, and a
+step's fixed time when it opens one; loading one takes a chunk off the room, which is first cut to what the tiers can
+deliver until compute reaches the run of computed chunks behind it. T can be reached if any state at the front has work
+left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cakekv.simulate.hardware import ComputeCurve
+from cakekv.simulate.trace import STEADY, Trace
+
+_NEVER = -np.inf
+
+
+def best_seconds(
+    curve: ComputeCurve,
+    prompt_tokens: int,
+    chunk_tokens: int,
+    stored: Sequence[bool],
+    token_bytes: float,
+    bandwidth: Trace,
+    effort: Trace = STEADY,
+    *,
+    between: tuple[float, float],
+    precision: float = 2e-3,
+) -> float:
+    """The least time that any schedule of chunks and steps takes.
+
+    Parameters
+    ----------
+    curve : ComputeCurve
+        What prefill takes while the machine works at a rate of 1.
+    prompt_tokens, chunk_tokens : int
+        The prompt and the unit of loading.
+    stored : sequence of bool
+        Per chunk; the last one is computed in any case.
+    token_bytes : float
+        Bytes to load per token.
+    bandwidth, effort : Trace
+        The tiers' summed bytes per second, and the rate at which the machine works.
+    between : tuple of float
+        A lower bound, and a time that can be reached, in seconds.
+    precision : float
+        Relative width of the last bracket; its lower end is returned.
+
+    Returns
+    -------
+    float
+        Seconds, a lower bound too low by `precision` at most.
+    """
+    chunks = -(-prompt_tokens // chunk_tokens)
+    span_chunks = max(1, curve.step_tokens // chunk_tokens)
+    shape = curve.shape(span_chunks * chunk_tokens)
+    starts = [chunk * chunk_tokens for chunk in range(chunks)]
+    ends = [*starts[1:], prompt_tokens]
+    work = [shape.seconds(start, end - start) - shape.fixed for start, end in zip(starts, ends, strict=True)]
+    held = [chunk < len(stored) and stored[chunk] for chunk in range(chunks - 1)] + [False]
+    chunk_bytes = token_bytes * chunk_tokens
+    low, high = between
+    while high - low > precision * high:
+        middle = (low + high) / 2
+        if _reachable(middle, work, held, shape.fixed, span_chunks, chunk_bytes, bandwidth, effort):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _reachable(
+    seconds: float,
+    work: Sequence[float],
+    held: Sequence[bool],
+    fixed_s: float,
+    span_chunks: int,
+    chunk_bytes: float,
+    bandwidth: Trace,
+    effort: Trace,
+) -> bool:
+    most = sum(held)
+    left = np.full((span_chunks + 1, most + 1), _NEVER)
+    left[0, most] = effort.done(seconds)
+    rooms = np.broadcast_to(np.arange(most + 1), (span_chunks, most + 1))
+    for chunk in reversed(range(len(work))):
+        computed = np.full_like(left, _NEVER)
+        computed[2:] = left[1:-1]
+        computed[1] = np.maximum(left[0], left[-1]) - fixed_s
+        computed[1:] -= work[chunk]
+        if held[chunk]:
+            computed[0, :-1] = left[0, 1:]
+            open_step = left[1:]
+            alive = open_step >= 0
+            remaining = open_step[alive]
+            due = np.floor(_deliverable(remaining, bandwidth, effort) / chunk_bytes + 1e-9)
+            room = np.minimum(rooms[alive], due).astype(np.int64) - 1
+            np.maximum.at(computed[0], room[room >= 0], remaining[room >= 0])
+        computed[computed < 0] = _NEVER
+        left = computed
+    return bool((left >= 0).any())
+
+
+def _deliverable(work: NDArray[np.float64], bandwidth: Trace, effort: Trace) -> NDArray[np.float64]:
+    """Bytes the tiers deliver until the machine has done that much work."""
+    return bandwidth.done_many(effort.when_many(work))

@@ -1,0 +1,112 @@
+"""Each policy on cases small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cakekv.errors import BadInput
+from cakekv.restore.priority import Kind, RequestState, Shares, open_policy
+
+
+def decode(name: str, arrived_s: float = 0.0) -> RequestState:
+    return RequestState(name, Kind.DECODE, arrived_s, tokens=1)
+
+
+def plain(name: str, arrived_s: float, tokens: int) -> RequestState:
+    return RequestState(name, Kind.PLAIN_PREFILL, arrived_s, tokens)
+
+
+def restore(name: str, arrived_s: float, tokens: int, **costs: object) -> RequestState:
+    return RequestState(name, Kind.STORED_PREFILL, arrived_s, tokens, **costs)  # type: ignore[arg-type]
+
+
+def test_fcfs_shares_in_order_of_arrival() -> None:
+    requests = [plain("late", 2.0, 400), restore("early", 1.0, 300), decode("d", 3.0)]
+    # 512 - 1 for the decode - 300 for the first = 211 for the second
+    assert open_policy("fcfs").share(requests, 512, now=3.0) == Shares({"d": 1, "early": 300, "late": 211}, 0)
+
+
+def test_cake_puts_plain_prefill_before_restores() -> None:
+    requests = [restore("early", 1.0, 300), plain("late", 2.0, 400), decode("d", 3.0)]
+    # 512 - 1 - 400 = 111 are left for the restore, although it came first
+    assert open_policy("cake").share(requests, 512, now=3.0) == Shares({"d": 1, "late": 400, "early": 111}, 0)
+
+
+def test_a_restore_advances_by_io_alone_when_plain_prefill_needs_every_token() -> None:
+    requests = [restore("r", 0.0, 4000, load_s={0: 1e-4}), plain("p", 1.0, 4000), decode("d")]
+    policy = open_policy("cake")
+    assert policy.share(requests, 512, now=1.0) == Shares({"d": 1, "p": 511}, 0)
+    assert [request.request_id for request in policy.load_order(requests, 0, now=1.0)] == ["r"]
+
+
+def test_a_token_is_held_back_for_a_restore_that_waits_unadmitted() -> None:
+    requests = [restore("r", 0.0, 4000, admitted=False), plain("p", 1.0, 4000), decode("d")]
+    # Without it the engine would not come to its waiting requests, and the loads would not begin: 512 - 1 - 1 = 510.
+    for name in ("fcfs", "cake", "marginal_saving"):
+        assert open_policy(name).share(requests, 512, now=1.0) == Shares({"d": 1, "p": 510}, 1)
+
+
+def test_decodes_do_without_the_held_back_token_only_if_one_is_left() -> None:
+    requests = [restore("r", 0.0, 10, admitted=False), decode("a"), decode("b")]
+    assert open_policy("cake").share(requests, 2, now=0.0) == Shares({"a": 1, "b": 1}, 0)
+    assert open_policy("cake").share(requests, 3, now=0.0) == Shares({"a": 1, "b": 1}, 1)
+
+
+def test_io_goes_to_the_longer_prefix() -> None:
+    # A token costs 0.1 ms plus 0.01 µs per position before it, and 0.2 ms to load.
+    # At 4,000: 0.10 + 0.04 = 0.14 ms; a second of I/O loads 5,000 tokens and spares 0.70 s.
+    # At 32,000: 0.10 + 0.32 = 0.42 ms; it spares 2.10 s, three times as much.
+    short = restore("short", 0.0, 4000, front_s=1e-4, back_s=1.4e-4, load_s={0: 2e-4})
+    long = restore("long", 1.0, 32000, front_s=1e-4, back_s=4.2e-4, load_s={0: 2e-4})
+    order = open_policy("marginal_saving").load_order([short, long], 0, now=1.0)
+    assert [request.request_id for request in order] == ["long", "short"]
+    assert [r.request_id for r in open_policy("fcfs").load_order([short, long], 0, now=1.0)] == ["short", "long"]
+
+
+def test_io_goes_where_the_tier_is_faster() -> None:
+    # Equal prefixes; 0.3 ms of compute per token spared. 0.1 ms to load: 3 s per second. 0.6 ms: half a second.
+    slow = restore("slow", 0.0, 8000, front_s=1e-4, back_s=3e-4, load_s={0: 6e-4})
+    fast = restore("fast", 1.0, 8000, front_s=1e-4, back_s=3e-4, load_s={0: 1e-4})
+    order = open_policy("marginal_saving").load_order([slow, fast], 0, now=1.0)
+    assert [request.request_id for request in order] == ["fast", "slow"]
+
+
+def test_compute_goes_where_io_is_slow_then_to_the_shortest() -> None:
+    # A second of compute covers 10,000 tokens: with 0.6 ms each that spares 6 s of I/O, with 0.1 ms one.
+    slow = restore("slow", 2.0, 8000, front_s=1e-4, back_s=3e-4, load_s={0: 6e-4})
+    fast = restore("fast", 0.0, 8000, front_s=1e-4, back_s=3e-4, load_s={0: 1e-4})
+    short = restore("short", 1.0, 500, front_s=1e-4, back_s=3e-4, load_s={0: 1e-4})
+    order = open_policy("marginal_saving").compute_order([fast, short, slow], now=2.0)
+    assert [request.request_id for request in order] == ["slow", "short", "fast"]
+
+
+def test_a_restore_with_nothing_left_to_load_is_computed_first() -> None:
+    suffix = restore("suffix", 1.0, 600, front_s=1e-4, back_s=3e-4)
+    other = restore("other", 0.0, 100, front_s=1e-4, back_s=3e-4, load_s={0: 1.0})
+    order = open_policy("marginal_saving").compute_order([other, suffix], now=1.0)
+    assert [request.request_id for request in order] == ["suffix", "other"]
+
+
+def test_a_request_past_the_bound_is_moved_up_behind_the_decodes() -> None:
+    requests = [restore("old", 0.0, 400), plain("new", 9.5, 400), decode("d", 9.9)]
+    policy = open_policy("cake", starvation_s=10.0)
+    # at 9.9 s it is not yet 10 s old: 512 - 1 - 400 = 111; at 10 s it is
+    assert policy.share(requests, 512, now=9.9).tokens == {"d": 1, "new": 400, "old": 111}
+    assert policy.share(requests, 512, now=10.0).tokens == {"d": 1, "old": 400, "new": 111}
+
+
+def test_loads_are_moved_up_as_well() -> None:
+    old = restore("old", 0.0, 400, front_s=1e-4, back_s=1e-4, load_s={0: 1e-3})
+    new = restore("new", 5.0, 400, front_s=1e-4, back_s=9e-4, load_s={0: 1e-3})
+    policy = open_policy("marginal_saving", starvation_s=10.0)
+    assert [request.request_id for request in policy.load_order([old, new], 0, now=9.9)] == ["new", "old"]
+    assert [request.request_id for request in policy.load_order([old, new], 0, now=10.0)] == ["old", "new"]
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(BadInput, match="there is no priority policy 'best'"):
+        open_policy("best")
+    with pytest.raises(BadInput, match="starvation_s is -1"):
+        open_policy("cake", starvation_s=-1)
+    with pytest.raises(BadInput, match="starvation_s is nan"):
+        open_policy("cake", starvation_s=float("nan"))
