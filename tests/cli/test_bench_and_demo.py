@@ -116,9 +116,9 @@ def test_the_model_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatc
     with pytest.raises(CakeError, match="no space left"):
         model.demo_model()
     assert not model.is_converted()
-    assert list(model.models_folder().iterdir()) == []
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
     monkeypatch.setattr(model, "_convert", converts)
     assert (model.demo_model() / "config.json").is_file()
     monkeypatch.setattr(model, "_convert", fails_midway)
     assert model.demo_model().is_dir(), "it is converted once"
-    assert len(list(model.models_folder().iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1

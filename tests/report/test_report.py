@@ -95,7 +95,7 @@ class TestTable:
         assert f"{three['both'].ttft_s / single:.2f}" in both
 
     def test_one_restore_is_compared_with_nothing(self, three: dict[str, RestoreReport]) -> None:
-        assert "better arm" in printed(modes_table(three))
+        assert "÷ better arm" in printed(modes_table(three))
         assert "better arm" not in printed(modes_table({"load": three["load"]}))
 
 

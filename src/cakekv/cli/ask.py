@@ -12,6 +12,7 @@ import typer
 
 from cakekv.cli.console import NEWS, print_json, write_text
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
+from cakekv.demo.model import cache_folder
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.planner import Mode
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cakekv.restore.report import RestoreReport
     from cakekv.restorer import OnProgress
 
-DEFAULT_STORE = "~/.cache/cakekv/store?capacity=5GB"
+DEFAULT_CAPACITY = "5GB"
 
 
 def ask(
@@ -35,7 +36,12 @@ def ask(
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
-    store: Annotated[str, typer.Option(help="Where KV chunks are kept: a folder, or a URL.")] = DEFAULT_STORE,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Where KV chunks are kept: a folder, or a URL. [default: ~/.cache/cakekv/store, {DEFAULT_CAPACITY}]"
+        ),
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="Which arms may work.")] = "auto",
     bandwidth: Annotated[
         str | None, typer.Option(help='Slow the store down for an experiment, such as "50MB/s" or "7Gbps".')
@@ -77,7 +83,7 @@ def ask(
             raise BadInput(f"what is to be asked about {document}? Give --question")
         question = QUESTION
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
-    with open_store(store) as opened:
+    with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
         with load_cake(model, tier, tenant) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens

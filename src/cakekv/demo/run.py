@@ -65,6 +65,8 @@ def run_demo(
 ) -> DemoResult:
     """Run the three modes.
 
+    Compute comes first and saves what it computes, as any first question does; that costs it a few percent.
+
     Parameters
     ----------
     cake : Cake

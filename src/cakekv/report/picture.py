@@ -173,7 +173,8 @@ def _mark_meeting(ax: Axes, report: RestoreReport) -> None:
     ax.annotate(
         f"met at {report.met_at:,}",
         (met_s, report.met_at),
-        xytext=(0.45 * met_s, report.met_at),  # between the arms, where nothing is drawn
+        # The middle of the triangle between the arms, where nothing is drawn.
+        xytext=(met_s / 3, (report.prefix_tokens + report.met_at) / 3),
         ha="center",
         va="center",
         color=TEXT,

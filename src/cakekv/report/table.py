@@ -27,7 +27,7 @@ def modes_table(reports: Mapping[str, RestoreReport], title: str | None = None) 
     compared = single is not None and len(reports) > 1
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("mode")
-    for heading in ("TTFT", "computed", "loaded", "read", "met at", *(["TTFT / better arm"] if compared else [])):
+    for heading in ("TTFT", "computed", "loaded", "read", "met at", *(["÷ better arm"] if compared else [])):
         table.add_column(heading, justify="right")
     for mode, report in reports.items():
         table.add_row(
