@@ -324,6 +324,8 @@ class Cake:
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
         stored = self._lookup(keys, notes)
         lookup_s = monotonic() - looked_up
+        if self.tiers and not any(stored):
+            notes += why_nothing_is_stored(self.identity, self.tiers)
         cache = self.engine.new_cache(capacity)
         restorer: Restorer[Any, Any] = Restorer(
             self.engine,
@@ -347,8 +349,6 @@ class Cake:
         ttft_s = monotonic() - began
         report = restorer.report()
         report.ttft_s, report.lookup_s = ttft_s, lookup_s
-        if self.tiers and not any(stored):
-            notes += why_nothing_is_stored(self.identity, self.tiers)
         report.notes += notes
         self.last_report = report
         return Prefill(token_ids, cache, logits, report)

@@ -14,6 +14,7 @@ from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import MODES, Restore, Span, Wait
 
 GROUPS = 3
+"""The second consists of windowed layers."""
 
 
 class Driver:
@@ -64,7 +65,9 @@ class Driver:
                 self.pieces.clear()
             return False
         while span.layered and self.layer < GROUPS and self.restore.layer_ready(self.layer):
-            for chunk in range(span.start // self.restore.chunk_tokens):
+            window = self.restore.coverage._window if self.layer == 1 else None
+            seen_from = 0 if window is None else max(0, span.start - window + 1)
+            for chunk in range(seen_from // self.restore.chunk_tokens, span.start // self.restore.chunk_tokens):
                 covered = chunk in self.computed or chunk in self.placed or self.layer in self.pieces.get(chunk, ())
                 assert covered, f"layer {self.layer} of {span} reads chunk {chunk}, which is not there"
             self.layer += 1

@@ -132,20 +132,26 @@ class Flights:
         return max(expected, silent_s - max(expected, cost.duration(size)))
 
     def remaining_seconds(self, unknown_s: float, now: float) -> dict[int, float]:
-        """For each chunk in flight, the seconds it adds to the time until its source is through with all of them."""
+        """For each chunk in flight, the seconds it adds to the time until its source is through with all of them.
+
+        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them.
+        """
         remaining: dict[int, float] = {}
-        for index, source in enumerate(self._sources):
+        for index in range(len(self._sources)):
             loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
             if not loads:
                 continue
-            each = self.busy_seconds(index, loads[0].size, unknown_s, now)
-            busy_from = max(loads[0].began, source.cost.last_completed or loads[0].began)
-            overdue_s = now - busy_from - max(each, source.cost.duration(loads[0].size))
-            before, reached = now, now + max(0.0, 0.5 * overdue_s)
-            for place, load in enumerate(loads, start=1):
-                reached = max(reached, busy_from + place * each)
-                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * (reached - before)
-                before = reached
+            alone = []
+            for load in loads:
+                each = self.busy_seconds(index, load.size, unknown_s, now)
+                shared = (now - load.began) / len(loads)
+                alone.append((max(each - shared, 0.5 * (shared - each), 0.02 * each), load))
+            alone.sort(key=_left)
+            flowing, before, ended = len(alone), 0.0, 0.0
+            for left, load in alone:
+                ends = ended + (left - before) * flowing
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * (ends - ended)
+                flowing, before, ended = flowing - 1, left, ends
         return remaining
 
     def _deadline(self, load: Load) -> float:
@@ -155,3 +161,7 @@ class Flights:
 
 def _age(load: Load) -> float:
     return load.began
+
+
+def _left(entry: tuple[float, Load]) -> float:
+    return entry[0]

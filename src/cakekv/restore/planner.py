@@ -27,7 +27,7 @@ Mode = Literal["auto", "compute", "load", "both"]
 MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
 
 _PROBE_TOKENS = 128
-"""Longest span while the speed of an arm is unknown: long enough to learn from, short enough to regret."""
+"""First span while the speed of an arm is unknown: long enough to learn from, short enough to regret; then doubled."""
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _LAST_SPAN_SHARE = 0.5
@@ -206,7 +206,7 @@ class Restore:
             end += 1
         unsure = self._plan and any(not source.cost.known for source in self._sources)
         if unsure or not self._compute.known:
-            return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens))
+            return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens, first))
         return end - first
 
     def _span_chunks(self, count: int) -> int:
