@@ -107,11 +107,10 @@ def test_damaged_chunks_are_recomputed_counted_and_written_again(
     generation = answer(engine, disk, prompt, mode)
     assert generation.token_ids == expected.token_ids
     assert generation.report.loaded_tokens == 0
-    failed = [load for load in generation.report.loads if load.outcome.startswith("corrupt")]
-    assert generation.report.recomputed_tokens == len({load.start for load in failed}) * CHUNK
+    corrupt = {reason: n for reason, n in generation.report.miss_reasons().items() if reason.startswith("corrupt")}
+    assert generation.report.recomputed_tokens == sum(corrupt.values())
     if mode == "load":
         assert generation.report.recomputed_tokens == 20 * CHUNK
-        assert sum(tokens for reason, tokens in generation.report.miss_reasons().items() if "corrupt" in reason) == 320
         for file in sorted(disk.path.glob("chunks/*/*.chunk")):
             verify_chunk(memoryview(file.read_bytes()))
 

@@ -45,6 +45,8 @@ class Coverage:
         Chunks that are missing, stored or loading, ascending.
     front : int
         First chunk that is neither covered nor being computed.
+    late : set of int
+        Chunks of which a load was given up as late.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Coverage:
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
         self.uncovered = list(range(self.chunks))
         self.front = 0
+        self.late: set[int] = set()
         self._window = window
         self._unwindowed: set[int] = set()
         """Chunks that were loaded without the part of the windowed layers."""
@@ -79,11 +82,11 @@ class Coverage:
         return runs
 
     def holes(self) -> list[tuple[int, int]]:
-        """(start, tokens) of every chunk that no source can deliver."""
+        """(start, tokens) of every chunk that no source could deliver, or none in time."""
         return [
             (self.start_of(chunk), self.start_of(chunk + 1) - self.start_of(chunk))
             for chunk, held in enumerate(self.holders)
-            if not held
+            if not held or (chunk in self.late and self.state[chunk] is State.COMPUTED)
         ]
 
     def claim(self, first: int, end: int) -> None:

@@ -131,12 +131,13 @@ class Flights:
         silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
         return max(expected, silent_s - max(expected, cost.duration(size)))
 
-    def remaining_seconds(self, unknown_s: float, now: float) -> dict[int, float]:
-        """For each chunk in flight, the seconds it adds to the time until its source is through with all of them.
+    def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
+        """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
 
         The loads in flight of a source share its bandwidth evenly: one that began with others ends with them.
         """
         remaining: dict[int, float] = {}
+        ends_s: dict[int, float] = {}
         for index in range(len(self._sources)):
             loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
             if not loads:
@@ -150,9 +151,10 @@ class Flights:
             flowing, before, ended = len(alone), 0.0, 0.0
             for left, load in alone:
                 ends = ended + (left - before) * flowing
-                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * (ends - ended)
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
+                ends_s[load.chunk] = _KEEP * ends
                 flowing, before, ended = flowing - 1, left, ends
-        return remaining
+        return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:
         cost = self._sources[load.source].cost

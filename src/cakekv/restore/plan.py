@@ -11,6 +11,7 @@ together. With one source and no hole this is Cake's meeting point (arXiv 2410.0
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
 
 Candidate = tuple[int, float, Mapping[int, float]]
 """An uncovered chunk: its index, the seconds to compute it, and per source that could deliver it the seconds that its
@@ -18,7 +19,12 @@ load keeps that source busy; no source for a hole."""
 
 
 def assign_loads(
-    candidates: Sequence[Candidate], sources: int, compute_busy_s: float = 0.0, finish_s: float = 0.0
+    candidates: Sequence[Candidate],
+    sources: int,
+    compute_busy_s: float = 0.0,
+    finish_s: float = 0.0,
+    ends_s: Mapping[int, float] = MappingProxyType({}),
+    lag_s: Sequence[float] = (),
 ) -> dict[int, int]:
     """Choose the chunks to load.
 
@@ -32,6 +38,10 @@ def assign_loads(
         Seconds until compute is done with what it is doing now.
     finish_s : float
         Seconds that loads before the suffix may go on while the suffix is computed (see `layered`).
+    ends_s : mapping of int to float
+        For each chunk in flight, the seconds until it should be in place.
+    lag_s : sequence of float
+        Per source, the seconds by which loads of chunks due later, in flight beside it, may delay a chunk.
 
     Returns
     -------
@@ -40,8 +50,11 @@ def assign_loads(
     """
     before_s = compute_busy_s + sum(candidate[1] for candidate in candidates)
     saved_s = 0.0
-    spare_s = [float("inf")] * sources
-    """Per source: `saved_s` and the least time left before any deadline behind the current chunk."""
+    lags = lag_s or [0.0] * sources
+    open_s = float("inf")
+    """`saved_s` and the least time before any deadline behind the current chunk."""
+    spare_s = [open_s] * sources
+    """The same per source, less the loads chosen for it."""
     chosen: dict[int, int] = {}
     suffix_passed = False
     for chunk, compute_s, load_s in reversed(candidates):
@@ -49,9 +62,13 @@ def assign_loads(
         if not load_s:
             # Loads of chunks behind this hole can wait; only those before it are due when compute gets here.
             due_s = before_s + saved_s + (0.0 if suffix_passed else finish_s)
-            spare_s = [due_s if spare > due_s else spare for spare in spare_s]
+            open_s = min(open_s, due_s)
+            for source in range(sources):
+                spare_s[source] = min(spare_s[source], due_s - lags[source] if suffix_passed else due_s)
             continue
         suffix_passed = True
+        if ends_s and ends_s.get(chunk, 0.0) > open_s - saved_s:
+            continue
         best, most = -1, saved_s
         for source, seconds in load_s.items():
             left = spare_s[source] - seconds
@@ -64,8 +81,49 @@ def assign_loads(
     return chosen
 
 
+def charge_spans(candidates: list[Candidate], fixed_s: float) -> list[Candidate]:
+    """Charge every run of holes with the fixed cost of the span it takes, and close gaps that are not worth two spans.
+
+    Parameters
+    ----------
+    candidates : list of (chunk, compute_s, load_s)
+        As for `assign_loads`.
+    fixed_s : float
+        Seconds that a span costs besides its chunks.
+
+    Returns
+    -------
+    list of Candidate
+        Stored chunks between two holes count as holes if computing them takes less than a span's fixed cost: the
+        holes are computed in one span with them.
+    """
+    charged: list[Candidate] = []
+    gap: list[Candidate] = []
+    gap_s = 0.0
+    after_hole = -1
+    for candidate in candidates:
+        chunk, compute_s, load_s = candidate
+        if load_s:
+            gap.append(candidate)
+            gap_s += compute_s
+            continue
+        whole = after_hole >= 0 and chunk - after_hole - 1 == len(gap)  # else some chunk between is loaded already
+        if whole and gap_s <= fixed_s:
+            charged += [(between, between_s, {}) for between, between_s, _ in gap]
+        else:
+            charged += gap
+            compute_s += fixed_s
+        charged.append((chunk, compute_s, load_s))
+        gap, gap_s, after_hole = [], 0.0, chunk
+    return charged + gap
+
+
 def complete_landing(
-    candidates: Sequence[Candidate], plan: dict[int, int], sources: int, most: int, span_s: Callable[[int, int], float]
+    candidates: Sequence[Candidate],
+    plan: dict[int, int],
+    lag_s: Sequence[float],
+    most: int,
+    span_s: Callable[[int, int], float],
 ) -> None:
     """Load the last chunks before the arms meet, too, if a span of their own would end later than that.
 
@@ -73,7 +131,7 @@ def complete_landing(
 
     Parameters
     ----------
-    candidates, sources
+    candidates, lag_s
         As for `assign_loads`.
     plan : dict
         What `assign_loads` chose; chunks are added.
@@ -82,10 +140,12 @@ def complete_landing(
     span_s : callable
         (first chunk, chunks) to the seconds until a span of them would end.
     """
-    busy_s = [0.0] * sources
+    busy_s = [0.0] * len(lag_s)
     short: list[tuple[int, int]] = []
     for chunk, _, load_s in candidates:
         if not load_s:
+            if plan and max(plan) > chunk:
+                busy_s = [busy + lag for busy, lag in zip(busy_s, lag_s, strict=True)]
             break
         source = plan.get(chunk)
         if source is None:

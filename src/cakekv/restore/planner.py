@@ -19,7 +19,7 @@ from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.layered import LayeredFinish, LayerGroups
-from cakekv.restore.plan import Candidate, assign_loads, complete_landing, order_loads
+from cakekv.restore.plan import Candidate, assign_loads, charge_spans, complete_landing, order_loads
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
@@ -144,7 +144,8 @@ class Restore:
         first = next(loaded, None)
         self._record.report.met_at = None if first is None else coverage.start_of(first)
         self._record.misses(
-            coverage.holes(), lambda start: "not stored" if start < self.prefix_tokens else "behind the stored prefix"
+            coverage.holes(),
+            lambda start: "behind the stored prefix" if 0 < self.prefix_tokens <= start else "not stored",
         )
         return self._record.report
 
@@ -287,7 +288,7 @@ class Restore:
         if any(chunk not in self._plan for chunk in waited):
             return False
         busy_s = [0.0] * len(self._sources)
-        for chunk, _, load_s in self._candidates(now):
+        for chunk, _, load_s in self._candidates(now)[0]:
             if chunk < self._suffix:
                 busy_s[self._plan[chunk]] += load_s[self._plan[chunk]]
         if max(busy_s) < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
@@ -407,9 +408,11 @@ class Restore:
             self._lose(load, reason)
 
     def check_late(self, now: float) -> None:
-        """Give up loads that have been waited for long enough."""
+        """Give up loads that have been waited for long enough; each is asked for once more if its source still moves."""
         for load in self._flights.give_up_late(now):
-            self._lose(load, "late")
+            again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
+            self.coverage.late.add(load.chunk)
+            self._lose(load, "late", again)
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""
@@ -426,11 +429,14 @@ class Restore:
             self._back -= 1
         self._record.frontier(now, self.latest.front, self.coverage.start_of(self._back))
 
-    def _lose(self, load: Load, reason: str) -> None:
-        """Never ask this source for this chunk again."""
+    def _lose(self, load: Load, reason: str, again: bool = False) -> None:
+        """Do not wait for this load any more; nor ever ask its source for the chunk, unless `again`."""
         if self._layered is not None:
             self._layered.broken = True
-        self.coverage.drop_holder(load.chunk, load.source)
+        if again:
+            self.coverage.give_back(load.chunk)
+        else:
+            self.coverage.drop_holder(load.chunk, load.source)
         self._record.lost(load.start, reason)
         self._changes = self.coverage.chunks
 
@@ -446,15 +452,21 @@ class Restore:
         if self.mode == "compute":
             return
         sources = len(self._sources)
-        candidates = self._candidates(now)
+        candidates, ends_s = self._candidates(now)
         busy_s = self._compute_busy_s(now)
-        self._plan = assign_loads(candidates, sources, busy_s, self._finish_s())
+        if self.mode != "load":
+            candidates = charge_spans(candidates, self._compute.shape.fixed)
+        lag_s = [
+            (source.depth - 1) * source.cost.seconds(self._chunk_bytes) if self.mode != "load" else 0.0
+            for source in self._sources
+        ]
+        self._plan = assign_loads(candidates, sources, busy_s, self._finish_s(), ends_s, lag_s)
         if self.mode == "auto" and self._compute.known:
 
             def span_s(first: int, chunks: int) -> float:
                 return busy_s + self._compute.seconds(self.coverage.start_of(first), chunks * self.chunk_tokens)
 
-            complete_landing(candidates, self._plan, sources, self._max_span_chunks, span_s)
+            complete_landing(candidates, self._plan, lag_s, self._max_span_chunks, span_s)
         holes = {chunk for chunk in self.coverage.uncovered if self.coverage.state[chunk] is State.MISSING}
         self._queues = order_loads(candidates, self._plan, sources, holes)
 
@@ -464,8 +476,8 @@ class Restore:
         span, began = self._span
         return max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
 
-    def _candidates(self, now: float) -> list[Candidate]:
-        """The uncovered chunks with what each would cost either way."""
+    def _candidates(self, now: float) -> tuple[list[Candidate], dict[int, float]]:
+        """The uncovered chunks with what each would cost either way, and when those in flight should be in place."""
         shape = self._compute.shape
         tokens = self.chunk_tokens
         fixed = shape.fixed / self._max_span_chunks + tokens * (shape.linear + 0.5 * tokens * shape.quadratic)
@@ -479,7 +491,7 @@ class Restore:
             fixed, slope = 1e9, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
         by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
-        remaining = self._flights.remaining_seconds(unknown_s, now)
+        remaining, ends_s = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
         for chunk in self.coverage.uncovered:
             if chunk in remaining and (load := self._flights.of_chunk(chunk)):
@@ -491,4 +503,4 @@ class Restore:
                     by_holders[held] = {source: pending_s[source] for source in usable}
                 load_s = by_holders[held]
             candidates.append((chunk, fixed + slope * chunk, load_s))
-        return candidates
+        return candidates, ends_s
