@@ -171,6 +171,7 @@ def main(
         ]
         gc.collect()
         gc.freeze()  # leaves the collections between the runs little to look through
+        stack.callback(gc.unfreeze)
         took_s: dict[tuple[str, int], float] = {}
         for _ in range(repeats):
             for link, point in points:

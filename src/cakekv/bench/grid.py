@@ -24,7 +24,7 @@ ARMS: tuple[Mode, ...] = ("compute", "load", "both")
 
 @dataclass
 class Point:
-    """One prefix at one bandwidth; infinite where the tier's own is what there is.
+    """One prefix at one bandwidth; `math.inf` (null in JSON) for a tier without a link before it.
 
     Attributes
     ----------
