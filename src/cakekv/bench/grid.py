@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ ARMS: tuple[Mode, ...] = ("compute", "load", "both")
 
 @dataclass
 class Point:
-    """One prefix at one bandwidth.
+    """One prefix at one bandwidth; `math.inf` (null in JSON) for a tier without a link before it.
 
     Attributes
     ----------
@@ -33,6 +34,8 @@ class Point:
         Bandwidth over that at which loading the prefix takes as long as computing it.
     bandwidth : float
         Bytes per second.
+    modes : tuple of str
+        What is measured, in turn: "compute" and "load", then those that are compared with them.
     runs : dict
         Per mode, the report of each repeat.
     bounds : list of float
@@ -42,8 +45,32 @@ class Point:
     prefix_tokens: int
     bandwidth_ratio: float
     bandwidth: float
-    runs: dict[str, list[RestoreReport]] = field(default_factory=lambda: {mode: [] for mode in ARMS})
+    modes: tuple[Mode, ...] = ARMS
+    runs: dict[str, list[RestoreReport]] = field(default_factory=lambda: defaultdict(list))
     bounds: list[float] = field(default_factory=list)
+
+    def measure(self, cake: Cake, token_ids: Sequence[int], on_run: Callable[[Mode], None]) -> None:
+        """Run every mode once, one after the other, and tell the bound from the two arms alone.
+
+        Parameters
+        ----------
+        cake : Cake
+            With a store that holds the prefix.
+        token_ids : sequence of int
+            The prompt: prefix and suffix.
+        on_run : callable
+            Called with each mode before it is run.
+
+        Raises
+        ------
+        CakeError
+            A chunk could not be loaded, so that no bound can be told.
+        """
+        for mode in self.modes:
+            on_run(mode)
+            self.runs[mode].append(cake.prefill(token_ids, mode=mode, save=False).report)
+        spans, loads = self.runs["compute"][-1].spans, self.runs["load"][-1].loads
+        self.bounds.append(clairvoyant_bound(spans, loads, self.prefix_tokens).seconds)
 
     def seconds(self, mode: str) -> float:
         """Median TTFT of a mode."""
@@ -51,21 +78,20 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: medians, what follows from them, and every repeat."""
-        compute_s, load_s, both_s = (self.seconds(mode) for mode in ARMS)
         bound_s = median(self.bounds)
+        better_s = min(self.seconds("compute"), self.seconds("load"))
+        compared = [mode for mode in self.modes if mode not in ("compute", "load")]
         both = self.runs["both"]
         return {
             "prefix_tokens": self.prefix_tokens,
-            "bandwidth_ratio": self.bandwidth_ratio,
-            "bandwidth_bytes_per_s": self.bandwidth,
-            "compute_s": compute_s,
-            "load_s": load_s,
-            "both_s": both_s,
+            "bandwidth_ratio": _finite(self.bandwidth_ratio),
+            "bandwidth_bytes_per_s": _finite(self.bandwidth),
+            **{f"{mode}_s": self.seconds(mode) for mode in self.modes},
             "bound_s": bound_s,
-            "both_of_bound": bound_s / both_s,
-            "both_of_better": min(compute_s, load_s) / both_s,
+            **{f"{mode}_of_bound": bound_s / self.seconds(mode) for mode in compared},
+            **{f"{mode}_of_better": better_s / self.seconds(mode) for mode in compared},
             "repeats": {
-                **{f"{mode}_s": [report.ttft_s for report in self.runs[mode]] for mode in ARMS},
+                **{f"{mode}_s": [report.ttft_s for report in self.runs[mode]] for mode in self.modes},
                 "bound_s": self.bounds,
                 "met_at": [report.met_at for report in both],
                 "computed_tokens": [report.computed_tokens for report in both],
@@ -150,26 +176,42 @@ def measure_prefix(
         link = ThrottledStore(disk, math.inf)
         with Cake(engine, None, link, chunk_tokens=chunk_tokens, max_span_tokens=max_span_tokens) as cake:
             on_run("filling the store")
-            cake.prefill(token_ids[:prefix_tokens], mode="compute")
-            saved = cake.wait_saved()
-            if saved.saved_chunks * chunk_tokens != prefix_tokens:
-                raise CakeError(f"only {saved.saved_chunks} chunks were stored: {saved.error or 'the tier declined'}")
+            stored_bytes = fill(cake, token_ids[:prefix_tokens])
             on_run("finding the balanced bandwidth")
             alone = cake.prefill(token_ids, mode="compute", save=False).report
-            balanced = saved.saved_bytes / compute_curve(alone.spans).at(prefix_tokens)
+            balanced = stored_bytes / compute_curve(alone.spans).at(prefix_tokens)
             points = [Point(prefix_tokens, ratio, ratio * balanced) for ratio in ratios]
             for _ in range(repeats):
                 for point in points:
                     link.set_bandwidth(point.bandwidth)
-                    for mode in ARMS:
-                        on_run(f"{point.bandwidth_ratio:g} × balanced bandwidth, {mode}")
-                        report = cake.prefill(token_ids, mode=mode, save=False).report
-                        point.runs[mode].append(report)
-                    spans, loads = point.runs["compute"][-1].spans, point.runs["load"][-1].loads
-                    point.bounds.append(clairvoyant_bound(spans, loads, prefix_tokens).seconds)
+
+                    def on_mode(mode: Mode, ratio: float = point.bandwidth_ratio) -> None:
+                        on_run(f"{ratio:g} × balanced bandwidth, {mode}")
+
+                    point.measure(cake, token_ids, on_mode)
     return points
+
+
+def fill(cake: Cake, prefix_ids: Sequence[int]) -> int:
+    """Store a prefix of whole chunks in the empty store of a fresh `Cake`; returns the bytes it takes.
+
+    Raises
+    ------
+    CakeError
+        Not all of it was stored.
+    """
+    cake.prefill(prefix_ids, mode="compute")
+    saved = cake.wait_saved()
+    if saved.saved_chunks * cake.chunk_tokens != len(prefix_ids):
+        raise CakeError(f"only {saved.saved_chunks} chunks were stored: {saved.error or 'the tier declined'}")
+    return saved.saved_bytes
 
 
 def runs_per_prefix(ratios: Sequence[float], repeats: int) -> int:
     """How many prefills `measure_prefix` runs."""
     return 2 + repeats * len(ratios) * len(ARMS)
+
+
+def _finite(number: float) -> float | None:
+    """The number, or None for infinity, which JSON does not have."""
+    return number if math.isfinite(number) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,13 +13,14 @@ LIBRARIES = ("cakekv", "torch", "transformers", "numpy")
 
 
 def describe_machine() -> dict[str, object]:
-    """Processor, cores, system and the versions of what does the work."""
+    """Processor, cores, system and the versions of what does the work (None: not installed, or no git there)."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+        **{name: _version(name) for name in LIBRARIES},
+        "commit": _commit(),
     }
 
 
@@ -28,3 +30,20 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _version(library: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):  # run from a source folder
+        return importlib.metadata.version(library)
+    return None
+
+
+def _commit() -> str | None:
+    """The git commit of the source folder that this runs from, with "-dirty" behind it if files were changed."""
+    folder = Path(__file__).parents[3]
+    if not (folder / ".git").exists():  # installed; the folder may lie in somebody else's repository
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
