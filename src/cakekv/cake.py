@@ -342,12 +342,13 @@ class Cake:
             max_span_tokens=self.max_span_tokens,
             layered_finish=self.layered_finish,
             began=began,
-            on_span=lambda span: self._save(cache, keys, span, restorer) if save else None,
+            on_span=partial(self._save, cache, keys if save else []),
             on_progress=on_progress,
         )
         logits = restorer.run()
         ttft_s = monotonic() - began
         report = restorer.report()
+        restorer.release()
         report.ttft_s, report.lookup_s = ttft_s, lookup_s
         report.notes += notes
         self.last_report = report
@@ -365,8 +366,8 @@ class Cake:
             holders = [(*held, index) if size is not None else held for held, size in zip(holders, sizes, strict=True)]
         return holders
 
-    def _save(self, cache: Any, keys: list[ChunkKey], span: Span, restorer: Restorer[Any, Any]) -> None:
-        if self._saver is None:
+    def _save(self, cache: Any, keys: list[ChunkKey], restorer: Restorer[Any, Any], span: Span) -> None:
+        if self._saver is None or not keys:
             return
         self._introduce()
         first = span.start // self.chunk_tokens

@@ -80,7 +80,7 @@ class Restorer(Generic[Cache, Logits]):
     began : float
         `time.monotonic()` at which the request began.
     on_span : callable
-        Told of every computed span, in order.
+        (restorer, span) Told of every computed span, in order.
     on_progress : callable or None
         Told of every change, from several threads.
     """
@@ -102,7 +102,7 @@ class Restorer(Generic[Cache, Logits]):
         max_span_tokens: int,
         layered_finish: bool = True,
         began: float,
-        on_span: Callable[[Span], None] = lambda span: None,
+        on_span: Callable[[Restorer[Cache, Logits], Span], None] = lambda restorer, span: None,
         on_progress: OnProgress | None = None,
     ) -> None:
         unwindowed = engine.layout.unwindowed
@@ -181,7 +181,7 @@ class Restorer(Generic[Cache, Logits]):
             self._restore.computed(span, monotonic(), self._waited_s)
             self._tell()
             self._changed.notify_all()
-        self._on_span(span)
+        self._on_span(self, span)
         return logits
 
     def _gate(self, layer: int) -> None:
@@ -208,6 +208,11 @@ class Restorer(Generic[Cache, Logits]):
             report = self._restore.report
             report.placed_bytes = self._loader.placed_bytes
             return report
+
+    def release(self) -> None:
+        """Let go of the cache, which loader and restorer, referring to each other, would keep for a while."""
+        del self._cache, self._on_span
+        self._loader.release()
 
     def _tell(self) -> None:
         """Report progress; called with `_changed` held."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,23 @@ def test_sampling_is_repeatable_and_streaming_tells_the_same(engine: Transformer
     assert once.token_ids == cake.generate(prompt, **settings).token_ids
     assert "".join(cake.stream(prompt, **settings)) == once.text
     assert cake.last_report is not None
+
+
+@pytest.mark.parametrize("mode", ["compute", "both"])
+def test_a_cache_is_gone_with_its_last_user(engine: TransformersEngine, prompt: list[int], mode: Any) -> None:
+    with Cake(engine, store=MemoryStore(), chunk_tokens=CHUNK) as cake:
+        cake.prefill(prompt)
+        cake.wait_saved()
+        gc.collect()
+        gc.disable()
+        try:
+            prefill = cake.prefill(prompt, mode=mode)
+            cake.wait_saved()
+            cache = weakref.ref(prefill.cache)
+            del prefill
+            assert cache() is None
+        finally:
+            gc.enable()
 
 
 def test_progress_reaches_every_position(engine: TransformersEngine, prompt: list[int]) -> None:

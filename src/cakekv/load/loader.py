@@ -105,6 +105,10 @@ class Loader:
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
 
+    def release(self) -> None:
+        """Let go of the cache. Workers that still hang in a tier will find their loads cancelled."""
+        self._place = _nowhere
+
     def raise_crash(self) -> None:
         """Raise what a worker died of, if one did. Called with `changed` held."""
         if self._crash is not None:
@@ -181,6 +185,10 @@ class Loader:
     def _layers(self, load: Load) -> list[int]:
         wanted = range(len(self._shape.segment_bytes)) if load.windowed else self._unwindowed
         return [layer for layer in wanted if load.group is None or layer in self._groups[load.group]]
+
+
+def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
+    raise AssertionError("a load was placed after the end of its restore")
 
 
 class _Progress:

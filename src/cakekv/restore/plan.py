@@ -10,7 +10,7 @@ together. With one source and no hole this is Cake's meeting point (arXiv 2410.0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 Candidate = tuple[int, float, Mapping[int, float]]
@@ -159,7 +159,7 @@ def complete_landing(
 
 
 def order_loads(
-    candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int, holes: Container[int]
+    candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int, is_hole: Callable[[int], bool]
 ) -> list[list[int]]:
     """The planned chunks of each source, the one due first at the end: nearest hole first, back to front before it."""
     queues: list[list[int]] = [[] for _ in range(sources)]
@@ -167,7 +167,7 @@ def order_loads(
     for chunk, _, _ in reversed(candidates):
         if chunk in plan:
             group[plan[chunk]].append(chunk)
-        elif chunk in holes:
+        elif is_hole(chunk):
             for queue, chunks in zip(queues, group, strict=True):
                 queue.extend(reversed(chunks))
                 chunks.clear()

@@ -408,7 +408,7 @@ class Restore:
             self._lose(load, reason)
 
     def check_late(self, now: float) -> None:
-        """Give up loads that have been waited for long enough; each is asked for once more if its source still moves."""
+        """Give up loads that took too long; a chunk is asked for once more if its source still moves."""
         for load in self._flights.give_up_late(now):
             again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
             self.coverage.late.add(load.chunk)
@@ -467,8 +467,8 @@ class Restore:
                 return busy_s + self._compute.seconds(self.coverage.start_of(first), chunks * self.chunk_tokens)
 
             complete_landing(candidates, self._plan, lag_s, self._max_span_chunks, span_s)
-        holes = {chunk for chunk in self.coverage.uncovered if self.coverage.state[chunk] is State.MISSING}
-        self._queues = order_loads(candidates, self._plan, sources, holes)
+        state = self.coverage.state
+        self._queues = order_loads(candidates, self._plan, sources, lambda chunk: state[chunk] is State.MISSING)
 
     def _compute_busy_s(self, now: float) -> float:
         if self._span is None:

@@ -97,6 +97,7 @@ class Saver:
                 self._crash = crash
             finally:
                 self._queue.task_done()
+                del job  # it holds a cache, which may be large, until the next one comes
         self._queue.task_done()
 
     def _write(self, key: ChunkKey, position: int, gather: Gather) -> None:
