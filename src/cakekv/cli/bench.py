@@ -12,6 +12,7 @@ import typer
 
 from cakekv.cli.console import NEWS, RESULTS, number_list, write_json
 from cakekv.demo.document import read_document
+from cakekv.errors import BadInput
 
 
 def bench(
@@ -21,7 +22,9 @@ def bench(
     document: Annotated[str, typer.Option(help="A text file, or demo for Python's language reference.")] = "demo",
     prefixes: Annotated[str, typer.Option(help="Lengths of the stored prefix, in tokens.")] = "1024,2048,4096,7168",
     ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.25,0.5,1,2,4,8",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode at each point; medians count.")] = 3,
+    repeats: Annotated[
+        str, typer.Option(help="Runs of every mode at every bandwidth: one number, or one per prefix.")
+    ] = "9,5,3,2",
     suffix_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the stored prefix.")] = 32,
     folder: Annotated[Path | None, typer.Option(help="Make the store in here, on the disk to be measured.")] = None,
 ) -> None:
@@ -32,13 +35,13 @@ def bench(
     point, with no granularity and no mistakes, computed from the same runs' measured times per span and per chunk.
 
     Results are written after every prefix, so that an interrupted bench leaves what it has. The default grid takes
-    the better part of an hour on two cores.
+    about half an hour on two cores.
 
     Examples:
 
         cakekv bench --json bench.json --picture bench.png
 
-        cakekv bench --json quick.json --prefixes 1024 --ratios 0.5,1,2 --repeats 1
+        cakekv bench --json quick.json --prefixes 1024 --ratios 0.5,1,2 --repeats 3
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -49,6 +52,10 @@ def bench(
 
     lengths: list[int] = number_list(prefixes, int, "prefix lengths")
     multiples: list[float] = number_list(ratios, float, "ratios")
+    times: list[int] = number_list(repeats, int, "repeats")
+    if len(times) not in (1, len(lengths)):
+        raise BadInput(f"{len(times)} numbers of repeats for {len(lengths)} prefixes: give one, or one per prefix")
+    times = times * len(lengths) if len(times) == 1 else times
     cake = load_cake(model, None)
     token_ids = [int(token) for token in cake.tokenizer(read_document(document, cake.tokenizer))["input_ids"]]
     check_grid(cake.engine, len(token_ids), lengths, suffix_tokens, cake.chunk_tokens)
@@ -62,9 +69,9 @@ def bench(
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=NEWS) as progress:
-        task = progress.add_task("", total=len(lengths) * runs_per_prefix(multiples, repeats))
+        task = progress.add_task("", total=sum(runs_per_prefix(multiples, count) for count in times))
         started = 0
-        for prefix in lengths:
+        for prefix, count in zip(lengths, times, strict=True):
 
             def on_run(words: str, prefix: int = prefix) -> None:
                 nonlocal started
@@ -77,7 +84,7 @@ def bench(
                     token_ids[: prefix + suffix_tokens],
                     prefix,
                     multiples,
-                    repeats,
+                    count,
                     Path(scratch) / "store",
                     on_run,
                     chunk_tokens=cake.chunk_tokens,
