@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from cakekv.calibration import calibration_key, read_calibration, write_calibration
 from cakekv.chunk import ChunkShape
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
@@ -18,10 +19,12 @@ from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
 from cakekv.load.staging import StagingPool
 from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
 from cakekv.restore.planner import MODES, Mode, Span
 from cakekv.restore.report import RestoreReport
 from cakekv.restorer import OnProgress, Progress, Restorer
+from cakekv.results import Generation, Prefill
 from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
@@ -29,47 +32,6 @@ from cakekv.store.opening import open_store
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass
-class Prefill:
-    """A prompt whose KV cache is complete.
-
-    Attributes
-    ----------
-    token_ids : list of int
-        The prompt.
-    cache : object
-        The engine's cache, covering the prompt.
-    logits : object
-        Of the prompt's last token, shape (vocabulary,).
-    report : RestoreReport
-        How the cache came about.
-    """
-
-    token_ids: list[int]
-    cache: Any
-    logits: Any
-    report: RestoreReport
-
-
-@dataclass
-class Generation:
-    """An answer.
-
-    Attributes
-    ----------
-    text : str
-        Decoded; empty if there is no tokenizer.
-    token_ids : list of int
-        The generated tokens, without the stop token.
-    report : RestoreReport
-        How the prompt's cache came about.
-    """
-
-    text: str
-    token_ids: list[int]
-    report: RestoreReport
 
 
 class Cake:
@@ -91,6 +53,8 @@ class Cake:
         Salt of all keys: prompts of different tenants never share a chunk.
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
+    calibration : path or None
+        A file that keeps what this model costs on this machine between processes; written by `close`.
 
     Examples
     --------
@@ -109,6 +73,7 @@ class Cake:
         max_span_tokens: int = 512,
         tenant: str = "",
         layered_finish: bool = True,
+        calibration: str | os.PathLike[str] | None = None,
     ) -> None:
         if chunk_tokens < 1 or max_span_tokens < chunk_tokens:
             raise BadInput(
@@ -122,7 +87,10 @@ class Cake:
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
-        self.compute_cost = ComputeCost()
+        self._calibration = None if calibration is None else Path(calibration)
+        self._calibration_key = calibration_key(self.identity, engine.device_name, max_span_tokens)
+        known = read_calibration(self._calibration, self._calibration_key) if self._calibration else None
+        self.compute_cost = ComputeCost() if known is None else ComputeCost(known, trusted=True)
         self.last_report: RestoreReport | None = None
         self._shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
         self._staging = StagingPool(engine.staging, self._shape.total_bytes)
@@ -141,6 +109,7 @@ class Cake:
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
         tenant: str = "",
+        calibration: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a model and its tokenizer with transformers: a folder, or a name in the local Hugging Face cache.
 
@@ -161,6 +130,7 @@ class Cake:
             chunk_tokens=chunk_tokens,
             max_span_tokens=max_span_tokens,
             tenant=tenant,
+            calibration=calibration,
         )
 
     def prefill(
@@ -254,14 +224,35 @@ class Cake:
                 yield text[len(shown) :]
                 shown = text
 
+    def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
+        """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
+
+        Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
+        """
+        began = monotonic()
+        token_ids = self._tokens(prompt)
+        _check_mode(mode)
+        keys = chunk_keys(self.identity, token_ids) if self.tiers else []
+        cache = self.engine.new_cache(1)
+        ignore = lambda restorer, span: None  # noqa: E731
+        return self._restorer(cache, token_ids, keys, self._lookup(keys, []), mode, began, ignore, None).explain()
+
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`."""
         return self._saver.wait() if self._saver is not None else SaveReport()
 
     def close(self) -> None:
-        """Finish saving. The stores stay open: they belong to the caller."""
+        """Finish saving. The stores stay open: they belong to the caller.
+
+        Raises
+        ------
+        CakeError
+            The calibration cannot be written.
+        """
         if self._saver is not None:
             self._saver.close()
+        if self._calibration is not None and self.compute_cost.known:
+            write_calibration(self._calibration, self._calibration_key, self.compute_cost.shape)
 
     def __enter__(self) -> Self:
         return self
@@ -317,8 +308,7 @@ class Cake:
         save: bool,
         on_progress: OnProgress | None,
     ) -> Prefill:
-        if mode not in MODES:
-            raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+        _check_mode(mode)
         notes: list[str] = []
         looked_up = monotonic()
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
@@ -327,7 +317,29 @@ class Cake:
         if self.tiers and not any(stored):
             notes += why_nothing_is_stored(self.identity, self.tiers)
         cache = self.engine.new_cache(capacity)
-        restorer: Restorer[Any, Any] = Restorer(
+        on_span = partial(self._save, cache, keys if save else [])
+        restorer = self._restorer(cache, token_ids, keys, stored, mode, began, on_span, on_progress)
+        logits = restorer.run()
+        ttft_s = monotonic() - began
+        report = restorer.report()
+        restorer.release()
+        report.ttft_s, report.lookup_s = ttft_s, lookup_s
+        report.notes += notes
+        self.last_report = report
+        return Prefill(token_ids, cache, logits, report)
+
+    def _restorer(
+        self,
+        cache: Any,
+        token_ids: list[int],
+        keys: list[ChunkKey],
+        stored: list[tuple[int, ...]],
+        mode: Mode,
+        began: float,
+        on_span: Callable[[Restorer[Any, Any], Span], None],
+        on_progress: OnProgress | None,
+    ) -> Restorer[Any, Any]:
+        return Restorer(
             self.engine,
             cache,
             token_ids,
@@ -342,17 +354,9 @@ class Cake:
             max_span_tokens=self.max_span_tokens,
             layered_finish=self.layered_finish,
             began=began,
-            on_span=partial(self._save, cache, keys if save else []),
+            on_span=on_span,
             on_progress=on_progress,
         )
-        logits = restorer.run()
-        ttft_s = monotonic() - began
-        report = restorer.report()
-        restorer.release()
-        report.ttft_s, report.lookup_s = ttft_s, lookup_s
-        report.notes += notes
-        self.last_report = report
-        return Prefill(token_ids, cache, logits, report)
 
     def _lookup(self, keys: list[ChunkKey], notes: list[str]) -> list[tuple[int, ...]]:
         """Per chunk, which tiers hold it."""
@@ -383,6 +387,11 @@ class Cake:
             self._introduced = True
             with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
                 self.tiers[0].remember_identity(self.identity.root.hex(), self.identity.fields())
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
 
 
 def _tiers(store: Store | str | Sequence[Store] | None) -> list[Store]:

@@ -13,6 +13,7 @@ from cakekv.keys import ChunkKey
 from cakekv.load.loader import Loader, load_bytes
 from cakekv.load.staging import StagingPool
 from cakekv.restore.costs import ComputeCost
+from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Mode, Restore, Span, Wait
@@ -196,6 +197,11 @@ class Restorer(Generic[Cache, Logits]):
                     raise _LoadLost
                 self._changed.wait(_LOOK_S)
                 self._waited_s += monotonic() - now
+
+    def explain(self) -> list[PlannedRun]:
+        """The plan as it stands."""
+        with self._changed:
+            return self._restore.explain(monotonic())
 
     def is_missing(self, chunk: int) -> bool:
         """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""

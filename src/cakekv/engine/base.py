@@ -27,6 +27,11 @@ class Engine(ABC, Generic[Cache, Logits]):
 
     @property
     @abstractmethod
+    def device_name(self) -> str:
+        """What computes, and with how many threads: what compute costs depend on besides the model."""
+
+    @property
+    @abstractmethod
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
 

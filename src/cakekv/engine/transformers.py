@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -204,6 +205,13 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         else:
             generator.manual_seed(seed)
         return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
+
+    @property
+    def device_name(self) -> str:
+        """As `Engine.device_name`."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} {platform.node()}, {torch.get_num_threads()} threads"
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:

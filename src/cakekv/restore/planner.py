@@ -17,9 +17,10 @@ from typing import Literal, NamedTuple
 
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
+from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.layered import LayeredFinish, LayerGroups
-from cakekv.restore.plan import Candidate, assign_loads, charge_spans, complete_landing, order_loads
+from cakekv.restore.outlook import Outlook
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
@@ -128,6 +129,16 @@ class Restore:
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
         self._reserved = stored_chunks[0] if mode == "both" and len(stored_chunks) > 1 else None
         """A stored chunk that is computed all the same."""
+        self._outlook = Outlook(
+            self.coverage,
+            self._flights,
+            self._sources,
+            compute,
+            chunk_bytes,
+            self._max_span_chunks,
+            mode,
+            self._reserved,
+        )
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
@@ -158,6 +169,11 @@ class Restore:
     def done(self) -> bool:
         """Whether every position is covered."""
         return self.coverage.front == self.coverage.chunks
+
+    def explain(self, now: float) -> list[PlannedRun]:
+        """What would be done with everything that is not covered yet, as far as is known now."""
+        self._replan(now)
+        return planned_runs(self.coverage, self._plan, self._sources, self._compute, self._chunk_bytes)
 
     # ------------------------------------------------------------------ compute
 
@@ -287,11 +303,8 @@ class Restore:
         waited = [chunk for chunk in coverage.uncovered if chunk < self._suffix]
         if any(chunk not in self._plan for chunk in waited):
             return False
-        busy_s = [0.0] * len(self._sources)
-        for chunk, _, load_s in self._candidates(now)[0]:
-            if chunk < self._suffix:
-                busy_s[self._plan[chunk]] += load_s[self._plan[chunk]]
-        if max(busy_s) < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
+        loads_s = self._outlook.busy_seconds(self._plan, self._suffix, now)
+        if loads_s < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
             return False
         if self._span is None and coverage.take_back_unwindowed(self._suffix):
             self._changes = coverage.chunks
@@ -451,56 +464,10 @@ class Restore:
         self._changes = 0
         if self.mode == "compute":
             return
-        sources = len(self._sources)
-        candidates, ends_s = self._candidates(now)
-        busy_s = self._compute_busy_s(now)
-        if self.mode != "load":
-            candidates = charge_spans(candidates, self._compute.shape.fixed)
-        lag_s = [
-            (source.depth - 1) * source.cost.seconds(self._chunk_bytes) if self.mode != "load" else 0.0
-            for source in self._sources
-        ]
-        self._plan = assign_loads(candidates, sources, busy_s, self._finish_s(), ends_s, lag_s)
-        if self.mode == "auto" and self._compute.known:
-
-            def span_s(first: int, chunks: int) -> float:
-                return busy_s + self._compute.seconds(self.coverage.start_of(first), chunks * self.chunk_tokens)
-
-            complete_landing(candidates, self._plan, lag_s, self._max_span_chunks, span_s)
-        state = self.coverage.state
-        self._queues = order_loads(candidates, self._plan, sources, lambda chunk: state[chunk] is State.MISSING)
+        self._plan, self._queues = self._outlook.plan(now, self._compute_busy_s(now), self._finish_s())
 
     def _compute_busy_s(self, now: float) -> float:
         if self._span is None:
             return 0.0
         span, began = self._span
         return max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
-
-    def _candidates(self, now: float) -> tuple[list[Candidate], dict[int, float]]:
-        """The uncovered chunks with what each would cost either way, and when those in flight should be in place."""
-        shape = self._compute.shape
-        tokens = self.chunk_tokens
-        fixed = shape.fixed / self._max_span_chunks + tokens * (shape.linear + 0.5 * tokens * shape.quadratic)
-        slope = tokens * shape.quadratic * tokens
-        unknown_s = self._compute.seconds(0, tokens)
-        pending_s = [
-            self._flights.busy_seconds(source, self._chunk_bytes, unknown_s, now)
-            for source in range(len(self._sources))
-        ]
-        if self.mode == "load":  # computing is the last resort
-            fixed, slope = 1e9, 0.0
-            pending_s = [min(seconds, 1.0) for seconds in pending_s]
-        by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
-        remaining, ends_s = self._flights.remaining_seconds(unknown_s, now)
-        candidates: list[Candidate] = []
-        for chunk in self.coverage.uncovered:
-            if chunk in remaining and (load := self._flights.of_chunk(chunk)):
-                load_s = {load.source: remaining[chunk]}
-            else:
-                held = self.coverage.holders[chunk] if chunk != self._reserved else ()
-                if held not in by_holders:
-                    usable = (source for source in held if not self._flights.stalled(source))
-                    by_holders[held] = {source: pending_s[source] for source in usable}
-                load_s = by_holders[held]
-            candidates.append((chunk, fixed + slope * chunk, load_s))
-        return candidates, ends_s

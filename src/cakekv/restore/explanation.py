@@ -1,0 +1,53 @@
+"""A restore's plan in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cakekv.restore.costs import ComputeCost
+from cakekv.restore.coverage import Coverage, State
+from cakekv.restore.flights import Source
+
+
+class PlannedRun(NamedTuple):
+    """Positions that are covered in the same way."""
+
+    start: int
+    tokens: int
+    how: str
+    """"compute" or the name of a tier."""
+    why: str
+    seconds: float
+    """That it keeps its arm busy; 0.0 if nothing is known of the tier."""
+
+    def __str__(self) -> str:
+        verb = "compute" if self.how == "compute" else f"load from {self.how}"
+        time = f"about {self.seconds:.3f} s" if self.seconds else "time unknown"
+        reason = f" ({self.why})" if self.why else ""
+        return f"{self.start:>9,} - {self.start + self.tokens:>9,}  {verb:<16} {time}{reason}"
+
+
+def planned_runs(
+    coverage: Coverage, plan: Mapping[int, int], sources: tuple[Source, ...], compute: ComputeCost, chunk_bytes: int
+) -> list[PlannedRun]:
+    """What a plan does with the chunks that are not covered yet, in runs."""
+    groups: list[tuple[int, int, int, bool]] = []
+    for chunk in coverage.uncovered:
+        source = plan.get(chunk, -1)
+        missing = coverage.state[chunk] is State.MISSING
+        if groups and groups[-1][1] == chunk and groups[-1][2:] == (source, missing):
+            groups[-1] = (groups[-1][0], chunk + 1, source, missing)
+        else:
+            groups.append((chunk, chunk + 1, source, missing))
+    runs = []
+    for first, end, source, missing in groups:
+        start = coverage.start_of(first)
+        tokens = coverage.start_of(end) - start
+        if source < 0:
+            why = "not stored" if missing else "sooner than loading it"
+            runs.append(PlannedRun(start, tokens, "compute", why, compute.seconds(start, tokens)))
+        else:
+            seconds = sources[source].cost.seconds((end - first) * chunk_bytes)
+            runs.append(PlannedRun(start, tokens, sources[source].name, "", seconds))
+    return runs
