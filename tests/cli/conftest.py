@@ -43,3 +43,9 @@ def document(tmp_path: Path) -> Path:
     path = tmp_path / "document.txt"
     path.write_text("\n\n".join(f"Paragraph {number} says {number * number}." for number in range(60)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def private_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands keep between runs stays out of the user's own cache."""
+    monkeypatch.setenv("CAKEKV_CACHE", str(tmp_path_factory.mktemp("cache")))
