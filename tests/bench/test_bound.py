@@ -20,22 +20,26 @@ LOADS = [load(150, 0, 1), load(100, 1, 2), load(50, 2, 3), load(0, 3, 4)]
 
 def test_the_arms_meet_where_their_times_cross() -> None:
     # In [100, 150]: front = 1 + 3 x / 100, rest = 2 - x / 50; equal at x = 20, where both are 1.6.
-    bound = clairvoyant_bound(SPANS, LOADS, 200)
+    bound = clairvoyant_bound(SPANS, LOADS, 200, 0.5)
     assert bound.meet_at == pytest.approx(120)
     assert bound.seconds == pytest.approx(1.6 + 0.5)
 
 
 def test_a_load_that_takes_no_time_leaves_only_the_suffix() -> None:
     loads = [load(start, 0, 0) for start in (0, 50, 100, 150)]
-    bound = clairvoyant_bound(SPANS, loads, 200)
+    bound = clairvoyant_bound(SPANS, loads, 200, 0.5)
     assert bound == (pytest.approx(0.5), 0)
 
 
 def test_a_load_that_takes_forever_leaves_the_computing_alone() -> None:
     loads = [load(start, 1e9 * number, 1e9 * (number + 1)) for number, start in enumerate((150, 100, 50, 0))]
-    bound = clairvoyant_bound(SPANS, loads, 200)
+    bound = clairvoyant_bound(SPANS, loads, 200, 0.5)
     assert bound.seconds == pytest.approx(4.5, abs=1e-5)
     assert bound.meet_at == pytest.approx(200, abs=1e-5)
+
+
+def test_a_suffix_dearer_on_its_own_than_with_the_rest_leaves_the_computing_alone() -> None:
+    assert clairvoyant_bound(SPANS, LOADS, 200, 5.0) == (pytest.approx(4.5), 200)
 
 
 def test_loads_in_flight_together_share_the_time() -> None:
@@ -71,4 +75,4 @@ def test_times_between_measured_points_lie_on_lines() -> None:
 )
 def test_runs_that_do_not_cover_the_prefix_are_refused(spans: list[SpanRecord], loads: list[LoadRecord]) -> None:
     with pytest.raises(CakeError, match="no bound can be told"):
-        clairvoyant_bound(spans, loads, 200)
+        clairvoyant_bound(spans, loads, 200, 0.5)

@@ -67,10 +67,13 @@ def load_curve(loads: Sequence[LoadRecord]) -> Curve:
     return Curve(np.array(positions), from_start[-1] - from_start)
 
 
-def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], prefix_tokens: int) -> Bound:
+def clairvoyant_bound(
+    spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], prefix_tokens: int, suffix_s: float
+) -> Bound:
     """Least TTFT of a restore whose arms start together and run as fast as they did alone.
 
-    The minimum, over real numbers m, of the longer of computing [0, m) and loading [m, prefix), and then the suffix.
+    The minimum, over real numbers m, of the longer of computing [0, m) and loading [m, prefix), and then the suffix;
+    or computing everything, if that is sooner.
 
     Parameters
     ----------
@@ -80,6 +83,8 @@ def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], 
         Of a run in mode "load", over the whole prefix.
     prefix_tokens : int
         Length of the prefix.
+    suffix_s : float
+        Seconds to compute the suffix on its own, as the run that loaded the prefix did.
 
     Raises
     ------
@@ -92,7 +97,6 @@ def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], 
             f"no bound can be told: the prefix ends at {prefix_tokens}, what was computed at "
             f"{front.positions[-1]:.0f}, what was loaded at {rest.positions[-1]:.0f}"
         )
-    suffix_s = float(front.seconds[-1]) - front.at(prefix_tokens)
     # The longer of a rising and a falling line is least where they cross; both are straight between breakpoints.
     breakpoints = np.union1d(front.positions[front.positions <= prefix_tokens], rest.positions)
     lead = np.array([front.at(m) - rest.at(m) for m in breakpoints])
@@ -102,7 +106,9 @@ def clairvoyant_bound(spans: Sequence[SpanRecord], loads: Sequence[LoadRecord], 
     else:
         share = -lead[after - 1] / (lead[after] - lead[after - 1])
         meet_at = float(breakpoints[after - 1] + share * (breakpoints[after] - breakpoints[after - 1]))
-    return Bound(max(front.at(meet_at), rest.at(meet_at)) + suffix_s, meet_at)
+    seconds = max(front.at(meet_at), rest.at(meet_at)) + suffix_s
+    everything_s = float(front.seconds[-1])
+    return Bound(seconds, meet_at) if seconds < everything_s else Bound(everything_s, float(prefix_tokens))
 
 
 def _check_contiguous(what: str, records: Sequence[SpanRecord | LoadRecord]) -> None:

@@ -69,8 +69,10 @@ class Point:
         for mode in self.modes:
             on_run(mode)
             self.runs[mode].append(cake.prefill(token_ids, mode=mode, save=False).report)
-        spans, loads = self.runs["compute"][-1].spans, self.runs["load"][-1].loads
-        self.bounds.append(clairvoyant_bound(spans, loads, self.prefix_tokens).seconds)
+        loaded = self.runs["load"][-1]
+        suffix_s = sum(span.ended_s - span.began_s for span in loaded.spans)
+        bound = clairvoyant_bound(self.runs["compute"][-1].spans, loaded.loads, self.prefix_tokens, suffix_s)
+        self.bounds.append(bound.seconds)
 
     def seconds(self, mode: str) -> float:
         """Median TTFT of a mode."""
