@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
-
 from benchmarks import gpu
+from typer.testing import CliRunner
 
 LINKS = [("memory", None), ("memory", 7), ("disk", None), ("disk", 7)]
 

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import typer
-from typer.testing import CliRunner
-
 from benchmarks import planner
+from typer.testing import CliRunner
 
 
 def run(*arguments: object) -> str:
