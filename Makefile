@@ -37,7 +37,7 @@ unit-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/$*
 
 bench: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png
+	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png --repeats 9,5,2,2
 
 clean:
 	rm -rf $(VENV) out

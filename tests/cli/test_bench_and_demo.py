@@ -27,7 +27,7 @@ def test_bench_measures_every_point(tiny_model: Path, document: Path, tmp_path: 
         (prefix, ratio) for prefix in (128, 512) for ratio in (0.5, 2)
     ]
     assert data["machine"]["cores"] >= 1
-    assert data["command"].startswith("cakekv ")
+    assert data["command"].startswith("cakekv")
     for point in data["points"]:
         assert point["both_of_bound"] == point["bound_s"] / point["both_s"]
         assert point["both_of_better"] == min(point["compute_s"], point["load_s"]) / point["both_s"]

@@ -24,7 +24,7 @@ def bench(
     ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.25,0.5,1,2,4,8",
     repeats: Annotated[
         str, typer.Option(help="Runs of every mode at every bandwidth: one number, or one per prefix.")
-    ] = "9,5,3,2",
+    ] = "3",
     suffix_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the stored prefix.")] = 32,
     folder: Annotated[Path | None, typer.Option(help="Make the store in here, on the disk to be measured.")] = None,
 ) -> None:
