@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 _NOISE = 0.05
 """Relative noise expected of a span's time."""
@@ -175,9 +174,3 @@ class LoadCost:
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)
-
-    def copy(self) -> Self:
-        """An independent model with the same state."""
-        twin = type(self)()
-        twin.__dict__.update(self.__dict__)
-        return twin

@@ -19,7 +19,7 @@ from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.layered import LayeredFinish, LayerGroups
+from cakekv.restore.layered import LayeredFinish, LayerGroups, Piece
 from cakekv.restore.outlook import Outlook
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
@@ -343,7 +343,7 @@ class Restore:
             return None
         if self._layered is not None:
             piece = None if self._layered.broken else self._layered.next(source)
-            return self._begin_load(piece.chunk, source, piece.size, now, piece.group) if piece else None
+            return self._begin_load(piece.chunk, source, now, piece) if piece else None
         if self._stale():
             self._replan(now)
         chunk = self._due(source)
@@ -353,12 +353,14 @@ class Restore:
         if chunk is None:
             return None
         self.coverage.state[chunk] = State.LOADING
-        size = self._chunk_bytes if self.coverage.needs_window(chunk) else self._unwindowed_chunk_bytes
-        return self._begin_load(chunk, source, size, now)
+        return self._begin_load(chunk, source, now)
 
-    def _begin_load(self, chunk: int, source: int, size: int, now: float, group: int | None = None) -> Load:
+    def _begin_load(self, chunk: int, source: int, now: float, piece: Piece | None = None) -> Load:
         windowed = self.coverage.needs_window(chunk)
         start = self.coverage.start_of(chunk)
+        size, group = self._chunk_bytes if windowed else self._unwindowed_chunk_bytes, None
+        if piece is not None:
+            size, group = piece.size, piece.group
         load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group)
         self._flights.begin(load)
         self._requested_any = True
