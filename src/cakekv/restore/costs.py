@@ -12,6 +12,8 @@ _TRUST = (1.0, 1.0, 0.2)
 _MEMORY = 0.97
 """Weight that an observation keeps when the next one arrives."""
 _OUTLIER = math.log(1.5)
+_SHARED = 0.3
+"""Loads share a tier if one alone wastes no more than this part of what several would have delivered beside it."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,9 @@ def _solve(a: list[list[float]], b: list[float]) -> list[float]:
 class LoadCost:
     """Learns how fast one tier delivers chunks.
 
-    Two figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
-    reads count once) and the duration of a single load (for what is in flight). Both fade within a few chunks.
+    Three figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
+    reads count once), the duration of a load among others (for what is in flight), and of one that had the tier to
+    itself, which tells whether parallel reads gain anything. All fade within a few chunks.
 
     Parameters
     ----------
@@ -144,6 +147,9 @@ class LoadCost:
         self._busy_s = 0.0
         self._duration_s = 0.0
         self._duration_bytes = 1.0
+        self._alone_s = 0.0
+        self._alone_bytes = 1.0
+        self._depth = depth
         self.last_completed: float | None = None
 
     @property
@@ -159,8 +165,28 @@ class LoadCost:
         """Seconds from the request for `size` bytes until they are placed; 0.0 while nothing is known."""
         return self._duration_s * size / self._duration_bytes
 
-    def observe(self, size: int, began: float, ended: float) -> None:
-        """Learn from a load of `size` bytes, requested at `began` and done at `ended` (seconds, any one clock)."""
+    def is_shared(self, size: int) -> bool:
+        """Whether loads of `size` bytes in flight beside each other mostly slow each other down.
+
+        So it is behind a link that one load fills; not on a device that needs several. Unknown counts as no.
+        """
+        if not self._alone_s or self._depth == 1:
+            return False
+        lost_s = self._alone_s * size / self._alone_bytes - self.seconds(size)
+        return lost_s < _SHARED * (self._depth - 1) * self.seconds(size)
+
+    def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
+        """Learn from a load.
+
+        Parameters
+        ----------
+        size : int
+            Bytes.
+        began, ended : float
+            When it was requested and done, in seconds of any one clock.
+        alone : bool
+            Whether no other load was in flight meanwhile.
+        """
         if size <= 0 or ended <= began:
             return
         busy_from = began if self.last_completed is None else max(began, self.last_completed)
@@ -171,6 +197,10 @@ class LoadCost:
         keep = math.exp(-interval / (self._memory_loads * max(expected, interval / 4))) if expected > 0 else 1.0
         self._bytes = keep * self._bytes + size
         self._busy_s = keep * self._busy_s + interval
+        if alone:
+            fresh = 1.0 if not self._alone_s else 0.4
+            self._alone_s += fresh * (ended - began - self._alone_s)
+            self._alone_bytes += fresh * (size - self._alone_bytes)
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)

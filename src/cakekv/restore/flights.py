@@ -8,9 +8,6 @@ from typing import NamedTuple
 
 from cakekv.restore.costs import LoadCost
 
-_KEEP = 0.8
-"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
-
 
 class Source(NamedTuple):
     """A tier to load from."""
@@ -38,6 +35,15 @@ class Load:
     """Load only this group of layers (see `layered`); None: all that are needed."""
     cancelled: bool = False
     late: bool = False
+    moved: bool = False
+    """Whether it was cancelled because another source is asked for the chunk."""
+    alone: bool = True
+    """Whether the source had no other load in flight so far."""
+
+    @property
+    def why_cancelled(self) -> str:
+        """As in `LoadRecord.outcome`."""
+        return "late" if self.late else "moved" if self.moved else "overtaken"
 
 
 class Flights:
@@ -62,7 +68,9 @@ class Flights:
         """Loads per source that were given up as late and not answered yet."""
 
     def has_room(self, source: int) -> bool:
-        """Whether the source should be given another load."""
+        """Whether the source should be given another load; one of unknown speed is tried with a single load first."""
+        if not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
+            return False
         return self._outstanding[source] < self._sources[source].depth
 
     def stalled(self, source: int) -> bool:
@@ -71,8 +79,16 @@ class Flights:
 
     def begin(self, load: Load) -> None:
         """A load was handed out."""
+        for other in self._wanted.values():
+            if other.source == load.source:
+                other.alone = False
+        load.alone = not self._outstanding[load.source]
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
+
+    def wanted(self, source: int) -> list[Load]:
+        """The loads of the source that were neither answered nor cancelled."""
+        return [load for load in self._wanted.values() if load.source == source]
 
     def of_chunk(self, chunk: int, group: int | None = None) -> Load | None:
         """The load of the chunk, or of a group of its layers, that is in flight and wanted."""
@@ -95,7 +111,7 @@ class Flights:
             self._stuck[load.source] -= 1
         cost = self._sources[load.source].cost
         news = not cost.known
-        cost.observe(size, load.began, now)
+        cost.observe(size, load.began, now, load.alone and not load.cancelled)
         return news
 
     def land(self, load: Load) -> None:
@@ -151,8 +167,8 @@ class Flights:
             flowing, before, ended = len(alone), 0.0, 0.0
             for left, load in alone:
                 ends = ended + (left - before) * flowing
-                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
-                ends_s[load.chunk] = _KEEP * ends
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                ends_s[load.chunk] = ends
                 flowing, before, ended = flowing - 1, left, ends
         return remaining, ends_s
 

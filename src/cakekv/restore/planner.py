@@ -123,6 +123,8 @@ class Restore:
         self._plan: dict[int, int] = {}
         self._queues: list[list[int]] = [[] for _ in self._sources]
         """Planned chunks per source, the one due first at the end."""
+        self._due_for: dict[int, int] = {}
+        """For planned chunks, the next chunk behind that is to be computed."""
         self._changes = self.coverage.chunks
         """Chunks that changed hands since the plan was made."""
         self._requested_any = False
@@ -372,19 +374,29 @@ class Restore:
         coverage = self.coverage
         queue = self._queues[source]
         while queue:
-            chunk = queue.pop()
-            if coverage.state[chunk] is State.STORED:
-                return chunk
+            if coverage.state[queue[-1]] is not State.STORED:
+                queue.pop()
+            elif self._held_back(source, queue[-1]):
+                return None
+            else:
+                return queue.pop()
         if self.mode == "both" and not self._requested_any:
             stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
             return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
         return None
 
+    def _held_back(self, source: int, chunk: int) -> bool:
+        """Whether loading the chunk now would only slow down loads that are due sooner."""
+        if not self._sources[source].cost.is_shared(self._chunk_bytes):
+            return False
+        due = self._due_for[chunk]
+        return any(self._due_for.get(load.chunk, due) < due for load in self._flights.wanted(source))
+
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
         self._answered(load, load.size, now)
         if load.cancelled:
-            self._note(load, load.size, now, "late" if load.late else "overtaken")
+            self._note(load, load.size, now, load.why_cancelled)
             return False
         self._flights.land(load)
         if load.group is None:
@@ -412,7 +424,7 @@ class Restore:
         """A cancelled load was given up after `size` bytes."""
         assert load.cancelled
         self._answered(load, size, now)
-        self._note(load, size, now, "late" if load.late else "overtaken")
+        self._note(load, size, now, load.why_cancelled)
 
     def failed(self, load: Load, reason: str, size: int, now: float) -> None:
         """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole."""
@@ -466,7 +478,15 @@ class Restore:
         self._changes = 0
         if self.mode == "compute":
             return
-        self._plan, self._queues = self._outlook.plan(now, self._compute_busy_s(now), self._finish_s())
+        self._plan, self._queues, self._due_for = self._outlook.plan(
+            now, self._compute_busy_s(now), self._finish_s(), self._plan
+        )
+        for source in range(len(self._sources)):
+            for load in self._flights.wanted(source):
+                if load.group is None and self._plan.get(load.chunk, source) != source:
+                    load.moved = True
+                    self._flights.cancel(load)
+                    self.coverage.give_back(load.chunk)
 
     def _compute_busy_s(self, now: float) -> float:
         if self._span is None:
