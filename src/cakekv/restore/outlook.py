@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from cakekv.restore.costs import ComputeCost
-from cakekv.restore.coverage import Coverage
+from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.forecast import Forecast
 from cakekv.restore.plan import Candidate, assign_loads, charge_spans, complete_landing, order_loads
 
-_MOST_PLAYED = 128
-"""With more uncovered chunks than that plans are not played to the end: it would take too long, and matters less."""
+_MOST_PLAYED, _MOST_PLAYED_SIMPLE = 128, 24
+"""With more uncovered chunks plans are not played to the end: it would take too long, and matters less. The second
+figure is for one source and no hole before the suffix."""
 _TRIES = 24
 """Changes to a plan that are played at a time."""
 _KEEP = 0.8
@@ -28,8 +31,8 @@ class Plan(NamedTuple):
     """Chunk to source; all others are to be computed."""
     queues: list[list[int]]
     """The planned chunks of each source, the one due first at the end."""
-    due: dict[int, int]
-    """For every planned chunk, the next chunk behind it that is to be computed."""
+    deadlines: list[int]
+    """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
 
 
 class Outlook:
@@ -139,12 +142,18 @@ class Outlook:
     @property
     def _is_played(self) -> bool:
         """Whether plans are played to the end."""
-        return (
-            self._mode == "auto"
-            and self._compute.known
-            and len(self._coverage.uncovered) <= _MOST_PLAYED
-            and all(source.cost.known for source in self._sources)
-        )
+        coverage = self._coverage
+        if (
+            self._mode != "auto"
+            or not self._compute.known
+            or len(coverage.uncovered) > _MOST_PLAYED
+            or not all(source.cost.known for source in self._sources)
+        ):
+            return False
+        if len(self._sources) > 1 or len(coverage.uncovered) <= _MOST_PLAYED_SIMPLE:
+            return True
+        states = (coverage.state[chunk] for chunk in coverage.uncovered)
+        return any(behind > State.MISSING for state, behind in pairwise(states) if state is State.MISSING)
 
     def busy_seconds(self, plan: dict[int, int], suffix: int, now: float) -> float:
         """Seconds until the source that takes longest is through with what is planned before chunk `suffix`."""
@@ -173,16 +182,20 @@ class Outlook:
         candidates: list[Candidate] = []
         for chunk in coverage.uncovered:
             held = coverage.holders[chunk] if chunk != self._reserved else ()
-            if held not in by_holders:
+            load_s = by_holders.get(held)
+            if load_s is None:
                 usable = (source for source in held if not self._flights.stalled(source))
-                by_holders[held] = {source: pending_s[source] for source in usable}
-            load_s = by_holders[held]
-            if chunk in remaining and (load := self._flights.of_chunk(chunk)):
-                left_s = remaining[chunk]
-                usual_s = self._sources[load.source].cost.seconds(load.size)
-                faster = {}
-                if left_s > 2 * usual_s or self._is_played:
-                    faster = {s: again_s for s, again_s in load_s.items() if s != load.source and 2 * again_s < left_s}
-                load_s = {load.source: _KEEP * left_s, **faster}
+                load_s = by_holders[held] = {source: pending_s[source] for source in usable}
             candidates.append((chunk, fixed + slope * chunk, load_s))
+        is_played = self._is_played
+        for chunk, left_s in remaining.items():
+            load = self._flights.of_chunk(chunk)
+            if load is None:  # a piece of it
+                continue
+            index = bisect_left(coverage.uncovered, chunk)
+            _, compute_s, load_s = candidates[index]
+            faster = {}
+            if is_played or left_s > 2 * self._sources[load.source].cost.seconds(load.size):
+                faster = {s: again_s for s, again_s in load_s.items() if s != load.source and 2 * again_s < left_s}
+            candidates[index] = (chunk, compute_s, {load.source: _KEEP * left_s, **faster})
         return candidates, {chunk: _KEEP * seconds for chunk, seconds in ends_s.items()}

@@ -165,25 +165,34 @@ class Order(NamedTuple):
 
     queues: list[list[int]]
     """The chunks of each source, the one due first at the end."""
-    due: dict[int, int]
-    """For every planned chunk, the next chunk behind it that is to be computed."""
+    deadlines: list[int]
+    """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
 
 
 def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int) -> Order:
     """Nearest deadline first; back to front before each, since compute may take over what is nearest to it."""
     queues: list[list[int]] = [[] for _ in range(sources)]
     group: list[list[int]] = [[] for _ in range(sources)]
-    due: dict[int, int] = {}
+    deadlines: list[int] = []
     deadline = candidates[-1][0] + 1 if candidates else 0
+    open_group = False
     for chunk, _, _ in reversed(candidates):
-        if chunk in plan:
-            group[plan[chunk]].append(chunk)
-            due[chunk] = deadline
+        source = plan.get(chunk)
+        if source is not None:
+            group[source].append(chunk)
+            if not open_group:
+                open_group = True
+                deadlines.append(deadline)
             continue
         deadline = chunk
-        for queue, chunks in zip(queues, group, strict=True):
-            queue.extend(reversed(chunks))
-            chunks.clear()
+        if open_group:
+            open_group = False
+            _close(queues, group)
+    _close(queues, group)
+    return Order(queues, deadlines[::-1])
+
+
+def _close(queues: Sequence[list[int]], group: Sequence[list[int]]) -> None:
     for queue, chunks in zip(queues, group, strict=True):
         queue.extend(reversed(chunks))
-    return Order(queues, due)
+        chunks.clear()

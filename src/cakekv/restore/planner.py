@@ -12,6 +12,7 @@ and reports `gave_up` instead of `computed` if one of them turns out to be `lost
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -123,8 +124,8 @@ class Restore:
         self._plan: dict[int, int] = {}
         self._queues: list[list[int]] = [[] for _ in self._sources]
         """Planned chunks per source, the one due first at the end."""
-        self._due_for: dict[int, int] = {}
-        """For planned chunks, the next chunk behind that is to be computed."""
+        self._deadlines: list[int] = []
+        """As in `outlook.Plan`."""
         self._changes = self.coverage.chunks
         """Chunks that changed hands since the plan was made."""
         self._requested_any = False
@@ -389,8 +390,8 @@ class Restore:
         """Whether loading the chunk now would only slow down loads that are due sooner."""
         if not self._sources[source].cost.is_shared(self._chunk_bytes):
             return False
-        due = self._due_for[chunk]
-        return any(self._due_for.get(load.chunk, due) < due for load in self._flights.wanted(source))
+        due = bisect_right(self._deadlines, chunk)
+        return any(bisect_right(self._deadlines, load.chunk) < due for load in self._flights.wanted(source))
 
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
@@ -478,7 +479,7 @@ class Restore:
         self._changes = 0
         if self.mode == "compute":
             return
-        self._plan, self._queues, self._due_for = self._outlook.plan(
+        self._plan, self._queues, self._deadlines = self._outlook.plan(
             now, self._compute_busy_s(now), self._finish_s(), self._plan
         )
         for source in range(len(self._sources)):
