@@ -31,8 +31,11 @@ class Load:
     size: int
     """Bytes to read."""
     began: float
+    """When it was handed out; of one that had to queue, once that is known, when its source began with it."""
     group: int | None = None
     """Load only this group of layers (see `layered`); None: all that are needed."""
+    queued: bool = False
+    """Whether the source has not begun with it yet."""
     cancelled: bool = False
     late: bool = False
     moved: bool = False
@@ -67,22 +70,25 @@ class Flights:
         self._stuck = [0] * len(sources)
         """Loads per source that were given up as late and not answered yet."""
 
-    def has_room(self, source: int) -> bool:
-        """Whether the source should be given another load; one of unknown speed is tried with a single load first."""
-        if not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
+    def has_room(self, source: int, ahead: int = 0) -> bool:
+        """Whether the source should be given another load, if `ahead` may queue.
+
+        One of unknown speed is tried with a single load first, if the driver hears soon how that went.
+        """
+        if not ahead and not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
             return False
-        return self._outstanding[source] < self._sources[source].depth
+        return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
         """Whether every worker of the source hangs in a load that was given up."""
         return self._stuck[source] >= self._sources[source].depth
 
     def begin(self, load: Load) -> None:
-        """A load was handed out."""
-        for other in self._wanted.values():
-            if other.source == load.source:
-                other.alone = False
+        """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
+        for other in self.wanted(load.source):
+            other.alone = False
         load.alone = not self._outstanding[load.source]
+        load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
 
@@ -150,14 +156,14 @@ class Flights:
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
         """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
 
-        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them.
+        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them. Those
+        that queue follow one after the other.
         """
         remaining: dict[int, float] = {}
         ends_s: dict[int, float] = {}
         for index in range(len(self._sources)):
-            loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
-            if not loads:
-                continue
+            waiting = [load for load in self._wanted.values() if load.source == index]
+            loads = sorted((load for load in waiting if not load.queued), key=_age)
             alone = []
             for load in loads:
                 each = self.busy_seconds(index, load.size, unknown_s, now)
@@ -170,11 +176,20 @@ class Flights:
                 remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
                 ends_s[load.chunk] = ends
                 flowing, before, ended = flowing - 1, left, ends
+            for load in waiting:
+                if load.queued:
+                    left = self.busy_seconds(index, load.size, unknown_s, now)
+                    ended += left
+                    remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                    ends_s[load.chunk] = ended
         return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:
         cost = self._sources[load.source].cost
-        return load.began + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
+        since = load.began
+        if load.queued and cost.last_completed is not None:
+            since = max(since, cost.last_completed)  # it waits for those before it, and they come
+        return since + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
 
 
 def _age(load: Load) -> float:

@@ -120,8 +120,8 @@ class Outlook:
         in_flight = {}
         for chunk, left_s in self._flights.remaining_seconds(0.0, now)[0].items():
             load = self._flights.of_chunk(chunk)
-            assert load is not None
-            in_flight[chunk] = (load.source, left_s)
+            if load is not None and not load.queued:
+                in_flight[chunk] = (load.source, left_s)
         forecast = Forecast(
             [(chunk, compute_s - shared_s, load_s) for chunk, compute_s, load_s in candidates],
             compute.shape.fixed,
