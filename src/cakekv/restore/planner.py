@@ -464,7 +464,7 @@ class Restore:
         return True
 
     def _cuts_a_span(self, chunk: int) -> bool:
-        """Whether a chunk that was to be computed after all costs less to compute than the span that it would cut off."""
+        """Whether a chunk, to be computed after all, costs less to compute than the span that it would cut off."""
         if self._max_span_chunks < 3 or not self._outlook.is_played:
             return False
         if any(
