@@ -16,7 +16,7 @@ from cakekv.keys import Identity
 from cakekv.restore.costs import ComputeShape, LoadFigures
 
 SHAPE = ComputeShape(0.05, 1e-3, 4e-7)
-FIGURES = LoadFigures(1e-8, 0.02, 1e6)
+FIGURES = LoadFigures(1e-8, 0.02, 1e6, 0.01)
 IDENTITY = Identity("weights", "architecture", "float32", "layout", 64)
 
 
@@ -71,6 +71,8 @@ def test_a_file_from_before_tiers_were_kept_still_counts(tmp_path: Path) -> None
         '{"a": [1.0, 1e-300, 3.0]}',
         '{"a": [true, 1.0, 3.0]}',
         '{"a": ["1.0", 1.0, 3.0]}',
+        '{"a": [1e-8, 0.02, 1e6, -1.0]}',
+        '{"a": [1e-8, 0.02, 1e300, 0.0]}',
     ],
 )
 def test_a_damaged_file_is_written_anew(tmp_path: Path, text: str) -> None:

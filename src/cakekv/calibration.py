@@ -22,6 +22,7 @@ MAX_ENTRIES = 2000
 """Of more, those that were not renewed for longest are dropped."""
 _SECONDS = (1e-15, 1e6)
 _BYTES = (1.0, 1e12)
+_MAYBE_SECONDS = (0.0, 1e6)
 
 
 def cache_folder() -> Path:
@@ -69,7 +70,7 @@ def tier_key(url: str, device: str, chunk_bytes: int) -> str:
 
 
 class Calibration:
-    """A file of figures by key, each three numbers. What is damaged in it counts as absent and is written anew.
+    """A file of figures by key, each a few numbers. What is damaged in it counts as absent and is written anew.
 
     Parameters
     ----------
@@ -89,7 +90,7 @@ class Calibration:
 
     def tier(self, key: str) -> LoadFigures | None:
         """The tier's cost under `key`; None if there is none that can be."""
-        figures = self._figures(key, (_SECONDS, _SECONDS, _BYTES))
+        figures = self._figures(key, (_SECONDS, _SECONDS, _BYTES, _MAYBE_SECONDS))
         return LoadFigures(*figures) if figures else None
 
     def keep(self, key: str, figures: ComputeShape | LoadFigures) -> None:

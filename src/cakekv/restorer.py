@@ -325,6 +325,7 @@ class Restorer(Generic[Cache, Logits]):
         self._compute_cost.burden = burden.compute
         for source, cost in enumerate(self._load_costs):
             cost.burden = burden.load.get(source, 1.0)
+            cost.crowded_s = monotonic()
 
     def _tell(self) -> None:
         """Report progress; called with the lock held."""

@@ -52,7 +52,7 @@ def test_decodes_and_unknown_tiers_burden_nobody_for_ever() -> None:
 def planned_loads(compute: float, load: float) -> int:
     """Chunks that a restore of 40 stored ones means to load; both arms take 64 ms a chunk."""
     compute_cost = SharedCompute(ComputeCost(ComputeShape(1e-6, 1e-3, 1e-12), trusted=True))
-    load_cost = SharedLoad(LoadCost(1, LoadFigures(1e-6, 0.064, CHUNK_BYTES)))
+    load_cost = SharedLoad(LoadCost(1, LoadFigures(1e-6, 0.064, CHUNK_BYTES, 0.0)))
     compute_cost.burden, load_cost.burden = compute, load
     planner = Restore(2561, 64, [(0,)] * 40, [Source("disk", load_cost, 1)], compute_cost, chunk_bytes=CHUNK_BYTES)
     return sum(run.tokens for run in planner.explain(0.0) if run.how == "disk") // 64
@@ -77,9 +77,9 @@ def ttft(cost: LoadCost, byte_s: float) -> float:
 def test_what_was_stored_of_a_tier_is_corrected_when_it_has_changed(wrong_by: float) -> None:
     """The tier loads a token in 1 ms, as long as computing takes, whatever was thought of it."""
     byte_s = 1e-6
-    prior = LoadFigures(byte_s * wrong_by, 2 * CHUNK_BYTES * byte_s * wrong_by, CHUNK_BYTES)
+    prior = LoadFigures(byte_s * wrong_by, 2 * CHUNK_BYTES * byte_s * wrong_by, CHUNK_BYTES, 0.0)
     cost = LoadCost(2, prior)
-    right = ttft(LoadCost(2, LoadFigures(byte_s, 2 * CHUNK_BYTES * byte_s, CHUNK_BYTES)), byte_s)
+    right = ttft(LoadCost(2, LoadFigures(byte_s, 2 * CHUNK_BYTES * byte_s, CHUNK_BYTES, 0.0)), byte_s)
     assert right == pytest.approx(2.1, rel=0.05)
     # Two of the 64 chunks at most are waited for, or computed, in vain.
     assert ttft(cost, byte_s) <= right * 1.05
@@ -90,7 +90,7 @@ def test_what_was_stored_of_a_tier_is_corrected_when_it_has_changed(wrong_by: fl
 @pytest.mark.parametrize("depth", [1, 4])
 def test_a_wrong_prior_is_forgotten_within_a_few_chunks(wrong_by: float, depth: int) -> None:
     """Bunches of `depth` chunks, 0.1 s per chunk."""
-    cost = LoadCost(depth, LoadFigures(1e-6 * wrong_by, 0.1 * depth * wrong_by, 1e5))
+    cost = LoadCost(depth, LoadFigures(1e-6 * wrong_by, 0.1 * depth * wrong_by, 1e5, 0.1 * wrong_by))
     for bunch in range(2 if depth > 1 else 5):
         for _ in range(depth):
             cost.observe(100_000, bunch * 0.1 * depth, (bunch + 1) * 0.1 * depth)
@@ -100,7 +100,7 @@ def test_a_wrong_prior_is_forgotten_within_a_few_chunks(wrong_by: float, depth: 
 
 def test_a_tier_that_is_as_slow_as_ever_is_tried_with_little() -> None:
     byte_s = 1e-3  # 64 s a chunk; computing everything takes 4.1 s
-    cost = LoadCost(2, LoadFigures(byte_s, 128.0, CHUNK_BYTES))
+    cost = LoadCost(2, LoadFigures(byte_s, 128.0, CHUNK_BYTES, 0.0))
     assert ttft(cost, byte_s) == pytest.approx(4.13, rel=0.02)
 
 

@@ -101,12 +101,20 @@ class SharedLoad(LoadCost):
     ----------
     cost : LoadCost
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
+
+    Attributes
+    ----------
+    burden : float
+        As in `Burden`.
+    crowded_s : float
+        When other requests last used the tier, on the clock of `observe`.
     """
 
     def __init__(self, cost: LoadCost) -> None:
         self._cost = cost
         self._doubt = 1.0
         self.burden = 1.0
+        self.crowded_s = float("-inf")
 
     def doubt(self, size: int, prompt_s: float) -> None:
         """See to it that a chunk of `size` bytes is tried, however slow the tier was some other time.
@@ -140,8 +148,11 @@ class SharedLoad(LoadCost):
     def duration(self, size: int) -> float:
         return self._cost.duration(size) * (1.0 if self._cost.measured else self._doubt)
 
-    def observe(self, size: int, began: float, ended: float) -> None:
-        self._cost.observe(size, began, ended)
+    def is_shared(self, size: int) -> bool:
+        return self._cost.is_shared(size)
+
+    def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
+        self._cost.observe(size, began, ended, alone and began > self.crowded_s)
 
     @property
     def _factor(self) -> float:
