@@ -34,6 +34,7 @@ from cakekv.store.opening import open_store
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
 Prompt = str | Sequence[int]
+Stores = Store | str | Sequence[Store | str] | None
 
 
 class Cake:
@@ -45,8 +46,8 @@ class Cake:
         The model.
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
-    store : Store, str, sequence of Store, or None
-        Where chunks are loaded from; they are saved to the first. None: nothing is stored.
+    store : Store, str, sequence of them, or None
+        Where chunks are loaded from, as objects, URLs or paths; they are saved to the first. None: nothing is stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
@@ -72,7 +73,7 @@ class Cake:
         self,
         engine: Engine[Any, Any],
         tokenizer: Any = None,
-        store: Store | str | Sequence[Store] | None = None,
+        store: Stores = None,
         *,
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
@@ -122,7 +123,7 @@ class Cake:
     def from_pretrained(
         cls,
         model: str | os.PathLike[str],
-        store: Store | str | Sequence[Store] | None = None,
+        store: Stores = None,
         *,
         dtype: str = "auto",
         device: str | None = None,
@@ -405,9 +406,8 @@ def _check_mode(mode: str) -> None:
         raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
 
 
-def _tiers(store: Store | str | Sequence[Store] | None) -> list[Store]:
+def _tiers(store: Stores) -> list[Store]:
     if store is None:
         return []
-    if isinstance(store, str):
-        return [open_store(store)]
-    return [store] if isinstance(store, Store) else list(store)
+    stores = [store] if isinstance(store, str | Store) else store
+    return [open_store(each) if isinstance(each, str) else each for each in stores]

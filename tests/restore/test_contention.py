@@ -73,7 +73,7 @@ def ttft(cost: LoadCost, byte_s: float) -> float:
     return run_restore(planner, lambda span, now: 1e-4 + span.tokens * 1e-3, [VirtualTier(constant(1 / byte_s))])
 
 
-@pytest.mark.parametrize("wrong_by", [1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3, 1e6])
+@pytest.mark.parametrize("wrong_by", [1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3, 1e6])
 def test_what_was_stored_of_a_tier_is_corrected_when_it_has_changed(wrong_by: float) -> None:
     """The tier loads a token in 1 ms, as long as computing takes, whatever was thought of it."""
     byte_s = 1e-6
