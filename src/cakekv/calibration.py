@@ -1,12 +1,12 @@
-"""What a model costs on this machine, kept between processes, so that the first restore need not find out again."""
+"""What a model and its tiers cost on this machine, kept between processes, so that nobody has to find out again."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ from blake3 import blake3
 
 from cakekv.errors import CakeError
 from cakekv.keys import Identity, canonical
-from cakekv.restore.costs import ComputeShape
+from cakekv.restore.costs import ComputeShape, LoadFigures
 
 MAX_BYTES = 1 << 20
 """A calibration file is not read beyond this length."""
+MAX_ENTRIES = 2000
+"""Of more, those that were not renewed for longest are dropped."""
+_SECONDS = (1e-15, 1e6)
+_BYTES = (1.0, 1e12)
+_MAYBE_SECONDS = (0.0, 1e6)
 
 
 def cache_folder() -> Path:
@@ -26,7 +31,7 @@ def cache_folder() -> Path:
     return Path(base) if base else Path.home() / ".cache" / "cakekv"
 
 
-def calibration_key(identity: Identity, device: str, max_span_tokens: int) -> str:
+def compute_key(identity: Identity, device: str, max_span_tokens: int) -> str:
     """Names what a compute cost depends on: the model and its element type, the device, and the span.
 
     Parameters
@@ -38,48 +43,107 @@ def calibration_key(identity: Identity, device: str, max_span_tokens: int) -> st
     max_span_tokens : int
         Longest span of prefill, in tokens.
     """
-    parts = [identity.weights, identity.architecture, identity.dtype, identity.adapter, device, max_span_tokens]
-    return blake3(canonical(parts).encode(), derive_key_context="cakekv calibration").hexdigest(16)
+    parts: list[str | int] = [
+        identity.weights,
+        identity.architecture,
+        identity.dtype,
+        identity.adapter,
+        device,
+        max_span_tokens,
+    ]
+    return _digest(parts)
 
 
-def read_calibration(file: Path, key: str) -> ComputeShape | None:
-    """The compute cost stored under `key`; None if there is none, or the file is damaged (it will be written anew)."""
-    figures = _read(file).get(key)
-    if not isinstance(figures, list) or len(figures) != 3:
-        return None
-    if not all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures):
-        return None
-    return ComputeShape(*figures)
+def tier_key(url: str, device: str, chunk_bytes: int) -> str:
+    """Names what a tier's cost depends on: where it is, where chunks are placed, and how large they are.
 
-
-def write_calibration(file: Path, key: str, shape: ComputeShape) -> None:
-    """Store a compute cost under `key`, beside what the file holds already; the file is replaced whole.
-
-    Raises
-    ------
-    CakeError
-        The file cannot be written.
+    Parameters
+    ----------
+    url : str
+        As `Store.url`.
+    device : str
+        What computes.
+    chunk_bytes : int
+        Bytes of a whole chunk.
     """
-    data = _read(file) | {key: [shape.fixed, shape.linear, shape.quadratic]}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    return _digest(["tier", url, device, chunk_bytes])
+
+
+class Calibration:
+    """A file of figures by key, each a few numbers. What is damaged in it counts as absent and is written anew.
+
+    Parameters
+    ----------
+    file : path
+        Need not exist.
+    """
+
+    def __init__(self, file: str | os.PathLike[str]) -> None:
+        self._file = Path(file)
+        self._known = _read(self._file)
+        self._new: dict[str, list[float]] = {}
+
+    def compute(self, key: str) -> ComputeShape | None:
+        """The compute cost under `key`; None if there is none that can be."""
+        figures = self._figures(key, (_SECONDS, _SECONDS, _SECONDS))
+        return ComputeShape(*figures) if figures else None
+
+    def tier(self, key: str) -> LoadFigures | None:
+        """The tier's cost under `key`; None if there is none that can be."""
+        figures = self._figures(key, (_SECONDS, _SECONDS, _BYTES, _MAYBE_SECONDS))
+        return LoadFigures(*figures) if figures else None
+
+    def keep(self, key: str, figures: ComputeShape | LoadFigures) -> None:
+        """Have these figures written under `key`."""
+        self._new[key] = list(astuple(figures))
+
+    def write(self) -> None:
+        """Write what is to be kept, beside what the file holds by now; the file is replaced whole.
+
+        Raises
+        ------
+        CakeError
+            The file cannot be written.
+        """
+        if not self._new:
+            return
+        others = {key: figures for key, figures in _read(self._file).items() if key not in self._new}
+        data = dict([*others.items(), *self._new.items()][-MAX_ENTRIES:])
+        file = self._file
         try:
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(data, stream)
-            os.replace(scratch, file)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise CakeError(
-            f"cannot write the calibration {file}: {error.strerror}; point CAKEKV_CACHE at a writable folder"
-        ) from error
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+            try:
+                with open(descriptor, "w", encoding="utf-8") as stream:
+                    json.dump(data, stream)
+                os.replace(scratch, file)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(scratch)
+                raise
+        except OSError as error:
+            raise CakeError(
+                f"cannot write the calibration {file}: {error.strerror}; point CAKEKV_CACHE at a writable folder"
+            ) from error
+
+    def _figures(self, key: str, ranges: tuple[tuple[float, float], ...]) -> list[float] | None:
+        figures = self._known.get(key)
+        if not isinstance(figures, list) or len(figures) != len(ranges):
+            return None
+        for figure, (low, high) in zip(figures, ranges, strict=True):
+            if not isinstance(figure, float) or not low <= figure <= high:
+                return None
+        return figures
+
+
+def _digest(parts: list[str | int]) -> str:
+    return blake3(canonical(parts).encode(), derive_key_context="cakekv calibration").hexdigest(16)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
+        if not file.is_file():  # reading a pipe would not end
+            return {}
         with file.open("rb") as stream:
             data = json.loads(stream.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError):

@@ -67,7 +67,12 @@ class ComputeCost:
         self._expected = 0.0
         self._log_scale = 0.0
         self._doubted: tuple[int, int, float] | None = None
-        self.known = trusted
+        self._known = trusted
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured, here or before."""
+        return self._known
 
     @property
     def shape(self) -> ComputeShape:
@@ -94,7 +99,7 @@ class ComputeCost:
         self._learn(start, tokens, seconds)
         correction = math.log(seconds / self._fit.seconds(start, tokens))
         self._log_scale += 0.5 * (correction - self._log_scale) if self.known else correction
-        self.known = True
+        self._known = True
 
     def _learn(self, start: int, tokens: int, seconds: float) -> None:
         prior = self._prior
@@ -128,6 +133,28 @@ def _solve(a: list[list[float]], b: list[float]) -> list[float]:
     return x
 
 
+@dataclass(frozen=True)
+class LoadFigures:
+    """What a tier was found to cost.
+
+    Parameters
+    ----------
+    byte_s : float
+        Seconds per byte while the tier is busy.
+    load_s : float
+        Seconds that one load takes, from its request.
+    load_bytes : float
+        Bytes of such a load.
+    alone_s : float
+        Seconds that it takes with the tier to itself; 0.0 if that is not known.
+    """
+
+    byte_s: float
+    load_s: float
+    load_bytes: float
+    alone_s: float
+
+
 class LoadCost:
     """Learns how fast one tier delivers chunks.
 
@@ -139,9 +166,12 @@ class LoadCost:
     ----------
     depth : int
         Loads the tier serves at a time; completions of parallel loads come in bunches, so the memory spans several.
+    prior : LoadFigures or None
+        What was measured some other time. It counts as one load, and no further than the first load allows.
     """
 
-    def __init__(self, depth: int = 1) -> None:
+    def __init__(self, depth: int = 1, prior: LoadFigures | None = None) -> None:
+        self._depth = depth
         self._memory_loads = 3.0 + 2.0 * depth
         self._bytes = 0.0
         self._busy_s = 0.0
@@ -149,13 +179,33 @@ class LoadCost:
         self._duration_bytes = 1.0
         self._alone_s = 0.0
         self._alone_bytes = 1.0
-        self._depth = depth
-        self.last_completed: float | None = None
+        self._last_completed: float | None = None
+        if prior is not None:
+            self._bytes, self._busy_s = prior.load_bytes, prior.byte_s * prior.load_bytes
+            self._duration_s, self._duration_bytes = prior.load_s, prior.load_bytes
+            self._alone_s, self._alone_bytes = prior.alone_s, prior.load_bytes
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured."""
+        """Whether anything was measured, here or before."""
         return self._bytes > 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was measured here."""
+        return self._last_completed is not None
+
+    @property
+    def last_completed(self) -> float | None:
+        """When the last load was done, on the clock of `observe`."""
+        return self._last_completed
+
+    @property
+    def figures(self) -> LoadFigures:
+        """The current estimate; only if something is `known`."""
+        size = self._duration_bytes
+        alone_s = self._alone_s * size / self._alone_bytes
+        return LoadFigures(self._busy_s / self._bytes, self._duration_s, size, alone_s)
 
     def seconds(self, size: int) -> float:
         """Seconds that `size` more bytes keep the tier busy; 0.0 while nothing is known."""
@@ -189,9 +239,11 @@ class LoadCost:
         """
         if size <= 0 or ended <= began:
             return
-        busy_from = began if self.last_completed is None else max(began, self.last_completed)
+        if self._last_completed is None:
+            self._doubt_prior(size, ended - began)
+        busy_from = began if self._last_completed is None else max(began, self._last_completed)
         interval = max(ended - busy_from, 0.0)
-        self.last_completed = ended if self.last_completed is None else max(ended, self.last_completed)
+        self._last_completed = ended if self._last_completed is None else max(ended, self._last_completed)
         # What is known fades with the time it took, not with every completion: parallel loads end in bunches.
         expected = self.seconds(size)
         keep = math.exp(-interval / (self._memory_loads * max(expected, interval / 4))) if expected > 0 else 1.0
@@ -204,3 +256,13 @@ class LoadCost:
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)
+
+    def _doubt_prior(self, size: int, seconds: float) -> None:
+        """Bring the prior to what the first load allows: it was alone on the tier, or beside `depth - 1` others."""
+        if self._bytes > 0:
+            prior_s = self._busy_s / self._bytes
+            byte_s = min(max(prior_s, seconds / size / self._depth), seconds / size)
+            self._bytes = min(self._bytes, float(size))
+            self._busy_s = byte_s * self._bytes
+            self._alone_s *= byte_s / prior_s
+            self._duration_s = 0.0

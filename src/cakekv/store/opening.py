@@ -77,9 +77,11 @@ def open_store(url: str) -> Store:
     options = _parse_options(url, query, tier.options | LINK)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
     store = tier.open(location, **options)
-    if bandwidth is None and not latency:
-        return store
-    return ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    if bandwidth is not None or latency:
+        store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    server, slash, path = location.partition("/")
+    store.url = f"{scheme}://{server.rpartition('@')[2]}{slash}{path}?bandwidth={bandwidth}&latency={latency}"
+    return store
 
 
 def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
