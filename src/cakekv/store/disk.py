@@ -34,18 +34,16 @@ from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.durable import make_folder, sync_folder, write_all, write_file
+from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
-MAX_NOTE_BYTES = 64 * 1024
-"""Length of the largest identity file that is written or read."""
 EVICTION_BATCH = 16384
 """How many of the oldest chunks one scan of the folder picks out, to be evicted as room is needed."""
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}")
 _CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")
 _TEMPORARY_NAME = re.compile(r"([0-9]{1,19})-[0-9a-f]{16}\.tmp")
-_ROOT_NAME = re.compile(r"[0-9a-f]{64}")
 
 _COUNTS = struct.Struct("<8sQQ")
 _SETTLED, _CHANGING = b"settled\0", b"changing"
@@ -168,11 +166,7 @@ class DiskStore(Store):
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
-        text = json.dumps(dict(fields))
-        if not _ROOT_NAME.fullmatch(root) or len(text) > MAX_NOTE_BYTES:
-            raise BadInput(
-                f"an identity has a root of 64 hexadecimal digits and up to {MAX_NOTE_BYTES} bytes of fields"
-            )
+        text = encode_note(root, fields)
         file = self.path / IDENTITIES / f"{root}.json"
         with self._explained("note an identity"), self._locked():
             if not file.exists():
@@ -183,7 +177,7 @@ class DiskStore(Store):
         found = {}
         with self._explained("read the identities"):
             for file in (self.path / IDENTITIES).iterdir():
-                fields = _read_note(file) if _ROOT_NAME.fullmatch(file.stem) and file.suffix == ".json" else None
+                fields = _read_note(file) if is_root(file.stem) and file.suffix == ".json" else None
                 if fields is not None:
                     found[file.stem] = fields
         return found
@@ -414,10 +408,6 @@ def _is_written(file: Path) -> bool:
 def _read_note(file: Path) -> dict[str, str] | None:
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
-            data = stream.read(MAX_NOTE_BYTES + 1)
-        fields = json.loads(data) if len(data) <= MAX_NOTE_BYTES else None
-    except (OSError, ValueError, RecursionError):
+            return decode_note(stream.read(MAX_NOTE_BYTES + 1))
+    except OSError:
         return None
-    if isinstance(fields, dict) and all(isinstance(value, str) for value in fields.values()):
-        return fields
-    return None

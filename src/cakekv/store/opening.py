@@ -1,15 +1,20 @@
-"""Stores by URL: `memory://?capacity=2GB`, `file:///var/cache/kv?capacity=10GB&bandwidth=50MB/s`, or a plain path."""
+"""Stores by URL: `memory://?capacity=2GB`, `file:///var/cache/kv?capacity=10GB&bandwidth=50MB/s`, `redis://host:6379`,
+or a plain path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, urlsplit
 
-from cakekv.errors import BadInput
-from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration
+from cakekv.errors import BadInput, StoreError
+from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration, parse_switch
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
@@ -22,7 +27,7 @@ class Tier(NamedTuple):
     """How to open one kind of store."""
 
     open: Callable[..., Store]
-    """Takes what stands between "://" and "?", and the options given, by name."""
+    """Takes what stands between "://" and "?", as it was written, and the options given, by name."""
     options: Options
     """The options it takes, each with what parses its value."""
 
@@ -36,12 +41,49 @@ def _open_memory(location: str, **options: Any) -> Store:
 def _open_file(location: str, **options: Any) -> Store:
     if not location.startswith("/"):
         raise BadInput(f"file://{location} is not absolute: write file:///a/folder, or a plain path")
-    return DiskStore(location, **options)
+    return DiskStore(unquote(location), **options)
 
+
+def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
+    try:
+        place = urlsplit(f"redis://{location}")
+        database = int(place.path[1:] or 0)
+        port = place.port
+    except ValueError:
+        port, database = None, -1
+    if database < 0 or not place.hostname:
+        raise BadInput("write a Redis store as redis://HOST, redis://HOST:PORT/DATABASE or redis://USER:PASSWORD@HOST")
+    with _extra("redis"):
+        from cakekv.store.redis import DEFAULT_PORT, RedisStore
+    password = unquote(place.password) if place.password else os.environ.get("REDISCLI_AUTH")
+    return RedisStore(
+        place.hostname,
+        port or DEFAULT_PORT,
+        database=database,
+        username=unquote(place.username) if place.username else None,
+        password=password or None,
+        tls=tls,
+        **{_RENAMED.get(name, name): value for name, value in options.items()},
+    )
+
+
+_RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
+
+_REDIS: Options = {
+    "cluster": parse_switch,
+    "prefix": str,
+    "ttl": parse_duration,
+    "timeout": parse_duration,
+}
+_TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
     "memory": Tier(_open_memory, {"capacity": parse_bytes}),
     "file": Tier(_open_file, {"capacity": parse_bytes}),
+    "redis": Tier(_open_redis, _REDIS),
+    "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
+    "valkey": Tier(_open_redis, _REDIS),
+    "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
 }
 LINK: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration}
 """Options of every tier: a link to put it behind, for experiments."""
@@ -67,12 +109,10 @@ def open_store(url: str) -> Store:
     scheme, separator, location = place.partition("://")
     if not separator:
         if not place or place.partition(":")[0] in TIERS:
-            raise BadInput(f"{url!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
-        scheme, location = "file", str(Path(place).expanduser().absolute())
-    else:
-        location = unquote(location)
+            raise BadInput(f"{shown(url)!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
+        scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
     if scheme not in TIERS:
-        raise BadInput(f"unknown kind of store {scheme!r} in {url!r}; there are {', '.join(sorted(TIERS))}")
+        raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
     tier = TIERS[scheme]
     options = _parse_options(url, query, tier.options | LINK)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
@@ -82,16 +122,30 @@ def open_store(url: str) -> Store:
     return ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
 
 
+def shown(url: str) -> str:
+    """A URL for messages: without user name and password."""
+    return re.sub(r"(?<=://)[^?]*@", "…@", url)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say what to install if the client library of a tier is not there."""
+    try:
+        yield
+    except ImportError as error:
+        raise StoreError(f"this kind of store needs more packages ({error}): pip install 'cakekv[{name}]'") from error
+
+
 def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in filter(None, query.split("&")):
         name, _, value = item.partition("=")
         if name not in known:
-            raise BadInput(f"unknown option {name!r} in {url!r}; there are {', '.join(sorted(known))}")
+            raise BadInput(f"unknown option {name!r} in {shown(url)!r}; there are {', '.join(sorted(known))}")
         if name in options:
-            raise BadInput(f"option {name!r} is given twice in {url!r}")
+            raise BadInput(f"option {name!r} is given twice in {shown(url)!r}")
         try:
             options[name] = known[name](unquote(value))
         except BadInput as error:
-            raise BadInput(f"option {name!r} in {url!r}: {error}") from error
+            raise BadInput(f"option {name!r} in {shown(url)!r}: {error}") from error
     return options

