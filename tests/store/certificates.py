@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1 that nobody has signed, and a relay that speaks TLS with it."""
+"""Certificates for 127.0.0.1 of an authority that nobody knows, and a relay that speaks TLS with it."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
-def make_certificate(folder):
-    """Files of a certificate and of its private key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    files = folder / "certificate.pem", folder / "key.pem"
-    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+def make_certificates(folder):
+    """Files of an authority's certificate, of a server's that it signed, and of that one's private key."""
+    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    files = folder / "ca.pem", folder / "certificate.pem", folder / "key.pem"
+    files[0].write_bytes(_signed("authority", authority, authority, x509.BasicConstraints(ca=True, path_length=None)))
+    files[1].write_bytes(_signed("server", server, authority, address))
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    files[2].write_bytes(server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     return files
+
+
+def _signed(name, key, authority, extension):
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(
+        issuer_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")]),
+        subject_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]),
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - datetime.timedelta(hours=1),
+        not_valid_after=now + datetime.timedelta(hours=1),
+    )
+    builder = builder.add_extension(extension, critical=True)
+    return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 @contextmanager
 def tls_relay(files, port):
     """Yields a port that speaks TLS and passes what it hears to `port`."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(*files)
+    context.load_cert_chain(*files[1:])
     open_sockets = []
 
     def pump(source, target):

@@ -20,6 +20,7 @@ from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
+from cakekv.store.s3 import open_s3
 from cakekv.store.throttled import ThrottledStore
 
 from .chunks import SIZE, chunk_of, key_of, read
@@ -41,12 +42,17 @@ def open_redis(folder, capacity, shared):
     return RedisStore("127.0.0.1", shared.valkey, prefix=f"{folder}:[a-z]*\\:")
 
 
+def open_bucket(folder, capacity, shared):
+    return open_s3("bucket", f"{folder}/100% {folder.name}", endpoint=shared.s3, http=True)
+
+
 TIERS = {
     "memory": Case(lambda folder, capacity, shared: MemoryStore(capacity)),
     "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
     "throttled memory": Case(lambda folder, capacity, shared: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6)),
     "throttled disk": Case(lambda folder, capacity, shared: ThrottledStore(DiskStore(folder / "s", capacity), 1e12)),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
+    "s3": Case(open_bucket, bounded=False, keeps_open=False),
 }
 BOUNDED = [name for name, case in TIERS.items() if case.bounded]
 

@@ -49,7 +49,7 @@ def test_a_link():
         ("?capacity=1GB", "neither a path nor"),
         ("memory:", "neither a path nor"),
         ("file:/x", "neither a path nor"),
-        ("s3://bucket", "unknown kind of store 's3'.*there are file, memory"),
+        ("ftp://host", "unknown kind of store 'ftp'.*there are az, file, gs, memory, redis"),
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),

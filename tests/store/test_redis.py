@@ -14,7 +14,7 @@ from cakekv.store.opening import open_store
 from cakekv.store.redis import RedisStore
 
 from . import servers
-from .certificates import make_certificate, tls_relay
+from .certificates import make_certificates, tls_relay
 from .chunks import SIZE, chunk_of, key_of, read
 
 LARGE = 3 << 20
@@ -157,7 +157,7 @@ def test_a_password_is_never_shown():
 
 
 def test_tls(tmp_path, shared):
-    files = make_certificate(tmp_path)
+    files = make_certificates(tmp_path)
     with tls_relay(files, shared.valkey) as port:
         with open_store(f"rediss://127.0.0.1:{port}?ca={files[0]}&prefix=tls:") as store:
             data = memoryview(bytes(LARGE))

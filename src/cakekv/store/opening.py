@@ -63,8 +63,24 @@ def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
         username=unquote(place.username) if place.username else None,
         password=password or None,
         tls=tls,
-        **{_RENAMED.get(name, name): value for name, value in options.items()},
+        **_renamed(options),
     )
+
+
+def _open_bucket(location: str, *, scheme: str, **options: Any) -> Store:
+    bucket, _, prefix = unquote(location).partition("/")
+    if not bucket or "@" in location:
+        raise BadInput(
+            f"write it as {scheme}://BUCKET or {scheme}://BUCKET/PREFIX; credentials come from the environment"
+        )
+    with _extra("s3"):
+        from cakekv.store import s3
+    openers: dict[str, Callable[..., Store]] = {"s3": s3.open_s3, "gs": s3.open_gcs, "az": s3.open_azure}
+    return openers[scheme](bucket, prefix.strip("/"), **_renamed(options))
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in options.items()}
 
 
 _RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
@@ -73,6 +89,14 @@ _REDIS: Options = {
     "cluster": parse_switch,
     "prefix": str,
     "ttl": parse_duration,
+    "timeout": parse_duration,
+}
+_S3: Options = {
+    "endpoint": str,
+    "region": str,
+    "path_style": parse_switch,
+    "http": parse_switch,
+    "ca": str,
     "timeout": parse_duration,
 }
 _TLS: Options = {"ca": str, "cert": str, "key": str}
@@ -84,6 +108,9 @@ TIERS: dict[str, Tier] = {
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
     "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
+    "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
+    "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
+    "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
 LINK: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration}
 """Options of every tier: a link to put it behind, for experiments."""

@@ -28,6 +28,7 @@ from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.identities import decode_note, encode_note, is_root
+from cakekv.store.sizes import FoundSizes
 
 DEFAULT_PORT = 6379
 TIMEOUT_S = 5.0
@@ -112,6 +113,7 @@ class RedisStore(Store):
         if tls:
             options |= {"ssl": True, "ssl_ca_certs": ca, "ssl_certfile": certificate, "ssl_keyfile": private_key}
         self._is_cluster = cluster
+        self._found = FoundSizes()
         self._client: Any
         with self._explained("open the store"):
             self._client = RedisCluster(**options) if cluster else redis.Redis(db=database, **options)
@@ -119,16 +121,21 @@ class RedisStore(Store):
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._explained("look for chunks"):
-            return [size or None for size in self._sizes([self._name(key) for key in keys])]
+            sizes = [size or None for size in self._sizes([self._name(key) for key in keys])]
+        self._found.note(keys, sizes)
+        return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        with self._explained(f"open chunk {key.short}…"):
-            size = self._client.strlen(self._name(key))
+        size = self._found.take(key)
+        if size is None:
+            with self._explained(f"open chunk {key.short}…"):
+                size = self._client.strlen(self._name(key))
         if not size:
             raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
         return _RedisReader(self, key, size)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
+        self._found.forget([key])
         expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
         with self._explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
             name = self._name(key)
@@ -144,6 +151,7 @@ class RedisStore(Store):
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         if not keys:
             return 0
+        self._found.forget(keys)
         with self._explained("delete chunks"), self._client.pipeline(transaction=False) as pipeline:
             for key in keys:
                 pipeline.unlink(self._name(key))
