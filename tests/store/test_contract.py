@@ -21,6 +21,7 @@ from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.s3 import open_s3
+from cakekv.store.striped import StripedStore
 from cakekv.store.throttled import ThrottledStore
 
 from .chunks import SIZE, chunk_of, key_of, read
@@ -51,6 +52,9 @@ TIERS = {
     "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
     "throttled memory": Case(lambda folder, capacity, shared: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6)),
     "throttled disk": Case(lambda folder, capacity, shared: ThrottledStore(DiskStore(folder / "s", capacity), 1e12)),
+    "striped": Case(
+        lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False
+    ),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),
 }

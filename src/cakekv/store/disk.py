@@ -33,6 +33,7 @@ from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.direct import FileReader
 from cakekv.store.durable import make_folder, sync_folder, write_all, write_file
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 
@@ -76,6 +77,8 @@ class DiskStore(Store):
     capacity : int or None
         Bytes that the chunks, with those being written, may take; None: no bound. A process that opens the folder
         with a smaller capacity than others evicts down to it.
+    direct : bool
+        Whether chunks that are not in the page cache are read past it (`FileReader`).
 
     Raises
     ------
@@ -87,11 +90,12 @@ class DiskStore(Store):
 
     name = "disk"
 
-    def __init__(self, path: str | os.PathLike[str], capacity: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], capacity: int | None = None, *, direct: bool = True) -> None:
         if capacity is not None and capacity <= 0:
             raise BadInput(f"a store's capacity is at least one byte, not {capacity}")
         self.path = Path(path).absolute()
         self.capacity = capacity
+        self.direct = direct
         self._oldest: deque[StoredChunk] = deque()  # only touched under the folder's lock
         with self._explained("open the store"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ class DiskStore(Store):
             with suppress(OSError):  # another user's chunk is read all the same
                 now = time.time_ns()  # finer than the clock the kernel would stamp with
                 os.utime(descriptor, ns=(now, now))
-            return _DiskReader(descriptor, status.st_size)
+            return FileReader(descriptor, status.st_size, self.direct)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         size = len(data)
@@ -345,33 +349,6 @@ class DiskStore(Store):
         make_folder(file.parent)
         temporary.replace(file)
         return replaced
-
-
-class _DiskReader(ChunkReader):
-    slice_bytes = 1 << 20
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.size = size
-        self._descriptor: int | None = descriptor
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        if self._descriptor is None:
-            raise StoreError("the chunk's reader is closed")
-        done = 0
-        try:
-            while done < len(buffer):
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-        except OSError as error:
-            raise StoreError(f"cannot read a chunk: {error.strerror}") from error
-        return done
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _marker_text() -> str:

@@ -18,6 +18,7 @@ from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration, pars
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
+from cakekv.store.striped import StripedStore
 from cakekv.store.throttled import ThrottledStore
 
 Options = dict[str, Callable[[str], Any]]
@@ -41,7 +42,21 @@ def _open_memory(location: str, **options: Any) -> Store:
 def _open_file(location: str, **options: Any) -> Store:
     if not location.startswith("/"):
         raise BadInput(f"file://{location} is not absolute: write file:///a/folder, or a plain path")
-    return DiskStore(unquote(location), **options)
+    folders = [unquote(location), *options.pop("stripe", ())]
+    if len(set(folders)) < len(folders):
+        raise BadInput(f"a folder is given twice in {', '.join(folders)}")
+    if len(folders) == 1:
+        return DiskStore(folders[0], **options)
+    if "capacity" in options:
+        options["capacity"] = max(1, options["capacity"] // len(folders))
+    return StripedStore([DiskStore(folder, **options) for folder in folders])
+
+
+def _parse_folders(text: str) -> list[str]:
+    folders = text.split(",")
+    if not all(folder.startswith("/") for folder in folders):
+        raise BadInput(f"{text!r} are not absolute paths with commas between them, such as /b/kv,/c/kv")
+    return folders
 
 
 def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
@@ -103,7 +118,7 @@ _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
     "memory": Tier(_open_memory, {"capacity": parse_bytes}),
-    "file": Tier(_open_file, {"capacity": parse_bytes}),
+    "file": Tier(_open_file, {"capacity": parse_bytes, "direct": parse_switch, "stripe": _parse_folders}),
     "redis": Tier(_open_redis, _REDIS),
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
