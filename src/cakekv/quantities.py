@@ -87,6 +87,19 @@ def parse_duration(text: str) -> float:
     return float(Decimal(match["number"]) * _SECONDS[match["unit"]])
 
 
+def parse_count(text: str) -> int:
+    """A whole number from 0 on.
+
+    Raises
+    ------
+    BadInput
+        It is not one, or has more than 18 digits.
+    """
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise BadInput(f"{text!r} is not a whole number, such as 512")
+    return int(text)
+
+
 def parse_switch(text: str) -> bool:
     """Yes or no, as "true" or "false".
 

@@ -22,6 +22,7 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.s3 import open_s3
 from cakekv.store.striped import StripedStore
+from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
 
 from .chunks import SIZE, chunk_of, key_of, read
@@ -55,6 +56,7 @@ TIERS = {
     "striped": Case(
         lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False
     ),
+    "tail only": Case(lambda folder, capacity, shared: TailOnlyStore(MemoryStore(capacity), 0)),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),
 }

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from cakekv.errors import BadInput, StoreError
-from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration, parse_switch
+from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
+from cakekv.store.eviction import policy_named
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
+from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
 
 Options = dict[str, Callable[[str], Any]]
@@ -100,6 +102,7 @@ def _renamed(options: dict[str, Any]) -> dict[str, Any]:
 
 _RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
 
+_BOUNDED: Options = {"capacity": parse_bytes, "evict": policy_named}
 _REDIS: Options = {
     "cluster": parse_switch,
     "prefix": str,
@@ -117,8 +120,8 @@ _S3: Options = {
 _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
-    "memory": Tier(_open_memory, {"capacity": parse_bytes}),
-    "file": Tier(_open_file, {"capacity": parse_bytes, "direct": parse_switch, "stripe": _parse_folders}),
+    "memory": Tier(_open_memory, _BOUNDED),
+    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders}),
     "redis": Tier(_open_redis, _REDIS),
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
@@ -127,8 +130,8 @@ TIERS: dict[str, Tier] = {
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
-LINK: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration}
-"""Options of every tier: a link to put it behind, for experiments."""
+COMMON: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "skip_head": parse_count}
+"""Options of every tier: a link to put it behind, for experiments; and tokens whose chunks it shall not keep."""
 
 
 def open_store(url: str) -> Store:
@@ -156,9 +159,12 @@ def open_store(url: str) -> Store:
     if scheme not in TIERS:
         raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
     tier = TIERS[scheme]
-    options = _parse_options(url, query, tier.options | LINK)
+    options = _parse_options(url, query, tier.options | COMMON)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
+    skip_head = options.pop("skip_head", 0)
     store = tier.open(location, **options)
+    if skip_head:
+        store = TailOnlyStore(store, skip_head)
     if bandwidth is None and not latency:
         return store
     return ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)

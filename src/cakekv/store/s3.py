@@ -12,8 +12,9 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -69,14 +70,19 @@ class ObjectStore(Store):
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         """See `Store`; the service takes no batches, so this is one request per chunk, many at a time."""
-        asked = [self._pool.submit(self._size, key) for key in keys]
-        try:
-            failed = [future for future in wait(asked, return_when=FIRST_EXCEPTION).done if future.exception()]
-            with self._explained("look for chunks"):
-                sizes = [future.result() for future in failed or asked]
-        finally:
-            for future in asked:
-                future.cancel()
+        failed = threading.Event()
+
+        def size(key: ChunkKey) -> int | None:
+            try:
+                return None if failed.is_set() else self._size(key)
+            except BaseException:
+                failed.set()
+                raise
+
+        with self._explained("look for chunks"):
+            asked = [self._pool.submit(size, key) for key in keys]
+            broken = [future for future in wait(asked).done if future.exception()]
+            sizes = [future.result() for future in broken or asked]
         self._found.note(keys, sizes)
         return sizes
 
