@@ -1,0 +1,111 @@
+"""Nothing else that vLLM does may break: the same mixed workload to plain vLLM and to ours, with the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tiny_engine import BLOCK, TinyEngine, closing, save_model
+from vllm.sampling_params import StructuredOutputsParams
+
+from cakekv.demo.model import demo_model
+from vllm import SamplingParams
+
+VOCABULARY = 49152  # the tokenizer's, which structured output needs
+
+
+def text(start: int, tokens: int) -> list[int]:
+    """Token ids with repetitions, so that n-gram speculation finds something."""
+    return [3 + (start * 7919 + position % 97 * 31 + position // 97) % 40000 for position in range(tokens)]
+
+
+def workload() -> list[tuple[list[int], SamplingParams]]:
+    """One request of every kind, three of them with a prefix in common."""
+    shared = text(1, 5 * BLOCK)
+    greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    sampled: dict[str, Any] = {"temperature": 0.8, "max_tokens": 8, "ignore_eos": True}
+    return [
+        (shared + text(2, 40), SamplingParams(**greedy)),
+        (shared + text(3, 300), SamplingParams(**greedy, logprobs=3)),
+        (shared + text(4, 1), SamplingParams(**sampled, seed=11, n=3)),
+        (text(5, 4 * BLOCK), SamplingParams(**greedy)),  # exactly full chunks
+        (text(6, 3 * BLOCK + 1), SamplingParams(**greedy, prompt_logprobs=2)),
+        (text(7, 20), SamplingParams(**greedy)),  # too short for the store
+        (text(8, 3 * BLOCK + 50), SamplingParams(**sampled, seed=5, top_p=0.9, top_k=40, min_p=0.01)),
+        (
+            text(9, 3 * BLOCK + 9),
+            SamplingParams(
+                temperature=0, max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
+            ),
+        ),
+        (
+            text(10, 2 * BLOCK + 70),
+            SamplingParams(
+                temperature=0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex=r"[a-c]{3}-[0-9]{2}")
+            ),
+        ),
+        (text(11, 2 * BLOCK + 5), SamplingParams(**greedy, presence_penalty=0.5, repetition_penalty=1.2)),
+        (text(12, 2 * BLOCK + 5), SamplingParams(**greedy, logit_bias={5: 3.0}, allowed_token_ids=list(range(3, 900)))),
+    ]
+
+
+def run(engine: TinyEngine) -> list[Any]:
+    """Everything at once, twice; the second time with an empty prefix cache, so that what was saved is loaded."""
+    found = []
+    for _ in range(2):
+        ids = [engine.add(prompt, params) for prompt, params in workload()]
+        engine.finish(*ids)
+        engine.settle()
+        assert engine.llm.reset_prefix_cache()
+        found.append([engine.outputs[request_id] for request_id in ids])
+    return found
+
+
+def tokens(outputs: Sequence[Any]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(output.token_ids) for output in request.outputs] for request in outputs]
+
+
+def log_probabilities(outputs: Sequence[Any]) -> list[float]:
+    """Those of the tokens generated, and of the prompts', where asked for."""
+    found = []
+    for request in outputs:
+        positions = [*(request.prompt_logprobs or []), *(request.outputs[0].logprobs or [])]
+        found += [one.logprob for position in positions if position for _, one in sorted(position.items())]
+    return found
+
+
+CONFIGURATIONS = {
+    "steps of 256 tokens, prefix caching": {"max_num_batched_tokens": 256, "enable_prefix_caching": True},
+    "steps of 100 tokens, no prefix caching": {"max_num_batched_tokens": 100, "enable_prefix_caching": False},
+    "long steps, few requests at a time": {
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 3,
+        "enable_prefix_caching": True,
+    },
+    "n-gram speculation": {
+        "enable_prefix_caching": True,
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), vocab_size=VOCABULARY)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_the_same_workload_gives_the_same(model, tmp_path, configuration):
+    engine = {"skip_tokenizer_init": False, "tokenizer": str(demo_model()), **CONFIGURATIONS[configuration]}
+    with closing(TinyEngine(model, None, **engine)) as plain:
+        expected = run(plain)
+    with closing(TinyEngine(model, {"store": str(tmp_path / "store"), "mode": "both"}, **engine)) as ours:
+        found = run(ours)
+        loaded = sum(report.loaded_tokens for _, report in ours.half.reports)
+        ours.assert_nothing_leaked()
+    assert loaded >= 8 * BLOCK
+    for wave in range(2):
+        assert tokens(found[wave]) == tokens(expected[wave])
+        assert log_probabilities(found[wave]) == pytest.approx(log_probabilities(expected[wave]), abs=1e-3)
+    assert tokens(expected[0]) == tokens(expected[1])  # else the workload itself would not be fit to compare
