@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
+from cakekv.store.faulty import FaultPlan, FaultyStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.throttled import ThrottledStore
 
@@ -24,6 +25,7 @@ TIERS = {
     "memory": lambda folder, capacity: MemoryStore(capacity),
     "disk": lambda folder, capacity: DiskStore(folder / "store", capacity),
     "throttled memory": lambda folder, capacity: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6),
+    "faulty memory": lambda folder, capacity: FaultyStore(MemoryStore(capacity), FaultPlan({})),
     "throttled disk": lambda folder, capacity: ThrottledStore(DiskStore(folder / "store", capacity), 1e12),
 }
 

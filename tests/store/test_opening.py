@@ -7,7 +7,7 @@ import pytest
 from cakekv.errors import BadInput, StoreError
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
-from cakekv.store.opening import open_store
+from cakekv.store.opening import check_url, open_store
 from cakekv.store.throttled import ThrottledStore
 
 
@@ -53,7 +53,7 @@ def test_a_link():
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),
-        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, latency"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, faults, latency"),
         ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
         ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
@@ -72,3 +72,10 @@ def test_a_store_that_cannot_be_opened(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give another path"):
         open_store(str(tmp_path / "file"))
+
+
+def test_a_url_is_checked_without_opening(tmp_path):
+    check_url(f"{tmp_path}/new?capacity=1GB")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(BadInput, match="unknown option 'size'"):
+        check_url(f"{tmp_path}/new?size=1GB")

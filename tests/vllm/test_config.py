@@ -40,6 +40,8 @@ def test_values_as_they_come_from_json():
         ("store", 5, "URL"),
         ("store", ["/a", "/a"], "twice"),
         ("store", "memory://", "/dev/shm"),
+        ("store", "ftp://host", "file, memory"),
+        ("store", "/a?size=1GB", "capacity"),
         ("chunk_tokens", 0, "greater than or equal to 1"),
         ("chunk_tokens", "256", "valid integer"),
         ("chunk_tokens", True, "valid integer"),
@@ -75,7 +77,7 @@ def test_all_wrong_options_are_named_at_once():
 def test_chunks_are_whole_blocks():
     options(chunk_tokens=256).check_block_size(128)
     options(chunk_tokens=256).check_block_size(16)
-    with pytest.raises(BadOption, match="chunk_tokens is 200.* block size of 128 tokens: write 128 or 256"):
+    with pytest.raises(BadOption, match=r"chunk_tokens is 200.* block size of 128 tokens: write 128 or 256"):
         options(chunk_tokens=200).check_block_size(128)
     with pytest.raises(BadOption, match="write 128, or"):
         options(chunk_tokens=64).check_block_size(128)

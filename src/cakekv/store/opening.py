@@ -12,6 +12,7 @@ from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
+from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.memory import MemoryStore
 from cakekv.store.throttled import ThrottledStore
 
@@ -43,8 +44,8 @@ TIERS: dict[str, Tier] = {
     "memory": Tier(_open_memory, {"capacity": parse_bytes}),
     "file": Tier(_open_file, {"capacity": parse_bytes}),
 }
-LINK: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration}
-"""Options of every tier: a link to put it behind, for experiments."""
+EXPERIMENTS: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "faults": parse_faults}
+"""Options of every tier, for experiments and tests: a link to put it behind, and what is to go wrong with it."""
 
 
 def open_store(url: str) -> Store:
@@ -63,6 +64,22 @@ def open_store(url: str) -> Store:
     StoreError
         The store cannot be opened.
     """
+    scheme, location, options = _parse_url(url)
+    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
+    faults = options.pop("faults", None)
+    store = TIERS[scheme].open(location, **options)
+    if bandwidth is not None or latency:
+        store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    return store if faults is None else FaultyStore(store, faults)
+
+
+def check_url(url: str) -> None:
+    """Raise what `open_store` would raise about the URL itself, without opening anything."""
+    _parse_url(url)
+
+
+def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
+    """Scheme, what stands between "://" and "?", and the options."""
     place, _, query = url.partition("?")
     scheme, separator, location = place.partition("://")
     if not separator:
@@ -73,13 +90,7 @@ def open_store(url: str) -> Store:
         location = unquote(location)
     if scheme not in TIERS:
         raise BadInput(f"unknown kind of store {scheme!r} in {url!r}; there are {', '.join(sorted(TIERS))}")
-    tier = TIERS[scheme]
-    options = _parse_options(url, query, tier.options | LINK)
-    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
-    store = tier.open(location, **options)
-    if bandwidth is None and not latency:
-        return store
-    return ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    return scheme, location, _parse_options(url, query, TIERS[scheme].options | EXPERIMENTS)
 
 
 def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:

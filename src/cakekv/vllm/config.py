@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from cakekv.errors import BadOption
 from cakekv.quantities import parse_bytes, parse_duration
 from cakekv.restore.planner import MODES, Mode
+from cakekv.store.opening import check_url
 
 DEFAULT_STORE = "~/.cache/cakekv/vllm?capacity=20GB"
 """Where chunks go unless told otherwise: a folder of the user who runs vLLM, of at most 20 GB."""
@@ -28,6 +29,7 @@ def _stores(value: object) -> object:
                 "memory:// lives in one process, but vLLM's scheduler and workers are several, and it would be empty "
                 "after a restart; a folder in RAM does both: file:///dev/shm/kv?capacity=10GB"
             )
+        check_url(url)
     return urls
 
 
@@ -72,6 +74,8 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Part of every key: chunks are shared with engines of the same tenant only.
     log_requests : bool
         Write a line into vLLM's log about every restore.
+    untested_vllm : bool
+        Work with a version of vLLM that the tests have not seen, if all the methods used look the same in it.
     """
 
     store: Annotated[tuple[str, ...], BeforeValidator(_stores)] = (DEFAULT_STORE,)
@@ -84,6 +88,7 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     layered_finish: bool = True
     tenant: str = ""
     log_requests: bool = False
+    untested_vllm: bool = False
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> Self:
