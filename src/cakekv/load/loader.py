@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
@@ -20,8 +20,15 @@ Place = Callable[[int, int, list[memoryview | None]], int]
 """(first position, tokens, segment per layer or None) to bytes copied."""
 
 
-class _Abandoned(Exception):
+class Abandoned(Exception):
     """The load was cancelled in mid-read."""
+
+
+class Cancellable(Protocol):
+    """Something that a reader may be told to give up."""
+
+    @property
+    def cancelled(self) -> bool: ...
 
 
 class Loader:
@@ -134,14 +141,14 @@ class Loader:
 
     def _perform(self, load: Load) -> None:
         with self._staging.buffer() as buffer:
-            progress = _Progress()
+            progress = Progress()
             try:
                 parts = self._read(load, buffer, progress)
-            except _Abandoned:
+            except Abandoned:
                 self._report(lambda now: self._restore.abandoned(load, progress.bytes, now))
                 return
             except (CorruptChunk, MissingChunk, StoreError) as error:
-                reason = _reason(error)
+                reason = failure_reason(error)
                 self._report(lambda now: self._restore.failed(load, reason, progress.bytes, now))
                 return
             with self._changed:
@@ -162,14 +169,14 @@ class Loader:
             self._on_event()
             self._changed.notify_all()
 
-    def _read(self, load: Load, buffer: memoryview, progress: _Progress) -> list[memoryview | None]:
+    def _read(self, load: Load, buffer: memoryview, progress: Progress) -> list[memoryview | None]:
         """Read and verify what the load needs; the layers it does not need are None."""
         shape, key = self._shape, self._keys[load.chunk]
         layers = self._layers(load)
         header = self._headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
             for start, end in _ranges(shape, layers, with_header=header is None):
-                _fill(reader, buffer, start, end, load, progress)
+                fill(reader, buffer, start, end, load, progress)
                 if header is None:
                     header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
                     header.expect(shape, key, load.start)
@@ -191,7 +198,7 @@ def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
     raise AssertionError("a load was placed after the end of its restore")
 
 
-class _Progress:
+class Progress:
     """Bytes read so far by one load."""
 
     bytes = 0
@@ -215,11 +222,12 @@ def _ranges(shape: ChunkShape, layers: Sequence[int], with_header: bool) -> list
     return ranges
 
 
-def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Load, progress: _Progress) -> None:
+def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
+    """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
     offset, end = start, min(end, reader.size)
     while offset < end:
         if load.cancelled:
-            raise _Abandoned
+            raise Abandoned
         count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
         if count == 0:
             break
@@ -227,7 +235,8 @@ def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: L
         offset += count
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
+    """Why a load failed, as reports say it."""
     if isinstance(error, CorruptChunk):
         return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
     if isinstance(error, MissingChunk):

@@ -34,8 +34,11 @@ class Load:
     size: int
     """Bytes to read."""
     began: float
+    """When it was handed out; of one that had to queue, once that is known, when its source began with it."""
     group: int | None = None
     """Load only this group of layers (see `layered`); None: all that are needed."""
+    queued: bool = False
+    """Whether the source has not begun with it yet."""
     cancelled: bool = False
     late: bool = False
 
@@ -61,16 +64,17 @@ class Flights:
         self._stuck = [0] * len(sources)
         """Loads per source that were given up as late and not answered yet."""
 
-    def has_room(self, source: int) -> bool:
-        """Whether the source should be given another load."""
-        return self._outstanding[source] < self._sources[source].depth
+    def has_room(self, source: int, ahead: int = 0) -> bool:
+        """Whether the source should be given another load, if `ahead` may queue."""
+        return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
         """Whether every worker of the source hangs in a load that was given up."""
         return self._stuck[source] >= self._sources[source].depth
 
     def begin(self, load: Load) -> None:
-        """A load was handed out."""
+        """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
+        load.queued = not self.has_room(load.source)
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
 
@@ -134,14 +138,14 @@ class Flights:
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
         """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
 
-        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them.
+        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them. Those
+        that queue follow one after the other.
         """
         remaining: dict[int, float] = {}
         ends_s: dict[int, float] = {}
         for index in range(len(self._sources)):
-            loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
-            if not loads:
-                continue
+            waiting = [load for load in self._wanted.values() if load.source == index]
+            loads = sorted((load for load in waiting if not load.queued), key=_age)
             alone = []
             for load in loads:
                 each = self.busy_seconds(index, load.size, unknown_s, now)
@@ -154,11 +158,20 @@ class Flights:
                 remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
                 ends_s[load.chunk] = _KEEP * ends
                 flowing, before, ended = flowing - 1, left, ends
+            for load in waiting:
+                if load.queued:
+                    left = self.busy_seconds(index, load.size, unknown_s, now)
+                    ended += left
+                    remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
+                    ends_s[load.chunk] = _KEEP * ended
         return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:
         cost = self._sources[load.source].cost
-        return load.began + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
+        since = load.began
+        if load.queued and cost.last_completed is not None:
+            since = max(since, cost.last_completed)  # it waits for those before it, and they come
+        return since + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
 
 
 def _age(load: Load) -> float:

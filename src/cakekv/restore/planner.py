@@ -6,6 +6,9 @@ serialised by the driver.
 
 A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
 A chunk that compute claims while its load is in flight flags that load as `cancelled`; its late arrival is refused.
+A driver that shares out steps of its own (vLLM's scheduler) asks `computable_tokens` instead of `next_compute`, and
+claims with `take` what it has room for: a chunk belongs to compute as soon as a span enters it. Such a driver hears of
+loads only between two steps, so it lets some queue `ahead` at the source and reports with `begun` when they begin.
 A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
 and reports `gave_up` instead of `computed` if one of them turns out to be `lost`.
 """
@@ -82,6 +85,8 @@ class Restore:
     patience_s : float
         A load from a source of unknown speed is given up after this long; from a known one after ten times what it
         should take, but not before two seconds.
+    covered_tokens : int
+        Positions at the front that are in the cache already.
     now : float
         Seconds on the driver's clock.
     """
@@ -101,14 +106,21 @@ class Restore:
         mode: Mode = "auto",
         max_span_tokens: int = 512,
         patience_s: float = 30.0,
+        covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
+        if not 0 <= covered_tokens < prompt_tokens:
+            raise ValueError(f"at least one token is left to compute: {covered_tokens=}, {prompt_tokens=}")
         if prompt_tokens < 1 or chunk_tokens < 1 or max_span_tokens < 1:
             raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
         self.mode = mode
         self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
+        covered_chunks, self._inside = divmod(covered_tokens, chunk_tokens)
+        """`_inside`: how far compute has come in the chunk at the front."""
+        self.coverage.claim(0, covered_chunks + (self._inside > 0))
+        self.coverage.compute(0, covered_chunks)
         self._sources = tuple(sources)
         self._compute = compute
         self._chunk_bytes = chunk_bytes
@@ -127,7 +139,8 @@ class Restore:
         """Chunks that changed hands since the plan was made."""
         self._requested_any = False
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
-        self._reserved = stored_chunks[0] if mode == "both" and len(stored_chunks) > 1 else None
+        loadable = [chunk for chunk in self.coverage.uncovered if self.coverage.holders[chunk]]
+        self._reserved = loadable[0] if mode == "both" and len(loadable) > 1 else None
         """A stored chunk that is computed all the same."""
         self._outlook = Outlook(
             self.coverage,
@@ -206,10 +219,39 @@ class Restore:
             self._changes = self.coverage.chunks
         return None
 
+    @property
+    def position(self) -> int:
+        """The first position that is not covered, or to the end of the span that was claimed."""
+        if self._span is not None:
+            return self._span[0].start + self._span[0].tokens
+        return self.coverage.start_of(self.coverage.front) + self._inside
+
+    def computable_tokens(self, now: float) -> int:
+        """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
+        assert self._span is None, "the span before was not reported as computed"
+        self.check_late(now)
+        first = self.coverage.front + (self._inside > 0)
+        count = self._computable(first)
+        if self._stale() or count < 2 * self._max_span_chunks:
+            self._replan(now)
+            count = self._computable(first)
+        return self.coverage.start_of(first + self._span_chunks(count)) - self.position
+
+    def take(self, tokens: int, now: float) -> Span:
+        """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
+        start = self.position
+        first = self.coverage.front + (self._inside > 0)
+        self._claim(first, -(-(start + tokens) // self.chunk_tokens) - first, now)
+        span = Span(start, tokens)
+        self._span = (span, now)
+        return span
+
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
         began = self._end_span(span)
-        self.coverage.compute(*self._chunks_of(span))
+        first, end = self._chunks_of(span)
+        self.coverage.compute(first, end)
+        self._inside = span.start + span.tokens - self.coverage.start_of(end)
         self._compute.observe(span.start, span.tokens, now - began - waited_s)
         self._changes += span.tokens // self.chunk_tokens + 1
         self._record.span(span.start, span.tokens, began, now)
@@ -253,7 +295,11 @@ class Restore:
         return began
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
-        return span.start // self.chunk_tokens, -(-(span.start + span.tokens) // self.chunk_tokens)
+        """First chunk of the span, and the one behind the last that it completes."""
+        end = span.start + span.tokens
+        return span.start // self.chunk_tokens, self.coverage.chunks if end == self.prompt_tokens else (
+            end // self.chunk_tokens
+        )
 
     # ----------------------------------------------------------- layered finish
 
@@ -337,9 +383,12 @@ class Restore:
 
     # -------------------------------------------------------------------- loads
 
-    def next_load(self, source: int, now: float) -> Load | None:
-        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event)."""
-        if self.mode == "compute" or not self._flights.has_room(source):
+    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
+        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event).
+
+        `ahead` loads may queue at the source beside those that it serves at a time.
+        """
+        if self.mode == "compute" or not self._flights.has_room(source, ahead):
             return None
         if self._layered is not None:
             piece = None if self._layered.broken else self._layered.next(source)
@@ -379,6 +428,10 @@ class Restore:
             stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
             return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
         return None
+
+    def begun(self, load: Load, now: float) -> None:
+        """The source began with a load that had queued."""
+        load.queued, load.began = False, now
 
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
@@ -469,7 +522,10 @@ class Restore:
         self._plan, self._queues = self._outlook.plan(now, self._compute_busy_s(now), self._finish_s())
 
     def _compute_busy_s(self, now: float) -> float:
-        if self._span is None:
-            return 0.0
-        span, began = self._span
-        return max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
+        """Seconds until compute is through with the chunks it has claimed."""
+        busy_s = 0.0
+        if self._span is not None:
+            span, began = self._span
+            busy_s = max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
+        rest = min(-self.position % self.chunk_tokens, self.prompt_tokens - self.position)
+        return busy_s + self._compute.seconds(self.position, rest) if rest else busy_s
