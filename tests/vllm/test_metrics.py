@@ -154,3 +154,10 @@ def test_every_panel_asks_for_metrics_that_exist():
         for label in re.findall(r"by \(([\w, ]+)\)", " ".join(t["expr"] for t in panel.get("targets", ()))):
             known = {metric.label for metric in METRICS.values()} | {"le", "model_name", "engine"}
             assert set(re.split(r", ?", label)) <= known
+
+
+def test_the_documentation_lists_all_metrics():
+    table = (DASHBOARD.parent / "vllm.md").read_text()
+    for name, metric in METRICS.items():
+        shown = f"{name}_total" if metric.kind == "counter" else name
+        assert f"| `{shown}` | {metric.label or ''} | {metric.documentation} |" in table
