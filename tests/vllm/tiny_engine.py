@@ -16,7 +16,7 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1"
 )
 
-from vllm import LLM, SamplingParams
+from prometheus_client import REGISTRY
 
 from cakekv.errors import MissingChunk, StoreError
 from cakekv.keys import ChunkKey
@@ -24,6 +24,7 @@ from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
+from vllm import LLM, SamplingParams
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
@@ -61,6 +62,12 @@ class ScriptedStore(Store):
         self.let_through = 0
         """Reads that do not wait for the gate."""
         self.writes = 0
+
+    def recover_now(self) -> None:
+        """Let go of whoever waits, too."""
+        self.gate.set()
+        self.answers.set()
+        self.recover()
 
     def empty(self) -> None:
         """Forget all chunks."""
@@ -127,9 +134,7 @@ TIERS["scripted"] = Tier(lambda location: scripted(location), {})
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
     """Random token ids, none of them the end of the sequence."""
-    return [random.Random(seed).randrange(3, VOCABULARY) for _ in range(1)] + [
-        token for token in random.Random(seed + 1).choices(range(3, VOCABULARY), k=tokens - 1)
-    ]
+    return random.Random(seed).choices(range(3, VOCABULARY), k=tokens)
 
 
 def sampling(tokens: int = 6, **options: Any) -> SamplingParams:
@@ -143,17 +148,17 @@ def save_model(folder: Path, heads: int = 4, kv_heads: int = 2, **config: Any) -
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    options = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32 * heads,
-        intermediate_size=64 * heads,
-        num_hidden_layers=3,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=32,
-        max_position_embeddings=8192,
-        initializer_range=0.1,
-    )
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32 * heads,
+        "intermediate_size": 64 * heads,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.1,
+    }
     LlamaForCausalLM(LlamaConfig(**(options | config))).save_pretrained(folder)
     return folder
 
@@ -172,25 +177,25 @@ class TinyEngine:
     """
 
     def __init__(self, model: Path, cake: dict[str, Any] | None = None, **engine: Any) -> None:
-        options: dict[str, Any] = dict(
-            model=str(model),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=4096,
-            max_num_batched_tokens=256,
-            disable_log_stats=False,
-        )
+        options: dict[str, Any] = {
+            "model": str(model),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "max_num_batched_tokens": 256,
+            "disable_log_stats": False,
+        }
         if cake is not None:
-            options |= dict(
-                scheduler_cls="cakekv.vllm.CakeScheduler",
-                kv_transfer_config=dict(
-                    kv_connector="CakeConnector",
-                    kv_connector_module_path="cakekv.vllm",
-                    kv_role="kv_both",
-                    kv_connector_extra_config=dict(chunk_tokens=BLOCK) | cake,
-                ),
-            )
+            options |= {
+                "scheduler_cls": "cakekv.vllm.CakeScheduler",
+                "kv_transfer_config": {
+                    "kv_connector": "CakeConnector",
+                    "kv_connector_module_path": "cakekv.vllm",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"chunk_tokens": BLOCK} | cake,
+                },
+            }
         self.llm = LLM(**(options | engine))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
@@ -227,7 +232,9 @@ class TinyEngine:
 
     def finish(self, *request_ids: str) -> list[list[int]]:
         """Work until these are finished; returns what each generated (of one output)."""
-        self.until(lambda: all(request_id in self.outputs and self.outputs[request_id].finished for request_id in request_ids))
+        self.until(
+            lambda: all(request_id in self.outputs and self.outputs[request_id].finished for request_id in request_ids)
+        )
         return [list(self.outputs[request_id].outputs[0].token_ids) for request_id in request_ids]
 
     def run(self, token_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[int]:
@@ -238,8 +245,7 @@ class TinyEngine:
         """Work until nothing is left to do, and everything handed over is saved."""
         self.until(lambda: not self.scheduler.has_requests())
         if hasattr(self, "worker") and self.worker._saves is not None:
-            saves = self.worker._saves
-            self.until(lambda: saves._queue.empty() and len(saves._free) == saves.buffers)
+            self.until(lambda: not self.worker._saves.pending)
 
     def internal(self, request_id: str) -> Any:
         """vLLM's own request."""
@@ -276,6 +282,9 @@ class TinyEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core, self.scheduler
         gc.collect()
+        for collector, names in list(REGISTRY._collector_to_names.items()):
+            if names[0].startswith("cakekv:"):
+                REGISTRY.unregister(collector)  # vLLM does so with its own
 
 
 @contextmanager
@@ -287,4 +296,14 @@ def closing(engine: TinyEngine) -> Iterator[TinyEngine]:
         engine.close()
 
 
-__all__ = ["BLOCK", "MissingChunk", "ScriptedStore", "TinyEngine", "closing", "prompt", "sampling", "save_model", "scripted"]
+__all__ = [
+    "BLOCK",
+    "MissingChunk",
+    "ScriptedStore",
+    "TinyEngine",
+    "closing",
+    "prompt",
+    "sampling",
+    "save_model",
+    "scripted",
+]

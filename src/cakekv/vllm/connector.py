@@ -13,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.hooks import check_hooks
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
+from cakekv.vllm.metrics import CakeMetrics, CakeStats
 from cakekv.vllm.scheduler_half import SchedulerHalf
 from cakekv.vllm.support import check_engine, check_scheduler
 from cakekv.vllm.worker_half import WorkerHalf
@@ -21,6 +23,12 @@ from cakekv.vllm.worker_half import WorkerHalf
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+        PromMetric,
+        PromMetricT,
+    )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -53,6 +61,7 @@ class CakeConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         options = VllmOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
+        check_hooks(options.untested_vllm)
         check_engine(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             check_scheduler(vllm_config)
@@ -94,7 +103,7 @@ class CakeConnector(KVConnectorBase_V1):
         return self.scheduler_half.make_room()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler_half.finished(request), None
+        return self.scheduler_half.finished(request)
 
     def reset_cache(self) -> bool:
         self.scheduler_half.start_anew()
@@ -131,6 +140,24 @@ class CakeConnector(KVConnectorBase_V1):
         return self.worker_half.report()
 
     # ------------------------------------------------------------------- in both
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        half = self.scheduler_half if self.role == KVConnectorRole.SCHEDULER else self.worker_half
+        return half.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return CakeStats() if data is None else CakeStats(data=data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return CakeMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:

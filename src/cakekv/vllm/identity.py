@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.request import Request
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.cakekv")
 
 HASH = "sha256_cbor"
 """vLLM's block hash that is the same in every process and on every machine."""
@@ -33,7 +33,7 @@ def make_hashes_stable(vllm_config: VllmConfig) -> None:
     """
     cache = vllm_config.cache_config
     if cache.prefix_caching_hash_algo != HASH:
-        logger.info(
+        _LOG.info(
             "cakekv: block hashes by %s instead of %s, since chunks are shared between processes",
             HASH,
             cache.prefix_caching_hash_algo,
@@ -138,7 +138,7 @@ def _fingerprint(path: Path, what: str) -> str:
         raise UnsupportedEngine(
             f"cakekv cannot tell the weights of {what} from others, and would mix up their chunks: {error}"
         ) from error
-    logger.info("cakekv: read the weights of %s in %.1f s to know whose chunks are whose", what, monotonic() - began)
+    _LOG.info("cakekv: read the weights of %s in %.1f s to know whose chunks are whose", what, monotonic() - began)
     return fingerprint
 
 

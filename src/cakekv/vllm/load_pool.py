@@ -17,7 +17,7 @@ from cakekv.store.base import Store
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.threads import start_thread
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.cakekv")
 
 Place = Callable[[Sequence[int], Sequence[memoryview]], None]
 """(block ids, segment per layer) Copies a chunk into the paged cache."""
@@ -129,7 +129,7 @@ class LoadPool:
             except (CorruptChunk, MissingChunk, StoreError) as error:
                 reason = failure_reason(error)
             except Exception as error:
-                logger.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
+                _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
                 reason = f"crashed: {error!r}"
             with self._changed:
                 self._end(job, placed, reason, progress.bytes)

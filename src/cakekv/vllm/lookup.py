@@ -13,7 +13,7 @@ from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.vllm.threads import start_thread
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.cakekv")
 
 
 @dataclass
@@ -24,6 +24,8 @@ class _Question:
     asked: float
     answers: dict[int, list[bool]] = field(default_factory=dict)
     """By tier, as far as they have answered."""
+    known: float | None = None
+    """When the answer was first given."""
 
 
 class Lookup:
@@ -74,8 +76,14 @@ class Lookup:
             for source in range(len(self._tiers)):
                 if source not in question.answers and not self._overdue(source, question, now):
                     return None
+            question.known = question.known or now
             answers = question.answers.items()
             return [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
+
+    def seconds(self, request_id: str) -> float:
+        """How long the request's answer took to come."""
+        question = self._questions.get(request_id)
+        return 0.0 if question is None or question.known is None else question.known - question.asked
 
     def forget(self, request_id: str) -> None:
         """The request is gone."""
@@ -106,10 +114,10 @@ class Lookup:
             try:
                 found = [size is not None for size in tier.lookup(keys)]
             except CakeError as error:
-                logger.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
+                _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
                 found = [False] * len(keys)
             except Exception:
-                logger.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
+                _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
                 found = [False] * len(keys)
             step = len(self._shards)
             held = [all(found[first : first + step]) for first in range(0, len(found), step)]

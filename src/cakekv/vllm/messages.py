@@ -70,11 +70,8 @@ class ShardReport:
     begun: dict[int, float] = field(default_factory=dict)
     """Loads that it began with, and how many seconds ago."""
     ended: dict[int, LoadResult] = field(default_factory=dict)
-    saved: list[ChunkKey] = field(default_factory=list)
     unsaved: list[ChunkKey] = field(default_factory=list)
     """Chunks that it could not save."""
-    save_error: str | None = None
-    """Why, if the store failed."""
 
 
 @dataclass

@@ -75,8 +75,8 @@ def _as_blocks(name: str, tensor: torch.Tensor, blocks: int) -> npt.NDArray[np.u
         )
     if not tensor.is_contiguous() or tensor.nbytes % blocks or tensor.shape[0] % blocks:
         raise UnsupportedEngine(
-            f"the KV cache of {name}, of shape {tuple(tensor.shape)} and strides {tensor.stride()}, is not a sequence of "
-            f"{blocks} blocks: this attention backend is not supported"
+            f"the KV cache of {name}, of shape {tuple(tensor.shape)} and strides {tensor.stride()}, is not a sequence "
+            f"of {blocks} blocks: this attention backend is not supported"
         )
     return tensor.view(torch.uint8).numpy().reshape(blocks, -1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
@@ -56,6 +57,7 @@ class Restoration:
         self.local_tokens = local_tokens
         self.queried_tokens = request.num_tokens - local_tokens
         """Tokens that vLLM asked about."""
+        self.began = monotonic()
         self.parked = True
         """Whether vLLM still holds it to be loading, so that it computes nothing."""
         self.wanted = 0
@@ -79,17 +81,12 @@ class Restoration:
     @property
     def request_id(self) -> str:
         """The request's."""
-        return self.request.request_id
+        return str(self.request.request_id)
 
     @property
     def lost(self) -> set[int]:
         """Chunks that were stored but could not be had, or not in time."""
         return self.failed_chunks | self.restore.coverage.late
-
-    @property
-    def stuck(self) -> int:
-        """Loads that were given up as late and not answered yet."""
-        return sum(load.late for load in self._loads.values())
 
     @property
     def loading(self) -> bool:

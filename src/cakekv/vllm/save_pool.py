@@ -6,15 +6,17 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from cakekv.chunk import ChunkShape, seal, segments
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.vllm.messages import SaveOrder
+from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.threads import start_thread
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.cakekv")
 
 _WRITERS = 2
 Gather = Callable[[Sequence[int], Sequence[memoryview]], None]
@@ -57,14 +59,16 @@ class SavePool:
         self._shard = shard
         self._gather = gather
         self._allocate = allocate
+        self.pending = 0
+        """Chunks taken over and not written yet."""
         self._room = max(1, capacity // shape.total_bytes)
         """Buffers that may still be allocated."""
         self._free: list[memoryview] = []
         self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._saved: list[ChunkKey] = []
         self._unsaved: list[ChunkKey] = []
-        self._error: str | None = None
+        self._stats = CakeStats()
+        self._complaint = ""
         self._threads = [start_thread(f"cakekv-save-{number}", self._work) for number in range(_WRITERS)]
 
     def save(self, orders: Sequence[SaveOrder]) -> None:
@@ -72,18 +76,24 @@ class SavePool:
         for order in orders:
             buffer = self._buffer()
             if buffer is None:
-                with self._lock:
-                    self._unsaved.append(order.key)
+                self._lost(order.key, "store too slow")
                 continue
             self._gather(order.block_ids, segments(self._shape, buffer))
+            with self._lock:
+                self.pending += 1
             self._queue.put((order, buffer))
 
-    def take_events(self) -> tuple[list[ChunkKey], list[ChunkKey], str | None]:
-        """Chunks saved, and not saved, since the last call, and what the store said if it failed."""
+    def take_unsaved(self) -> list[ChunkKey]:
+        """Chunks that could not be saved since the last call."""
         with self._lock:
-            events = self._saved, self._unsaved, self._error
-            self._saved, self._unsaved, self._error = [], [], None
-        return events
+            unsaved, self._unsaved = self._unsaved, []
+        return unsaved
+
+    def take_stats(self) -> CakeStats | None:
+        """What happened since the last call, if anything did."""
+        with self._lock:
+            stats, self._stats = self._stats, CakeStats()
+        return None if stats.is_empty() else stats
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued, as far as that takes no longer than `timeout_s` seconds."""
@@ -104,17 +114,34 @@ class SavePool:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             order, buffer = job
-            kept, message = False, None
+            began, reason = monotonic(), "declined by the store"
             try:
                 key = self._shard(order.key)
                 seal(self._shape, buffer, key, order.start)
                 kept = self._store.write(key, buffer[: self._shape.total_bytes])
             except CakeError as error:
-                message = str(error)
-            except Exception as error:
-                logger.exception("cakekv: a save failed in a way that no store should")
-                message = repr(error)
+                kept, reason = False, "store failed"
+                self._complain(str(error))
+            except Exception:
+                kept, reason = False, "crashed"
+                _LOG.exception("cakekv: a save failed in a way that no store should")
+            if not kept:
+                self._lost(order.key, reason)
             with self._lock:
+                self.pending -= 1
                 self._free.append(buffer)
-                (self._saved if kept else self._unsaved).append(order.key)
-                self._error = self._error or message
+                if kept:
+                    self._stats.add("cakekv:saved_chunks", 1)
+                    self._stats.add("cakekv:saved_bytes", self._shape.total_bytes)
+                    self._stats.add("cakekv:save_seconds", monotonic() - began)
+
+    def _lost(self, key: ChunkKey, reason: str) -> None:
+        with self._lock:
+            self._unsaved.append(key)
+            self._stats.add("cakekv:unsaved_chunks", 1, reason)
+
+    def _complain(self, message: str) -> None:
+        """Log the first error of a kind."""
+        if message != self._complaint:
+            self._complaint = message
+            _LOG.warning("cakekv: chunks could not be saved, so later prompts will have to be computed: %s", message)

@@ -14,7 +14,7 @@ by being resumed, as after a preemption, but with its blocks kept.
 
 from __future__ import annotations
 
-from time import time
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -61,6 +61,8 @@ class CakeSchedulerMixin(Scheduler):
         """Tokens of the coming step per prefilling request."""
         self._looked_again: list[Request] = []
         """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
+        self._parked: list[list[KVCacheBlock]] = []
+        """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
 
@@ -134,7 +136,7 @@ class CakeSchedulerMixin(Scheduler):
     # ------------------------------------------------------- while it is put together
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(tokens, self._granted.get(request.request_id, tokens))
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -157,7 +159,7 @@ class CakeSchedulerMixin(Scheduler):
         hit: tuple[KVCacheBlocks, int, int, bool] = super()._get_local_prefix_cache_hit(request)
         return hit
 
-    def _holds_kv_blocks(self, request: Request) -> bool:  # type: ignore[override]
+    def _holds_kv_blocks(self, request: Request) -> bool:
         return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations
 
     # ------------------------------------------------------------------ statistics
@@ -225,12 +227,25 @@ class CakeSchedulerMixin(Scheduler):
         if not self._half.drop(request):
             super()._free_request_blocks(request)
             return
+        self.park_blocks(request)
+
+    def park_blocks(self, request: Request) -> None:
+        """Take a request's blocks away, and free them once no worker writes into them any more."""
         blocks: list[KVCacheBlock] = self.kv_cache_manager.pop_blocks_for_free(request)
-        self._half.when_safe(lambda: self.kv_cache_manager.block_pool.free_blocks(reversed(blocks)))
+        self._parked.append(blocks)
+
+        def free() -> None:
+            self._parked.remove(blocks)
+            self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+        self._half.when_safe(free)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._half.arrived(request)
+
+    def has_finished_requests(self) -> bool:
+        return bool(super().has_finished_requests()) or self._half.waiting_for_workers
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
@@ -247,7 +262,11 @@ class CakeSchedulerMixin(Scheduler):
         parked = [restoration.request for restoration in self._half.restorations.values() if restoration.parked]
         if not parked:
             return False
-        request = parked[-1]
+        self._send_back(parked[-1])
+        return True
+
+    def _send_back(self, request: Request) -> None:
+        """Have a parked request begin again."""
         self.kv_holding_waiting.remove_requests([request])
         self.deferred_waiting.discard(request)
         self._free_request_blocks(request)
@@ -256,7 +275,24 @@ class CakeSchedulerMixin(Scheduler):
         request.num_computed_tokens = 0
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         self.waiting.prepend_request(request)
-        return True
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As vLLM's. Restores count as running requests; blocks that workers may still write into are passed over."""
+        if reset_running_requests:
+            timestamp = monotonic()
+            while self.running:
+                self._preempt_request(self.running.pop(), timestamp, drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.clear()
+            for restoration in list(self._half.restorations.values()):
+                self._send_back(restoration.request)
+        pool = self.kv_cache_manager.block_pool
+        for blocks in self._parked:
+            pool.free_blocks(reversed(blocks))
+        try:
+            return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+        finally:
+            for blocks in self._parked:
+                pool.touch(blocks)
 
 
 class CakeScheduler(CakeSchedulerMixin):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import ceil
-from time import monotonic, time
-from typing import TYPE_CHECKING, NamedTuple
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cakekv.chunk import ChunkShape
 from cakekv.restore.costs import LoadCost
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Source
 from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
+from cakekv.vllm.asked import Asked, answer, log_restore
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.identity import Keyring, make_hashes_stable
+from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
+from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.restoration import Restoration
 from cakekv.vllm.save_plan import SavePlan
 from cakekv.vllm.shard_key import shard_key
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
     from cakekv.vllm.scheduler import CakeSchedulerMixin
 
-logger = logging.getLogger(__name__)
-
-_MOST_AHEAD = 64
-"""Loads that may queue at a source."""
 _LOOKUP_PATIENCE_S = 2.0
 _STANDSTILL_S = 1.0
 """A longer time between two steps with none on its way means that the engine was paused."""
@@ -84,23 +81,18 @@ class SchedulerHalf:
         options.check_block_size(self._block_tokens)
         self._tiers = [open_store(url) for url in options.store]
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
-        self.sources = [
-            Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)
-        ]
-        self._outstanding = [0] * len(self.sources)
-        """Loads per source that no worker has answered."""
+        sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
+        self._desk = LoadDesk(sources, self.policy)
         self._matched: dict[str, _Match] = {}
-        self._ordered: dict[int, tuple[Restoration, int, Load]] = {}
-        """Those loads, by number, with their source."""
-        self._ranks = 0
+        self._asked: dict[str, Asked] = {}
+        self._answers: dict[str, RestoreReport] = {}
+        """Reports that requests asked for."""
+        self._stats = CakeStats()
         self._sequence = 0
-        self._number = 0
         self._steps: deque[_Step] = deque()
         self._last_ended = 0.0
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
         """What to do once workers have taken in the orders of this number."""
-        self._orphans: list[Restoration] = []
-        """Restores that were given up, with loads that workers have not been told to stop."""
 
     def join(self, scheduler: CakeSchedulerMixin) -> None:
         """Get to know the scheduler."""
@@ -114,13 +106,13 @@ class SchedulerHalf:
         UnsupportedEngine
             The model's weights cannot be identified.
         """
-        self._ranks = len(shards)
+        self._desk.ranks = len(shards)
         options = self.options
         first = shards[min(shards)]
         self.keyring = Keyring(
             self._vllm_config, options.chunk_tokens, self._scheduler.hash_block_size, first, options.tenant
         )
-        self._chunk_bytes = sum(
+        self._desk.chunk_bytes = sum(
             ChunkShape(options.chunk_tokens, shard.segment_bytes).total_bytes for shard in shards.values()
         )
         tags = sorted({shard.tag for shard in shards.values()})
@@ -135,19 +127,18 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """A request came, or has to begin again: see what is stored of it."""
+        self._asked[request.request_id] = Asked.of(request.kv_transfer_params, self.options)
         self.saves.forget(request.request_id)
         self.lookup.ask(request.request_id, list(self.keyring.keys(request)))
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
-        if request.request_id in self.restorations or self.options.mode == "compute":
-            return 0, False
-        if request.skip_reading_prefix_cache:
+        if request.request_id in self.restorations or not self._readable(request):
             return 0, False
         stored = self.lookup.answer(request.request_id)
         if stored is None:
             return None, False
-        alive = {source for source in range(len(self.sources)) if not self._stalled(source)}
+        alive = self._desk.alive()
         stored = [tuple(source for source in holders if source in alive) for holders in stored]
         prefix = self._prefix_tokens(request, stored, local_tokens)
         if prefix <= local_tokens:
@@ -162,18 +153,20 @@ class SchedulerHalf:
         if not external_tokens or request.request_id in self.restorations:
             return
         stored, prefix, local_tokens = self._matched.pop(request.request_id)
+        assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs)
         restore = Restore(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
-            self.sources,
+            self._desk.sources,
             cost,
-            chunk_bytes=self._chunk_bytes,
-            mode=self.options.mode,
+            chunk_bytes=self._desk.chunk_bytes,
+            mode=self._asked[request.request_id].mode,
             max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             patience_s=self.options.load_deadline,
+            deadline_s=self.options.load_deadline,
             covered_tokens=local_tokens,
             now=now,
         )
@@ -183,20 +176,26 @@ class SchedulerHalf:
 
     def unadmitted(self, request: Request) -> bool:
         """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
-        if self.options.mode == "compute" or request.num_computed_tokens or request.skip_reading_prefix_cache:
+        if request.num_computed_tokens or not self._readable(request):
             return False
         stored = self.lookup.answer(request.request_id)
         return stored is None or any(stored)
 
-    def finished(self, request: Request) -> bool:
-        """The request is over. Returns whether its blocks must not be freed yet; the scheduler is told when."""
+    def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over.
+
+        Returns whether vLLM must wait before it forgets the request (the scheduler is told when), and what goes with the
+        response.
+        """
         restoration = self.restorations.get(request.request_id)
         parked = restoration is not None and restoration.parked  # vLLM itself waits for the end of the loads then
-        waits = self.drop(request) or parked
+        if self.drop(request):
+            self._scheduler.park_blocks(request)
+        report = self._answers.pop(request.request_id, None)
         self._forget(request)
-        if waits:
+        if parked:
             self.when_safe(lambda: self._scheduler.free_finished(request))
-        return waits
+        return parked, answer(report) if report is not None else None
 
     def drop(self, request: Request) -> bool:
         """The request's blocks are to be freed. Returns whether a worker may still write into them."""
@@ -205,14 +204,22 @@ class SchedulerHalf:
             return False
         restoration.settle(monotonic())
         restoration.give_up()
-        if restoration.loading:
-            self._orphans.append(restoration)
+        self._desk.adopt(restoration)
         self._scheduler.count_hits(restoration)
-        self.reports.append((restoration.request_id, restoration.restore.report))
+        report = restoration.restore.report
+        report.ttft_s = self._last_ended - restoration.began
+        report.lookup_s = self.lookup.seconds(request.request_id)
+        self.reports.append((request.request_id, report))
+        self._stats.add_restore(report)
+        if self._asked[request.request_id].report:
+            self._answers[request.request_id] = report
+        if self.options.log_requests:
+            log_restore(request.request_id, report)
         return restoration.loading
 
     def _forget(self, request: Request) -> None:
         self._matched.pop(request.request_id, None)
+        self._asked.pop(request.request_id, None)
         self.lookup.forget(request.request_id)
         self.keyring.forget(request.request_id)
         self.saves.forget(request.request_id)
@@ -230,17 +237,16 @@ class SchedulerHalf:
         """Whether blocks will be freed as soon as workers have answered."""
         return bool(self._fences)
 
+    def _readable(self, request: Request) -> bool:
+        """Whether the request may use what is stored."""
+        return self._asked[request.request_id].mode != "compute" and not request.skip_reading_prefix_cache
+
     def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
         """End of the last chunk worth loading: behind what vLLM has, before the last token."""
         tokens = self.options.chunk_tokens
         first = -(-local_tokens // tokens)
         last = min(len(stored), (request.num_tokens - 1) // tokens)
         return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
-
-    def _stalled(self, source: int) -> bool:
-        """Whether every reader of the source hangs in a load that was given up."""
-        late = sum(load.late for restoration, number, load in self._ordered.values() if number == source)
-        return late >= self.sources[source].depth
 
     def _twin(self, request: Request, local_tokens: int) -> bool:
         """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""
@@ -268,7 +274,6 @@ class SchedulerHalf:
         """A restore as the policies see it."""
         restore, shape = restoration.restore, self.costs.cost.shape
         request, tokens = restoration.request, self.options.chunk_tokens
-        rates = {source: tier.cost.seconds(self._chunk_bytes) / tokens for source, tier in enumerate(self.sources)}
         return RequestState(
             request.request_id,
             Kind.PLAIN_PREFILL if restoration.joined else Kind.STORED_PREFILL,
@@ -276,7 +281,7 @@ class SchedulerHalf:
             restoration.wanted,
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={} if restoration.joined else rates,
+            load_s={} if restoration.joined else self._desk.seconds_per_token(tokens),
         )
 
     def orders(self, output: SchedulerOutput) -> StepOrders:
@@ -286,10 +291,9 @@ class SchedulerHalf:
         orders = StepOrders(self._sequence, answer=bool(self._fences))
         pieces = self._take(output.num_scheduled_tokens, now)
         self._steps.append(_Step(self._sequence, now, pieces))
-        self._order_loads(orders, self.costs.seconds(pieces) if self.costs.cost.known else 0.0, now)
-        for restoration in [*self._orphans, *self.restorations.values()]:
-            orders.cancels += restoration.new_cancels()
-        self._orphans.clear()
+        states = [self.state_of(restoration) for restoration in self.restorations.values()]
+        step_s = self.costs.seconds(pieces) if self.costs.cost.known else 0.0
+        self._desk.order(orders, self.restorations, states, step_s)
         if self.options.save:
             self._order_saves(orders, output.num_scheduled_tokens)
         return orders
@@ -315,29 +319,12 @@ class SchedulerHalf:
                 restoration.cost.shared(Piece(0, 0), pieces)
         return pieces
 
-    def _order_loads(self, orders: StepOrders, step_s: float, now: float) -> None:
-        """Keep every source busy until the next step, in the policy's order of the requests."""
-        states = [self.state_of(restoration) for restoration in self.restorations.values()]
-        for number, source in enumerate(self.sources):
-            load_s = source.cost.seconds(self._chunk_bytes)
-            ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
-            for state in self.policy.load_order(states, number, time()):
-                restoration = self.restorations[state.request_id]
-                while self._outstanding[number] < source.depth + ahead:
-                    order = restoration.next_load(number, self._number, now, ahead)
-                    if order is None:
-                        break
-                    self._ordered[self._number] = (restoration, number, restoration.load(self._number))
-                    self._outstanding[number] += 1
-                    self._number += 1
-                    orders.loads.append(order)
-
     def _order_saves(self, orders: StepOrders, scheduled: Mapping[str, int]) -> None:
         requests, manager = self._scheduler.requests, self._scheduler.kv_cache_manager
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
             end = min(request.num_computed_tokens + tokens, request.num_tokens)
-            if not self.saves.due(request_id, end):
+            if not self.saves.due(request_id, end) or not self._asked[request_id].save:
                 continue
             block_ids = manager.get_block_ids(request_id)[0]
             stored = self.lookup.answer(request_id) or []
@@ -358,25 +345,18 @@ class SchedulerHalf:
 
     def heard(self, report: StepReport) -> None:
         """Workers report."""
-        now = monotonic()
         for rank, shard in report.shards.items():
-            for number, ago_s in shard.begun.items():
-                if number in self._ordered:
-                    self._ordered[number][0].begun(number, now - ago_s)
-            for number, result in sorted(shard.ended.items(), key=lambda item: -item[1].ended_ago_s):
-                if number not in self._ordered:
-                    continue
-                restoration, source, _ = self._ordered[number]
-                if restoration.ended(number, rank, result, self._ranks, now):
-                    del self._ordered[number]
-                    self._outstanding[source] -= 1
+            self._desk.heard(rank, shard)
             self.saves.unsaved(shard.unsaved)
-            if shard.save_error:
-                logger.warning("cakekv: a worker could not save chunks: %s", shard.save_error)
-        if len(report.shards) == self._ranks:
+        if len(report.shards) == self._desk.ranks:
             reached = min(shard.sequence for shard in report.shards.values())
             while self._fences and self._fences[0][0] <= reached:
                 self._fences.popleft()[1]()
+
+    def take_stats(self) -> CakeStats | None:
+        """What happened since the last time, if anything did."""
+        stats, self._stats = self._stats, CakeStats()
+        return None if stats.is_empty() else stats
 
     def start_anew(self) -> None:
         """The weights may have changed."""
@@ -385,7 +365,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Stop looking things up."""
-        if self._ranks:
+        if self._desk.ranks:
             self.lookup.close()
         for tier in self._tiers:
             tier.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
@@ -15,10 +16,8 @@ def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
 
     def run() -> None:
         if hasattr(os, "sched_setaffinity"):
-            try:
+            with suppress(OSError):  # where it is not allowed, stay where vLLM put us
                 os.sched_setaffinity(0, range(os.cpu_count() or 1))
-            except OSError:
-                pass  # not allowed here: stay where vLLM put us
         work()
 
     thread = threading.Thread(target=run, name=name, daemon=True)

@@ -13,6 +13,7 @@ from cakekv.store.opening import open_store
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.load_pool import LoadPool
 from cakekv.vllm.messages import ShardDescription, ShardReport, StepOrders, StepReport
+from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.paged_cache import PagedCache
 from cakekv.vllm.save_pool import SavePool
 from cakekv.vllm.shard_key import shard_key
@@ -99,9 +100,13 @@ class WorkerHalf:
         report = ShardReport(self._orders.sequence)
         report.begun, report.ended = self._loads.take_events()
         if self._saves is not None:
-            report.saved, report.unsaved, report.save_error = self._saves.take_events()
-        eventful = report.begun or report.ended or report.saved or report.unsaved or report.save_error
+            report.unsaved = self._saves.take_unsaved()
+        eventful = report.begun or report.ended or report.unsaved
         return StepReport({self._rank: report}) if eventful or self._orders.answer else None
+
+    def take_stats(self) -> CakeStats | None:
+        """What happened since the last time, if anything did."""
+        return self._saves.take_stats() if self._saves is not None else None
 
     def shutdown(self) -> None:
         """Stop loading, finish saving."""
