@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from tiny_engine import BLOCK, TinyEngine, closing, prompt, save_model
+from tiny_engine import BLOCK, TinyEngine, closing, prompt
 
 from cakekv.vllm.metrics import kind_of
 from vllm import SamplingParams
@@ -21,11 +21,6 @@ FAULTS = {
     "vanishing": "vanish:0.3",
     "everything": "error:0.05,short:0.05,corrupt:0.1,hang:0.01,slow:0.1,vanish:0.05,hang_s:1s,slow_s:10ms",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def requests(seed: int) -> list[list[int]]:

@@ -184,8 +184,8 @@ class SchedulerHalf:
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """The request is over.
 
-        Returns whether vLLM must wait before it forgets the request (the scheduler is told when), and what goes with the
-        response.
+        Returns whether vLLM must wait before it forgets the request (the scheduler is told when), and what goes with
+        the response.
         """
         restoration = self.restorations.get(request.request_id)
         parked = restoration is not None and restoration.parked  # vLLM itself waits for the end of the loads then
@@ -238,8 +238,25 @@ class SchedulerHalf:
         return bool(self._fences)
 
     def _readable(self, request: Request) -> bool:
-        """Whether the request may use what is stored."""
-        return self._asked[request.request_id].mode != "compute" and not request.skip_reading_prefix_cache
+        """Whether the request is restored. Computing all of it is a restore, too, if a report was asked for."""
+        asked = self._asked[request.request_id]
+        if asked.mode == "compute" and not asked.report:
+            return False
+        return not request.skip_reading_prefix_cache and not self._must_not_be_cut(request)
+
+    @staticmethod
+    def _must_not_be_cut(request: Request) -> bool:
+        """Whether vLLM would die of computing the prompt in several parts.
+
+        Its V1 runner rewinds a request's random generator after every part but the last; CPU generators cannot do that.
+        """
+        from vllm.platforms import current_platform
+
+        return (
+            current_platform.is_cpu()
+            and request.sampling_params is not None
+            and request.sampling_params.seed is not None
+        )
 
     def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
         """End of the last chunk worth loading: behind what vLLM has, before the last token."""

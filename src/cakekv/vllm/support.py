@@ -57,9 +57,12 @@ def check_scheduler(vllm_config: VllmConfig) -> None:
     UnsupportedEngine
         `--scheduler-cls` is missing or another.
     """
+    from cakekv.vllm.plugin import make_scheduler
     from cakekv.vllm.scheduler import CakeSchedulerMixin
 
     scheduler = vllm_config.scheduler_config.get_scheduler_cls()
+    if scheduler is make_scheduler:
+        return
     if not issubclass(scheduler, CakeSchedulerMixin):
         asynchronous = vllm_config.scheduler_config.async_scheduling
         wanted = "CakeAsyncScheduler" if asynchronous else "CakeScheduler"
