@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
+from cakekv.store.faulty import FaultPlan, FaultyStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.s3 import open_s3
@@ -52,6 +53,7 @@ TIERS = {
     "memory": Case(lambda folder, capacity, shared: MemoryStore(capacity)),
     "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
     "throttled memory": Case(lambda folder, capacity, shared: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6)),
+    "faulty memory": Case(lambda folder, capacity, shared: FaultyStore(MemoryStore(capacity), FaultPlan({}))),
     "throttled disk": Case(lambda folder, capacity, shared: ThrottledStore(DiskStore(folder / "s", capacity), 1e12)),
     "striped": Case(
         lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False

@@ -10,7 +10,7 @@ from cakekv.errors import BadInput, StoreError
 from cakekv.store import opening
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
-from cakekv.store.opening import open_store
+from cakekv.store.opening import check_url, open_store
 from cakekv.store.throttled import ThrottledStore
 
 
@@ -56,7 +56,7 @@ def test_a_link():
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),
-        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, latency"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, faults, latency"),
         ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
         ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
@@ -93,3 +93,10 @@ def test_its_url_names_what_decides_its_speed_and_no_secret(tmp_path: Path, monk
     assert "secret" not in url
     assert "hidden" not in url
     assert MemoryStore().url is None
+
+
+def test_a_url_is_checked_without_opening(tmp_path):
+    check_url(f"{tmp_path}/new?capacity=1GB")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(BadInput, match="unknown option 'size'"):
+        check_url(f"{tmp_path}/new?size=1GB")

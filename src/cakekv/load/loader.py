@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import Protocol
 
 from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
@@ -22,7 +23,7 @@ _STUCK_S = 2.0
 """A cancelled load is given up between two slices; if it is still there after this long, its worker is stuck."""
 
 
-class _Abandoned(Exception):
+class Abandoned(Exception):
     """The load was cancelled in mid-read."""
 
 
@@ -84,6 +85,13 @@ class Loading:
     def release(self) -> None:
         """Let go of the cache. Workers that still hang in a tier will find their loads cancelled."""
         self.place = _nowhere
+
+
+class Cancellable(Protocol):
+    """Something that a reader may be told to give up."""
+
+    @property
+    def cancelled(self) -> bool: ...
 
 
 class Loader:
@@ -236,14 +244,14 @@ class Loader:
     def _perform(self, loading: Loading, load: Load) -> None:
         restore = loading.restore
         with self._staging.buffer() as buffer:
-            progress = _Progress()
+            progress = Progress()
             try:
                 parts = self._read(loading, load, buffer, progress)
-            except _Abandoned:
+            except Abandoned:
                 self._report(loading, lambda now: restore.abandoned(load, progress.bytes, now))
                 return
             except (CorruptChunk, MissingChunk, StoreError) as error:
-                reason = _reason(error)
+                reason = failure_reason(error)
                 self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))
                 return
             with self._lock:
@@ -263,14 +271,14 @@ class Loader:
             event(monotonic())
             loading.on_event()
 
-    def _read(self, loading: Loading, load: Load, buffer: memoryview, progress: _Progress) -> list[memoryview | None]:
+    def _read(self, loading: Loading, load: Load, buffer: memoryview, progress: Progress) -> list[memoryview | None]:
         """Read and verify what the load needs; the layers it does not need are None."""
         shape, key = self._shape, loading.keys[load.chunk]
         layers = self._layers(load)
         header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
             for start, end in _ranges(shape, layers, with_header=header is None):
-                _fill(reader, buffer, start, end, load, progress)
+                fill(reader, buffer, start, end, load, progress)
                 if header is None:
                     header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
                     header.expect(shape, key, load.start)
@@ -292,7 +300,7 @@ def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
     raise AssertionError("a load was placed after the end of its restore")
 
 
-class _Progress:
+class Progress:
     """Bytes read so far by one load."""
 
     bytes = 0
@@ -316,11 +324,12 @@ def _ranges(shape: ChunkShape, layers: Sequence[int], with_header: bool) -> list
     return ranges
 
 
-def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Load, progress: _Progress) -> None:
+def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
+    """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
     offset, end = start, min(end, reader.size)
     while offset < end:
         if load.cancelled:
-            raise _Abandoned
+            raise Abandoned
         count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
         if count == 0:
             break
@@ -328,7 +337,8 @@ def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: L
         offset += count
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
+    """Why a load failed, as reports say it."""
     if isinstance(error, CorruptChunk):
         return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
     if isinstance(error, MissingChunk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,13 +57,14 @@ class Flights:
     ----------
     sources : sequence of Source
         The tiers.
-    patience_s : float
+    patience_s, deadline_s : float
         As in `Restore`.
     """
 
-    def __init__(self, sources: Sequence[Source], patience_s: float) -> None:
+    def __init__(self, sources: Sequence[Source], patience_s: float, deadline_s: float = math.inf) -> None:
         self._sources = sources
         self._patience_s = patience_s
+        self._deadline_s = deadline_s
         self._wanted: dict[tuple[int, int | None], Load] = {}
         """Loads that were neither answered nor cancelled, by chunk and group."""
         self._outstanding = [0] * len(sources)
@@ -194,7 +196,8 @@ class Flights:
         since = load.began
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
-        return since + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
+        usual_s = max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
+        return since + min(usual_s, self._deadline_s)
 
 
 def _age(load: Load) -> float:

@@ -177,7 +177,7 @@ class Outlook:
         if self._mode == "load":
             fixed, slope = _LAST_RESORT_S, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
-        by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
+        by_holders: dict[tuple[int, ...], Mapping[int, float]] = {(): {}}
         remaining, ends_s = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
         for chunk in coverage.uncovered:
@@ -193,9 +193,9 @@ class Outlook:
             if load is None:  # a piece of it
                 continue
             index = bisect_left(coverage.uncovered, chunk)
-            _, compute_s, load_s = candidates[index]
+            _, compute_s, again = candidates[index]
             faster = {}
             if is_played or left_s > 2 * self._sources[load.source].cost.seconds(load.size):
-                faster = {s: again_s for s, again_s in load_s.items() if s != load.source and 2 * again_s < left_s}
+                faster = {s: again_s for s, again_s in again.items() if s != load.source and 2 * again_s < left_s}
             candidates[index] = (chunk, compute_s, {load.source: _KEEP * left_s, **faster})
         return candidates, {chunk: _KEEP * seconds for chunk, seconds in ends_s.items()}

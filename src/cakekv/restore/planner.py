@@ -15,6 +15,7 @@ and reports `gave_up` instead of `computed` if one of them turns out to be `lost
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -86,6 +87,8 @@ class Restore:
     patience_s : float
         A load from a source of unknown speed is given up after this long; from a known one after ten times what it
         should take, but not before two seconds.
+    deadline_s : float
+        No load is waited for longer than that.
     covered_tokens : int
         Positions at the front that are in the cache already.
     now : float
@@ -107,6 +110,7 @@ class Restore:
         mode: Mode = "auto",
         max_span_tokens: int = 512,
         patience_s: float = 30.0,
+        deadline_s: float = math.inf,
         covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
@@ -132,7 +136,7 @@ class Restore:
         """Pieces that are being placed."""
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
         self._span: tuple[Span, float] | None = None
-        self._flights = Flights(self._sources, patience_s)
+        self._flights = Flights(self._sources, patience_s, deadline_s)
         self._plan: dict[int, int] = {}
         self._queues: list[list[int]] = [[] for _ in self._sources]
         """Planned chunks per source, the one due first at the end."""

@@ -18,6 +18,7 @@ from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_d
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
+from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
@@ -130,8 +131,14 @@ TIERS: dict[str, Tier] = {
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
-COMMON: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "skip_head": parse_count}
-"""Options of every tier: a link to put it behind, for experiments; and tokens whose chunks it shall not keep."""
+COMMON: Options = {
+    "bandwidth": parse_bandwidth,
+    "latency": parse_duration,
+    "faults": parse_faults,
+    "skip_head": parse_count,
+}
+"""Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; and tokens
+at the front of a prompt whose chunks it shall not keep."""
 
 
 def open_store(url: str) -> Store:
@@ -150,6 +157,29 @@ def open_store(url: str) -> Store:
     StoreError
         The store cannot be opened.
     """
+    scheme, location, options = _parse_url(url)
+    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
+    faults = options.pop("faults", None)
+    skip_head = options.pop("skip_head", 0)
+    store = TIERS[scheme].open(location, **options)
+    if skip_head:
+        store = TailOnlyStore(store, skip_head)
+    if bandwidth is not None or latency:
+        store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    if faults is not None:
+        store = FaultyStore(store, faults)
+    place = unquote(location) if scheme == "file" else location.rpartition("@")[2]  # a folder's name may hold an "@"
+    store.url = f"{scheme}://{place}?bandwidth={bandwidth}&latency={latency}"
+    return store
+
+
+def check_url(url: str) -> None:
+    """Raise what `open_store` would raise about the URL itself, without opening anything."""
+    _parse_url(url)
+
+
+def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
+    """Scheme, what stands between "://" and "?", and the options."""
     place, _, query = url.partition("?")
     scheme, separator, location = place.partition("://")
     if not separator:
@@ -158,17 +188,7 @@ def open_store(url: str) -> Store:
         scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
     if scheme not in TIERS:
         raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
-    tier = TIERS[scheme]
-    options = _parse_options(url, query, tier.options | COMMON)
-    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
-    skip_head = options.pop("skip_head", 0)
-    store = tier.open(location, **options)
-    if skip_head:
-        store = TailOnlyStore(store, skip_head)
-    if bandwidth is not None or latency:
-        store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
-    store.url = f"{shown(f'{scheme}://{location}')}?bandwidth={bandwidth}&latency={latency}"
-    return store
+    return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
 
 
 def shown(url: str) -> str:
