@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Load, Source
 from cakekv.restore.planner import Restore, Span
+from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 SIZE = 100
 
@@ -97,14 +100,23 @@ def test_a_load_moves_from_a_tier_that_has_become_slow_to_one_that_is_idle() -> 
     assert [load.outcome for load in planner.report.loads] == ["placed", "moved", "placed"]
 
 
-def test_a_chunk_is_refused_if_it_would_cut_off_a_short_span() -> None:
-    # A span costs 10 s, a chunk 1 s more. Chunk 5's load is still on its way when computing 0..5 and the suffix in one
-    # span has become the better plan.
-    planner = restore("LLLLLL", tier(1.0, 1, alone_s=None), compute_s=1.0, fixed_s=10.0)
-    planner.mode = "both"  # asks for the last chunk in any case
-    [load] = loads(planner, 0, 0.0)[:1]
-    planner.mode = "auto"
-    planner._replan(0.0)
-    planner._plan = {}
-    assert not planner.arrived(load, 1.0)
-    assert planner.report.wasted_bytes == SIZE
+def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
+    # Spans of up to 7 chunks cost 7.6 ms and 2.5 ms per chunk; 54 stored chunks and the suffix fill 8 spans. A load
+    # takes 177 ms, so one of them arrives, but then the suffix would take a ninth span: 7.6 ms to save 2.5 ms.
+    planner = Restore(
+        541,
+        10,
+        [(0,)] * 54,
+        [tier(0.177, 4, alone_s=0.177)],
+        ComputeCost(ComputeShape(7.6e-3, 0.25e-3, 0.0), trusted=True),
+        chunk_bytes=SIZE,
+        max_span_tokens=70,
+    )
+
+    def seconds(span: Span, now: float) -> float:
+        return 7.6e-3 + 0.25e-3 * span.tokens
+
+    ended = run_restore(planner, seconds, [VirtualTier(constant(SIZE / 0.177))])
+    assert ended == pytest.approx(8 * 7.6e-3 + 541 * 0.25e-3)
+    assert planner.report.loaded_tokens == 0
+    assert planner.report.wasted_bytes > 0, "it was asked for, as it should have been for a longer suffix"
