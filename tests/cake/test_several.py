@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cakekv import restorer
+from cakekv.arbiter import Arbiter, Request
 from cakekv.cake import Cake
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
@@ -187,6 +188,7 @@ def test_a_plain_prefill_waits_for_one_span_of_a_restore(
     policy: str,
     starvation_s: float,
     expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unless requests go by arrival: the policy says so, or the older one is past the bound."""
     store = filled(engine, prompt)
@@ -203,6 +205,12 @@ def test_a_plain_prefill_waits_for_one_span_of_a_restore(
             if first + count == len(prompt):
                 reads.set()
 
+        def take(arbiter: Arbiter, request: Request) -> None:
+            request.woken.wait(0.01)  # long enough for another one to come in between, if it may
+            original(arbiter, request)
+
+        original = Arbiter.take
+        monkeypatch.setattr(Arbiter, "take", take)
         reads = threading.Event()
         store.before_open = lambda key: reads.wait(WAIT_S) and None
         watched.before = before
