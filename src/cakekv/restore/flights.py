@@ -146,12 +146,16 @@ class Flights:
         Grows while the source has loads in flight and delivers nothing.
         """
         cost = self._sources[source].cost
-        expected = cost.seconds(size) if cost.known else unknown_s
+        expected = self._usual_seconds(source, size, unknown_s)
         waiting = [load.began for load in self._wanted.values() if load.source == source]
         if not waiting:
             return expected
         silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
         return max(expected, silent_s - max(expected, cost.duration(size)))
+
+    def _usual_seconds(self, source: int, size: int, unknown_s: float) -> float:
+        cost = self._sources[source].cost
+        return cost.seconds(size) if cost.known else unknown_s
 
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
         """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
@@ -168,7 +172,8 @@ class Flights:
             for load in loads:
                 each = self.busy_seconds(index, load.size, unknown_s, now)
                 shared = (now - load.began) / len(loads)
-                alone.append((max(each - shared, 0.5 * (shared - each), 0.02 * each), load))
+                overdue = shared - self._usual_seconds(index, load.size, unknown_s)
+                alone.append((max(each - shared, 0.5 * overdue, 0.02 * each), load))
             alone.sort(key=_left)
             flowing, before, ended = len(alone), 0.0, 0.0
             for left, load in alone:

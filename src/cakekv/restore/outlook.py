@@ -110,7 +110,7 @@ class Outlook:
     ) -> dict[int, int]:
         """The better of the new plan and the one before, with what small changes make better."""
         compute = self._compute
-        if not self._is_played:
+        if not self.is_played:
             return plan
         candidates, _ = self.candidates(now)
         shared_s = compute.shape.fixed / self._max_span_chunks
@@ -140,7 +140,7 @@ class Outlook:
         return forecast.plan(forecast.best(starts, _TRIES))
 
     @property
-    def _is_played(self) -> bool:
+    def is_played(self) -> bool:
         """Whether plans are played to the end."""
         coverage = self._coverage
         if (
@@ -187,7 +187,7 @@ class Outlook:
                 usable = (source for source in held if not self._flights.stalled(source))
                 load_s = by_holders[held] = {source: pending_s[source] for source in usable}
             candidates.append((chunk, fixed + slope * chunk, load_s))
-        is_played = self._is_played
+        is_played = self.is_played
         for chunk, left_s in remaining.items():
             load = self._flights.of_chunk(chunk)
             if load is None:  # a piece of it

@@ -453,11 +453,26 @@ class Restore:
             self._note(load, load.size, now, load.why_cancelled)
             return False
         self._flights.land(load)
+        if load.group is None and self._cuts_a_span(load.chunk):
+            self.coverage.give_back(load.chunk)
+            self._note(load, load.size, now, load.why_cancelled)
+            return False
         if load.group is None:
             self.coverage.place(load.chunk)
         else:
             self.placing += 1
         return True
+
+    def _cuts_a_span(self, chunk: int) -> bool:
+        """Whether a chunk, to be computed after all, costs less to compute than the span that it would cut off."""
+        if self._max_span_chunks < 3 or not self._outlook.is_played:
+            return False
+        if any(
+            other in self._plan or self.coverage.state[other] > State.LOADING for other in (chunk - 1, chunk, chunk + 1)
+        ):
+            return False
+        shape = self._compute.shape
+        return shape.seconds(self.coverage.start_of(chunk), self.chunk_tokens) < 2 * shape.fixed
 
     def placed(self, load: Load, now: float) -> None:
         """The load is in the cache."""
