@@ -367,10 +367,12 @@ def test_others_compute_while_one_waits_for_a_slow_disk(watched: Watched) -> Non
         assert cake._saver is not None
         cake._saver._queue.maxsize = 2
         held_up = start("saving", lambda: cake.prefill(tokens(13, 300)))
-        until(lambda: cake._saver is not None and cake._saver.full and asking(cake) == 0)
-        assert len(cake.generate(tokens(14, 100), max_new_tokens=3, save=False).token_ids) == 3
-        assert not held_up.done()
-        written.set()
+        try:
+            until(lambda: cake._saver is not None and cake._saver.full and asking(cake) == 0)
+            assert len(cake.generate(tokens(14, 100), max_new_tokens=3, save=False).token_ids) == 3
+            assert not held_up.done()
+        finally:
+            written.set()
         held_up.result(WAIT_S)
         assert cake.wait_saved().saved_chunks == 18
 

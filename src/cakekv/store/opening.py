@@ -167,7 +167,10 @@ def open_store(url: str) -> Store:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
-    store.url = f"{shown(f'{scheme}://{location}')}?bandwidth={bandwidth}&latency={latency}"
+    public = f"{scheme}://{location}"
+    if not location.startswith("/"):  # else it is a path, which may well have an @ in it
+        public = shown(public)
+    store.url = f"{public}?bandwidth={bandwidth}&latency={latency}"
     return store
 
 
