@@ -167,9 +167,8 @@ def open_store(url: str) -> Store:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
-    public = f"{scheme}://{location}"
-    if not location.startswith("/"):  # else it is a path, which may well have an @ in it
-        public = shown(public)
+    is_path = location.startswith("/")  # which may well have an @ in it
+    public = f"{scheme}://{unquote(location)}" if is_path else shown(f"{scheme}://{location}")
     store.url = f"{public}?bandwidth={bandwidth}&latency={latency}"
     return store
 
