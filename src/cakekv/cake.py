@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from cakekv.arbiter import Request
-from cakekv.calibration import Calibration, compute_key, tier_key
+from cakekv.calibration import KnownCosts
 from cakekv.chunk import ChunkShape
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
@@ -20,7 +20,6 @@ from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
 from cakekv.load.staging import StagingPool
 from cakekv.options import Options
-from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode, Span
 from cakekv.restore.priority import Policy, open_policy
@@ -96,12 +95,10 @@ class Cake:
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
         self.last_report: RestoreReport | None = None
         shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
-        self._calibration = None if calibration is None else Calibration(calibration)
-        self._compute_key = compute_key(self.identity, engine.device_name, max_span_tokens)
-        self._tier_keys = [
-            tier_key(tier.url, engine.device_name, shape.total_bytes) if tier.url else None for tier in self.tiers
-        ]
-        self.compute_cost, self.load_costs = self._costs()
+        self._costs = KnownCosts(
+            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, shape.total_bytes
+        )
+        self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, shape.total_bytes)
         self._saver = Saver(self.tiers[0], shape, staging) if self.tiers else None
         self._arms = Arms.of(
@@ -262,13 +259,7 @@ class Cake:
         """
         if self._saver is not None:
             self._saver.close()
-        if self._calibration is not None:
-            if self.compute_cost.known:
-                self._calibration.keep(self._compute_key, self.compute_cost.shape)
-            for key, cost in zip(self._tier_keys, self.load_costs, strict=True):
-                if key is not None and cost.measured:
-                    self._calibration.keep(key, cost.figures)
-            self._calibration.write()
+        self._costs.write()
 
     def __enter__(self) -> Self:
         return self
@@ -310,15 +301,6 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
-
-    def _costs(self) -> tuple[ComputeCost, list[LoadCost]]:
-        """What everything costs, as far as that was found out before."""
-        shape = self._calibration.compute(self._compute_key) if self._calibration else None
-        priors = [self._calibration.tier(key) if self._calibration and key else None for key in self._tier_keys]
-        compute_cost = ComputeCost() if shape is None else ComputeCost(shape, trusted=True)
-        return compute_cost, [
-            LoadCost(tier.parallel_reads, prior) for tier, prior in zip(self.tiers, priors, strict=True)
-        ]
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

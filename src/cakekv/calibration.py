@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -14,7 +15,8 @@ from blake3 import blake3
 
 from cakekv.errors import CakeError
 from cakekv.keys import Identity, canonical
-from cakekv.restore.costs import ComputeShape, LoadFigures
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.store.base import Store
 
 MAX_BYTES = 1 << 20
 """A calibration file is not read beyond this length."""
@@ -134,6 +136,63 @@ class Calibration:
             if not isinstance(figure, float) or not low <= figure <= high:
                 return None
         return figures
+
+
+class KnownCosts:
+    """What a model and its tiers cost, as far as it was ever found out; learns.
+
+    Parameters
+    ----------
+    file : path or None
+        A calibration to begin with; None: nothing is known, and nothing kept.
+    identity, device, max_span_tokens
+        As for `compute_key`.
+    tiers : sequence of Store
+        The tiers; of those without a `url` nothing is kept, since it is not known which they are.
+    chunk_bytes : int
+        Bytes of a whole chunk.
+
+    Attributes
+    ----------
+    compute : ComputeCost
+        What spans cost.
+    loads : list of LoadCost
+        What each tier costs.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str] | None,
+        identity: Identity,
+        device: str,
+        max_span_tokens: int,
+        tiers: Sequence[Store],
+        chunk_bytes: int,
+    ) -> None:
+        self._kept = kept = None if file is None else Calibration(file)
+        self._compute_key = compute_key(identity, device, max_span_tokens)
+        self._tier_keys = [tier_key(tier.url, device, chunk_bytes) if tier.url else None for tier in tiers]
+        shape = kept.compute(self._compute_key) if kept else None
+        priors = [kept.tier(key) if kept and key else None for key in self._tier_keys]
+        self.compute = ComputeCost() if shape is None else ComputeCost(shape, trusted=True)
+        self.loads = [LoadCost(tier.parallel_reads, prior) for tier, prior in zip(tiers, priors, strict=True)]
+
+    def write(self) -> None:
+        """Keep what was learned.
+
+        Raises
+        ------
+        CakeError
+            The file cannot be written.
+        """
+        if self._kept is None:
+            return
+        if self.compute.known:
+            self._kept.keep(self._compute_key, self.compute.shape)
+        for key, cost in zip(self._tier_keys, self.loads, strict=True):
+            if key is not None and cost.measured:
+                self._kept.keep(key, cost.figures)
+        self._kept.write()
 
 
 def _digest(parts: list[str | int]) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cakekv import restorer
+from cakekv.arbiter import Arbiter, Request
 from cakekv.cake import Cake
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
@@ -187,6 +188,7 @@ def test_a_plain_prefill_waits_for_one_span_of_a_restore(
     policy: str,
     starvation_s: float,
     expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unless requests go by arrival: the policy says so, or the older one is past the bound."""
     store = filled(engine, prompt)
@@ -203,6 +205,12 @@ def test_a_plain_prefill_waits_for_one_span_of_a_restore(
             if first + count == len(prompt):
                 reads.set()
 
+        def take(arbiter: Arbiter, request: Request) -> None:
+            request.woken.wait(0.01)  # long enough for another one to come in between, if it may
+            original(arbiter, request)
+
+        original = Arbiter.take
+        monkeypatch.setattr(Arbiter, "take", take)
         reads = threading.Event()
         store.before_open = lambda key: reads.wait(WAIT_S) and None
         watched.before = before
@@ -359,10 +367,12 @@ def test_others_compute_while_one_waits_for_a_slow_disk(watched: Watched) -> Non
         assert cake._saver is not None
         cake._saver._queue.maxsize = 2
         held_up = start("saving", lambda: cake.prefill(tokens(13, 300)))
-        until(lambda: cake._saver is not None and cake._saver.full and asking(cake) == 0)
-        assert len(cake.generate(tokens(14, 100), max_new_tokens=3, save=False).token_ids) == 3
-        assert not held_up.done()
-        written.set()
+        try:
+            until(lambda: cake._saver is not None and cake._saver.full and asking(cake) == 0)
+            assert len(cake.generate(tokens(14, 100), max_new_tokens=3, save=False).token_ids) == 3
+            assert not held_up.done()
+        finally:
+            written.set()
         held_up.result(WAIT_S)
         assert cake.wait_saved().saved_chunks == 18
 

@@ -115,3 +115,14 @@ def test_all_learn_from_what_one_measures() -> None:
     assert views[1][1].seconds(1000) == load.seconds(1000) == pytest.approx(1.0)
     assert views[1][1].last_completed == 1.0
     assert views[1][1].figures == load.figures
+
+
+def test_a_burden_is_one_requests_own() -> None:
+    compute, load = ComputeCost(ComputeShape(1e-3, 1e-3, 1e-9), trusted=True), LoadCost(1)
+    load.observe(1000, 0.0, 1.0)
+    burdened, other = (SharedCompute(compute), SharedLoad(load)), (SharedCompute(compute), SharedLoad(load))
+    burdened[0].burden = burdened[1].burden = 3.0
+    assert burdened[0].seconds(0, 64) == pytest.approx(3 * other[0].seconds(0, 64))
+    assert burdened[0].shape.seconds(0, 64) == pytest.approx(3 * other[0].shape.seconds(0, 64))
+    assert burdened[1].seconds(500) == pytest.approx(3 * other[1].seconds(500))
+    assert burdened[1].duration(500) == other[1].duration(500)

@@ -101,22 +101,22 @@ def test_a_load_moves_from_a_tier_that_has_become_slow_to_one_that_is_idle() -> 
 
 
 def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
-    # Spans of up to 7 chunks cost 7.6 ms and 2.5 ms per chunk; 54 stored chunks and the suffix fill 8 spans. A load
-    # takes 177 ms, so one of them arrives, but then the suffix would take a ninth span: 7.6 ms to save 2.5 ms.
+    # A span of up to 7 chunks costs 7.6 ms and about 3 ms per chunk; 54 stored chunks and the suffix fill 8 spans in
+    # 217 ms. A load takes 177 ms, so one chunk arrives; but then the suffix takes a ninth span: 7.6 ms to save 3 ms.
+    shape = ComputeShape(7.6e-3, 2.53e-3 / 64, 0.012e-3 / 64**2)
     planner = Restore(
-        541,
-        10,
+        3487,
+        64,
         [(0,)] * 54,
-        [tier(0.177, 4, alone_s=0.177)],
-        ComputeCost(ComputeShape(7.6e-3, 0.25e-3, 0.0), trusted=True),
+        [tier(0.1765, 4, alone_s=0.177)],
+        ComputeCost(shape, trusted=True),
         chunk_bytes=SIZE,
-        max_span_tokens=70,
+        max_span_tokens=448,
     )
-
-    def seconds(span: Span, now: float) -> float:
-        return 7.6e-3 + 0.25e-3 * span.tokens
-
-    ended = run_restore(planner, seconds, [VirtualTier(constant(SIZE / 0.177))])
-    assert ended == pytest.approx(8 * 7.6e-3 + 541 * 0.25e-3)
+    link = VirtualTier(constant(SIZE / 0.1765), 0.5e-3)
+    ended = run_restore(planner, lambda span, now: shape.seconds(span.start, span.tokens), [link])
+    assert planner.report.wasted_bytes > 0, "one chunk was asked for"
     assert planner.report.loaded_tokens == 0
-    assert planner.report.wasted_bytes > 0, "it was asked for, as it should have been for a longer suffix"
+    assert len(planner.report.spans) == 8
+    alone = sum(shape.seconds(start, min(448, 3487 - start)) for start in range(0, 3487, 448))
+    assert ended == pytest.approx(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -140,7 +141,8 @@ class Loader:
         self._free = [threading.Condition(self._lock) for _ in tiers]
         """Where the idle workers of each tier wait."""
         self._workers = [0] * len(tiers)
-        self._in_flight: list[list[Load]] = [[] for _ in tiers]
+        self._in_flight: list[dict[Load, float]] = [{} for _ in tiers]
+        """Loads of each tier, and since when they are known to be cancelled; infinity for never."""
 
     # The following are called with the lock held.
 
@@ -178,8 +180,12 @@ class Loader:
         return self._stuck(source) >= self._tiers[source].parallel_reads
 
     def _stuck(self, source: int) -> int:
-        since = monotonic() - _STUCK_S
-        return sum(load.late or (load.cancelled and load.began < since) for load in self._in_flight[source])
+        now, stuck, loads = monotonic(), 0, self._in_flight[source]
+        for load, cancelled in loads.items():
+            if load.cancelled and cancelled == math.inf:
+                loads[load] = now
+            stuck += load.late or now - cancelled > _STUCK_S
+        return stuck
 
     def _places(self, source: int) -> int:
         return self._tiers[source].parallel_reads + self._stuck(source)
@@ -198,7 +204,7 @@ class Loader:
                     continue
                 if load is not None:
                     loading.in_flight += 1
-                    self._in_flight[source].append(load)
+                    self._in_flight[source][load] = math.inf
                     self._free[source].notify()  # there may be more to load
                     return loading, load
             self._free[source].wait()
@@ -215,17 +221,16 @@ class Loader:
             while True:
                 with self._lock:
                     job = self._next(source)
-                if job is None:
-                    break
+                    if job is None:
+                        self._workers[source] -= 1
+                        return
                 self._serve(*job)
                 del job
         except BaseException as crash:
             with self._lock:
+                self._workers[source] -= 1
                 for loading in self._open.values():
                     self._crashed(loading, crash)
-        finally:
-            with self._lock:
-                self._workers[source] -= 1
 
     def _serve(self, loading: Loading, load: Load) -> None:
         try:
@@ -234,7 +239,7 @@ class Loader:
         except BaseException as error:
             crash = error
         with self._lock:
-            self._in_flight[load.source].remove(load)
+            del self._in_flight[load.source][load]
             loading.in_flight -= 1
             if crash is not None:
                 self._crashed(loading, crash)
