@@ -78,7 +78,6 @@ class SchedulerHalf:
         """The latest restores that ended, with their requests."""
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        options.check_block_size(self._block_tokens)
         self._tiers = [open_store(url) for url in options.store]
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
         sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
