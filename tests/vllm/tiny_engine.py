@@ -17,6 +17,7 @@ os.environ.update(
 )
 
 from prometheus_client import REGISTRY
+from vllm.sampling_params import RequestOutputKind
 
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
@@ -25,7 +26,6 @@ from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
 from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
@@ -290,8 +290,8 @@ class TinyEngine:
 
 
 __all__ = [
-    "VOCABULARY",
     "BLOCK",
+    "VOCABULARY",
     "RequestOutputKind",
     "ScriptedStore",
     "TinyEngine",
