@@ -65,9 +65,10 @@ def main(
         server = stack.enter_context(Server(folder_of_model, log, options, arguments))
         for mode in ("both", "load"):
             ask(server, long, mode=mode)  # so that costs are known
+        ask(plain, long)
         lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
         runs: dict[str, list[dict[str, float]]] = {}
-        for round_ in range(repeats):
+        for round_ in range(-1, repeats):  # one round to warm up
             short = [texts.next(length) for length in lengths]
             for name, asked, own in (
                 ("burst_alone", plain, None),
@@ -75,8 +76,10 @@ def main(
                 ("load", server, {"mode": "load"}),
                 ("cake", server, {"mode": "auto"}),
             ):
-                runs.setdefault(name, []).append(_run(asked, long, short, after_s, tokens, own))
-                NEWS.print(f"{round_}: {name}: {runs[name][-1]}", highlight=False)
+                run = _run(asked, long, short, after_s, tokens, own)
+                NEWS.print(f"{round_}: {name}: {run}", highlight=False, soft_wrap=True)
+                if round_ >= 0:
+                    runs.setdefault(name, []).append(run)
     results = {name: {key: median(run[key] for run in rounds) for key in rounds[0]} for name, rounds in runs.items()}
     cake, default, alone = results["cake"], results["default"], results["burst_alone"]
     write_json(

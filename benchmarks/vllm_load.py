@@ -83,8 +83,10 @@ def main(
             return requests
 
         waiting = plan(calibration_requests, 0.0)
+        for asked in (plain, server):
+            _run(asked, waiting, {})  # to warm up
         capacity = calibration_requests / max(answer.came_s[-1] - answer.asked_s for answer in _run(plain, waiting, {}))
-        NEWS.print(f"capacity: {capacity:.2f} requests/s", highlight=False)
+        NEWS.print(f"capacity: {capacity:.2f} requests/s", highlight=False, soft_wrap=True)
         points = []
         for share in loads:
             rate = share * capacity
@@ -100,7 +102,7 @@ def main(
                 answers = _run(asked, requests, own)
                 point[name] = _figures(answers)
                 tokens_of[name] = [answer.token_ids for answer in answers]
-                NEWS.print(f"{share:g}: {name}: {point[name]}", highlight=False)
+                NEWS.print(f"{share:g}: {name}: {point[name]}", highlight=False, soft_wrap=True)
             point["same_tokens"] = {
                 name: sum(a == b for a, b in zip(tokens_of["plain"], found, strict=True)) / len(requests)
                 for name, found in tokens_of.items()

@@ -79,7 +79,7 @@ def main(
         for step, by_server in times.items()
     ]
     for row in rows:
-        NEWS.print(f"{row['step']}: {row['ratio']:.3f} of the time without the plug-in", highlight=False)
+        NEWS.print(f"{row['step']}: {row['ratio']:.3f} of the time without", highlight=False, soft_wrap=True)
     data = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "steps": rows}
     write_json(json_file, data)
 

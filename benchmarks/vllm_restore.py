@@ -72,7 +72,7 @@ def main(
         prompt = texts.next(prefix + suffix)
         with Server(folder_of_model, log, {**options, "store": url}, arguments) as server:
             balanced = fill(server, url, [prompt], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
-        NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False)
+        NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False, soft_wrap=True)
         points = []
         for ratio in wanted:
             bandwidth = ratio * balanced
@@ -160,6 +160,7 @@ def _show(point: dict[str, Any]) -> None:
         f"{point['both_s']:.2f} s ({point['both_of_better']:.2f}x the better, {point['both_of_bound']:.0%} of the "
         f"bound), {'identical' if point['identical'] else 'NOT IDENTICAL'}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

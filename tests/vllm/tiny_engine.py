@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ os.environ.update(
 )
 
 from prometheus_client import REGISTRY
+from vllm.sampling_params import RequestOutputKind
 
-from cakekv.errors import MissingChunk, StoreError
+from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
@@ -139,7 +140,8 @@ def prompt(tokens: int, seed: int = 0) -> list[int]:
 
 def sampling(tokens: int = 6, **options: Any) -> SamplingParams:
     """Greedy, exactly so many tokens."""
-    return SamplingParams(max_tokens=tokens, min_tokens=tokens, temperature=0, detokenize=False, **options)
+    greedy: dict[str, Any] = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "detokenize": False}
+    return SamplingParams(**(greedy | options))
 
 
 def save_model(folder: Path, heads: int = 4, kv_heads: int = 2, **config: Any) -> Path:
@@ -287,18 +289,10 @@ class TinyEngine:
                 REGISTRY.unregister(collector)  # vLLM does so with its own
 
 
-@contextmanager
-def closing(engine: TinyEngine) -> Iterator[TinyEngine]:
-    """An engine for the duration of the `with` block."""
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
 __all__ = [
     "BLOCK",
-    "MissingChunk",
+    "VOCABULARY",
+    "RequestOutputKind",
     "ScriptedStore",
     "TinyEngine",
     "closing",

@@ -63,6 +63,7 @@ class CakeConnector(KVConnectorBase_V1):
         options = VllmOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
         check_hooks(options.untested_vllm)
         check_engine(vllm_config, kv_cache_config)
+        options.check_block_size(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         if role == KVConnectorRole.SCHEDULER:
             check_scheduler(vllm_config)
             self.scheduler_half = SchedulerHalf(options, vllm_config, kv_cache_config)

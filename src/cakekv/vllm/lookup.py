@@ -26,6 +26,8 @@ class _Question:
     """By tier, as far as they have answered."""
     known: float | None = None
     """When the answer was first given."""
+    complete: list[tuple[int, ...]] | None = None
+    """The answer, once no tier owes its part."""
 
 
 class Lookup:
@@ -72,13 +74,23 @@ class Lookup:
             question = self._questions.get(request_id)
             if question is None or not question.keys:
                 return []
+            if question.complete is not None:
+                return question.complete
             now = monotonic()
             for source in range(len(self._tiers)):
                 if source not in question.answers and not self._overdue(source, question, now):
                     return None
             question.known = question.known or now
             answers = question.answers.items()
-            return [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
+            stored = [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
+            if len(answers) == len(self._tiers):
+                question.complete = stored
+            return stored
+
+    def promising(self, request_id: str) -> bool:
+        """Whether some chunk of the request is, or may turn out to be, stored."""
+        stored = self.answer(request_id)
+        return stored is None or any(stored)
 
     def seconds(self, request_id: str) -> float:
         """How long the request's answer took to come."""

@@ -119,9 +119,14 @@ class CakeSchedulerMixin(Scheduler):
         shares = self._half.policy.share(states, self.max_num_scheduled_tokens, time())
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
-        # Whoever vLLM preempts, it takes from the end: restores with the least computed lose the least.
-        ranks = {state.request_id: state.kind for state in states}
-        self.running.sort(key=lambda request: ranks[request.request_id])
+        # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
+        kinds = {state.request_id: state.kind for state in states}
+        self.running.sort(
+            key=lambda request: (
+                kinds[request.request_id],
+                -request.num_computed_tokens if kinds[request.request_id] is Kind.STORED_PREFILL else 0,
+            )
+        )
         return waiting_plain
 
     def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
@@ -143,8 +148,10 @@ class CakeSchedulerMixin(Scheduler):
         restoration = self._half.restorations.get(request.request_id)
         if restoration is None or not restoration.parked:
             # To be given no tokens later would end vLLM's search for others that wait.
-            granted = self._granted.get(request.request_id, 1)
-            return bool(super()._handle_blocked_waiting_request(request)) and granted > 0
+            ready = bool(super()._handle_blocked_waiting_request(request))
+            if restoration is not None and restoration.done_at is None:
+                request.num_computed_tokens = restoration.restore.position  # more may have been loaded since it jumped
+            return ready and self._granted.get(request.request_id, 1) > 0
         if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or not self._granted.get(request.request_id, 0):
             return False
         restoration.parked = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,6 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cakekv.chunk import ChunkShape
+from cakekv.errors import UnsupportedEngine
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.planner import Restore
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from cakekv.vllm.scheduler import CakeSchedulerMixin
 
+_LOG = logging.getLogger("vllm.cakekv")
 _LOOKUP_PATIENCE_S = 2.0
 _STANDSTILL_S = 1.0
 """A longer time between two steps with none on its way means that the engine was paused."""
@@ -54,6 +57,8 @@ class _Step(NamedTuple):
     sequence: int
     began: float
     pieces: list[Piece]
+    """All that it computes, if prefills are among it."""
+    computes: bool
 
 
 class SchedulerHalf:
@@ -78,7 +83,6 @@ class SchedulerHalf:
         """The latest restores that ended, with their requests."""
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        options.check_block_size(self._block_tokens)
         self._tiers = [open_store(url) for url in options.store]
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
         sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
@@ -91,6 +95,8 @@ class SchedulerHalf:
         self._sequence = 0
         self._steps: deque[_Step] = deque()
         self._last_ended = 0.0
+        self._decode_s = 0.0
+        """Seconds of a step without prefills."""
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
         """What to do once workers have taken in the orders of this number."""
 
@@ -127,9 +133,17 @@ class SchedulerHalf:
 
     def arrived(self, request: Request) -> None:
         """A request came, or has to begin again: see what is stored of it."""
-        self._asked[request.request_id] = Asked.of(request.kv_transfer_params, self.options)
+        asked = Asked.of(request.kv_transfer_params, self.options)
         self.saves.forget(request.request_id)
-        self.lookup.ask(request.request_id, list(self.keyring.keys(request)))
+        try:
+            keys = list(self.keyring.keys(request))
+        except UnsupportedEngine as error:
+            _LOG.warning("cakekv: a request is neither restored nor saved: %s", error)
+            keys, asked = [], asked._replace(mode="compute", save=False)
+        if request.resumable:
+            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
+        self._asked[request.request_id] = asked
+        self.lookup.ask(request.request_id, keys)
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
@@ -178,8 +192,7 @@ class SchedulerHalf:
         """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
         if request.num_computed_tokens or not self._readable(request):
             return False
-        stored = self.lookup.answer(request.request_id)
-        return stored is None or any(stored)
+        return self.lookup.promising(request.request_id)
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """The request is over.
@@ -307,18 +320,24 @@ class SchedulerHalf:
         self._sequence += 1
         orders = StepOrders(self._sequence, answer=bool(self._fences))
         pieces = self._take(output.num_scheduled_tokens, now)
-        self._steps.append(_Step(self._sequence, now, pieces))
+        self._steps.append(_Step(self._sequence, now, pieces, bool(output.num_scheduled_tokens)))
         states = [self.state_of(restoration) for restoration in self.restorations.values()]
-        step_s = self.costs.seconds(pieces) if self.costs.cost.known else 0.0
+        step_s = self._decode_s if output.total_num_scheduled_tokens else 0.0
+        if self.costs.cost.known:
+            step_s = max(step_s, self.costs.seconds(pieces))
         self._desk.order(orders, self.restorations, states, step_s)
         if self.options.save:
             self._order_saves(orders, output.num_scheduled_tokens)
         return orders
 
     def _take(self, scheduled: Mapping[str, int], now: float) -> list[Piece]:
-        """Claim the tokens of the step; returns all that it computes, piece by piece."""
+        """Claim the tokens of the step; returns all that it computes, if prefills are among it."""
         requests = self._scheduler.requests
-        pieces = [Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()]
+        pieces = []
+        if self.restorations or any(tokens > 1 for tokens in scheduled.values()):
+            pieces = [
+                Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
+            ]
         for request_id, restoration in list(self.restorations.items()):
             tokens = scheduled.get(request_id, 0)
             if restoration.done_at is not None:
@@ -354,7 +373,11 @@ class SchedulerHalf:
         now = monotonic()
         step = self._steps.popleft()
         assert step.sequence == orders.sequence, "vLLM's steps end in another order than they began"
-        self.costs.observe(step.pieces, now - max(step.began, self._last_ended))
+        seconds = now - max(step.began, self._last_ended)
+        if step.pieces:
+            self.costs.observe(step.pieces, seconds)
+        elif step.computes:
+            self._decode_s += 0.2 * (seconds - self._decode_s)
         self._last_ended = now
         for restoration in list(self.restorations.values()):
             if restoration.done_at is not None and restoration.done_at <= step.sequence:

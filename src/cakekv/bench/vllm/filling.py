@@ -11,6 +11,8 @@ from cakekv.errors import CakeError
 from cakekv.store.opening import open_store
 
 _SAVED_S = 120.0
+_NOTHING = (1,)
+"""A prompt."""
 
 
 def fill(
@@ -60,6 +62,8 @@ def fill(
 def wait_saved(server: Server, chunks: int) -> None:
     """Wait until a server has saved so many chunks.
 
+    Workers tell what they saved with the outputs of steps, so it is kept stepping by small requests.
+
     Raises
     ------
     CakeError
@@ -69,4 +73,5 @@ def wait_saved(server: Server, chunks: int) -> None:
     while (saved := server.metrics().get("cakekv:saved_chunks_total", 0)) < chunks:
         if time.monotonic() > give_up_at:
             raise CakeError(f"the server saved {saved:.0f} of {chunks} chunks in {_SAVED_S:.0f} s; see {server.log}")
+        ask(server, _NOTHING, mode="compute", save=False)
         time.sleep(0.1)
