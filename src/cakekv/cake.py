@@ -43,8 +43,8 @@ class Cake:
         The model.
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
-    store : Store, str, sequence of Store, or None
-        Where chunks are loaded from; they are saved to the first. None: nothing is stored.
+    store : Store, str, sequence of Store or str, or None
+        Where chunks are loaded from, all at once; they are saved to the first. None: nothing is stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
@@ -67,7 +67,7 @@ class Cake:
         self,
         engine: Engine[Any, Any],
         tokenizer: Any = None,
-        store: Store | str | Sequence[Store] | None = None,
+        store: Store | str | Sequence[Store | str] | None = None,
         *,
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
@@ -82,7 +82,11 @@ class Cake:
             )
         self.engine = engine
         self.tokenizer = tokenizer
-        self.tiers = _tiers(store)
+        given = [store] if isinstance(store, Store | str) else list(store or ())
+        stores = [open_store(one) if isinstance(one, str) else one for one in given]
+        self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
+        self.tiers = [tier for given in stores for tier in given.tiers]
+        self._target = stores[0] if stores else None
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
@@ -95,14 +99,14 @@ class Cake:
         self._shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
         self._staging = StagingPool(engine.staging, self._shape.total_bytes)
         self._sources = [Source(tier.name, LoadCost(tier.parallel_reads), tier.parallel_reads) for tier in self.tiers]
-        self._saver = Saver(self.tiers[0], self._shape, self._staging) if self.tiers else None
+        self._saver = Saver(self._target, self._shape, self._staging) if self._target else None
         self._introduced = False
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike[str],
-        store: Store | str | Sequence[Store] | None = None,
+        store: Store | str | Sequence[Store | str] | None = None,
         *,
         dtype: str = "auto",
         device: str | None = None,
@@ -242,7 +246,7 @@ class Cake:
         return self._saver.wait() if self._saver is not None else SaveReport()
 
     def close(self) -> None:
-        """Finish saving. The stores stay open: they belong to the caller.
+        """Finish saving. Stores that were given as such stay open: they belong to the caller.
 
         Raises
         ------
@@ -251,6 +255,8 @@ class Cake:
         """
         if self._saver is not None:
             self._saver.close()
+        for store in self._own:
+            store.close()
         if self._calibration is not None and self.compute_cost.known:
             write_calibration(self._calibration, self._calibration_key, self.compute_cost.shape)
 
@@ -383,20 +389,12 @@ class Cake:
 
     def _introduce(self) -> None:
         """Leave this model's identity in the store once, so that misses can be explained later."""
-        if not self._introduced:
+        if self._target is not None and not self._introduced:
             self._introduced = True
             with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
-                self.tiers[0].remember_identity(self.identity.root.hex(), self.identity.fields())
+                self._target.remember_identity(self.identity.root.hex(), self.identity.fields())
 
 
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
-
-
-def _tiers(store: Store | str | Sequence[Store] | None) -> list[Store]:
-    if store is None:
-        return []
-    if isinstance(store, str):
-        return [open_store(store)]
-    return [store] if isinstance(store, Store) else list(store)

@@ -81,6 +81,11 @@ class Store(ABC):
     parallel_reads: int = 4
     """How many chunks to read at a time to keep the tier busy."""
 
+    @property
+    def tiers(self) -> Sequence[Store]:
+        """What can be loaded from at once: itself, unless it is made of several."""
+        return [self]
+
     @abstractmethod
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         """Size in bytes of each chunk, or None where it is not stored. One round trip for the whole batch."""
