@@ -46,7 +46,8 @@ class Cake:
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
     store : Store, str, sequence of them, or None
-        Where chunks are loaded from, as objects, URLs or paths; they are saved to the first. None: nothing is stored.
+        Where chunks are loaded from, all at once, as objects, URLs or paths; they are saved to the first. None: nothing
+        is stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
@@ -88,7 +89,11 @@ class Cake:
             )
         self.engine = engine
         self.tokenizer = tokenizer
-        self.tiers = _tiers(store)
+        given = [store] if isinstance(store, Store | str) else list(store or ())
+        stores = [open_store(one) if isinstance(one, str) else one for one in given]
+        self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
+        self.tiers = [tier for given in stores for tier in given.tiers]
+        self._target = stores[0] if stores else None
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
@@ -100,7 +105,7 @@ class Cake:
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, shape.total_bytes)
-        self._saver = Saver(self.tiers[0], shape, staging) if self.tiers else None
+        self._saver = Saver(self._target, shape, staging) if self._target else None
         self._arms = Arms.of(
             engine,
             open_policy(policy) if isinstance(policy, str) else policy,
@@ -250,7 +255,7 @@ class Cake:
         return self._saver.wait() if self._saver is not None else SaveReport()
 
     def close(self) -> None:
-        """Finish saving. The stores stay open: they belong to the caller.
+        """Finish saving. Stores that were given as such stay open: they belong to the caller.
 
         Raises
         ------
@@ -260,6 +265,8 @@ class Cake:
         if self._saver is not None:
             self._saver.close()
         self._costs.write()
+        for store in self._own:
+            store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -377,19 +384,12 @@ class Cake:
 
     def _introduce(self) -> None:
         """Leave this model's identity in the store once, so that misses can be explained later."""
-        if not self._introduced:
+        if self._target is not None and not self._introduced:
             self._introduced = True
             with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
-                self.tiers[0].remember_identity(self.identity.root.hex(), self.identity.fields())
+                self._target.remember_identity(self.identity.root.hex(), self.identity.fields())
 
 
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
-
-
-def _tiers(store: Stores) -> list[Store]:
-    if store is None:
-        return []
-    stores = [store] if isinstance(store, str | Store) else store
-    return [open_store(each) if isinstance(each, str) else each for each in stores]

@@ -19,12 +19,14 @@ from cakekv.errors import BadInput, MissingChunk
 from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.faulty import FaultPlan, FaultyStore
+from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.s3 import open_s3
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
+from cakekv.store.tiered import TieredStore, TierPlan
 
 from .chunks import SIZE, chunk_of, key_of, read
 from .conftest import Servers
@@ -49,6 +51,11 @@ def open_bucket(folder, capacity, shared):
     return open_s3("bucket", f"{folder}/100% {folder.name}", endpoint=shared.s3, http=True)
 
 
+def open_tiered(folder, capacity, shared):
+    inner = (MemoryStore(), DiskStore(folder / "store"))
+    return TieredStore([TierPlan(Member(lambda store=store: store, store.name)) for store in inner])
+
+
 TIERS = {
     "memory": Case(lambda folder, capacity, shared: MemoryStore(capacity)),
     "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
@@ -58,6 +65,7 @@ TIERS = {
     "striped": Case(
         lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False
     ),
+    "tiered": Case(open_tiered, bounded=False),
     "tail only": Case(lambda folder, capacity, shared: TailOnlyStore(MemoryStore(capacity), 0)),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),

@@ -83,6 +83,11 @@ class Store(ABC):
     url: str | None = None
     """Where it is, as far as that decides how fast it is, without user and password; set by `open_store`."""
 
+    @property
+    def tiers(self) -> Sequence[Store]:
+        """What can be loaded from at once: itself, unless it is made of several."""
+        return [self]
+
     @abstractmethod
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         """Size in bytes of each chunk, or None where it is not stored. One round trip for the whole batch."""

@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 from cakekv.errors import BadInput, StoreError
 from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
+from cakekv.store.composition import read_composition
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
 from cakekv.store.faulty import FaultyStore, parse_faults
@@ -53,6 +54,12 @@ def _open_file(location: str, **options: Any) -> Store:
     if "capacity" in options:
         options["capacity"] = max(1, options["capacity"] // len(folders))
     return StripedStore([DiskStore(folder, **options) for folder in folders])
+
+
+def _open_tiered(location: str) -> Store:
+    if not location.startswith("/"):
+        raise BadInput(f"tiered://{location} is not absolute: write tiered:///a/file.toml")
+    return read_composition(Path(unquote(location)), open_store)
 
 
 def _parse_folders(text: str) -> list[str]:
@@ -127,6 +134,7 @@ TIERS: dict[str, Tier] = {
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
     "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
+    "tiered": Tier(_open_tiered, {}),
     "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
