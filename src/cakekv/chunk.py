@@ -28,6 +28,7 @@ __all__ = [
     "ChunkHeader",
     "ChunkShape",
     "header_bytes_of",
+    "peek_place",
     "read_header",
     "seal",
     "segments",
@@ -43,6 +44,8 @@ MAX_POSITION = 2**63
 
 _FIXED = struct.Struct("<8sIIQQ32sQQ")
 _CHECKSUM = struct.Struct("16s")
+PEEK_BYTES = _FIXED.size
+"""How much of a chunk `peek_place` wants."""
 _ENTRY = struct.Struct("<QQ16s")
 _TABLE_OFFSET = _FIXED.size + _CHECKSUM.size
 _BINDING = struct.Struct("<32sQQI")
@@ -148,6 +151,17 @@ class ChunkHeader:
         """Raise `CorruptChunk` unless `segment` holds the bytes that were sealed for `layer`."""
         if _segment_checksum(self.key, self.position, self.tokens, layer, segment) != self.checksums[layer]:
             _fail(ChunkFault.SEGMENT_CHECKSUM, f"layer {layer} of chunk {self.key.short}…")
+
+
+def peek_place(data: bytes | memoryview) -> tuple[int, int]:
+    """First position and tokens of the chunk that begins with `data`, unchecked: to choose by, not to trust.
+
+    (0, 1) if there is no header.
+    """
+    if len(data) < _FIXED.size:
+        return 0, 1
+    magic, version, *_, position, tokens = _FIXED.unpack_from(data)
+    return (position, max(tokens, 1)) if (magic, version) == (MAGIC, FORMAT_VERSION) else (0, 1)
 
 
 def segments(shape: ChunkShape, buffer: memoryview) -> list[memoryview]:

@@ -87,6 +87,32 @@ def parse_duration(text: str) -> float:
     return float(Decimal(match["number"]) * _SECONDS[match["unit"]])
 
 
+def parse_count(text: str) -> int:
+    """A whole number from 0 on.
+
+    Raises
+    ------
+    BadInput
+        It is not one, or has more than 18 digits.
+    """
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise BadInput(f"{text!r} is not a whole number, such as 512")
+    return int(text)
+
+
+def parse_switch(text: str) -> bool:
+    """Yes or no, as "true" or "false".
+
+    Raises
+    ------
+    BadInput
+        It is neither.
+    """
+    if text not in ("true", "false"):
+        raise BadInput(f'{text!r} is neither "true" nor "false"')
+    return text == "true"
+
+
 def format_bytes(size: int) -> str:
     """A size for people, in powers of 1000: "999 B", "1.5 GB"."""
     if abs(size) < 1000:

@@ -18,15 +18,15 @@ def key_of(number: int) -> ChunkKey:
     return ChunkKey(hashlib.sha256(str(number).encode()).digest())
 
 
-def chunk_of(number: int) -> memoryview:
+def chunk_of(number: int, position: int = 0) -> memoryview:
     """A sealed chunk, different for every number; the caller's to change."""
-    return memoryview(bytearray(_sealed(number)))
+    return memoryview(bytearray(_sealed(number, position)))
 
 
 @cache
-def _sealed(number: int) -> bytes:
+def _sealed(number: int, position: int) -> bytes:
     data = bytearray(random.Random(number).randbytes(SIZE))
-    seal(SHAPE, memoryview(data), key_of(number), 0)
+    seal(SHAPE, memoryview(data), key_of(number), position)
     return bytes(data)
 
 

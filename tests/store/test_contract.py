@@ -5,41 +5,92 @@ from __future__ import annotations
 import random
 import secrets
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput, MissingChunk
-from cakekv.store.base import StoreStats
+from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.faulty import FaultPlan, FaultyStore
+from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.redis import RedisStore
+from cakekv.store.s3 import open_s3
+from cakekv.store.striped import StripedStore
+from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
+from cakekv.store.tiered import TieredStore, TierPlan
 
 from .chunks import SIZE, chunk_of, key_of, read
+from .conftest import Servers
+
+
+class Case(NamedTuple):
+    """How to open a tier for a test, and what it does not promise."""
+
+    open: Callable[[Path, int | None, Servers], Store]
+    """Takes a folder, by whose name the store may be told from others, and a capacity."""
+    bounded: bool = True
+    """Whether it has a capacity of its own."""
+    keeps_open: bool = True
+    """Whether an open chunk outlives its deletion."""
+
+
+def open_redis(folder, capacity, shared):
+    return RedisStore("127.0.0.1", shared.valkey, prefix=f"{folder}:[a-z]*\\:")
+
+
+def open_bucket(folder, capacity, shared):
+    return open_s3("bucket", f"{folder}/100% {folder.name}", endpoint=shared.s3, http=True)
+
+
+def open_tiered(folder, capacity, shared):
+    inner = (MemoryStore(), DiskStore(folder / "store"))
+    return TieredStore([TierPlan(Member(lambda store=store: store, store.name)) for store in inner])
+
 
 TIERS = {
-    "memory": lambda folder, capacity: MemoryStore(capacity),
-    "disk": lambda folder, capacity: DiskStore(folder / "store", capacity),
-    "throttled memory": lambda folder, capacity: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6),
-    "faulty memory": lambda folder, capacity: FaultyStore(MemoryStore(capacity), FaultPlan({})),
-    "throttled disk": lambda folder, capacity: ThrottledStore(DiskStore(folder / "store", capacity), 1e12),
+    "memory": Case(lambda folder, capacity, shared: MemoryStore(capacity)),
+    "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
+    "throttled memory": Case(lambda folder, capacity, shared: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6)),
+    "faulty memory": Case(lambda folder, capacity, shared: FaultyStore(MemoryStore(capacity), FaultPlan({}))),
+    "throttled disk": Case(lambda folder, capacity, shared: ThrottledStore(DiskStore(folder / "s", capacity), 1e12)),
+    "striped": Case(
+        lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False
+    ),
+    "tiered": Case(open_tiered, bounded=False),
+    "tail only": Case(lambda folder, capacity, shared: TailOnlyStore(MemoryStore(capacity), 0)),
+    "redis": Case(open_redis, bounded=False, keeps_open=False),
+    "s3": Case(open_bucket, bounded=False, keeps_open=False),
 }
+BOUNDED = [name for name, case in TIERS.items() if case.bounded]
 
 
 @pytest.fixture(params=TIERS)
-def open_tier(request, tmp_path):
+def case(request):
+    return TIERS[request.param]
+
+
+@pytest.fixture
+def open_tier(request, case, tmp_path, shared):
     def opened(capacity=None, name="tier"):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        store = TIERS[request.param](folder, capacity)
+        store = case.open(folder, capacity, shared)
         request.addfinalizer(store.close)
         return store
 
     return opened
+
+
+bounded = pytest.mark.parametrize("case", [TIERS[name] for name in BOUNDED], ids=BOUNDED)
 
 
 @pytest.fixture
@@ -109,13 +160,17 @@ def test_writing_again_replaces(store):
     assert store.stats() == StoreStats(1, 5000, None)
 
 
-def test_an_open_chunk_outlives_its_deletion(store):
+def test_an_open_chunk_outlives_its_deletion_or_is_missed(case, store):
     store.write(key_of(0), chunk_of(0))
     with store.open(key_of(0)) as reader:
         assert store.delete([key_of(0)]) == 1
         buffer = memoryview(bytearray(SIZE))
-        assert reader.read_into(buffer, 0) == SIZE
-        assert buffer == chunk_of(0)
+        if case.keeps_open:
+            assert reader.read_into(buffer, 0) == SIZE
+            assert buffer == chunk_of(0)
+        else:
+            with pytest.raises(MissingChunk):
+                reader.read_into(buffer, 0)
 
 
 def test_deleting(store):
@@ -128,6 +183,7 @@ def test_deleting(store):
         store.open(key_of(0))
 
 
+@bounded
 def test_the_least_recently_used_goes_first(open_tier):
     store = open_tier(3 * SIZE)
     for number in range(3):
@@ -142,6 +198,7 @@ def test_the_least_recently_used_goes_first(open_tier):
     assert store.stats() == StoreStats(3, 3 * SIZE, 3 * SIZE)
 
 
+@bounded
 def test_use_between_two_evictions_counts(open_tier):
     store = open_tier(3 * SIZE)
     for number in range(4):
@@ -151,6 +208,7 @@ def test_use_between_two_evictions_counts(open_tier):
     assert {chunk.key for chunk in store} == {key_of(1), key_of(3), key_of(4)}
 
 
+@bounded
 def test_looking_up_is_not_using(open_tier):
     store = open_tier(2 * SIZE)
     for number in range(2):
@@ -160,6 +218,7 @@ def test_looking_up_is_not_using(open_tier):
     assert store.lookup([key_of(0), key_of(1)]) == [None, SIZE]
 
 
+@bounded
 def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier):
     store = open_tier(SIZE)
     assert store.write(key_of(0), chunk_of(0))
@@ -167,6 +226,7 @@ def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier):
     assert read(store, key_of(0)) == chunk_of(0)
 
 
+@bounded
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_must_hold_something(open_tier, capacity):
     with pytest.raises(BadInput, match="capacity"):
@@ -179,9 +239,10 @@ def test_a_capacity_must_hold_something(open_tier, capacity):
         st.tuples(st.sampled_from(["write", "open", "delete"]), st.integers(0, 6), st.integers(1, 5000)), max_size=30
     ),
 )
-def test_any_history_gives_what_the_model_gives(open_tier, history):
+def test_any_history_gives_what_the_model_gives(case, open_tier, history):
     """Against the simplest possible store: a dictionary in order of use."""
-    store = open_tier(10_000, secrets.token_hex(8))
+    capacity = 10_000 if case.bounded else None
+    store = open_tier(capacity, secrets.token_hex(8))
     model = {}
     for action, number, size in history:
         key = key_of(number)
@@ -192,7 +253,7 @@ def test_any_history_gives_what_the_model_gives(open_tier, history):
             # A tier may, but need not, make room for the new chunk beside the one it replaces.
             kept = {other: held for other, held in others.items() if store.lookup([other])[0] is not None}
             assert list(kept) == list(others)[len(others) - len(kept) :], "evicted out of order"
-            if sum(map(len, model.values())) + size <= 10_000:
+            if capacity is None or sum(map(len, model.values())) + size <= capacity:
                 assert kept == others, "evicted without need"
             model = kept | {key: bytes(data)}
         elif action == "open" and key in model:
@@ -201,12 +262,13 @@ def test_any_history_gives_what_the_model_gives(open_tier, history):
         elif action == "delete":
             assert store.delete([key]) == (model.pop(key, None) is not None)
         assert {chunk.key: chunk.size for chunk in store} == {key: len(data) for key, data in model.items()}
-        assert store.stats() == StoreStats(len(model), sum(map(len, model.values())), 10_000)
-        assert store.stats().bytes <= 10_000
+        assert store.stats() == StoreStats(len(model), sum(map(len, model.values())), capacity)
+        assert capacity is None or store.stats().bytes <= capacity
 
 
-def test_many_threads_share_a_store(open_tier):
-    store = open_tier(6 * SIZE)
+def test_many_threads_share_a_store(case, open_tier):
+    capacity = 6 * SIZE if case.bounded else None
+    store = open_tier(capacity)
     start = threading.Barrier(4)
 
     def work(seed):
@@ -221,12 +283,12 @@ def test_many_threads_share_a_store(open_tier):
             else:
                 with suppress(MissingChunk):
                     assert read(store, key_of(number)) == chunk_of(number)
-            assert store.stats().bytes <= 6 * SIZE
+            assert capacity is None or store.stats().bytes <= capacity
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     chunks = list(store)
-    assert store.stats() == StoreStats(len(chunks), sum(chunk.size for chunk in chunks), 6 * SIZE)
+    assert store.stats() == StoreStats(len(chunks), sum(chunk.size for chunk in chunks), capacity)
 
 
 def test_identities_are_remembered(store):

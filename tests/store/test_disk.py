@@ -18,6 +18,7 @@ from cakekv.chunk import verify_chunk
 from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
+from cakekv.store.folder import Folder
 
 from .chunks import SIZE, chunk_of, key_of, read
 
@@ -112,8 +113,8 @@ def test_room_is_made_before_the_chunk_is_written(folder, monkeypatch):
 def test_the_folder_is_not_scanned_for_every_write(folder, monkeypatch):
     store = DiskStore(folder, 10 * SIZE)
     scans = []
-    real_scan = DiskStore._scan
-    monkeypatch.setattr(DiskStore, "_scan", lambda self: scans.append(1) or real_scan(self))
+    real_scan = Folder.scan
+    monkeypatch.setattr(Folder, "scan", lambda self: scans.append(1) or real_scan(self))
     fill(store, *range(40))
     assert len(scans) <= 5
     assert store.stats().chunks == 10

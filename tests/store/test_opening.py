@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cakekv.errors import BadInput, StoreError
+from cakekv.store import opening
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import check_url, open_store
@@ -49,11 +52,11 @@ def test_a_link():
         ("?capacity=1GB", "neither a path nor"),
         ("memory:", "neither a path nor"),
         ("file:/x", "neither a path nor"),
-        ("s3://bucket", "unknown kind of store 's3'.*there are file, memory"),
+        ("ftp://host", "unknown kind of store 'ftp'.*there are az, file, gs, memory, redis"),
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),
-        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, faults, latency"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, faults, latency"),
         ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
         ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
@@ -72,6 +75,24 @@ def test_a_store_that_cannot_be_opened(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give another path"):
         open_store(str(tmp_path / "file"))
+
+
+def test_its_url_names_what_decides_its_speed_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = open_store(f"file://{tmp_path}/a@b")
+    assert plain.url is not None
+    assert f"file://{tmp_path}/a@b" in plain.url
+    assert open_store(f"{tmp_path}/a@b?capacity=1GB").url == plain.url
+    assert open_store(f"{tmp_path}/a@b?bandwidth=1MB/s").url != plain.url
+    assert open_store(f"{tmp_path}/a@b?latency=1ms").url != plain.url
+    remote = opening.Tier(lambda location, **options: MemoryStore(), {"token": str})
+    monkeypatch.setitem(opening.TIERS, "remote", remote)
+    url = open_store("remote://me:secret@host:80/bucket?token=hidden").url
+    assert url is not None
+    assert "host:80/bucket" in url
+    assert "me" not in url
+    assert "secret" not in url
+    assert "hidden" not in url
+    assert MemoryStore().url is None
 
 
 def test_a_url_is_checked_without_opening(tmp_path):

@@ -177,20 +177,41 @@ def measure_prefix(
     with DiskStore(folder) as disk:
         link = ThrottledStore(disk, math.inf)
         with Cake(engine, None, link, chunk_tokens=chunk_tokens, max_span_tokens=max_span_tokens) as cake:
-            on_run("filling the store")
-            stored_bytes = fill(cake, token_ids[:prefix_tokens])
-            on_run("finding the balanced bandwidth")
-            alone = cake.prefill(token_ids, mode="compute", save=False).report
-            balanced = stored_bytes / compute_curve(alone.spans).at(prefix_tokens)
-            points = [Point(prefix_tokens, ratio, ratio * balanced) for ratio in ratios]
-            for _ in range(repeats):
-                for point in points:
-                    link.set_bandwidth(point.bandwidth)
+            return measure_points(cake, link.set_bandwidth, token_ids, prefix_tokens, ratios, repeats, on_run)
 
-                    def on_mode(mode: Mode, ratio: float = point.bandwidth_ratio) -> None:
-                        on_run(f"{ratio:g} × balanced bandwidth, {mode}")
 
-                    point.measure(cake, token_ids, on_mode)
+def measure_points(
+    cake: Cake,
+    set_bandwidth: Callable[[float], None],
+    token_ids: Sequence[int],
+    prefix_tokens: int,
+    ratios: Sequence[float],
+    repeats: int,
+    on_run: Callable[[str], None],
+) -> list[Point]:
+    """As `measure_prefix`, over any link.
+
+    Parameters
+    ----------
+    cake : Cake
+        Fresh, with an empty store behind the link, which has no limit yet.
+    set_bandwidth : callable
+        Changes the link's bandwidth, in bytes per second.
+    """
+    on_run("filling the store")
+    stored_bytes = fill(cake, token_ids[:prefix_tokens])
+    on_run("finding the balanced bandwidth")
+    alone = cake.prefill(token_ids, mode="compute", save=False).report
+    balanced = stored_bytes / compute_curve(alone.spans).at(prefix_tokens)
+    points = [Point(prefix_tokens, ratio, ratio * balanced) for ratio in ratios]
+    for _ in range(repeats):
+        for point in points:
+            set_bandwidth(point.bandwidth)
+
+            def on_mode(mode: Mode, ratio: float = point.bandwidth_ratio) -> None:
+                on_run(f"{ratio:g} × balanced bandwidth, {mode}")
+
+            point.measure(cake, token_ids, on_mode)
     return points
 
 

@@ -9,9 +9,6 @@ from typing import NamedTuple
 
 from cakekv.restore.costs import LoadCost
 
-_KEEP = 0.8
-"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
-
 
 class Source(NamedTuple):
     """A tier to load from."""
@@ -42,6 +39,15 @@ class Load:
     """Whether the source has not begun with it yet."""
     cancelled: bool = False
     late: bool = False
+    moved: bool = False
+    """Whether it was cancelled because another source is asked for the chunk."""
+    alone: bool = True
+    """Whether the source had no other load in flight so far."""
+
+    @property
+    def why_cancelled(self) -> str:
+        """As in `LoadRecord.outcome`."""
+        return "late" if self.late else "moved" if self.moved else "overtaken"
 
 
 class Flights:
@@ -67,7 +73,12 @@ class Flights:
         """Loads per source that were given up as late and not answered yet."""
 
     def has_room(self, source: int, ahead: int = 0) -> bool:
-        """Whether the source should be given another load, if `ahead` may queue."""
+        """Whether the source should be given another load, if `ahead` may queue.
+
+        One of unknown speed is tried with a single load first, if the driver hears soon how that went.
+        """
+        if not ahead and not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
+            return False
         return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
@@ -76,9 +87,16 @@ class Flights:
 
     def begin(self, load: Load) -> None:
         """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
-        load.queued = not self.has_room(load.source)
+        for other in self.wanted(load.source):
+            other.alone = False
+        load.alone = not self._outstanding[load.source]
+        load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
+
+    def wanted(self, source: int) -> list[Load]:
+        """The loads of the source that were neither answered nor cancelled."""
+        return [load for load in self._wanted.values() if load.source == source]
 
     def of_chunk(self, chunk: int, group: int | None = None) -> Load | None:
         """The load of the chunk, or of a group of its layers, that is in flight and wanted."""
@@ -101,7 +119,7 @@ class Flights:
             self._stuck[load.source] -= 1
         cost = self._sources[load.source].cost
         news = not cost.known
-        cost.observe(size, load.began, now)
+        cost.observe(size, load.began, now, load.alone and not load.cancelled)
         return news
 
     def land(self, load: Load) -> None:
@@ -130,12 +148,16 @@ class Flights:
         Grows while the source has loads in flight and delivers nothing.
         """
         cost = self._sources[source].cost
-        expected = cost.seconds(size) if cost.known else unknown_s
+        expected = self._usual_seconds(source, size, unknown_s)
         waiting = [load.began for load in self._wanted.values() if load.source == source]
         if not waiting:
             return expected
         silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
         return max(expected, silent_s - max(expected, cost.duration(size)))
+
+    def _usual_seconds(self, source: int, size: int, unknown_s: float) -> float:
+        cost = self._sources[source].cost
+        return cost.seconds(size) if cost.known else unknown_s
 
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
         """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
@@ -152,20 +174,21 @@ class Flights:
             for load in loads:
                 each = self.busy_seconds(index, load.size, unknown_s, now)
                 shared = (now - load.began) / len(loads)
-                alone.append((max(each - shared, 0.5 * (shared - each), 0.02 * each), load))
+                overdue = shared - self._usual_seconds(index, load.size, unknown_s)
+                alone.append((max(each - shared, 0.5 * overdue, 0.02 * each), load))
             alone.sort(key=_left)
             flowing, before, ended = len(alone), 0.0, 0.0
             for left, load in alone:
                 ends = ended + (left - before) * flowing
-                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
-                ends_s[load.chunk] = _KEEP * ends
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                ends_s[load.chunk] = ends
                 flowing, before, ended = flowing - 1, left, ends
             for load in waiting:
                 if load.queued:
                     left = self.busy_seconds(index, load.size, unknown_s, now)
                     ended += left
-                    remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
-                    ends_s[load.chunk] = _KEEP * ended
+                    remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                    ends_s[load.chunk] = ended
         return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:

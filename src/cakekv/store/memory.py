@@ -1,4 +1,4 @@
-"""The memory tier: chunks in this process's RAM, the least recently used evicted first."""
+"""The memory tier: chunks in this process's RAM."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
+from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.eviction.base import Candidate, Eviction, Victims
+from cakekv.store.eviction.lru import LeastRecentlyUsed
+
+EVICTION_BATCH = 4096
+"""Among how many of the least recently used chunks the policy chooses."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    data: bytes
+    used_at: float
+    uses: int = 0
 
 
 class MemoryStore(Store):
@@ -21,6 +36,8 @@ class MemoryStore(Store):
     ----------
     capacity : int or None
         Bytes it may hold; None: no bound.
+    evict : Eviction
+        What goes first when that is not enough.
 
     Raises
     ------
@@ -30,26 +47,28 @@ class MemoryStore(Store):
 
     name = "memory"
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, evict: Eviction | None = None) -> None:
         if capacity is not None and capacity <= 0:
             raise BadInput(f"a store's capacity is at least one byte, not {capacity}")
         self.capacity = capacity
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[ChunkKey, tuple[bytes, float]] = OrderedDict()  # least recently used first
+        self._chunks: OrderedDict[ChunkKey, _Entry] = OrderedDict()  # least recently used first
+        self._victims = Victims(evict or LeastRecentlyUsed())
         self._bytes = 0
         self._identities: dict[str, dict[str, str]] = {}
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._lock:
-            return [len(self._chunks[key][0]) if key in self._chunks else None for key in keys]
+            return [len(self._chunks[key].data) if key in self._chunks else None for key in keys]
 
     def open(self, key: ChunkKey) -> ChunkReader:
         with self._lock:
             if key not in self._chunks:
                 raise MissingChunk(f"chunk {key.short}… is not in memory")
-            data, _ = self._chunks.pop(key)
-            self._chunks[key] = data, time.time()
-        return _MemoryReader(data)
+            entry = self._chunks[key]
+            entry.used_at, entry.uses = time.time(), entry.uses + 1
+            self._chunks.move_to_end(key)
+        return _MemoryReader(entry.data)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         with self._lock:
@@ -57,8 +76,8 @@ class MemoryStore(Store):
                 return False
             self._drop(key)
             while self.capacity is not None and self._bytes + len(data) > self.capacity:
-                self._drop(next(iter(self._chunks)))
-            self._chunks[key] = bytes(data), time.time()
+                self._evict()
+            self._chunks[key] = _Entry(bytes(data), time.time())
             self._bytes += len(data)
             return True
 
@@ -68,7 +87,7 @@ class MemoryStore(Store):
 
     def __iter__(self) -> Iterator[StoredChunk]:
         with self._lock:
-            chunks = [StoredChunk(key, len(data), used_at) for key, (data, used_at) in self._chunks.items()]
+            chunks = [StoredChunk(key, len(entry.data), entry.used_at) for key, entry in self._chunks.items()]
         return iter(chunks)
 
     def stats(self) -> StoreStats:
@@ -87,8 +106,21 @@ class MemoryStore(Store):
         entry = self._chunks.pop(key, None)
         if entry is None:
             return False
-        self._bytes -= len(entry[0])
+        self._bytes -= len(entry.data)
         return True
+
+    def _evict(self) -> None:
+        """Drop the chunk that is to go next."""
+        victim = self._victims.next()
+        if victim is None:
+            oldest = islice(self._chunks.items(), EVICTION_BATCH)
+            self._victims.refill((_candidate(key, entry) for key, entry in oldest), time.time())
+        elif (entry := self._chunks.get(victim.key)) and entry.used_at == victim.used_at:
+            self._drop(victim.key)
+
+
+def _candidate(key: ChunkKey, entry: _Entry) -> Candidate:
+    return Candidate(key, len(entry.data), entry.used_at, entry.uses, *peek_place(entry.data))
 
 
 class _MemoryReader(ChunkReader):

@@ -1,19 +1,28 @@
-"""Stores by URL: `memory://?capacity=2GB`, `file:///var/cache/kv?capacity=10GB&bandwidth=50MB/s`, or a plain path."""
+"""Stores by URL: `memory://?capacity=2GB`, `file:///var/cache/kv?capacity=10GB&bandwidth=50MB/s`, `redis://host:6379`,
+or a plain path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, urlsplit
 
-from cakekv.errors import BadInput
-from cakekv.quantities import parse_bandwidth, parse_bytes, parse_duration
+from cakekv.errors import BadInput, StoreError
+from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
+from cakekv.store.composition import read_composition
 from cakekv.store.disk import DiskStore
+from cakekv.store.eviction import policy_named
 from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.memory import MemoryStore
+from cakekv.store.striped import StripedStore
+from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
 
 Options = dict[str, Callable[[str], Any]]
@@ -23,7 +32,7 @@ class Tier(NamedTuple):
     """How to open one kind of store."""
 
     open: Callable[..., Store]
-    """Takes what stands between "://" and "?", and the options given, by name."""
+    """Takes what stands between "://" and "?", as it was written, and the options given, by name."""
     options: Options
     """The options it takes, each with what parses its value."""
 
@@ -37,15 +46,107 @@ def _open_memory(location: str, **options: Any) -> Store:
 def _open_file(location: str, **options: Any) -> Store:
     if not location.startswith("/"):
         raise BadInput(f"file://{location} is not absolute: write file:///a/folder, or a plain path")
-    return DiskStore(location, **options)
+    folders = [unquote(location), *options.pop("stripe", ())]
+    if len(set(folders)) < len(folders):
+        raise BadInput(f"a folder is given twice in {', '.join(folders)}")
+    if len(folders) == 1:
+        return DiskStore(folders[0], **options)
+    if "capacity" in options:
+        options["capacity"] = max(1, options["capacity"] // len(folders))
+    return StripedStore([DiskStore(folder, **options) for folder in folders])
 
+
+def _open_tiered(location: str) -> Store:
+    if not location.startswith("/"):
+        raise BadInput(f"tiered://{location} is not absolute: write tiered:///a/file.toml")
+    return read_composition(Path(unquote(location)), open_store)
+
+
+def _parse_folders(text: str) -> list[str]:
+    folders = text.split(",")
+    if not all(folder.startswith("/") for folder in folders):
+        raise BadInput(f"{text!r} are not absolute paths with commas between them, such as /b/kv,/c/kv")
+    return folders
+
+
+def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
+    try:
+        place = urlsplit(f"redis://{location}")
+        database = int(place.path[1:] or 0)
+        port = place.port
+    except ValueError:
+        port, database = None, -1
+    if database < 0 or not place.hostname:
+        raise BadInput("write a Redis store as redis://HOST, redis://HOST:PORT/DATABASE or redis://USER:PASSWORD@HOST")
+    with _extra("redis"):
+        from cakekv.store.redis import DEFAULT_PORT, RedisStore
+    password = unquote(place.password) if place.password else os.environ.get("REDISCLI_AUTH")
+    return RedisStore(
+        place.hostname,
+        port or DEFAULT_PORT,
+        database=database,
+        username=unquote(place.username) if place.username else None,
+        password=password or None,
+        tls=tls,
+        **_renamed(options),
+    )
+
+
+def _open_bucket(location: str, *, scheme: str, **options: Any) -> Store:
+    bucket, _, prefix = unquote(location).partition("/")
+    if not bucket or "@" in location:
+        raise BadInput(
+            f"write it as {scheme}://BUCKET or {scheme}://BUCKET/PREFIX; credentials come from the environment"
+        )
+    with _extra("s3"):
+        from cakekv.store import s3
+    openers: dict[str, Callable[..., Store]] = {"s3": s3.open_s3, "gs": s3.open_gcs, "az": s3.open_azure}
+    return openers[scheme](bucket, prefix.strip("/"), **_renamed(options))
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in options.items()}
+
+
+_RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
+
+_BOUNDED: Options = {"capacity": parse_bytes, "evict": policy_named}
+_REDIS: Options = {
+    "cluster": parse_switch,
+    "prefix": str,
+    "ttl": parse_duration,
+    "timeout": parse_duration,
+}
+_S3: Options = {
+    "endpoint": str,
+    "region": str,
+    "path_style": parse_switch,
+    "http": parse_switch,
+    "ca": str,
+    "timeout": parse_duration,
+}
+_TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
-    "memory": Tier(_open_memory, {"capacity": parse_bytes}),
-    "file": Tier(_open_file, {"capacity": parse_bytes}),
+    "memory": Tier(_open_memory, _BOUNDED),
+    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders}),
+    "redis": Tier(_open_redis, _REDIS),
+    "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
+    "valkey": Tier(_open_redis, _REDIS),
+    "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
+    "tiered": Tier(_open_tiered, {}),
+    "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
+    "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
+    "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
-EXPERIMENTS: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "faults": parse_faults}
-"""Options of every tier, for experiments and tests: a link to put it behind, and what is to go wrong with it."""
+COMMON: Options = {
+    "bandwidth": parse_bandwidth,
+    "latency": parse_duration,
+    "faults": parse_faults,
+    "skip_head": parse_count,
+}
+"""Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; and tokens
+at the front of a prompt whose chunks it shall not keep."""
 
 
 def open_store(url: str) -> Store:
@@ -67,10 +168,17 @@ def open_store(url: str) -> Store:
     scheme, location, options = _parse_url(url)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
     faults = options.pop("faults", None)
+    skip_head = options.pop("skip_head", 0)
     store = TIERS[scheme].open(location, **options)
+    if skip_head:
+        store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
-    return store if faults is None else FaultyStore(store, faults)
+    if faults is not None:
+        store = FaultyStore(store, faults)
+    place = unquote(location) if scheme == "file" else location.rpartition("@")[2]  # a folder's name may hold an "@"
+    store.url = f"{scheme}://{place}?bandwidth={bandwidth}&latency={latency}"
+    return store
 
 
 def check_url(url: str) -> None:
@@ -84,13 +192,25 @@ def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     scheme, separator, location = place.partition("://")
     if not separator:
         if not place or place.partition(":")[0] in TIERS:
-            raise BadInput(f"{url!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
-        scheme, location = "file", str(Path(place).expanduser().absolute())
-    else:
-        location = unquote(location)
+            raise BadInput(f"{shown(url)!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
+        scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
     if scheme not in TIERS:
-        raise BadInput(f"unknown kind of store {scheme!r} in {url!r}; there are {', '.join(sorted(TIERS))}")
-    return scheme, location, _parse_options(url, query, TIERS[scheme].options | EXPERIMENTS)
+        raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
+    return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
+
+
+def shown(url: str) -> str:
+    """A URL for messages: without user name and password."""
+    return re.sub(r"(?<=://)[^?]*@", "…@", url)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say what to install if the client library of a tier is not there."""
+    try:
+        yield
+    except ImportError as error:
+        raise StoreError(f"this kind of store needs more packages ({error}): pip install 'cakekv[{name}]'") from error
 
 
 def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
@@ -98,11 +218,11 @@ def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
     for item in filter(None, query.split("&")):
         name, _, value = item.partition("=")
         if name not in known:
-            raise BadInput(f"unknown option {name!r} in {url!r}; there are {', '.join(sorted(known))}")
+            raise BadInput(f"unknown option {name!r} in {shown(url)!r}; there are {', '.join(sorted(known))}")
         if name in options:
-            raise BadInput(f"option {name!r} is given twice in {url!r}")
+            raise BadInput(f"option {name!r} is given twice in {shown(url)!r}")
         try:
             options[name] = known[name](unquote(value))
         except BadInput as error:
-            raise BadInput(f"option {name!r} in {url!r}: {error}") from error
+            raise BadInput(f"option {name!r} in {shown(url)!r}: {error}") from error
     return options

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Store
+from cakekv.store.wrapper import WrappedStore
 
 SLICE_S = 0.01
 """Seconds of the link that are handed out at a time."""
@@ -18,7 +19,7 @@ GRACE_S = 0.02
 work between two reads is made up for. An idle link saves up nothing."""
 
 
-class ThrottledStore(Store):
+class ThrottledStore(WrappedStore):
     """Another store whose reads share a link. Writes are as fast as ever.
 
     Readers take turns, one slice of about 10 ms each. Turns follow an absolute schedule, so that the bandwidth is
@@ -41,8 +42,6 @@ class ThrottledStore(Store):
         The bandwidth is not positive, or the latency negative or infinite.
     """
 
-    parallel_reads = 2
-
     def __init__(
         self,
         inner: Store,
@@ -54,9 +53,9 @@ class ThrottledStore(Store):
     ) -> None:
         if not 0 <= latency_s < math.inf:
             raise BadInput(f"a latency is a finite number of seconds from 0 on, not {latency_s}")
-        self.name = inner.name
+        super().__init__(inner)
+        self.parallel_reads = 2
         self.latency_s = latency_s
-        self._inner = inner
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
@@ -81,27 +80,6 @@ class ThrottledStore(Store):
 
     def open(self, key: ChunkKey) -> ChunkReader:
         return _ThrottledReader(self, self._inner.open(key))
-
-    def write(self, key: ChunkKey, data: memoryview) -> bool:
-        return self._inner.write(key, data)
-
-    def delete(self, keys: Sequence[ChunkKey]) -> int:
-        return self._inner.delete(keys)
-
-    def __iter__(self) -> Iterator[StoredChunk]:
-        return iter(self._inner)
-
-    def stats(self) -> StoreStats:
-        return self._inner.stats()
-
-    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
-        self._inner.remember_identity(root, fields)
-
-    def identities(self) -> dict[str, dict[str, str]]:
-        return self._inner.identities()
-
-    def close(self) -> None:
-        self._inner.close()
 
     def wait_latency(self) -> None:
         """Let a round trip pass."""

@@ -74,7 +74,7 @@ class SharedCost(ComputeCost):
         self._share = 1.0
 
     @property
-    def known(self) -> bool:  # type: ignore[override]
+    def known(self) -> bool:
         """Whether any step was measured."""
         return self._costs.cost.known
 

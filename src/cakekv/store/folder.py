@@ -1,0 +1,234 @@
+"""The folder behind the disk tier: one file per chunk, shared by any number of processes of one machine.
+
+    cakekv-store.json      names the version of this arrangement
+    cakekv.lock            flock'ed around every change; holds how many chunks and bytes are stored
+    chunks/ab/cdef….chunk  complete chunks, named by their keys; the modification time says when one was last used
+    incoming/SIZE-….tmp    chunks being written, each flock'ed by its writer as long as that lives
+    identities/ROOT.json   whose chunks these are
+
+A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
+lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cakekv.chunk import PEEK_BYTES, peek_place
+from cakekv.errors import StoreError
+from cakekv.keys import ChunkKey
+from cakekv.store.base import StoredChunk
+from cakekv.store.durable import make_folder, write_file
+
+STORE_VERSION = 1
+MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
+
+_SHARD_NAME = re.compile(r"[0-9a-f]{2}")
+_CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")
+_TEMPORARY_NAME = re.compile(r"([0-9]{1,19})-[0-9a-f]{16}\.tmp")
+
+_COUNTS = struct.Struct("<8sQQ")
+_SETTLED, _CHANGING = b"settled\0", b"changing"
+
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+"""Errors that mean there is no such file."""
+OPEN_CHUNK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Not blocking, so that a pipe in a chunk's place does not hang the reader."""
+
+
+@dataclass
+class Counts:
+    """What a folder holds."""
+
+    chunks: int = 0
+    bytes: int = 0
+
+
+class Folder:
+    """A store's folder. What changes it has to hold its lock; system errors come through as they are.
+
+    Parameters
+    ----------
+    path : path
+        Absolute.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def claim(self) -> None:
+        """Make the folder a store, unless it is one already; refuse one that is something else."""
+        ours = {MARKER, f"{MARKER}.new", LOCK, CHUNKS, INCOMING, IDENTITIES}
+        # Looked at before the lock file is made, so that a foreign folder is left as it was.
+        self._refuse_if_foreign(allowed=ours)
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            marker = self.path / MARKER
+            if marker.exists():
+                with marker.open("rb") as stream:
+                    text = stream.read(100).decode(errors="replace")
+                if text != _marker_text():
+                    raise StoreError(
+                        f"{self.path} holds a store of another version ({text!r} instead of {_marker_text()!r}). "
+                        "Give another folder, or delete this one if its chunks are no longer needed."
+                    )
+            else:
+                self._refuse_if_foreign(allowed={f"{MARKER}.new", LOCK})
+                write_file(marker, _marker_text())
+            for name in (CHUNKS, INCOMING, IDENTITIES):
+                make_folder(self.path / name)
+            # Whoever locks next counts anew: someone's `rm` may have made the counts wrong.
+            os.pwrite(descriptor, _COUNTS.pack(_CHANGING, 0, 0), 0)
+        finally:
+            os.close(descriptor)
+
+    def _refuse_if_foreign(self, allowed: set[str]) -> None:
+        names = set(os.listdir(self.path))
+        foreign = sorted(names - allowed)
+        if foreign and MARKER not in names:
+            raise StoreError(
+                f"{self.path} is not a cakekv store, and not empty: it holds {foreign[0]!r}. "
+                "Give an empty or a new folder."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[Counts]:
+        """Hold the folder against all other threads and processes; what is done to the counts is kept."""
+        # A descriptor of its own each time: a flock belongs to the open file, which threads and forks would share.
+        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            counts = Counts()
+            state = os.pread(descriptor, _COUNTS.size, 0)
+            if len(state) == _COUNTS.size and state.startswith(_SETTLED):
+                _, counts.chunks, counts.bytes = _COUNTS.unpack(state)
+            else:
+                for _ in self.counted(counts):
+                    pass
+            os.pwrite(descriptor, _COUNTS.pack(_CHANGING, 0, 0), 0)
+            yield counts
+            if min(counts.chunks, counts.bytes) >= 0:  # else someone put chunks there by hand: count again next time
+                os.pwrite(descriptor, _COUNTS.pack(_SETTLED, counts.chunks, counts.bytes), 0)
+        finally:
+            os.close(descriptor)
+
+    def file(self, key: ChunkKey) -> Path:
+        """Where a chunk is, or would be."""
+        name = key.hex()
+        return self.path / CHUNKS / name[:2] / f"{name[2:]}.chunk"
+
+    def size(self, key: ChunkKey) -> int | None:
+        """Bytes of a chunk; None if it is not stored."""
+        try:
+            status = os.lstat(self.file(key))
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def scan(self) -> Iterator[StoredChunk]:
+        """All chunks."""
+        with os.scandir(self.path / CHUNKS) as shards:
+            for shard in shards:
+                if _SHARD_NAME.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
+                    with os.scandir(shard.path) as files:
+                        yield from filter(None, (_stored(shard.name, file) for file in files))
+
+    def reserved(self) -> int:
+        """Bytes that living writers have yet to turn into chunks. What dead ones left behind is removed."""
+        reserved = 0
+        for file in (self.path / INCOMING).iterdir():
+            name = _TEMPORARY_NAME.fullmatch(file.name)
+            if name and _is_written(file):
+                reserved += int(name[1])
+            elif name:
+                file.unlink(missing_ok=True)
+        return reserved
+
+    def counted(self, counts: Counts) -> Iterator[StoredChunk]:
+        """All chunks, counted afresh as they go by."""
+        counts.chunks = counts.bytes = 0
+        for chunk in self.scan():
+            counts.chunks += 1
+            counts.bytes += chunk.size
+            yield chunk
+
+    def peek_place(self, key: ChunkKey) -> tuple[int, int]:
+        """As `chunk.peek_place`."""
+        try:
+            descriptor = os.open(self.file(key), OPEN_CHUNK)
+        except OSError:
+            return peek_place(b"")
+        try:
+            return peek_place(os.pread(descriptor, PEEK_BYTES, 0))
+        finally:
+            os.close(descriptor)
+
+    def remove(self, key: ChunkKey, counts: Counts) -> bool:
+        """Remove a chunk. Returns whether there was one."""
+        size = self.size(key)
+        if size is None:
+            return False
+        self.file(key).unlink()
+        counts.chunks -= 1
+        counts.bytes -= size
+        return True
+
+    def new_temporary(self, size: int) -> tuple[Path, int]:
+        """A file that reserves `size` bytes until it is published or its writer is gone."""
+        file = self.path / INCOMING / f"{size}-{secrets.token_hex(8)}.tmp"
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return file, descriptor
+
+    def publish(self, temporary: Path, key: ChunkKey) -> int | None:
+        """Give a written chunk its name. Returns the size of the chunk that had it before, if one did."""
+        replaced = self.size(key)
+        file = self.file(key)
+        make_folder(file.parent)
+        temporary.replace(file)
+        return replaced
+
+
+def _marker_text() -> str:
+    return json.dumps({"cakekv_store": STORE_VERSION})
+
+
+def _stored(shard: str, file: os.DirEntry[str]) -> StoredChunk | None:
+    """The chunk in a file; None if it is no chunk, or gone since the folder was listed."""
+    name = _CHUNK_NAME.fullmatch(file.name)
+    if not name or not file.is_file(follow_symlinks=False):
+        return None
+    try:
+        status = file.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return StoredChunk(ChunkKey(bytes.fromhex(shard + name[1])), status.st_size, status.st_mtime)
+
+
+def _is_written(file: Path) -> bool:
+    """Whether the writer of a temporary file is alive."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

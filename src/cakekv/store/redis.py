@@ -1,0 +1,351 @@
+"""The Redis tier: chunks in a Redis or Valkey server, or a cluster of them, shared by everyone who can reach it.
+
+    {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GETRANGE
+    {prefix}identities  a hash: whose chunks these are
+
+How much is kept, and what goes first, is the server's business (`maxmemory`, `maxmemory-policy`).
+
+redis-py connects, authenticates and pools. The bytes of a chunk are received by this file, straight into the buffer
+they are wanted in: redis-py's own replies are copied several times, at a fifth of the speed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.retry import Retry
+
+from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.keys import ChunkKey
+from cakekv.quantities import format_bytes
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.identities import decode_note, encode_note, is_root
+from cakekv.store.sizes import FoundSizes
+
+DEFAULT_PORT = 6379
+TIMEOUT_S = 5.0
+_SLICE_BYTES = 1 << 20
+_BATCH = 1000
+"""Chunks per round trip when all are listed."""
+
+
+class RedisStore(Store):
+    """Chunks in a Redis or Valkey server.
+
+    Parameters
+    ----------
+    host, port : str, int
+        The server, or any node of the cluster.
+    database : int
+        Number of the database; a cluster has only 0.
+    username, password : str or None
+        Never shown in messages.
+    tls : bool
+        Whether to connect by TLS. The server's certificate and name are always checked.
+    ca : str or None
+        File of the certificates to trust instead of the system's.
+    certificate, private_key : str or None
+        Files that this client shows to a server that asks for them.
+    cluster : bool
+        Whether the server is a node of a cluster.
+    prefix : str
+        Beginning of all names used in the server.
+    ttl_s : float or None
+        Seconds after which a chunk is forgotten; None: never.
+    timeout_s : float
+        Seconds that may pass without progress in connecting, sending or receiving, and at most between a request for
+        up to 1 MiB and the end of its answer.
+
+    Raises
+    ------
+    BadInput
+        A parameter is out of range.
+    StoreError
+        The server cannot be reached, or refuses this client.
+    """
+
+    name = "redis"
+    parallel_reads = 4
+
+    def __init__(
+        self,
+        host: str,
+        port: int = DEFAULT_PORT,
+        *,
+        database: int = 0,
+        username: str | None = None,
+        password: str | None = None,
+        tls: bool = False,
+        ca: str | None = None,
+        certificate: str | None = None,
+        private_key: str | None = None,
+        cluster: bool = False,
+        prefix: str = "cakekv:",
+        ttl_s: float | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        if timeout_s <= 0 or (ttl_s is not None and ttl_s < 0.001):
+            raise BadInput("a Redis store's timeout is more than 0 s, and its ttl, if any, at least 1 ms")
+        if cluster and database:
+            raise BadInput(f"a Redis cluster has no database but 0, not {database}")
+        self._where = f"redis{'s' if tls else ''}://{host}:{port}" + (f"/{database}" if database else "")
+        self._prefix = prefix
+        self._ttl_ms = None if ttl_s is None else int(ttl_s * 1000)
+        self._timeout_s = timeout_s
+        options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "username": username,
+            "password": password,
+            "protocol": 2,  # in which nothing comes unasked
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "retry": Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
+        }
+        if tls:
+            options |= {"ssl": True, "ssl_ca_certs": ca, "ssl_certfile": certificate, "ssl_keyfile": private_key}
+        self._is_cluster = cluster
+        self._found = FoundSizes()
+        self._client: Any
+        with self._explained("open the store"):
+            self._client = RedisCluster(**options) if cluster else redis.Redis(db=database, **options)
+            self._client.ping()
+
+    def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        with self._explained("look for chunks"):
+            sizes = [size or None for size in self._sizes([self._name(key) for key in keys])]
+        self._found.note(keys, sizes)
+        return sizes
+
+    def open(self, key: ChunkKey) -> ChunkReader:
+        size = self._found.take(key)
+        if size is None:
+            with self._explained(f"open chunk {key.short}…"):
+                size = self._client.strlen(self._name(key))
+        if not size:
+            raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
+        return _RedisReader(self, key, size)
+
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
+        self._found.forget([key])
+        expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
+        with self._explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
+            name = self._name(key)
+            try:
+                with self._connection(name) as connection:
+                    packed = connection.pack_command("SET", name, data, *expiry)
+                    connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
+                    connection.read_response()
+            except (exceptions.AskError, exceptions.MovedError):
+                self._client.set(name, data.tobytes(), px=self._ttl_ms)
+        return True
+
+    def delete(self, keys: Sequence[ChunkKey]) -> int:
+        if not keys:
+            return 0
+        self._found.forget(keys)
+        with self._explained("delete chunks"), self._client.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.unlink(self._name(key))
+            return sum(pipeline.execute())
+
+    def __iter__(self) -> Iterator[StoredChunk]:
+        """See `Store`; `used_at` is 0 where the server's eviction policy keeps no such time."""
+        with self._explained("list the chunks"):
+            for keys in self._scan():
+                names = [self._name(key) for key in keys]
+                with self._client.pipeline(transaction=False) as pipeline:
+                    for name in names:
+                        pipeline.object("IDLETIME", name)
+                    idle = pipeline.execute(raise_on_error=False)
+                now = time.time()
+                for key, idle_s, size in zip(keys, idle, self._sizes(names), strict=True):
+                    if size:
+                        yield StoredChunk(key, size, now - idle_s if isinstance(idle_s, int) else 0.0)
+
+    def stats(self) -> StoreStats:
+        with self._explained("count the chunks"):
+            chunks = size = 0
+            for keys in self._scan():
+                sizes = [size for size in self._sizes([self._name(key) for key in keys]) if size]
+                chunks += len(sizes)
+                size += sum(sizes)
+            return StoreStats(chunks, size, None)
+
+    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
+        """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
+        note = encode_note(root, fields)
+        with self._explained("note an identity"):
+            self._client.hset(f"{self._prefix}identities", root, note)
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        """See `Store`; notes that are damaged are left out."""
+        found = {}
+        with self._explained("read the identities"):
+            for name, note in self._client.hscan_iter(f"{self._prefix}identities"):
+                root, fields = name.decode(errors="replace"), decode_note(note)
+                if fields is not None and is_root(root):
+                    found[root] = fields
+        return found
+
+    def close(self) -> None:
+        self._client.close()
+        if not self._is_cluster:
+            self._client.connection_pool.disconnect()
+
+    def read_range(self, key: ChunkKey, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with a chunk's bytes from `offset` on; raises `MissingChunk` if they are not there any more."""
+        name, end = self._name(key), offset + len(buffer) - 1
+        with self._explained(f"read chunk {key.short}…"):
+            with self._connection(name) as connection:
+                connection.send_command("GETRANGE", name, offset, end)
+                received = _receive(connection, buffer, time.monotonic() + self._timeout_s)
+                if not received:  # another answer: redis-py knows what it means
+                    connection.disconnect()
+            if not received:
+                data = self._client.getrange(name, offset, end)
+                if len(data) != len(buffer):
+                    raise MissingChunk(f"chunk {key.short}… was evicted from {self._where}, or replaced, meanwhile")
+                buffer[:] = data
+
+    def _name(self, key: ChunkKey) -> str:
+        return f"{self._prefix}chunk:{key.hex()}"
+
+    def _sizes(self, names: Sequence[str]) -> list[int]:
+        """Length of each string, 0 where there is none, in one round trip."""
+        if not names:
+            return []
+        with self._client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.strlen(name)
+            return list(pipeline.execute())
+
+    def _scan(self) -> Iterator[list[ChunkKey]]:
+        """The keys of all chunks, each once, in batches."""
+        beginning = f"{self._prefix}chunk:"
+        pattern = re.compile(re.escape(beginning.encode()) + rb"([0-9a-f]{64})")
+        seen: set[ChunkKey] = set()  # SCAN may name a key twice
+        batch: list[ChunkKey] = []
+        for name in self._client.scan_iter(match=re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "*", count=_BATCH):
+            match = pattern.fullmatch(name)
+            key = ChunkKey(bytes.fromhex(match[1].decode())) if match else None
+            if key is None or key in seen:
+                continue
+            seen.add(key)
+            batch.append(key)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        yield batch
+
+    @contextmanager
+    def _connection(self, name: str) -> Iterator[Any]:
+        """A pooled connection to the server that holds `name`; unless the block ends well, it is not used again."""
+        client = self._client
+        if self._is_cluster:
+            client = client.get_redis_connection(client.get_node_from_key(name))
+        connection = client.connection_pool.get_connection()
+        try:
+            yield connection
+        except exceptions.ResponseError:
+            raise  # a whole answer: nothing of it is left in the connection
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            client.connection_pool.release(connection)
+
+    @contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        """Turn an error of redis-py or the system into the store's own."""
+        try:
+            yield
+        except (exceptions.RedisError, OSError) as error:
+            kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise kind(f"cannot {action} in {self._where}: {reason}. {advice}") from error
+
+
+_ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
+    (
+        exceptions.OutOfMemoryError,
+        StoreFull,
+        "The server's maxmemory is used up and its policy evicts nothing: set maxmemory-policy to allkeys-lru, "
+        "or raise maxmemory.",
+    ),
+    (
+        (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError),
+        StoreError,
+        "Check user name and password (redis://USER:PASSWORD@HOST, or REDISCLI_AUTH in the environment), and what "
+        "this user may do.",
+    ),
+    (
+        (exceptions.TimeoutError, TimeoutError),
+        StoreError,
+        "The server does not answer in time: see whether it hangs, or give a longer timeout=.",
+    ),
+    (
+        (exceptions.ConnectionError, exceptions.RedisClusterException, OSError),
+        StoreError,
+        "See whether the server runs there and can be reached, and whether it wants TLS (rediss://).",
+    ),
+    (Exception, StoreError, "See the server's log."),
+]
+"""What to say of an error: the first line that fits."""
+
+
+class _RedisReader(ChunkReader):
+    slice_bytes = _SLICE_BYTES
+
+    def __init__(self, store: RedisStore, key: ChunkKey, size: int) -> None:
+        self.size = size
+        self._store = store
+        self._key = key
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        wanted = max(0, min(len(buffer), self.size - offset))
+        for start in range(0, wanted, _SLICE_BYTES):
+            part = buffer[start : min(start + _SLICE_BYTES, wanted)]
+            self._store.read_range(self._key, part, offset + start)
+        return wanted
+
+
+def _receive(connection: Any, buffer: memoryview, deadline: float) -> bool:
+    """Receive the answer to a GETRANGE into `buffer`. False if it is another answer than that many bytes."""
+    stream = connection._sock  # redis-py has no public way to it
+    expected = b"$%d\r\n" % len(buffer)
+    head = memoryview(bytearray(len(expected)))
+    done = 0
+    while done < len(head):
+        done += _receive_some(stream, head[done:], deadline)
+        if not expected.startswith(head[:done]):
+            return False
+    for part in (buffer, memoryview(bytearray(2))):
+        done = 0
+        while done < len(part):
+            done += _receive_some(stream, part[done:], deadline)
+    return True
+
+
+def _receive_some(stream: Any, buffer: memoryview, deadline: float) -> int:
+    count: int = stream.recv_into(buffer)
+    if not count:
+        raise exceptions.ConnectionError("the server closed the connection in mid-answer")
+    if time.monotonic() > deadline:
+        raise exceptions.TimeoutError("the answer is too slow")
+    return count
+
+
+def _sliced(parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), _SLICE_BYTES):
+            yield view[start : start + _SLICE_BYTES]

@@ -1,0 +1,303 @@
+"""Several tiers as one store: fast ones in front, large ones behind; all of them loaded from at once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from typing import NamedTuple, TypeVar
+
+from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.keys import ChunkKey
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.member import Member
+from cakekv.store.wrapper import WrappedStore
+
+Answer = TypeVar("Answer")
+
+QUEUE_CHUNKS = 1 << 16
+"""Chunks that may wait to be copied to a tier. More than that are not copied, and counted."""
+PROMOTIONS = 64
+"""Chunks that may wait in memory to be copied to a faster tier. More than that are not."""
+_LOOK_S = 0.02
+
+
+class Writing(Enum):
+    """How new chunks get into a tier."""
+
+    THROUGH = "through"
+    """Before `write` returns."""
+    BACK = "back"
+    """Later, out of a tier in front of it."""
+    NEVER = "never"
+
+
+class TierPlan(NamedTuple):
+    """One tier of a tiered store."""
+
+    member: Member
+    write: Writing = Writing.THROUGH
+    promote: bool = True
+    """Whether chunks that were found behind this tier are copied into it when they are used."""
+
+
+class TieredStore(Store):
+    """Several tiers, the fastest first.
+
+    Nothing that goes wrong in one tier is a matter for the others. Copies, back to slower tiers and up to faster ones,
+    are made behind the scenes, one thread per tier; what cannot be copied is counted in `uncopied`.
+
+    Parameters
+    ----------
+    plan : sequence of TierPlan
+        The tiers. They are closed with this store.
+
+    Raises
+    ------
+    BadInput
+        There are no tiers, or none is written through.
+    """
+
+    name = "tiered"
+
+    def __init__(self, plan: Sequence[TierPlan]) -> None:
+        if not any(tier.write is Writing.THROUGH for tier in plan):
+            raise BadInput("a tiered store needs a tier that is written through, to write to and to copy from")
+        self._plan = list(plan)
+        self._members = [tier.member for tier in plan]
+        self._copiers = [_Copier(tier.member, self._read) for tier in plan]
+        self._promoting = [
+            [copier for tier, copier in zip(plan[:index], self._copiers, strict=False) if tier.promote]
+            for index in range(len(plan))
+        ]
+        self.parallel_reads = sum(member.parallel_reads for member in self._members)
+
+    @property
+    def tiers(self) -> Sequence[Store]:
+        return [_Promoting(*pair) for pair in zip(self._members, self._promoting, strict=True)]
+
+    @property
+    def uncopied(self) -> int:
+        """Chunks that should have been copied to a tier and could not be."""
+        return sum(copier.uncopied for copier in self._copiers)
+
+    def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        """See `Store`; raises `StoreError` only if no tier can be asked."""
+        sizes: list[int | None] = [None] * len(keys)
+        answers = self._each(lambda member: member.lookup(keys))
+        for answer in answers:
+            sizes = [size if size is not None else other for size, other in zip(sizes, answer, strict=True)]
+        return sizes
+
+    def open(self, key: ChunkKey) -> ChunkReader:
+        trouble: StoreError | None = None
+        for tier in self.tiers:
+            try:
+                return tier.open(key)
+            except MissingChunk:
+                continue
+            except StoreError as error:
+                trouble = error
+        raise trouble or MissingChunk(f"chunk {key.short}… is in no tier")
+
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
+        """See `Store`; True once a tier has it. If none of those that are written through do, the others are asked."""
+        kept, trouble = False, None
+        for writing in (Writing.THROUGH, Writing.BACK):
+            for tier, copier in zip(self._plan, self._copiers, strict=True):
+                if tier.write is not writing:
+                    continue
+                if kept and writing is Writing.BACK:
+                    copier.copy(key)
+                    continue
+                try:
+                    kept |= tier.member.write(key, data)
+                except StoreError as error:
+                    trouble = error
+        if not kept and trouble is not None:
+            raise trouble
+        return kept
+
+    def delete(self, keys: Sequence[ChunkKey]) -> int:
+        unique = list(dict.fromkeys(keys))
+        stored = sum(size is not None for size in self.lookup(unique))
+        self._each(lambda member: member.delete(unique))
+        return stored
+
+    def __iter__(self) -> Iterator[StoredChunk]:
+        """See `Store`; a chunk that is in several tiers comes once."""
+        seen: set[ChunkKey] = set()
+        for chunks in self._each(list):
+            for chunk in chunks:
+                if chunk.key not in seen:
+                    seen.add(chunk.key)
+                    yield chunk
+
+    def stats(self) -> StoreStats:
+        """See `Store`; each chunk counts once."""
+        sizes = [chunk.size for chunk in self]
+        return StoreStats(len(sizes), sum(sizes), None)
+
+    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
+        for tier in self._plan:
+            if tier.write is not Writing.NEVER:
+                with suppress(StoreError):  # it only serves to explain misses
+                    tier.member.remember_identity(root, fields)
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        return {
+            root: fields for notes in self._each(lambda member: member.identities()) for root, fields in notes.items()
+        }
+
+    def flush(self) -> None:
+        """Wait until all copies are made, or given up."""
+        for copier in self._copiers:
+            copier.flush()
+
+    def close(self) -> None:
+        """Finish copying, and close the tiers."""
+        for copier in self._copiers:
+            copier.close()
+        for member in self._members:
+            member.close()
+
+    def _each(self, operation: Callable[[Member], Answer]) -> list[Answer]:
+        """The answers of those tiers that give one; raises what the last one said if none does."""
+        answers, trouble = [], None
+        for member in self._members:
+            try:
+                answers.append(operation(member))
+            except StoreError as error:
+                trouble = error
+        if not answers and trouble is not None:
+            raise trouble
+        return answers
+
+    def _read(self, key: ChunkKey, to: Member) -> memoryview | None:
+        """A chunk's bytes, from the first tier but one that has it; None if none does."""
+        for member in self._members:
+            if member is not to:
+                with suppress(StoreError), member.open(key) as reader:
+                    buffer = memoryview(bytearray(reader.size))
+                    if reader.read_into(buffer, 0) == reader.size:
+                        return buffer
+        return None
+
+
+class _Promoting(WrappedStore):
+    """One of the tiers. What is read from it goes to the ones in front of it, too."""
+
+    def __init__(self, inner: Store, copiers: Sequence[_Copier]) -> None:
+        super().__init__(inner)
+        self._copiers = copiers
+
+    def open(self, key: ChunkKey) -> ChunkReader:
+        reader = self._inner.open(key)
+        copiers = [copier for copier in self._copiers if copier.has_room]
+        return _PromotingReader(reader, key, copiers) if copiers else reader
+
+    def close(self) -> None:
+        """Nothing: the tiered store closes its tiers."""
+
+
+class _PromotingReader(ChunkReader):
+    """Keeps what is read, and hands it on if that is the whole chunk in the end."""
+
+    def __init__(self, inner: ChunkReader, key: ChunkKey, copiers: Sequence[_Copier]) -> None:
+        self.size = inner.size
+        self.slice_bytes = inner.slice_bytes
+        self._inner = inner
+        self._key = key
+        self._copiers = copiers
+        self._data = bytearray()
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        count = self._inner.read_into(buffer, offset)
+        if offset == len(self._data):
+            self._data += buffer[:count]
+        return count
+
+    def close(self) -> None:
+        self._inner.close()
+        if len(self._data) == self.size:
+            for copier in self._copiers:
+                copier.promote(self._key, bytes(self._data))
+        self._data = bytearray()
+
+
+class _Copier:
+    """Writes chunks into a tier, one after the other, in a thread of its own."""
+
+    def __init__(self, member: Member, read: Callable[[ChunkKey, Member], memoryview | None]) -> None:
+        self._member = member
+        self._read = read
+        self._queue: queue.Queue[tuple[ChunkKey, bytes | None] | None] = queue.Queue(QUEUE_CHUNKS)
+        self._promotions = 0
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closing = False
+        self.uncopied = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it would take a promotion."""
+        return self._promotions < PROMOTIONS and self._member.is_up
+
+    def copy(self, key: ChunkKey) -> None:
+        """Copy a chunk from another tier, once this one is up."""
+        self._put((key, None))
+
+    def promote(self, key: ChunkKey, data: bytes) -> None:
+        """Write these bytes, unless the tier has them or is down."""
+        with self._lock:
+            self._promotions += 1
+        self._put((key, data))
+
+    def flush(self) -> None:
+        """Wait until nothing is left to do, or nothing can be done."""
+        while self._queue.unfinished_tasks and self._member.is_up:
+            time.sleep(_LOOK_S)
+
+    def close(self) -> None:
+        """Finish what can be done, and stop."""
+        self._closing = True
+        self._put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _put(self, job: tuple[ChunkKey, bytes | None] | None) -> None:
+        with self._lock:
+            if self._thread is None and job is not None:
+                self._thread = threading.Thread(target=self._work, name=f"cakekv-copy-{self._member.name}", daemon=True)
+                self._thread.start()
+        try:
+            self._queue.put(job, block=job is None and self._thread is not None)
+        except queue.Full:
+            if job is not None:
+                self.uncopied += 1
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                self._perform(*job)
+            except StoreError:
+                self.uncopied += 1
+            finally:
+                self._queue.task_done()
+
+    def _perform(self, key: ChunkKey, data: bytes | None) -> None:
+        if data is not None:
+            with self._lock:
+                self._promotions -= 1
+            if self._member.lookup([key])[0] is None:
+                self._member.write(key, memoryview(data))
+            return
+        while not self._member.is_up and not self._closing:
+            time.sleep(_LOOK_S)
+        if self._member.lookup([key])[0] is None:
+            found = self._read(key, self._member)
+            if found is None or not self._member.write(key, found):
+                self.uncopied += 1

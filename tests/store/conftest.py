@@ -1,0 +1,40 @@
+"""Servers that many tests share: started when the first one asks, ended with the session."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cached_property
+
+import pytest
+
+from . import servers
+
+
+class Servers:
+    """What runs beside the tests."""
+
+    def __init__(self, folder, stack):
+        self._folder = folder
+        self._stack = stack
+
+    @cached_property
+    def valkey(self) -> int:
+        """The port of a Valkey server."""
+        return self._stack.enter_context(servers.valkey(self._folder))[0]
+
+    @cached_property
+    def s3(self) -> str:
+        """The address of an S3 service with a bucket named "bucket"; credentials are in the environment from now on."""
+        port, _ = self._stack.enter_context(servers.seaweedfs(self._folder))
+        patch = self._stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("AWS_ACCESS_KEY_ID", servers.S3_USER)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", servers.S3_SECRET)
+        endpoint = f"http://127.0.0.1:{port}"
+        servers.make_bucket(endpoint)
+        return endpoint
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    with ExitStack() as stack:
+        yield Servers(tmp_path_factory.mktemp("servers"), stack)

@@ -1,0 +1,332 @@
+"""The Redis tier: what only it does, against real servers, and what it says when they misbehave."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+import redis
+
+from cakekv.chunk import verify_chunk
+from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.store.opening import open_store
+from cakekv.store.redis import RedisStore
+
+from . import servers
+from .certificates import make_certificates, tls_relay
+from .chunks import SIZE, chunk_of, key_of, read
+
+LARGE = 3 << 20
+SECRET = "hush/hush@?"
+QUOTED = "hush%2Fhush%40%3F"
+
+
+@pytest.fixture
+def server(tmp_path):
+    with servers.valkey(tmp_path) as (port, process):
+        yield port, process
+
+
+def test_a_store_by_url(shared):
+    with open_store(f"redis://127.0.0.1:{shared.valkey}/3?prefix=by%20url:&timeout=2s") as store:
+        assert store.write(key_of(0), chunk_of(0))
+    client = redis.Redis(port=shared.valkey, db=3)
+    assert client.keys() == [b"by url:chunk:" + key_of(0).hex().encode()]
+    assert client.get(client.keys()[0]) == chunk_of(0)
+    with open_store(f"valkey://127.0.0.1:{shared.valkey}/3?prefix=by%20url:") as store:
+        assert read(store, key_of(0)) == chunk_of(0)
+    with open_store(f"redis://127.0.0.1:{shared.valkey}/3?bandwidth=1GB/s") as store:
+        assert store.lookup([key_of(0)]) == [None], "another prefix"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://", "write a Redis store as"),
+        ("redis://localhost:port", "write a Redis store as"),
+        ("redis://localhost/database", "write a Redis store as"),
+        ("redis://localhost?ca=file", "unknown option 'ca'"),
+        ("redis://localhost?cluster=yes", 'neither "true" nor'),
+        ("redis://localhost/1?cluster=true", "no database but 0"),
+        ("redis://localhost?timeout=0s", "timeout"),
+        ("redis://localhost?ttl=1us", "ttl"),
+    ],
+)
+def test_bad_urls_are_told_what_is_wrong(url, message):
+    with pytest.raises(BadInput, match=message):
+        open_store(url)
+
+
+def test_large_chunks_come_in_slices(shared):
+    with RedisStore("127.0.0.1", shared.valkey, prefix="large:") as store:
+        data = memoryview(bytearray(range(256)) * (LARGE // 256) + bytearray(b"end"))
+        store.write(key_of(0), data)
+        assert read(store, key_of(0)) == data
+        assert store.lookup([key_of(0)]) == [LARGE + 3]
+
+
+def test_a_read_does_not_go_through_redis_py(shared, monkeypatch):
+    """What is fast is the path without copies; the other one is for answers that were not expected."""
+    with RedisStore("127.0.0.1", shared.valkey, prefix="direct:") as store:
+        store.write(key_of(0), chunk_of(0))
+        monkeypatch.setattr(redis.Redis, "getrange", lambda *args: pytest.fail("by way of redis-py"))
+        assert read(store, key_of(0)) == chunk_of(0)
+
+
+def test_a_chunk_evicted_between_open_and_read_is_missing(shared):
+    with RedisStore("127.0.0.1", shared.valkey, prefix="evicted:") as store:
+        for size in (LARGE, 5):  # an answer that begins like the one expected, and one that does not
+            store.write(key_of(0), memoryview(bytes(LARGE)))
+            with store.open(key_of(0)) as reader:
+                if size == LARGE:
+                    store.delete([key_of(0)])
+                else:
+                    store.write(key_of(0), memoryview(bytes(size)))
+                with pytest.raises(MissingChunk, match="was evicted"):
+                    reader.read_into(memoryview(bytearray(LARGE)), 0)
+        store.write(key_of(1), chunk_of(1))
+        assert read(store, key_of(1)) == chunk_of(1)
+
+
+def test_chunks_may_have_a_time_to_live(shared):
+    with open_store(f"redis://127.0.0.1:{shared.valkey}?prefix=ttl:&ttl=100s") as store:
+        store.write(key_of(0), chunk_of(0))
+    (name,) = redis.Redis(port=shared.valkey).keys("ttl:*")
+    assert 90_000 < redis.Redis(port=shared.valkey).pttl(name) <= 100_000
+
+
+def test_a_server_that_is_full_says_so(server):
+    port, _ = server
+    redis.Redis(port=port).config_set("maxmemory", "3mb")
+    with RedisStore("127.0.0.1", port) as store:
+        fill = lambda numbers: [store.write(key_of(number), chunk_of(number)) for number in numbers]  # noqa: E731
+        with pytest.raises(StoreFull, match="maxmemory-policy"):
+            fill(range(1000))
+        redis.Redis(port=port).config_set("maxmemory-policy", "allkeys-lru")
+        fill(range(1000, 1300))
+        stored = list(store)
+        assert 0 < len(stored) < 300
+        for chunk in stored[:20]:
+            verify_chunk(memoryview(read(store, chunk.key)))
+
+
+def test_names_of_others_are_no_chunks(shared):
+    client = redis.Redis(port=shared.valkey)
+    with RedisStore("127.0.0.1", shared.valkey, prefix="others:") as store:
+        store.write(key_of(0), chunk_of(0))
+        for name in ("others:chunk:", f"others:chunk:{'g' * 64}", f"others:chunk:{key_of(1).hex()}x", "others:chunk"):
+            client.set(name, "x")
+        assert [chunk.key for chunk in store] == [key_of(0)]
+        assert store.stats().chunks == 1
+        assert abs(next(iter(store)).used_at - time.time()) < 60
+        client.hset("others:identities", mapping={"no root": "{}", key_of(0).hex(): "not JSON"})
+        assert store.identities() == {}
+        client.rpush(f"others:chunk:{key_of(2).hex()}", "a list")
+        with pytest.raises(StoreError, match="WRONGTYPE"):
+            store.lookup([key_of(2)])
+
+
+# Passwords and TLS
+
+
+def test_a_password(tmp_path, monkeypatch):
+    with servers.valkey(tmp_path, "--requirepass", SECRET) as (port, _):
+        with open_store(f"redis://default:{QUOTED}@127.0.0.1:{port}") as store:
+            store.write(key_of(0), chunk_of(0))
+        for url in (f"redis://:wrong{QUOTED}@127.0.0.1:{port}", f"redis://127.0.0.1:{port}"):
+            with pytest.raises(StoreError, match="Check user name and password") as caught:
+                open_store(url)
+            assert "hush" not in str(caught.value)
+        monkeypatch.setenv("REDISCLI_AUTH", SECRET)
+        with open_store(f"redis://127.0.0.1:{port}") as store:
+            assert read(store, key_of(0)) == chunk_of(0)
+            assert SECRET not in repr(store)
+
+
+def test_a_password_is_never_shown():
+    for url in (
+        f"redis://me:{QUOTED}@127.0.0.1:1",
+        f"redis://me:{QUOTED}@h?a=b",
+        f"radis://me:{QUOTED}@h",
+        "redis://hush@h:x",
+    ):
+        with pytest.raises((BadInput, StoreError)) as caught:
+            open_store(url)
+        assert "hush" not in str(caught.value)
+
+
+def test_tls(tmp_path, shared):
+    files = make_certificates(tmp_path)
+    with tls_relay(files, shared.valkey) as port:
+        with open_store(f"rediss://127.0.0.1:{port}?ca={files[0]}&prefix=tls:") as store:
+            data = memoryview(bytes(LARGE))
+            store.write(key_of(0), data)
+            assert read(store, key_of(0)) == data
+        with pytest.raises(StoreError, match="certificate verify failed"):
+            open_store(f"rediss://127.0.0.1:{port}")
+        with pytest.raises(StoreError, match="TLS"):
+            open_store(f"redis://127.0.0.1:{port}?timeout=1s")
+
+
+# Trouble
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(StoreError, match="See whether the server runs"):
+        open_store(f"redis://127.0.0.1:{servers.free_port()}")
+
+
+def test_a_server_that_accepts_and_never_answers():
+    with servers.answering(servers.hang) as port, pytest.raises(StoreError, match="does not answer in time"):
+        open_store(f"redis://127.0.0.1:{port}?timeout=0.2s")
+
+
+def test_a_server_that_stops_answering(server):
+    port, process = server
+    with RedisStore("127.0.0.1", port, timeout_s=0.2) as store:
+        store.write(key_of(0), chunk_of(0))
+        reader = store.open(key_of(0))
+        process.send_signal(signal.SIGSTOP)
+        buffer = memoryview(bytearray(SIZE))
+        attempts = [
+            lambda: store.lookup([key_of(0)]),
+            lambda: store.open(key_of(0)),
+            lambda: reader.read_into(buffer, 0),
+            lambda: store.write(key_of(1), memoryview(bytes(64 << 20))),
+            lambda: store.delete([key_of(0)]),
+            lambda: list(store),
+            store.stats,
+            store.identities,
+            lambda: store.remember_identity(key_of(5).hex(), {}),
+        ]
+        for attempt in attempts:
+            with pytest.raises(StoreError, match="does not answer in time"):
+                attempt()
+        process.send_signal(signal.SIGCONT)
+        assert reader.read_into(buffer, 0) == SIZE
+        assert buffer == chunk_of(0)
+        assert store.lookup([key_of(1)]) == [None], "half a chunk became visible"
+
+
+def test_an_answer_that_trickles_does_not_take_forever():
+    def trickle(connection):
+        while request := connection.recv(1 << 16):
+            if b"GETRANGE" in request:
+                connection.sendall(b"$1000\r\n")
+                for _ in range(1000):
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+            else:
+                connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+
+    with (
+        servers.answering(trickle) as port,
+        RedisStore("127.0.0.1", port, timeout_s=0.3) as store,
+        store.open(key_of(0)) as reader,
+        pytest.raises(StoreError, match="too slow"),
+    ):
+        reader.read_into(memoryview(bytearray(1000)), 0)
+
+
+def test_a_server_killed_in_mid_answer(shared):
+    def die(connection):
+        while request := connection.recv(1 << 16):
+            if b"GETRANGE" in request:
+                connection.sendall(b"$1000\r\nhalf")
+                connection.close()
+                return
+            connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+
+    with (
+        servers.answering(die) as port,
+        RedisStore("127.0.0.1", port, timeout_s=5) as store,
+        store.open(key_of(0)) as reader,
+        pytest.raises(StoreError, match="closed the connection"),
+    ):
+        reader.read_into(memoryview(bytearray(1000)), 0)
+
+
+def test_a_server_killed_and_started_again(tmp_path):
+    with servers.valkey(tmp_path) as (port, process):
+        store = RedisStore("127.0.0.1", port)
+        store.write(key_of(0), chunk_of(0))
+        reader = store.open(key_of(0))
+        reader.read_into(memoryview(bytearray(4096)), 0)
+        process.kill()
+        process.wait()
+        for attempt in (lambda: reader.read_into(memoryview(bytearray(4096)), 4096), lambda: store.open(key_of(0))):
+            with pytest.raises(StoreError, match="See whether the server runs"):
+                attempt()
+    with servers.valkey(tmp_path, port=port):
+        with pytest.raises(MissingChunk):
+            reader.read_into(memoryview(bytearray(4096)), 4096)
+        assert store.lookup([key_of(0)]) == [None]
+        assert store.write(key_of(0), chunk_of(0))
+        assert read(store, key_of(0)) == chunk_of(0)
+    store.close()
+    store.close()
+
+
+# Clusters
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Two nodes, each with half of the slots. Yields their ports."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-port")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with (
+        servers.valkey(tmp_path / "a", *options, servers.free_port()) as (first, _),
+        servers.valkey(tmp_path / "b", *options, buses := servers.free_port()) as (second, _),
+    ):
+        nodes = [redis.Redis(port=port) for port in (first, second)]
+        nodes[0].execute_command("CLUSTER ADDSLOTSRANGE 0 8191")
+        nodes[1].execute_command("CLUSTER ADDSLOTSRANGE 8192 16383")
+        nodes[0].execute_command(f"CLUSTER MEET 127.0.0.1 {second} {buses}")
+        deadline = time.monotonic() + 30
+        while any(node.cluster("info")["cluster_state"] != "ok" for node in nodes):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield nodes
+
+
+def test_a_cluster(cluster):
+    with open_store(f"redis://127.0.0.1:{cluster[0].get_connection_kwargs()['port']}?cluster=true") as store:
+        for number in range(10):
+            assert store.write(key_of(number), chunk_of(number))
+        assert all(0 < node.dbsize() < 10 for node in cluster), "they share"
+        assert store.lookup([key_of(number) for number in range(11)]) == [SIZE] * 10 + [None]
+        for number in range(10):
+            assert read(store, key_of(number)) == chunk_of(number)
+        assert {chunk.key for chunk in store} == {key_of(number) for number in range(10)}
+        assert store.stats() == (10, 10 * SIZE, None)
+        store.remember_identity(key_of(20).hex(), {"dtype": "float32"})
+        assert store.identities() == {key_of(20).hex(): {"dtype": "float32"}}
+        assert store.delete([key_of(number) for number in range(5)]) == 5
+        with pytest.raises(MissingChunk):
+            store.open(key_of(0))
+
+
+def test_slots_that_move_are_followed(cluster):
+    port = cluster[0].get_connection_kwargs()["port"]
+    with RedisStore("127.0.0.1", port, cluster=True) as store:
+        store.write(key_of(0), chunk_of(0))
+        source = next(node for node in cluster if node.dbsize())
+        target = next(node for node in cluster if node is not source)
+        names = {node: node.cluster("myid").decode() for node in cluster}
+        slot = source.cluster("keyslot", source.keys()[0])
+        reader = store.open(key_of(0))
+        target.execute_command(f"CLUSTER SETSLOT {slot} IMPORTING {names[source]}")
+        source.execute_command(f"CLUSTER SETSLOT {slot} MIGRATING {names[target]}")
+        host = target.get_connection_kwargs()
+        source.migrate("127.0.0.1", host["port"], source.keys(), 0, 5000)
+        for node in (target, source):
+            node.execute_command(f"CLUSTER SETSLOT {slot} NODE {names[target]}")
+        buffer = memoryview(bytearray(SIZE))
+        assert reader.read_into(buffer, 0) == SIZE
+        assert buffer == chunk_of(0)
+        assert store.write(key_of(0), chunk_of(1))
+        assert read(store, key_of(0)) == chunk_of(1)
+        assert target.dbsize() == 1

@@ -1,0 +1,236 @@
+"""The object storage tier: what only it does, against a real service and against servers that misbehave."""
+
+from __future__ import annotations
+
+import obstore
+import pytest
+
+from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.store import s3
+from cakekv.store.opening import open_store
+from cakekv.store.s3 import open_s3
+
+from . import servers
+from .certificates import make_certificates, tls_relay
+from .chunks import SIZE, chunk_of, key_of, read
+
+LARGE = 20 << 20
+LISTING = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
+
+
+def reply(status, body=b"", length=None, headers=b""):
+    head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n" % (status, len(body) if length is None else length)
+    return head + b"Last-Modified: Mon, 12 Oct 2026 10:00:00 GMT\r\nETag: x\r\n" + headers + b"\r\n" + body
+
+
+def requests(connection):
+    """First lines of the requests on a connection, as they come."""
+    stream = connection.makefile("rb")
+    while first := stream.readline():
+        while stream.readline().strip():
+            pass
+        yield first
+
+
+@pytest.fixture
+def credentials(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.S3_USER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+
+
+def test_a_store_by_url(shared):
+    url = f"s3://bucket/by%20url/?endpoint={shared.s3}&http=true&region=us-east-1&path_style=true&timeout=5s"
+    with open_store(url) as store:
+        store.write(key_of(0), chunk_of(0))
+        assert read(store, key_of(0)) == chunk_of(0)
+        (batch,) = obstore.list(store._backend)
+        assert [meta["path"] for meta in batch] == [f"chunks/{key_of(0).hex()}"]
+    with open_store(f"s3://bucket/by?endpoint={shared.s3}&http=true") as store:
+        assert list(store) == [], "another prefix"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://", "s3://BUCKET"),
+        ("gs:///prefix", "gs://BUCKET"),
+        ("s3://me:hush@bucket", "credentials come from the environment"),
+        ("s3://bucket?endpoint=http://localhost:1", "http=true"),
+        ("s3://bucket?endpoint=localhost:1&http=true", "not an https:// address"),
+        ("s3://bucket?timeout=0s", "timeout"),
+        ("s3://bucket?ca=/nowhere/at/all", "cannot read the certificate"),
+        ("az://container?region=x", "unknown option 'region'"),
+    ],
+)
+def test_bad_urls_are_told_what_is_wrong(url, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        open_store(url)
+    assert "hush" not in str(caught.value)
+
+
+def test_large_chunks_go_in_parts(shared):
+    with open_s3("bucket", "large", endpoint=shared.s3, http=True) as store:
+        data = memoryview(bytearray(range(256)) * (LARGE // 256) + bytearray(b"end"))
+        store.write(key_of(0), data)
+        assert read(store, key_of(0)) == data
+        with store.open(key_of(0)) as reader:
+            part = memoryview(bytearray(100))
+            assert reader.read_into(part, LARGE - 50) == 53
+            assert part[:53] == data[LARGE - 50 :]
+        assert obstore.head(store._backend, f"chunks/{key_of(0).hex()}")["e_tag"].endswith('-3"'), "of three parts"
+
+
+def test_a_chunk_removed_or_replaced_between_open_and_read_is_missing(shared):
+    with open_s3("bucket", "removed", endpoint=shared.s3, http=True) as store:
+        for remove in (lambda: store.delete([key_of(0)]), lambda: store.write(key_of(0), chunk_of(0)[:5000])):
+            store.write(key_of(0), chunk_of(0))
+            with store.open(key_of(0)) as reader:
+                remove()
+                with pytest.raises(MissingChunk, match="meanwhile"):
+                    reader.read_into(memoryview(bytearray(SIZE)), 0)
+
+
+def test_a_size_that_was_looked_up_is_not_asked_for_again(shared, monkeypatch):
+    with open_s3("bucket", "sizes", endpoint=shared.s3, http=True) as store:
+        store.write(key_of(0), chunk_of(0))
+        asked = []
+        real_head = obstore.head
+        monkeypatch.setattr(obstore, "head", lambda *args: asked.append(args) or real_head(*args))
+        store.lookup([key_of(0)])
+        assert read(store, key_of(0)) == chunk_of(0)
+        assert len(asked) == 1
+        assert read(store, key_of(0)) == chunk_of(0)
+        assert len(asked) == 2, "a size is good for one opening"
+        store.lookup([key_of(0)])
+        store.delete([key_of(0)])
+        with pytest.raises(MissingChunk):
+            store.open(key_of(0))
+
+
+def test_other_objects_are_no_chunks(shared):
+    with open_s3("bucket", "others", endpoint=shared.s3, http=True) as store:
+        store.write(key_of(0), chunk_of(0))
+        for path in (
+            "chunks/notes.txt",
+            f"chunks/{key_of(1).hex()}/x",
+            f"identities/{key_of(2).hex()}",
+            "identities/x",
+        ):
+            obstore.put(store._backend, path, b"not JSON")
+        assert [chunk.key for chunk in store] == [key_of(0)]
+        assert store.identities() == {}
+
+
+def test_tls(shared, tmp_path):
+    files = make_certificates(tmp_path)
+    with tls_relay(files, int(shared.s3.rpartition(":")[2])) as port:
+        where = f"s3://bucket/tls?endpoint=https://127.0.0.1:{port}&timeout=2s"
+        with open_store(f"{where}&ca={files[0]}") as store:
+            store.write(key_of(0), chunk_of(0))
+            assert read(store, key_of(0)) == chunk_of(0)
+        with pytest.raises(StoreError, match="can be reached"):
+            open_store(where)
+
+
+# Credentials
+
+
+def test_wrong_credentials(shared, credentials):
+    with pytest.raises(StoreError, match="Check the credentials") as caught:
+        open_s3("bucket", endpoint=shared.s3, http=True)
+    assert "hush" not in str(caught.value)
+
+
+def test_credentials_from_a_file(shared, monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "kv")
+    file.write_text(f"[kv]\naws_access_key_id = {servers.S3_USER}\naws_secret_access_key={servers.S3_SECRET}\nx=y\n")
+    with open_s3("bucket", "file", endpoint=shared.s3, http=True) as store:
+        assert list(store) == []
+    file.write_text("hush\n[")
+    with pytest.raises(BadInput, match="cannot make sense of") as caught:
+        open_s3("bucket", "file", endpoint=shared.s3, http=True)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there(shared):
+    with pytest.raises(StoreError, match="Make the bucket first"):
+        open_s3("missing-bucket", endpoint=shared.s3, http=True)
+
+
+# Trouble
+
+
+def test_a_service_that_is_not_there(credentials):
+    with pytest.raises(StoreError, match="can be reached"):
+        open_s3("bucket", endpoint=f"http://127.0.0.1:{servers.free_port()}", http=True)
+
+
+def test_a_service_that_accepts_and_never_answers(credentials):
+    with servers.answering(servers.hang) as port, pytest.raises(StoreError, match="can be reached"):
+        open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True, timeout_s=0.3)
+
+
+def test_errors_of_the_service_are_retried_within_bounds(credentials):
+    answers = []
+
+    def fail_twice(connection):
+        for request in requests(connection):
+            if b"HEAD" in request:
+                answers.append(request)
+                connection.sendall(reply(b"503 Slow Down" if len(answers) < 3 else b"200 OK", length=1000))
+            else:
+                connection.sendall(reply(b"200 OK", LISTING))
+
+    with servers.answering(fail_twice) as port:
+        store = open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True)
+        assert store.lookup([key_of(0)]) == [1000]
+        assert len(answers) == 3
+
+    def fail(connection):
+        for request in requests(connection):
+            answers.append(request)
+            connection.sendall(reply(b"503 Slow Down"))
+
+    answers.clear()
+    with servers.answering(fail) as port, pytest.raises(StoreError, match="503"):
+        open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True)
+    assert len(answers) == 1 + s3.MAX_RETRIES
+
+
+def test_a_failed_look_up_does_not_wait_for_the_rest(credentials):
+    asked = []
+
+    def refuse(connection):
+        for request in requests(connection):
+            if b"HEAD" in request:
+                asked.append(request)
+                connection.sendall(reply(b"403 Forbidden"))
+            else:
+                connection.sendall(reply(b"200 OK", LISTING))
+
+    with servers.answering(refuse) as port:
+        store = open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True)
+        with pytest.raises(StoreError, match="cannot look for chunks"):
+            store.lookup([key_of(number) for number in range(2000)])
+    assert len(asked) < 1000
+
+
+def test_a_service_killed_in_mid_answer(credentials):
+    def die(connection):
+        for request in requests(connection):
+            if b"HEAD" in request:
+                connection.sendall(reply(b"200 OK", length=100_000))
+            elif b"GET /bucket/chunks" in request:
+                connection.sendall(reply(b"200 OK", b"half", length=100_000))
+                return
+            else:
+                connection.sendall(reply(b"200 OK", LISTING))
+
+    with servers.answering(die) as port:
+        store = open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True, timeout_s=1)
+        with store.open(key_of(0)) as reader, pytest.raises(StoreError, match="cannot read chunk"):
+            reader.read_into(memoryview(bytearray(100_000)), 0)

@@ -1,0 +1,59 @@
+"""Striping: an even spread, and what a store more changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from cakekv.errors import BadInput
+from cakekv.store.disk import DiskStore
+from cakekv.store.memory import MemoryStore
+from cakekv.store.opening import open_store
+from cakekv.store.striped import StripedStore
+
+from .chunks import SIZE, chunk_of, key_of, read
+
+
+def fill(store, count):
+    for number in range(count):
+        store.write(key_of(number), memoryview(b"x"))
+
+
+def test_the_spread_is_even():
+    stores = [MemoryStore() for _ in range(4)]
+    fill(StripedStore(stores), 1000)
+    assert all(200 < store.stats().chunks < 300 for store in stores)
+
+
+def test_a_store_more_takes_its_share_and_moves_nothing_else():
+    stores = [MemoryStore() for _ in range(4)]
+    fill(StripedStore(stores[:3]), 1000)
+    found = StripedStore(stores).lookup([key_of(number) for number in range(1000)])
+    assert 700 < sum(size is not None for size in found) < 800
+
+
+def test_folders_by_url(tmp_path):
+    url = f"file://{tmp_path}/a?stripe={tmp_path}/b,{tmp_path}/c%20d&capacity={30 * SIZE}&direct=false"
+    with open_store(url) as store:
+        assert store.parallel_reads == 3 * DiskStore.parallel_reads
+        for number in range(6):
+            store.write(key_of(number), chunk_of(number))
+        assert store.stats().capacity == 30 * SIZE
+        assert store.name == "disk"
+    held = [DiskStore(tmp_path / name).stats().chunks for name in ("a", "b", "c d")]
+    assert sum(held) == 6
+    assert min(held) > 0
+    with open_store(url) as store:
+        for number in range(6):
+            assert read(store, key_of(number)) == chunk_of(number)
+
+
+@pytest.mark.parametrize("stripe", ["", "b", "/b,", "/a"])
+def test_bad_folders(tmp_path, stripe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput):
+        open_store(f"file:///a?stripe={stripe}")
+
+
+def test_nothing_to_stripe_over():
+    with pytest.raises(BadInput, match="at least one"):
+        StripedStore([])
