@@ -291,7 +291,6 @@ class TinyEngine:
 
 __all__ = [
     "BLOCK",
-    "VOCABULARY",
     "RequestOutputKind",
     "ScriptedStore",
     "TinyEngine",
