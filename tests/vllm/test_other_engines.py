@@ -35,7 +35,9 @@ def test_without_prefix_caching_and_after_a_restart(model: Path, plain: dict[int
         ) as engine:
             assert engine.run(prompt(1000)) == plain[1000]
             engine.settle()
-            assert (engine.report().loaded_tokens if start else len(engine.half.reports)) == (896 if start else 0)
+            assert (engine.report().loaded_tokens if start else len(engine.half.outcomes.latest)) == (
+                896 if start else 0
+            )
             engine.assert_nothing_leaked()
 
 
@@ -77,4 +79,4 @@ def test_preemption_in_little_memory(model: Path, crowded_reference: list[list[i
             engine.assert_nothing_leaked()
             engine.core.reset_prefix_cache()
         assert preempted
-        assert engine.half.reports
+        assert engine.half.outcomes.latest
