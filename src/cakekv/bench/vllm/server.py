@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _START_S, _STOP_S = 300.0, 60.0
 _LOG_LINES = 40
 _EQUAL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
-"""vLLM for CPUs leaves one core to other threads, and two if there is a KV connector; on two cores, it then leaves none.
-Servers that are compared must compute on the same number."""
+"""vLLM for CPUs leaves one core to other threads, and two if there is a KV connector; if there are only two, it then
+leaves none. Servers that are compared must compute on the same number."""
 NAME = "model"
 """What the model is called in requests."""
 
