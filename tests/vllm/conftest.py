@@ -24,9 +24,23 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 if HAVE_VLLM:
+    import os
     from collections.abc import Iterator
 
     from tiny_engine import ScriptedStore, TinyEngine, prompt, save_model, scripted
+
+    import cakekv
+
+    @pytest.fixture(scope="module")
+    def server_environment() -> Iterator[None]:
+        """Servers run the cakekv that is tested here, and not as `tiny_engine` has it, in one process and silently."""
+        path = os.pathsep.join(filter(None, [str(Path(cakekv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", path)
+            patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+            patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+            patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+            yield
 
     @pytest.fixture(scope="session")
     def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

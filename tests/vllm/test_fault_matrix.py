@@ -59,7 +59,7 @@ def test_a_faulty_store_changes_nothing(model, expected, tmp_path, fault):
     with closing(TinyEngine(model, options)) as engine:
         assert answers(engine, requests(seed)) == expected[seed]
         engine.assert_nothing_leaked()
-        reports = [report for _, report in engine.half.reports]
+        reports = [report for _, report in engine.half.outcomes.latest]
     assert sum(report.loaded_tokens for report in reports) > 0, "nothing was loaded: no test of faults"
     reasons = Counter(kind_of(miss.reason) for report in reports for miss in report.misses)
     if fault != "slowness":

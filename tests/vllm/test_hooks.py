@@ -6,7 +6,7 @@ from vllm.v1.core.sched import scheduler as vllm_scheduler
 
 import vllm
 from cakekv.errors import UnsupportedEngine
-from cakekv.vllm.hooks import VERSIONS, check_hooks
+from cakekv.vllm.hooks import HOOKS, VERSIONS, check_hooks
 
 
 def test_the_installed_vllm_is_accepted():
@@ -45,3 +45,17 @@ def test_another_version_needs_the_users_word(monkeypatch):
     with pytest.raises(UnsupportedEngine, match=rf"{VERSIONS[0]}\.x; this is 0\.99\.1.*untested_vllm"):
         check_hooks()
     check_hooks(allow_untested=True)
+
+
+def test_every_method_that_is_overridden_is_compared() -> None:
+    from cakekv.vllm.connector import CakeConnector
+    from cakekv.vllm.scheduler import CakeSchedulerMixin
+
+    for ours, place in (
+        (CakeSchedulerMixin, "vllm.v1.core.sched.scheduler:Scheduler"),
+        (CakeConnector, "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"),
+    ):
+        base = ours.__mro__[1]
+        overridden = {name for name, value in vars(ours).items() if callable(value) and hasattr(base, name)}
+        dunders = {name for name in overridden if name.startswith("__") and name != "__init__"}
+        assert overridden - dunders <= set(HOOKS[place])

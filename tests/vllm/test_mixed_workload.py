@@ -128,7 +128,7 @@ def find(model: Path, cake: dict[str, Any] | None, engine: dict[str, Any]) -> Fi
     """Run the workload on an engine of its own."""
     with closing(TinyEngine(model, cake, **engine)) as started:
         found = run(started)
-        loaded = sum(report.loaded_tokens for _, report in started.half.reports) if cake else 0
+        loaded = sum(report.loaded_tokens for _, report in started.half.outcomes.latest) if cake else 0
         started.assert_nothing_leaked()
     return Findings([tokens(wave) for wave in found], [log_probabilities(wave) for wave in found], loaded)
 

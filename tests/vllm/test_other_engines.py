@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def test_without_prefix_caching_and_after_a_restart(model: Path, plain: dict[int
         ) as engine:
             assert engine.run(prompt(1000)) == plain[1000]
             engine.settle()
-            assert (engine.report().loaded_tokens if start else len(engine.half.reports)) == (896 if start else 0)
+            assert (engine.report().loaded_tokens if start else len(engine.half.outcomes.latest)) == (
+                896 if start else 0
+            )
             engine.assert_nothing_leaked()
 
 
@@ -77,4 +80,32 @@ def test_preemption_in_little_memory(model: Path, crowded_reference: list[list[i
             engine.assert_nothing_leaked()
             engine.core.reset_prefix_cache()
         assert preempted
-        assert engine.half.reports
+        assert engine.half.outcomes.latest
+
+
+def test_steps_that_are_scheduled_ahead(model: Path, plain: dict[int, list[int]]) -> None:
+    """The asynchronous scheduler, with vLLM's queue of batches around this platform's synchronous worker."""
+    store = scripted("ahead")
+    options = {"store": "scripted://ahead", "mode": "both"}
+    with closing(TinyEngine(model, options, scheduler_cls="cakekv.vllm.CakeAsyncScheduler")) as engine:
+        engine.core.batch_queue, engine.core.batch_queue_size = deque(maxlen=2), 2
+        engine.core.step_fn = engine.core.step_with_batch_queue
+        engine.scheduler.defer_block_free = True
+        assert engine.run(prompt(1000)) == plain[1000]
+        engine.settle()
+        for abort in (False, True, False):
+            engine.core.reset_prefix_cache()
+            store.recover()
+            store.gate.clear()
+            store.let_through = 2
+            request = engine.add(prompt(1000))
+            if abort:
+                engine.until(lambda: len(store.opened) == 4)
+                engine.step(2)
+                engine.llm.llm_engine.abort_request([request])
+            else:
+                assert engine.finish(request) == [plain[1000]]
+                assert engine.report().computed_tokens + engine.report().loaded_tokens == 1000
+            engine.settle()
+            engine.assert_nothing_leaked()
+            store.gate.set()

@@ -55,11 +55,11 @@ def test_throwing_loads_away_changes_the_output(
 @pytest.mark.parametrize("mode", ["auto", "compute", "load", "both"])
 def test_modes(engine: TinyEngine, stored: list[int], plain: dict[int, list[int]], mode: str) -> None:
     engine.set(mode=mode)
-    before = len(engine.half.reports)
+    before = len(engine.half.outcomes.latest)
     assert engine.run(stored) == plain[1000]
     engine.settle()
     if mode == "compute":
-        assert len(engine.half.reports) == before
+        assert len(engine.half.outcomes.latest) == before
         return
     report = engine.report()
     assert report.mode == mode

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
-import cakekv
 from cakekv.bench.vllm.filling import wait_saved
 from cakekv.bench.vllm.server import NAME, Server
 from cakekv.demo.model import demo_model
@@ -20,8 +17,6 @@ from cakekv.vllm.metrics import METRICS
 DOCUMENT = (topics["with"] + topics["try"])[:8000]
 QUESTIONS = ["What is a context manager?", "When is the finally clause executed?", "What does with do?", "Who calls?"]
 CHUNK_TOKENS = 256
-SOURCE = Path(cakekv.__file__).parents[1]
-"""So that servers run the cakekv that is tested here."""
 
 
 @dataclass
@@ -75,7 +70,7 @@ def visit(server: Server, saved_chunks: int) -> Session:
 
 
 @pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
+def sessions(tmp_path_factory, server_environment):
     """A visit to a server, and one to its successor after a restart.
 
     In float32: in bfloat16, vLLM itself answers differently where a prompt's beginning is in its own prefix cache.
@@ -86,10 +81,7 @@ def sessions(tmp_path_factory):
     visits = []
     for number, saved_chunks in enumerate((5, 0)):
         log = folder / f"{number}.log"
-        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        environment |= {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # not as in `tiny_engine`
-        with Server(demo_model(), log, plug_in, arguments, environment) as server:
+        with Server(demo_model(), log, plug_in, arguments) as server:
             session = visit(server, saved_chunks)
         session.log = log.read_text()
         visits.append(session)

@@ -56,7 +56,13 @@ def test_two_aborted_together(engine: TinyEngine, store: ScriptedStore, stored: 
 @pytest.mark.parametrize("mode", ["load", "both"])
 @pytest.mark.parametrize("trouble", ["corrupt", "missing", "failing", "swapped"])
 def test_a_bad_chunk(
-    engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]], mode: str, trouble: str
+    engine: TinyEngine,
+    store: ScriptedStore,
+    stored: list[int],
+    plain: dict[int, list[int]],
+    mode: str,
+    trouble: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine.set(mode=mode)
     # Behind the look-up: the store's answers are still those of before.
@@ -65,7 +71,7 @@ def test_a_bad_chunk(
     engine.step()
     keys = share_keys(engine, request)
     found = store.inner.lookup(keys)
-    original, store.inner.lookup = store.inner.lookup, lambda wanted: found  # type: ignore[method-assign]
+    monkeypatch.setattr(store.inner, "lookup", lambda wanted: found)
     if trouble == "corrupt":
         store.damage(keys[5])
     elif trouble == "missing":
@@ -76,7 +82,7 @@ def test_a_bad_chunk(
         store.broken = {keys[5]}
     store.answers.set()
     assert engine.finish(request) == [plain[1000]]
-    store.inner.lookup = original  # type: ignore[method-assign]
+    monkeypatch.undo()
     engine.settle()
     report = engine.report()
     if mode == "load":
@@ -102,9 +108,9 @@ def test_a_late_chunk_is_computed(
     assert (engine.report().loaded_tokens, engine.report().recomputed_tokens) == (128, 256)
     # All readers hang: the next request does not even wait for them.
     engine.core.reset_prefix_cache()
-    before = len(engine.half.reports)
+    before = len(engine.half.outcomes.latest)
     assert engine.run(stored) == plain[1000]
-    assert len(engine.half.reports) == before
+    assert len(engine.half.outcomes.latest) == before
     store.gate.set()
     engine.settle()
 
@@ -160,12 +166,12 @@ def test_after_a_reset_of_the_connector_nothing_old_is_loaded(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:
     """Weights may have been changed: chunks of the old ones must not be found."""
-    before = len(engine.half.reports)
+    before = len(engine.half.outcomes.latest)
     assert engine.core.reset_prefix_cache(reset_connector=True)
     store.opened.clear()
     assert engine.run(stored) == plain[1000]
     engine.settle()
-    assert len(engine.half.reports) == before
+    assert len(engine.half.outcomes.latest) == before
     assert not store.opened
 
 

@@ -42,7 +42,7 @@ def test_all_that_can_be_told():
     options, _, _ = printed(
         *("--store", "/a b?capacity=1GB", "--store", "~/it's", "--chunk-tokens", "512", "--mode", "both"),
         *("--load-deadline", "500ms", "--no-save", "--save-queue", "64MiB", "--load-threads", "3"),
-        *("--no-layered-finish", "--tenant", 'a "quoted" $name', "--log-requests", "--block-size", "128"),
+        *("--tenant", 'a "quoted" $name', "--log-requests", "--block-size", "128"),
     )
     assert options == VllmOptions(
         store=("/a b?capacity=1GB", "~/it's"),
@@ -52,7 +52,6 @@ def test_all_that_can_be_told():
         save=False,
         save_queue=64 * 2**20,
         load_threads=3,
-        layered_finish=False,
         tenant='a "quoted" $name',
         log_requests=True,
     )

@@ -113,7 +113,10 @@ class ScriptedStore(Store):
 
     def content(self, key: ChunkKey) -> bytes:
         """A chunk's bytes."""
-        return self.inner._chunks[key][0]
+        with self.inner.open(key) as reader:
+            data = bytearray(reader.size)
+            assert reader.read_into(memoryview(data), 0) == reader.size
+        return bytes(data)
 
     def damage(self, key: ChunkKey, offset: int = -1) -> None:
         """Flip a byte of a chunk."""
@@ -259,7 +262,7 @@ class TinyEngine:
 
     def report(self) -> RestoreReport:
         """Of the restore that ended last."""
-        return self.half.reports[-1][1]
+        return self.half.outcomes.latest[-1][1]
 
     def set(self, **options: Any) -> None:
         """Change options of the plug-in."""
@@ -291,7 +294,6 @@ class TinyEngine:
 
 __all__ = [
     "BLOCK",
-    "VOCABULARY",
     "RequestOutputKind",
     "ScriptedStore",
     "TinyEngine",

@@ -28,9 +28,6 @@ def vllm_args(
     save: Annotated[bool, typer.Option(help="Whether what was computed is saved.")] = True,
     save_queue: Annotated[str | None, typer.Option(help='Bytes that may wait to be written, such as "1GB".')] = None,
     load_threads: Annotated[int | None, typer.Option(help="Chunks read from each store at a time.")] = None,
-    layered_finish: Annotated[
-        bool, typer.Option(help="Whether the suffix may be computed while the last chunks before it still arrive.")
-    ] = True,
     tenant: Annotated[str | None, typer.Option(help="Share chunks with engines of the same tenant only.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line about every restore.")] = False,
     block_size: Annotated[
@@ -54,7 +51,6 @@ def vllm_args(
         "save": None if save else False,
         "save_queue": save_queue,
         "load_threads": load_threads,
-        "layered_finish": None if layered_finish else False,
         "tenant": tenant,
         "log_requests": log_requests or None,
     }

@@ -68,8 +68,6 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Bytes that may wait to be written; what would exceed them is not saved, and counted. Or a string: "1GB".
     load_threads : int
         Chunks that a worker reads from each store at a time; 0: as many as the store asks for.
-    layered_finish : bool
-        Whether the suffix may be computed while the last chunks before it still arrive, layer by layer.
     tenant : str
         Part of every key: chunks are shared with engines of the same tenant only.
     log_requests : bool
@@ -85,7 +83,6 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     save: bool = True
     save_queue: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = 1_000_000_000
     load_threads: Annotated[int, Field(ge=0, le=256)] = 0
-    layered_finish: bool = True
     tenant: str = ""
     log_requests: bool = False
     untested_vllm: bool = False

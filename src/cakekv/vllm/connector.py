@@ -143,8 +143,9 @@ class CakeConnector(KVConnectorBase_V1):
     # ------------------------------------------------------------------- in both
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        half = self.scheduler_half if self.role == KVConnectorRole.SCHEDULER else self.worker_half
-        return half.take_stats()
+        if self.role == KVConnectorRole.SCHEDULER:
+            return self.scheduler_half.outcomes.take_stats()
+        return self.worker_half.take_stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
+from cakekv.restore.contention import SharedLoad
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore, Span
 from cakekv.vllm.messages import LoadOrder, LoadResult
@@ -30,6 +31,8 @@ class Restoration:
         Its planner.
     cost : SharedCost
         The planner's idea of compute.
+    load_costs : sequence of SharedLoad
+        Its idea of each source.
     keys : sequence of ChunkKey
         Keys of the chunks.
     block_ids : sequence of int
@@ -45,6 +48,7 @@ class Restoration:
         request: Request,
         restore: Restore,
         cost: SharedCost,
+        load_costs: Sequence[SharedLoad],
         keys: Sequence[ChunkKey],
         block_ids: Sequence[int],
         block_tokens: int,
@@ -53,6 +57,7 @@ class Restoration:
         self.request = request
         self.restore = restore
         self.cost = cost
+        self.load_costs = load_costs
         self.keys = keys
         self.local_tokens = local_tokens
         self.queried_tokens = request.num_tokens - local_tokens

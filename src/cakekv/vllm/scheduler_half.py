@@ -6,27 +6,28 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cakekv.chunk import ChunkShape
 from cakekv.errors import UnsupportedEngine
+from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
-from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
-from cakekv.vllm.asked import Asked, answer, log_restore
+from cakekv.vllm.asked import Asked, answer
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.identity import Keyring, make_hashes_stable
 from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
-from cakekv.vllm.metrics import CakeStats
+from cakekv.vllm.outcomes import Outcomes
 from cakekv.vllm.restoration import Restoration
 from cakekv.vllm.save_plan import SavePlan
 from cakekv.vllm.shard_key import shard_key
+from cakekv.vllm.step_clock import StepClock
 from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("vllm.cakekv")
 _LOOKUP_PATIENCE_S = 2.0
-_STANDSTILL_S = 1.0
-"""A longer time between two steps with none on its way means that the engine was paused."""
 
 
 class _Match(NamedTuple):
@@ -49,16 +48,6 @@ class _Match(NamedTuple):
     stored: list[tuple[int, ...]]
     prefix_tokens: int
     local_tokens: int
-
-
-class _Step(NamedTuple):
-    """A step that vLLM was given."""
-
-    sequence: int
-    began: float
-    pieces: list[Piece]
-    """All that it computes, if prefills are among it."""
-    computes: bool
 
 
 class SchedulerHalf:
@@ -79,8 +68,7 @@ class SchedulerHalf:
         self.costs = StepCosts()
         self.restorations: dict[str, Restoration] = {}
         """By request."""
-        self.reports: deque[tuple[str, RestoreReport]] = deque(maxlen=64)
-        """The latest restores that ended, with their requests."""
+        self.outcomes = Outcomes(options.log_requests)
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._tiers = [open_store(url) for url in options.store]
@@ -89,14 +77,8 @@ class SchedulerHalf:
         self._desk = LoadDesk(sources, self.policy)
         self._matched: dict[str, _Match] = {}
         self._asked: dict[str, Asked] = {}
-        self._answers: dict[str, RestoreReport] = {}
-        """Reports that requests asked for."""
-        self._stats = CakeStats()
         self._sequence = 0
-        self._steps: deque[_Step] = deque()
-        self._last_ended = 0.0
-        self._decode_s = 0.0
-        """Seconds of a step without prefills."""
+        self._clock = StepClock(self.costs)
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
         """What to do once workers have taken in the orders of this number."""
 
@@ -170,11 +152,12 @@ class SchedulerHalf:
         assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs)
+        load_costs = [SharedLoad(source.cost) for source in self._desk.sources]
         restore = Restore(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
-            self._desk.sources,
+            [source._replace(cost=shared) for source, shared in zip(self._desk.sources, load_costs, strict=True)],
             cost,
             chunk_bytes=self._desk.chunk_bytes,
             mode=self._asked[request.request_id].mode,
@@ -185,7 +168,7 @@ class SchedulerHalf:
             now=now,
         )
         self.restorations[request.request_id] = Restoration(
-            request, restore, cost, self.keyring.keys(request), block_ids, self._block_tokens, local_tokens
+            request, restore, cost, load_costs, self.keyring.keys(request), block_ids, self._block_tokens, local_tokens
         )
 
     def unadmitted(self, request: Request) -> bool:
@@ -204,7 +187,7 @@ class SchedulerHalf:
         parked = restoration is not None and restoration.parked  # vLLM itself waits for the end of the loads then
         if self.drop(request):
             self._scheduler.park_blocks(request)
-        report = self._answers.pop(request.request_id, None)
+        report = self.outcomes.take_report(request.request_id)
         self._forget(request)
         if parked:
             self.when_safe(lambda: self._scheduler.free_finished(request))
@@ -220,14 +203,9 @@ class SchedulerHalf:
         self._desk.adopt(restoration)
         self._scheduler.count_hits(restoration)
         report = restoration.restore.report
-        report.ttft_s = self._last_ended - restoration.began
+        report.ttft_s = monotonic() - restoration.began
         report.lookup_s = self.lookup.seconds(request.request_id)
-        self.reports.append((request.request_id, report))
-        self._stats.add_restore(report)
-        if self._asked[request.request_id].report:
-            self._answers[request.request_id] = report
-        if self.options.log_requests:
-            log_restore(request.request_id, report)
+        self.outcomes.ended(request.request_id, report, self._asked[request.request_id].report)
         return restoration.loading
 
     def _forget(self, request: Request) -> None:
@@ -294,11 +272,26 @@ class SchedulerHalf:
     def think(self) -> None:
         """Before a step is put together: decide what every restore could use of it."""
         now = monotonic()
-        if not self._steps and self._last_ended and now - self._last_ended > _STANDSTILL_S:
-            for restoration in self.restorations.values():
-                restoration.pause(now - self._last_ended)
+        paused_s = self._clock.standstill_s()
+        self._weigh(now)
         for restoration in self.restorations.values():
+            restoration.pause(paused_s)
             restoration.think(now)
+
+    def _weigh(self, now: float) -> None:
+        """Tell the restores how long they wait for the sources while others are served before them."""
+        loading = [restoration for restoration in self.restorations.values() if not restoration.joined]
+        left = {
+            restoration.request_id: restoration.restore.prefix_tokens - restoration.restore.position
+            for restoration in loading
+        }
+        states = [self.state_of(restoration)._replace(tokens=left[restoration.request_id]) for restoration in loading]
+        burden = burdens(states, self.policy, time())
+        for restoration in loading:
+            for source, cost in enumerate(restoration.load_costs):
+                cost.burden = burden[restoration.request_id].load.get(source, 1.0)
+                if len(loading) > 1:
+                    cost.crowded_s = now
 
     def state_of(self, restoration: Restoration) -> RequestState:
         """A restore as the policies see it."""
@@ -320,11 +313,8 @@ class SchedulerHalf:
         self._sequence += 1
         orders = StepOrders(self._sequence, answer=bool(self._fences))
         pieces = self._take(output.num_scheduled_tokens, now)
-        self._steps.append(_Step(self._sequence, now, pieces, bool(output.num_scheduled_tokens)))
+        step_s = self._clock.begin(self._sequence, pieces, bool(output.num_scheduled_tokens))
         states = [self.state_of(restoration) for restoration in self.restorations.values()]
-        step_s = self._decode_s if output.total_num_scheduled_tokens else 0.0
-        if self.costs.cost.known:
-            step_s = max(step_s, self.costs.seconds(pieces))
         self._desk.order(orders, self.restorations, states, step_s)
         if self.options.save:
             self._order_saves(orders, output.num_scheduled_tokens)
@@ -370,17 +360,9 @@ class SchedulerHalf:
 
     def ended(self, orders: StepOrders) -> None:
         """A step's output is there."""
-        now = monotonic()
-        step = self._steps.popleft()
-        assert step.sequence == orders.sequence, "vLLM's steps end in another order than they began"
-        seconds = now - max(step.began, self._last_ended)
-        if step.pieces:
-            self.costs.observe(step.pieces, seconds)
-        elif step.computes:
-            self._decode_s += 0.2 * (seconds - self._decode_s)
-        self._last_ended = now
+        self._clock.end(orders.sequence)
         for restoration in list(self.restorations.values()):
-            if restoration.done_at is not None and restoration.done_at <= step.sequence:
+            if restoration.done_at is not None and restoration.done_at <= orders.sequence:
                 self.drop(restoration.request)
 
     def heard(self, report: StepReport) -> None:
@@ -392,11 +374,6 @@ class SchedulerHalf:
             reached = min(shard.sequence for shard in report.shards.values())
             while self._fences and self._fences[0][0] <= reached:
                 self._fences.popleft()[1]()
-
-    def take_stats(self) -> CakeStats | None:
-        """What happened since the last time, if anything did."""
-        stats, self._stats = self._stats, CakeStats()
-        return None if stats.is_empty() else stats
 
     def start_anew(self) -> None:
         """The weights may have changed."""

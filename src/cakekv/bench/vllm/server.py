@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _START_S, _STOP_S = 300.0, 60.0
 _LOG_LINES = 40
+_EQUAL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
+"""vLLM for CPUs leaves one core to other threads, and two if there is a KV connector; if there are only two, it then
+leaves none. Servers that are compared must compute on the same number."""
 NAME = "model"
 """What the model is called in requests."""
 
@@ -79,7 +82,7 @@ class Server:
         command = [*serve_command(), str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, *self.arguments]
         command += [] if self.plug_in is None else option_words(dict(self.plug_in))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}
+        environment = {"HF_HUB_OFFLINE": "1", **_EQUAL_CORES, **os.environ, **self.environment}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -1,0 +1,57 @@
+"""A step of several requests' tokens as one span; a restore's share of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cakekv.restore.costs import ComputeCost, ComputeShape
+from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts, equivalent_span
+
+SHAPE = ComputeShape(fixed=10e-3, linear=1e-3, quadratic=1e-6)
+
+
+def seconds(pieces: list[Piece]) -> float:
+    """What the machine takes for a step."""
+    return SHAPE.fixed + sum(SHAPE.seconds(piece.start, piece.tokens) - SHAPE.fixed for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[Piece(100, 50)], [Piece(0, 256), Piece(0, 256)], [Piece(4000, 1), Piece(1000, 300), Piece(0, 200)]],
+)
+def test_a_step_costs_as_much_as_its_equivalent_span(pieces: list[Piece]) -> None:
+    span = equivalent_span(pieces)
+    assert span.tokens == sum(piece.tokens for piece in pieces)
+    assert SHAPE.seconds(*span) == pytest.approx(seconds(pieces), rel=2e-3)
+
+
+def test_mixed_steps_teach_what_a_span_alone_costs() -> None:
+    costs = StepCosts(ComputeCost(ComputeShape(20e-3, 2e-3, 1e-6)))
+    for number in range(40):
+        pieces = [Piece(3000, 1), Piece(number * 100, 100 + 7 * (number % 5)), Piece(0, 200)]
+        costs.observe(pieces, seconds(pieces))
+    assert costs.cost.seconds(2000, 512) == pytest.approx(SHAPE.seconds(2000, 512), rel=0.15)
+
+
+def test_decodes_teach_nothing_of_prefill() -> None:
+    costs = StepCosts()
+    costs.observe([Piece(100, 1)] * 10, 1.0)
+    assert not costs.cost.known
+
+
+def test_a_restore_that_gets_half_of_every_step_takes_twice_as_long() -> None:
+    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    shared = SharedCost(costs)
+    assert shared.seconds(0, 100) == pytest.approx(0.1)
+    for _ in range(20):
+        shared.shared(Piece(0, 100), [Piece(0, 100), Piece(500, 100)])
+    assert shared.seconds(0, 100) == pytest.approx(0.2)
+    assert shared.shape.linear == pytest.approx(2e-3)
+
+
+def test_a_restore_that_gets_nothing_is_left_to_the_loads() -> None:
+    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    shared = SharedCost(costs)
+    for _ in range(20):
+        shared.shared(Piece(0, 0), [Piece(500, 100)])
+    assert shared.seconds(0, 100) > 1.0
