@@ -19,6 +19,7 @@ from cakekv.store.base import Store
 from cakekv.store.composition import read_composition
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
+from cakekv.store.keyring import read_keyring
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
@@ -138,8 +139,8 @@ TIERS: dict[str, Tier] = {
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
-COMMON: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "skip_head": parse_count}
-"""Options of every tier: a link to put it behind, for experiments; and tokens whose chunks it shall not keep."""
+COMMON: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "skip_head": parse_count, "encrypt": str}
+"""Options of every tier: a link to put it behind, for experiments; tokens whose chunks it shall not keep; keys."""
 
 
 def open_store(url: str) -> Store:
@@ -169,8 +170,14 @@ def open_store(url: str) -> Store:
     tier = TIERS[scheme]
     options = _parse_options(url, query, tier.options | COMMON)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
-    skip_head = options.pop("skip_head", 0)
+    skip_head, keys = options.pop("skip_head", 0), options.pop("encrypt", None)
+    if keys is not None:
+        with _extra("encryption"):
+            from cakekv.store.encrypted import EncryptedStore
+        keyring = read_keyring(keys)
     store = tier.open(location, **options)
+    if keys is not None:
+        store = EncryptedStore(store, keyring)
     if skip_head:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is None and not latency:
