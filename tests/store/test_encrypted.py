@@ -6,7 +6,7 @@ import os
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput, ChunkFault, CorruptChunk, StoreError
@@ -48,6 +48,7 @@ def test_nothing_of_a_chunk_shows(inner, store):
     assert read(store, key_of(0)) == plain
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, LARGE + 10), st.integers(0, LARGE), st.sampled_from([1, 1000, 4096, BLOCK_BYTES, 2 * BLOCK_BYTES])
 )
@@ -69,6 +70,7 @@ _FILLED = MemoryStore()
 EncryptedStore(_FILLED, Keyring(KEYS[:1])).write(key_of(0), DATA)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12))
 def test_lengths_are_told_from_those_of_sealed_chunks(size):
     assert encrypted._plain_bytes(encrypted._data_offset(size, BLOCK_BYTES) + size) == size
