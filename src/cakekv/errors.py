@@ -13,6 +13,14 @@ class BadInput(CakeError, ValueError):
     """The caller asked for something that cannot be done: an empty prompt, an unknown mode, a malformed size."""
 
 
+class BadOption(BadInput):
+    """An option of the vLLM plug-in is unknown, or has a value that it cannot have."""
+
+
+class UnsupportedEngine(CakeError):
+    """vLLM is a version, or set up in a way, that the plug-in cannot work with."""
+
+
 class UnsupportedModel(CakeError):
     """The model keeps state that cannot be cut into per-token chunks (state-space layers, encoder-decoders, ...)."""
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import monotonic
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, Self
 
+from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkShape
 from cakekv.engine.base import Cache, Engine, Logits
 from cakekv.keys import ChunkKey
-from cakekv.load.loader import Loader, load_bytes
+from cakekv.load.loader import Loader, Loading, load_bytes
 from cakekv.load.staging import StagingPool
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
+from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Mode, Restore, Span, Wait
+from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store
 
@@ -49,13 +53,74 @@ class _LoadLost(Exception):
     """A load that a layered span waits for will not come."""
 
 
-class Restorer(Generic[Cache, Logits]):
-    """Fills one cache with one prompt.
+@dataclass(frozen=True)
+class Arms(Generic[Cache, Logits]):
+    """What all restores of a model share: both arms, and what they cost.
 
-    Parameters
+    Attributes
     ----------
     engine : Engine
         The model.
+    arbiter : Arbiter
+        Whose turn it is; its lock guards the costs.
+    loader : Loader
+        Loads from the tiers.
+    shape : ChunkShape
+        What a chunk looks like.
+    groups : list of range
+        The layers of each group of a layered finish; at most one for none.
+    compute_cost : ComputeCost
+        What spans cost; learns.
+    sources : list of Source
+        The planner's view of the tiers.
+    max_span_tokens : int
+        As in `Restore`.
+    """
+
+    engine: Engine[Cache, Logits]
+    arbiter: Arbiter
+    loader: Loader
+    shape: ChunkShape
+    groups: list[range]
+    compute_cost: ComputeCost
+    sources: list[Source]
+    max_span_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine[Cache, Logits],
+        policy: Policy,
+        compute_cost: ComputeCost,
+        tiers: Sequence[Store],
+        load_costs: Sequence[LoadCost],
+        shape: ChunkShape,
+        staging: StagingPool,
+        *,
+        max_span_tokens: int,
+        layered_finish: bool,
+    ) -> Self:
+        """Make what is missing; `load_costs` are those of `tiers`, `staging` has buffers for chunks of `shape`."""
+        arbiter, groups = Arbiter(policy), layer_groups(shape) if layered_finish else []
+        loader = Loader(arbiter, tiers, shape, engine.layout.unwindowed, groups, staging)
+        sources = [Source(tier.name, cost, tier.parallel_reads) for tier, cost in zip(tiers, load_costs, strict=True)]
+        return cls(engine, arbiter, loader, shape, groups, compute_cost, sources, max_span_tokens)
+
+    def hangs(self, source: int) -> bool:
+        """Whether a tier does not answer any more."""
+        with self.arbiter.lock:
+            return self.loader.hangs(source)
+
+
+class Restorer(Generic[Cache, Logits]):
+    """Fills one cache with one prompt, taking turns with the other open requests.
+
+    Parameters
+    ----------
+    arms : Arms
+        The model, and where to load from.
+    request : Request
+        Whose prompt it is.
     cache : Cache
         A fresh cache of the engine, with room for the prompt.
     token_ids : sequence of int
@@ -63,84 +128,62 @@ class Restorer(Generic[Cache, Logits]):
     keys : sequence of ChunkKey
         Keys of its full chunks.
     stored : sequence of sequences of int
-        Per chunk, which of the tiers hold it.
-    tiers : sequence of Store
-        Where to load from.
-    sources : sequence of Source
-        The planner's view of the tiers, in the same order.
-    compute_cost : ComputeCost
-        What spans cost; learns.
-    shape : ChunkShape
-        What a chunk looks like.
-    staging : StagingPool
-        Buffers for the loader.
-    mode, max_span_tokens
+        Per chunk, which of the sources hold it.
+    mode : str
         As in `Restore`.
-    layered_finish : bool
-        Whether the suffix may be computed while the last chunks before it arrive, layer by layer.
-    began : float
-        `time.monotonic()` at which the request began.
     on_span : callable
-        (restorer, span) Told of every computed span, in order.
+        (restorer, span) Told of every computed span, in order, while it is this request's turn.
     on_progress : callable or None
         Told of every change, from several threads.
     """
 
     def __init__(
         self,
-        engine: Engine[Cache, Logits],
+        arms: Arms[Cache, Logits],
+        request: Request,
         cache: Cache,
         token_ids: Sequence[int],
         keys: Sequence[ChunkKey],
         stored: Sequence[Sequence[int]],
-        tiers: Sequence[Store],
-        sources: Sequence[Source],
-        compute_cost: ComputeCost,
-        shape: ChunkShape,
-        staging: StagingPool,
         *,
         mode: Mode,
-        max_span_tokens: int,
-        layered_finish: bool = True,
-        began: float,
         on_span: Callable[[Restorer[Cache, Logits], Span], None] = lambda restorer, span: None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        unwindowed = engine.layout.unwindowed
-        everything = range(len(engine.layout.layers))
-        self._groups = layer_groups(shape) if layered_finish else []
-        self._group_of = [number for number, group in enumerate(self._groups) for _ in group]
-        self._engine = engine
+        engine, shape, unwindowed = arms.engine, arms.shape, arms.engine.layout.unwindowed
+        self._arms = arms
+        self._arbiter = arms.arbiter
+        self._request = request
+        self._group_of = [number for number, group in enumerate(arms.groups) for _ in group]
         self._cache = cache
         self._token_ids = token_ids
-        self._began = began
         self._on_span = on_span
         self._on_progress = on_progress
-        self._changed = threading.Condition()
+        self._loads = any(stored) and mode != "compute"
+        chunk_bytes = load_bytes(shape, range(len(engine.layout.layers)))
+        self._compute_cost = SharedCompute(arms.compute_cost)
+        self._load_costs = [SharedLoad(source.cost) for source in arms.sources]
+        for load_cost in self._load_costs:
+            load_cost.doubt(chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
         self._restore = Restore(
             len(token_ids),
             shape.tokens,
             stored,
-            sources,
-            compute_cost,
-            chunk_bytes=load_bytes(shape, everything),
+            [source._replace(cost=cost) for source, cost in zip(arms.sources, self._load_costs, strict=True)],
+            self._compute_cost,
+            chunk_bytes=chunk_bytes,
             unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
             window=engine.layout.window,
-            groups=_group_bytes(shape, self._groups, unwindowed) if len(self._groups) > 1 else None,
+            groups=_group_bytes(shape, arms.groups, unwindowed) if len(arms.groups) > 1 else None,
             mode=mode,
-            max_span_tokens=max_span_tokens,
-            now=began,
+            max_span_tokens=arms.max_span_tokens,
+            now=request.arrived_s,
         )
-        self._loader = Loader(
+        self._loading = Loading(
+            request,
             self._restore,
-            self._changed,
-            tiers if any(stored) else [],
             keys,
-            shape,
-            unwindowed,
-            self._groups,
             lambda start, tokens, parts: engine.place(cache, start, tokens, parts),
-            staging,
             self._tell,
         )
 
@@ -153,54 +196,80 @@ class Restorer(Generic[Cache, Logits]):
             Whatever the engine or a loader thread raised; the loads in flight are cancelled first.
         """
         logits: Logits | None = None
-        with self._loader:
+        request, arbiter, loader = self._request, self._arbiter, self._arms.loader
+        request.describe, request.on_burden = self._describe, self._bear
+        try:
+            with arbiter.lock:
+                arbiter.open(request)
+                if self._loads:
+                    loader.open(self._loading)
             while True:
-                with self._changed:
-                    self._loader.raise_crash()
+                with arbiter.lock:
+                    arbiter.take(request)
+                    self._loading.raise_crash()
+                    arbiter.weigh(monotonic())
                     answer = self._restore.next_compute(monotonic())
-                    self._changed.notify_all()
                     if isinstance(answer, Wait):
-                        self._changed.wait(max(0.0, answer.until - monotonic()))
+                        arbiter.give_back(request)
+                        loader.check_late(monotonic())
+                        request.woken.wait(max(0.0, answer.until - monotonic()))
                         continue
+                    loader.wake()
                 if answer is None:
                     assert logits is not None, "the last position is always computed"
                     return logits
                 logits = self._compute(answer)
+                with arbiter.lock:
+                    arbiter.give_back(request, asks_again=True)
+        finally:
+            with arbiter.lock:
+                loader.close(self._loading)
+                arbiter.close(request)
 
     def _compute(self, span: Span) -> Logits | None:
         """Compute a span; None if it had to be given up."""
         token_ids = self._token_ids[span.start : span.start + span.tokens]
         self._waited_s = 0.0
         try:
-            logits = self._engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
+            logits = self._arms.engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
         except _LoadLost:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._restore.placing)
+            with self._arbiter.lock:
+                self._request.woken.wait_for(lambda: not self._restore.placing)
                 self._restore.gave_up(span, monotonic())
             return None
-        with self._changed:
+        with self._arbiter.lock:
             self._restore.computed(span, monotonic(), self._waited_s)
             self._tell()
-            self._changed.notify_all()
+            self._arms.loader.wake()
         self._on_span(self, span)
         return logits
 
     def _gate(self, layer: int) -> None:
-        """Wait until what `layer` sees before the suffix is in place."""
+        """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
         group = self._group_of[layer]
-        with self._changed:
+        with self._arbiter.lock:
+            if self._restore.layer_ready(group):
+                return
+            began = monotonic()
+            self._arbiter.give_back(self._request)
             while not self._restore.layer_ready(group):
-                self._loader.raise_crash()
-                now = monotonic()
-                self._restore.check_late(now)
+                self._loading.raise_crash()
+                self._arms.loader.check_late(monotonic())
                 if self._restore.lost:
                     raise _LoadLost
-                self._changed.wait(_LOOK_S)
-                self._waited_s += monotonic() - now
+                self._request.woken.wait(_LOOK_S)
+            self._arbiter.take(self._request)
+            self._waited_s += monotonic() - began
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """In `on_span`: let others compute during the `with` block."""
+        with self._arbiter.lent(self._request):
+            yield
 
     def explain(self) -> list[PlannedRun]:
         """The plan as it stands."""
-        with self._changed:
+        with self._arbiter.lock:
             return self._restore.explain(monotonic())
 
     def is_missing(self, chunk: int) -> bool:
@@ -209,19 +278,57 @@ class Restorer(Generic[Cache, Logits]):
 
     def report(self) -> RestoreReport:
         """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
-        self._loader.join(timeout_s=1.0)
-        with self._changed:
+        with self._arbiter.lock:
+            self._loading.join(timeout_s=1.0)
             report = self._restore.report
-            report.placed_bytes = self._loader.placed_bytes
+            report.placed_bytes = self._loading.placed_bytes
             return report
 
     def release(self) -> None:
-        """Let go of the cache, which loader and restorer, referring to each other, would keep for a while."""
+        """Let go of the cache, which loads and restorer, referring to each other, would keep for a while."""
         del self._cache, self._on_span
-        self._loader.release()
+        self._loading.release()
+        self._request.decode()
+
+    def _describe(self) -> RequestState:
+        """What a policy wants to know; called with the lock held."""
+        restore, arms = self._restore, self._arms
+        coverage = restore.coverage
+        tokens = min(len(coverage.uncovered) * coverage.chunk_tokens, restore.prompt_tokens)
+        return RequestState.prefill(
+            self._request.id,
+            self._request.arrived_s,
+            tokens,
+            stored=self._loads,
+            shape=arms.compute_cost.shape,
+            span_tokens=arms.max_span_tokens,
+            front=coverage.start_of(coverage.front),
+            back=restore.latest.back,
+            load_s={source: self._token_s(source) for source in self._loadable()} if self._loads else {},
+        )
+
+    def _loadable(self) -> set[int]:
+        """The sources that hold chunks which are not covered."""
+        coverage, found = self._restore.coverage, set[int]()
+        for chunk in coverage.uncovered:
+            if len(found) == len(self._arms.sources) or coverage.start_of(chunk) >= self._restore.prefix_tokens:
+                break
+            found.update(coverage.holders[chunk])
+        return found
+
+    def _token_s(self, source: int) -> float:
+        cost = self._arms.sources[source].cost
+        return cost.seconds(self._arms.shape.total_bytes) / self._arms.shape.tokens
+
+    def _bear(self, burden: Burden) -> None:
+        """Plan with what the others leave of either arm; called with the lock held."""
+        self._compute_cost.burden = burden.compute
+        for source, cost in enumerate(self._load_costs):
+            cost.burden = burden.load.get(source, 1.0)
+            cost.crowded_s = monotonic()
 
     def _tell(self) -> None:
-        """Report progress; called with `_changed` held."""
+        """Report progress; called with the lock held."""
         if self._on_progress is None:
             return
         restore = self._restore
@@ -234,7 +341,7 @@ class Restorer(Generic[Cache, Logits]):
                 latest.front,
                 latest.back,
                 restore.coverage.bands(),
-                monotonic() - self._began,
+                monotonic() - self._request.arrived_s,
             )
         )
 

@@ -126,9 +126,9 @@ def test_the_answer_is_the_same_whether_pieces_arrive_or_fail(
         cake.prefill(long[:PREFIX])
     original = restorer.Loader._perform
 
-    def perform(self: Any, load: Any) -> None:
+    def perform(self: Any, loading: Any, load: Any) -> None:
         store.piece.now = load.group is not None
-        original(self, load)
+        original(self, loading, load)
 
     monkeypatch.setattr(restorer.Loader, "_perform", perform)
     cake = Cake(Paced(engine.model), store=store, chunk_tokens=CHUNK, max_span_tokens=64)

@@ -19,6 +19,7 @@ from cakekv.errors import BadInput, MissingChunk
 from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
+from cakekv.store.faulty import FaultPlan, FaultyStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
@@ -63,6 +64,7 @@ TIERS = {
     "memory": Case(lambda folder, capacity, shared: MemoryStore(capacity)),
     "disk": Case(lambda folder, capacity, shared: DiskStore(folder / "store", capacity)),
     "throttled memory": Case(lambda folder, capacity, shared: ThrottledStore(MemoryStore(capacity), 1e12, 1e-6)),
+    "faulty memory": Case(lambda folder, capacity, shared: FaultyStore(MemoryStore(capacity), FaultPlan({}))),
     "throttled disk": Case(lambda folder, capacity, shared: ThrottledStore(DiskStore(folder / "s", capacity), 1e12)),
     "striped": Case(
         lambda folder, capacity, shared: StripedStore([DiskStore(folder / name) for name in "abc"]), bounded=False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cakekv.errors import BadInput, StoreError
+from cakekv.store import opening
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
-from cakekv.store.opening import open_store
+from cakekv.store.opening import check_url, open_store
 from cakekv.store.throttled import ThrottledStore
 
 
@@ -53,7 +56,7 @@ def test_a_link():
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),
-        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, latency"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, faults, latency"),
         ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
         ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
@@ -72,3 +75,28 @@ def test_a_store_that_cannot_be_opened(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give another path"):
         open_store(str(tmp_path / "file"))
+
+
+def test_its_url_names_what_decides_its_speed_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = open_store(f"file://{tmp_path}/a@b")
+    assert plain.url is not None
+    assert f"file://{tmp_path}/a@b" in plain.url
+    assert open_store(f"{tmp_path}/a@b?capacity=1GB").url == plain.url
+    assert open_store(f"{tmp_path}/a@b?bandwidth=1MB/s").url != plain.url
+    assert open_store(f"{tmp_path}/a@b?latency=1ms").url != plain.url
+    remote = opening.Tier(lambda location, **options: MemoryStore(), {"token": str})
+    monkeypatch.setitem(opening.TIERS, "remote", remote)
+    url = open_store("remote://me:secret@host:80/bucket?token=hidden").url
+    assert url is not None
+    assert "host:80/bucket" in url
+    assert "me" not in url
+    assert "secret" not in url
+    assert "hidden" not in url
+    assert MemoryStore().url is None
+
+
+def test_a_url_is_checked_without_opening(tmp_path):
+    check_url(f"{tmp_path}/new?capacity=1GB")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(BadInput, match="unknown option 'size'"):
+        check_url(f"{tmp_path}/new?size=1GB")

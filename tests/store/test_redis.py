@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 import redis
@@ -107,8 +108,12 @@ def test_a_server_that_is_full_says_so(server):
         fill(range(1000, 1300))
         stored = list(store)
         assert 0 < len(stored) < 300
+        whole = 0
         for chunk in stored[:20]:
-            verify_chunk(memoryview(read(store, chunk.key)))
+            with suppress(MissingChunk):  # to answer takes memory, too, for which the server may evict
+                verify_chunk(memoryview(read(store, chunk.key)))
+                whole += 1
+        assert whole > 0
 
 
 def test_names_of_others_are_no_chunks(shared):

@@ -139,10 +139,8 @@ def study(
     console.print(table)
     for line in targets.verdicts(found):
         console.print(line, highlight=False)
-    for title, worst in (
-        ("Farthest from the optimum", targets.worst(outcomes)),
-        ("Slowest against the better arm", targets.slowest_against_arm(outcomes)),
-    ):
+    farthest, slowest = targets.worst(outcomes), targets.slowest_against_arm(outcomes)
+    for title, worst in (("Farthest from the optimum", farthest), ("Slowest against the better arm", slowest)):
         console.print(_worst_table(f"{title} (run again with --seed {seed} --index I)", worst))
     if json_file is not None:
         groups = [group.to_dict() for group in found]
@@ -152,7 +150,13 @@ def study(
                 "seed": seed,
                 "groups": groups,
                 "verdicts": targets.verdicts(found),
-                "outcomes": [outcome.to_dict() for outcome in outcomes],
+                "farthest_from_optimum": [outcome.to_dict() for outcome in farthest],
+                "slowest_against_better_arm": [outcome.to_dict() for outcome in slowest],
+                "columns": ["index", "ratio", "against_better_arm"],
+                "outcomes": [
+                    [outcome.configuration.index, round(outcome.ratio, 4), round(outcome.against_better_arm, 4)]
+                    for outcome in outcomes
+                ],
             },
         )
     if picture is not None:

@@ -1,13 +1,14 @@
-"""The I/O arm: worker threads that read chunks, check them and place them into the cache, as the planner asks."""
+"""The I/O arm: worker threads that read chunks, check them and place them into the caches, as the planners ask."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from types import TracebackType
-from typing import Self
+from typing import Protocol
 
+from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
@@ -19,161 +20,274 @@ from cakekv.store.base import ChunkReader, Store
 Place = Callable[[int, int, list[memoryview | None]], int]
 """(first position, tokens, segment per layer or None) to bytes copied."""
 
+_STUCK_S = 2.0
+"""A cancelled load is given up between two slices; if it is still there after this long, its worker is stuck."""
 
-class _Abandoned(Exception):
+
+class Abandoned(Exception):
     """The load was cancelled in mid-read."""
 
 
+class Loading:
+    """The loads of one restore.
+
+    Parameters
+    ----------
+    request : Request
+        Whose they are; woken whenever one of them has ended.
+    restore : Restore
+        The planner; only called with the arbiter's lock held.
+    keys : sequence of ChunkKey
+        Keys of the prompt's chunks.
+    place : callable
+        Copies segments into the cache.
+    on_event : callable
+        Called after every event.
+
+    Attributes
+    ----------
+    placed_bytes : int
+        Copied into the cache.
+    crash : BaseException or None
+        What a worker met with that no store may raise.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        restore: Restore,
+        keys: Sequence[ChunkKey],
+        place: Place,
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.request = request
+        self.restore = restore
+        self.keys = keys
+        self.place = place
+        self.on_event = on_event
+        self.headers: dict[tuple[int, int], ChunkHeader] = {}
+        """By chunk and source: pieces after the first do not read the header again."""
+        self.in_flight = 0
+        self.placed_bytes = 0
+        self.crash: BaseException | None = None
+
+    def raise_crash(self) -> None:
+        """Raise what a worker met with. Called with the lock held."""
+        if self.crash is not None:
+            raise self.crash
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until no load is in flight any more, at most this long: one may hang in a tier that does not answer.
+
+        Called with the lock held.
+        """
+        self.request.woken.wait_for(lambda: not self.in_flight, timeout_s)
+
+    def release(self) -> None:
+        """Let go of the cache. Workers that still hang in a tier will find their loads cancelled."""
+        self.place = _nowhere
+
+
+class Cancellable(Protocol):
+    """Something that a reader may be told to give up."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+
 class Loader:
-    """Loads what a `Restore` asks for, from every tier at once, several chunks at a time.
+    """Loads what the open restores ask for, from every tier at once, several chunks at a time.
+
+    A tier has as many workers as it reads chunks in parallel, however many restores there are; the arbiter says whose
+    turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back. Workers
+    live only while a restore is open.
 
     A load is read in slices straight into the staging buffer that it is placed from, and given up between two slices
     once compute has claimed its chunk. Nothing is placed that was not verified.
 
     Parameters
     ----------
-    restore : Restore
-        The planner; guarded by `changed`.
-    changed : threading.Condition
-        Held for every call of the planner; notified after each.
+    arbiter : Arbiter
+        Orders the restores; its lock guards everything here.
     tiers : sequence of Store
-        One per source of the restore.
-    keys : sequence of ChunkKey
-        Keys of the prompt's chunks.
+        One per source of the restores.
     shape : ChunkShape
         What a chunk of this model looks like.
     unwindowed : sequence of int
         The layers that every load needs; the others only where a sliding window can see the chunk.
     groups : sequence of range
         The layers of each group of a layered finish.
-    place : callable
-        Copies segments into the cache.
     staging : StagingPool
         Buffers of at least `shape.total_bytes`.
     """
 
     def __init__(
         self,
-        restore: Restore,
-        changed: threading.Condition,
+        arbiter: Arbiter,
         tiers: Sequence[Store],
-        keys: Sequence[ChunkKey],
         shape: ChunkShape,
         unwindowed: Sequence[int],
         groups: Sequence[range],
-        place: Place,
         staging: StagingPool,
-        on_event: Callable[[], None] = lambda: None,
     ) -> None:
-        self._restore = restore
-        self._changed = changed
+        self._arbiter = arbiter
+        self._lock = arbiter.lock
         self._tiers = tiers
-        self._keys = keys
         self._shape = shape
         self._unwindowed = tuple(unwindowed)
         self._groups = groups
-        self._headers: dict[tuple[int, int], ChunkHeader] = {}
-        """By chunk and source: pieces after the first do not read the header again."""
-        self._place = place
         self._staging = staging
-        self._on_event = on_event
-        self._closed = False
-        self._crash: BaseException | None = None
-        self.placed_bytes = 0
-        self._threads = [
-            threading.Thread(target=self._work, args=(source,), name=f"cakekv-load-{tier.name}-{number}", daemon=True)
-            for source, tier in enumerate(tiers)
-            for number in range(tier.parallel_reads)
-        ]
+        self._open: dict[str, Loading] = {}
+        self._free = [threading.Condition(self._lock) for _ in tiers]
+        """Where the idle workers of each tier wait."""
+        self._workers = [0] * len(tiers)
+        self._in_flight: list[dict[Load, float]] = [{} for _ in tiers]
+        """Loads of each tier, and since when they are known to be cancelled; infinity for never."""
 
-    def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
-        return self
+    # The following are called with the lock held.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._changed:
-            self._closed = True
-            self._restore.cancel_loads()
-            self._changed.notify_all()
+    def open(self, loading: Loading) -> None:
+        """Begin to load for a restore."""
+        self._open[loading.request.id] = loading
+        self.wake()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the workers to stop, at most this long in all: one may hang in a tier that does not answer."""
-        deadline = monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - monotonic()))
+    def close(self, loading: Loading) -> None:
+        """Load nothing more for a restore, and give up what is in flight."""
+        if self._open.pop(loading.request.id, None) is not None:
+            loading.restore.cancel_loads()
+            self.wake()
 
-    def release(self) -> None:
-        """Let go of the cache. Workers that still hang in a tier will find their loads cancelled."""
-        self._place = _nowhere
+    def wake(self) -> None:
+        """Something has happened to a restore: there may be something to load."""
+        for source, free in enumerate(self._free):
+            if not self._open:
+                free.notify_all()
+                continue
+            while self._workers[source] < self._places(source):
+                name = f"cakekv-load-{self._tiers[source].name}"
+                threading.Thread(target=self._work, args=(source,), name=name, daemon=True).start()
+                self._workers[source] += 1
+            free.notify()
 
-    def raise_crash(self) -> None:
-        """Raise what a worker died of, if one did. Called with `changed` held."""
-        if self._crash is not None:
-            raise self._crash
+    def check_late(self, now: float) -> None:
+        """Let every open restore give up what it has waited for long enough: others may wait for those workers."""
+        for loading in self._open.values():
+            loading.restore.check_late(now)
+        self.wake()
+
+    def hangs(self, source: int) -> bool:
+        """Whether as many workers as the tier has places are stuck in loads that nobody waits for any more."""
+        return self._stuck(source) >= self._tiers[source].parallel_reads
+
+    def _stuck(self, source: int) -> int:
+        now, stuck, loads = monotonic(), 0, self._in_flight[source]
+        for load, cancelled in loads.items():
+            if load.cancelled and cancelled == math.inf:
+                loads[load] = now
+            stuck += load.late or now - cancelled > _STUCK_S
+        return stuck
+
+    def _places(self, source: int) -> int:
+        return self._tiers[source].parallel_reads + self._stuck(source)
+
+    def _next(self, source: int) -> tuple[Loading, Load] | None:
+        while self._open and self._workers[source] <= self._places(source):
+            now = monotonic()
+            for request in self._arbiter.load_order(source, now):
+                loading = self._open.get(request.id)
+                if loading is None or loading.crash is not None:
+                    continue
+                try:
+                    load = loading.restore.next_load(source, now)
+                except BaseException as crash:
+                    self._crashed(loading, crash)
+                    continue
+                if load is not None:
+                    loading.in_flight += 1
+                    self._in_flight[source][load] = math.inf
+                    self._free[source].notify()  # there may be more to load
+                    return loading, load
+            self._free[source].wait()
+        return None
+
+    def _crashed(self, loading: Loading, crash: BaseException) -> None:
+        loading.crash = crash
+        loading.request.woken.notify_all()
+
+    # The following are called without it.
 
     def _work(self, source: int) -> None:
         try:
-            while (load := self._next(source)) is not None:
-                self._perform(load)
+            while True:
+                with self._lock:
+                    job = self._next(source)
+                    if job is None:
+                        self._workers[source] -= 1
+                        return
+                self._serve(*job)
+                del job
         except BaseException as crash:
-            with self._changed:
-                self._crash = crash
-                self._changed.notify_all()
+            with self._lock:
+                self._workers[source] -= 1
+                for loading in self._open.values():
+                    self._crashed(loading, crash)
 
-    def _next(self, source: int) -> Load | None:
-        with self._changed:
-            while not self._closed:
-                load = self._restore.next_load(source, monotonic())
-                if load is not None:
-                    return load
-                self._changed.wait()
-        return None
+    def _serve(self, loading: Loading, load: Load) -> None:
+        try:
+            crash = None
+            self._perform(loading, load)
+        except BaseException as error:
+            crash = error
+        with self._lock:
+            del self._in_flight[load.source][load]
+            loading.in_flight -= 1
+            if crash is not None:
+                self._crashed(loading, crash)
+            loading.request.woken.notify_all()
+            self.wake()
 
-    def _perform(self, load: Load) -> None:
+    def _perform(self, loading: Loading, load: Load) -> None:
+        restore = loading.restore
         with self._staging.buffer() as buffer:
-            progress = _Progress()
+            progress = Progress()
             try:
-                parts = self._read(load, buffer, progress)
-            except _Abandoned:
-                self._report(lambda now: self._restore.abandoned(load, progress.bytes, now))
+                parts = self._read(loading, load, buffer, progress)
+            except Abandoned:
+                self._report(loading, lambda now: restore.abandoned(load, progress.bytes, now))
                 return
             except (CorruptChunk, MissingChunk, StoreError) as error:
-                reason = _reason(error)
-                self._report(lambda now: self._restore.failed(load, reason, progress.bytes, now))
+                reason = failure_reason(error)
+                self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))
                 return
-            with self._changed:
-                wanted = self._restore.arrived(load, monotonic())
+            with self._lock:
+                wanted = restore.arrived(load, monotonic())
             if not wanted:
                 return
-            copied = self._place(load.start, load.tokens, parts)
+            copied = loading.place(load.start, load.tokens, parts)
 
             def placed(now: float) -> None:
-                self._restore.placed(load, now)
-                self.placed_bytes += copied
+                restore.placed(load, now)
+                loading.placed_bytes += copied
 
-            self._report(placed)
+            self._report(loading, placed)
 
-    def _report(self, event: Callable[[float], None]) -> None:
-        with self._changed:
+    def _report(self, loading: Loading, event: Callable[[float], None]) -> None:
+        with self._lock:
             event(monotonic())
-            self._on_event()
-            self._changed.notify_all()
+            loading.on_event()
 
-    def _read(self, load: Load, buffer: memoryview, progress: _Progress) -> list[memoryview | None]:
+    def _read(self, loading: Loading, load: Load, buffer: memoryview, progress: Progress) -> list[memoryview | None]:
         """Read and verify what the load needs; the layers it does not need are None."""
-        shape, key = self._shape, self._keys[load.chunk]
+        shape, key = self._shape, loading.keys[load.chunk]
         layers = self._layers(load)
-        header = self._headers.get((load.chunk, load.source)) if load.group is not None else None
+        header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
             for start, end in _ranges(shape, layers, with_header=header is None):
-                _fill(reader, buffer, start, end, load, progress)
+                fill(reader, buffer, start, end, load, progress)
                 if header is None:
                     header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
                     header.expect(shape, key, load.start)
-                    self._headers[load.chunk, load.source] = header
+                    loading.headers[load.chunk, load.source] = header
         assert header is not None
         views = segments(shape, buffer)
         parts: list[memoryview | None] = [None] * len(views)
@@ -191,7 +305,7 @@ def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
     raise AssertionError("a load was placed after the end of its restore")
 
 
-class _Progress:
+class Progress:
     """Bytes read so far by one load."""
 
     bytes = 0
@@ -215,11 +329,12 @@ def _ranges(shape: ChunkShape, layers: Sequence[int], with_header: bool) -> list
     return ranges
 
 
-def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Load, progress: _Progress) -> None:
+def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
+    """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
     offset, end = start, min(end, reader.size)
     while offset < end:
         if load.cancelled:
-            raise _Abandoned
+            raise Abandoned
         count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
         if count == 0:
             break
@@ -227,7 +342,8 @@ def _fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: L
         offset += count
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
+    """Why a load failed, as reports say it."""
     if isinstance(error, CorruptChunk):
         return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
     if isinstance(error, MissingChunk):

@@ -130,7 +130,7 @@ def _by_colour(loads: Iterable[LoadRecord]) -> Iterable[tuple[str, list[LoadReco
 
 
 def _load_colour(load: LoadRecord) -> str:
-    return {"placed": LOAD, "overtaken": WASTED}.get(load.outcome, FAILED)
+    return {"placed": LOAD, "overtaken": WASTED, "moved": WASTED}.get(load.outcome, FAILED)
 
 
 def _draw_line(ax: Axes, mode: str, report: RestoreReport) -> None:

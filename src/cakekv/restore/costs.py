@@ -12,6 +12,8 @@ _TRUST = (1.0, 1.0, 0.2)
 _MEMORY = 0.97
 """Weight that an observation keeps when the next one arrives."""
 _OUTLIER = math.log(1.5)
+_SHARED = 0.3
+"""Loads share a tier if one alone wastes no more than this part of what several would have delivered beside it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class ComputeCost:
         self._expected = 0.0
         self._log_scale = 0.0
         self._doubted: tuple[int, int, float] | None = None
-        self.known = trusted
+        self._known = trusted
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured, here or before."""
+        return self._known
 
     @property
     def shape(self) -> ComputeShape:
@@ -92,7 +99,7 @@ class ComputeCost:
         self._learn(start, tokens, seconds)
         correction = math.log(seconds / self._fit.seconds(start, tokens))
         self._log_scale += 0.5 * (correction - self._log_scale) if self.known else correction
-        self.known = True
+        self._known = True
 
     def _learn(self, start: int, tokens: int, seconds: float) -> None:
         prior = self._prior
@@ -126,30 +133,79 @@ def _solve(a: list[list[float]], b: list[float]) -> list[float]:
     return x
 
 
+@dataclass(frozen=True)
+class LoadFigures:
+    """What a tier was found to cost.
+
+    Parameters
+    ----------
+    byte_s : float
+        Seconds per byte while the tier is busy.
+    load_s : float
+        Seconds that one load takes, from its request.
+    load_bytes : float
+        Bytes of such a load.
+    alone_s : float
+        Seconds that it takes with the tier to itself; 0.0 if that is not known.
+    """
+
+    byte_s: float
+    load_s: float
+    load_bytes: float
+    alone_s: float
+
+
 class LoadCost:
     """Learns how fast one tier delivers chunks.
 
-    Two figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
-    reads count once) and the duration of a single load (for what is in flight). Both fade within a few chunks.
+    Three figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
+    reads count once), the duration of a load among others (for what is in flight), and of one that had the tier to
+    itself, which tells whether parallel reads gain anything. All fade within a few chunks.
 
     Parameters
     ----------
     depth : int
         Loads the tier serves at a time; completions of parallel loads come in bunches, so the memory spans several.
+    prior : LoadFigures or None
+        What was measured some other time. It counts as one load, and no further than the first load allows.
     """
 
-    def __init__(self, depth: int = 1) -> None:
+    def __init__(self, depth: int = 1, prior: LoadFigures | None = None) -> None:
+        self._depth = depth
         self._memory_loads = 3.0 + 2.0 * depth
         self._bytes = 0.0
         self._busy_s = 0.0
         self._duration_s = 0.0
         self._duration_bytes = 1.0
-        self.last_completed: float | None = None
+        self._alone_s = 0.0
+        self._alone_bytes = 1.0
+        self._last_completed: float | None = None
+        if prior is not None:
+            self._bytes, self._busy_s = prior.load_bytes, prior.byte_s * prior.load_bytes
+            self._duration_s, self._duration_bytes = prior.load_s, prior.load_bytes
+            self._alone_s, self._alone_bytes = prior.alone_s, prior.load_bytes
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured."""
+        """Whether anything was measured, here or before."""
         return self._bytes > 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was measured here."""
+        return self._last_completed is not None
+
+    @property
+    def last_completed(self) -> float | None:
+        """When the last load was done, on the clock of `observe`."""
+        return self._last_completed
+
+    @property
+    def figures(self) -> LoadFigures:
+        """The current estimate; only if something is `known`."""
+        size = self._duration_bytes
+        alone_s = self._alone_s * size / self._alone_bytes
+        return LoadFigures(self._busy_s / self._bytes, self._duration_s, size, alone_s)
 
     def seconds(self, size: int) -> float:
         """Seconds that `size` more bytes keep the tier busy; 0.0 while nothing is known."""
@@ -159,18 +215,54 @@ class LoadCost:
         """Seconds from the request for `size` bytes until they are placed; 0.0 while nothing is known."""
         return self._duration_s * size / self._duration_bytes
 
-    def observe(self, size: int, began: float, ended: float) -> None:
-        """Learn from a load of `size` bytes, requested at `began` and done at `ended` (seconds, any one clock)."""
+    def is_shared(self, size: int) -> bool:
+        """Whether loads of `size` bytes in flight beside each other mostly slow each other down.
+
+        So it is behind a link that one load fills; not on a device that needs several. Unknown counts as no.
+        """
+        if not self._alone_s or self._depth == 1:
+            return False
+        lost_s = self._alone_s * size / self._alone_bytes - self.seconds(size)
+        return lost_s < _SHARED * (self._depth - 1) * self.seconds(size)
+
+    def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
+        """Learn from a load.
+
+        Parameters
+        ----------
+        size : int
+            Bytes.
+        began, ended : float
+            When it was requested and done, in seconds of any one clock.
+        alone : bool
+            Whether no other load was in flight meanwhile.
+        """
         if size <= 0 or ended <= began:
             return
-        busy_from = began if self.last_completed is None else max(began, self.last_completed)
+        if self._last_completed is None:
+            self._doubt_prior(size, ended - began)
+        busy_from = began if self._last_completed is None else max(began, self._last_completed)
         interval = max(ended - busy_from, 0.0)
-        self.last_completed = ended if self.last_completed is None else max(ended, self.last_completed)
+        self._last_completed = ended if self._last_completed is None else max(ended, self._last_completed)
         # What is known fades with the time it took, not with every completion: parallel loads end in bunches.
         expected = self.seconds(size)
         keep = math.exp(-interval / (self._memory_loads * max(expected, interval / 4))) if expected > 0 else 1.0
         self._bytes = keep * self._bytes + size
         self._busy_s = keep * self._busy_s + interval
+        if alone:
+            fresh = 1.0 if not self._alone_s else 0.4
+            self._alone_s += fresh * (ended - began - self._alone_s)
+            self._alone_bytes += fresh * (size - self._alone_bytes)
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)
+
+    def _doubt_prior(self, size: int, seconds: float) -> None:
+        """Bring the prior to what the first load allows: it was alone on the tier, or beside `depth - 1` others."""
+        if self._bytes > 0:
+            prior_s = self._busy_s / self._bytes
+            byte_s = min(max(prior_s, seconds / size / self._depth), seconds / size)
+            self._bytes = min(self._bytes, float(size))
+            self._busy_s = byte_s * self._bytes
+            self._alone_s *= byte_s / prior_s
+            self._duration_s = 0.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cakekv.restore.costs import LoadCost
-
-_KEEP = 0.8
-"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
 
 
 class Source(NamedTuple):
@@ -34,10 +32,22 @@ class Load:
     size: int
     """Bytes to read."""
     began: float
+    """When it was handed out; of one that had to queue, once that is known, when its source began with it."""
     group: int | None = None
     """Load only this group of layers (see `layered`); None: all that are needed."""
+    queued: bool = False
+    """Whether the source has not begun with it yet."""
     cancelled: bool = False
     late: bool = False
+    moved: bool = False
+    """Whether it was cancelled because another source is asked for the chunk."""
+    alone: bool = True
+    """Whether the source had no other load in flight so far."""
+
+    @property
+    def why_cancelled(self) -> str:
+        """As in `LoadRecord.outcome`."""
+        return "late" if self.late else "moved" if self.moved else "overtaken"
 
 
 class Flights:
@@ -47,13 +57,14 @@ class Flights:
     ----------
     sources : sequence of Source
         The tiers.
-    patience_s : float
+    patience_s, deadline_s : float
         As in `Restore`.
     """
 
-    def __init__(self, sources: Sequence[Source], patience_s: float) -> None:
+    def __init__(self, sources: Sequence[Source], patience_s: float, deadline_s: float = math.inf) -> None:
         self._sources = sources
         self._patience_s = patience_s
+        self._deadline_s = deadline_s
         self._wanted: dict[tuple[int, int | None], Load] = {}
         """Loads that were neither answered nor cancelled, by chunk and group."""
         self._outstanding = [0] * len(sources)
@@ -61,18 +72,31 @@ class Flights:
         self._stuck = [0] * len(sources)
         """Loads per source that were given up as late and not answered yet."""
 
-    def has_room(self, source: int) -> bool:
-        """Whether the source should be given another load."""
-        return self._outstanding[source] < self._sources[source].depth
+    def has_room(self, source: int, ahead: int = 0) -> bool:
+        """Whether the source should be given another load, if `ahead` may queue.
+
+        One of unknown speed is tried with a single load first, if the driver hears soon how that went.
+        """
+        if not ahead and not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
+            return False
+        return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
         """Whether every worker of the source hangs in a load that was given up."""
         return self._stuck[source] >= self._sources[source].depth
 
     def begin(self, load: Load) -> None:
-        """A load was handed out."""
+        """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
+        for other in self.wanted(load.source):
+            other.alone = False
+        load.alone = not self._outstanding[load.source]
+        load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
         self._wanted[load.chunk, load.group] = load
         self._outstanding[load.source] += 1
+
+    def wanted(self, source: int) -> list[Load]:
+        """The loads of the source that were neither answered nor cancelled."""
+        return [load for load in self._wanted.values() if load.source == source]
 
     def of_chunk(self, chunk: int, group: int | None = None) -> Load | None:
         """The load of the chunk, or of a group of its layers, that is in flight and wanted."""
@@ -95,7 +119,7 @@ class Flights:
             self._stuck[load.source] -= 1
         cost = self._sources[load.source].cost
         news = not cost.known
-        cost.observe(size, load.began, now)
+        cost.observe(size, load.began, now, load.alone and not load.cancelled)
         return news
 
     def land(self, load: Load) -> None:
@@ -124,41 +148,56 @@ class Flights:
         Grows while the source has loads in flight and delivers nothing.
         """
         cost = self._sources[source].cost
-        expected = cost.seconds(size) if cost.known else unknown_s
+        expected = self._usual_seconds(source, size, unknown_s)
         waiting = [load.began for load in self._wanted.values() if load.source == source]
         if not waiting:
             return expected
         silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
         return max(expected, silent_s - max(expected, cost.duration(size)))
 
+    def _usual_seconds(self, source: int, size: int, unknown_s: float) -> float:
+        cost = self._sources[source].cost
+        return cost.seconds(size) if cost.known else unknown_s
+
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
         """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
 
-        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them.
+        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them. Those
+        that queue follow one after the other.
         """
         remaining: dict[int, float] = {}
         ends_s: dict[int, float] = {}
         for index in range(len(self._sources)):
-            loads = sorted((load for load in self._wanted.values() if load.source == index), key=_age)
-            if not loads:
-                continue
+            waiting = [load for load in self._wanted.values() if load.source == index]
+            loads = sorted((load for load in waiting if not load.queued), key=_age)
             alone = []
             for load in loads:
                 each = self.busy_seconds(index, load.size, unknown_s, now)
                 shared = (now - load.began) / len(loads)
-                alone.append((max(each - shared, 0.5 * (shared - each), 0.02 * each), load))
+                overdue = shared - self._usual_seconds(index, load.size, unknown_s)
+                alone.append((max(each - shared, 0.5 * overdue, 0.02 * each), load))
             alone.sort(key=_left)
             flowing, before, ended = len(alone), 0.0, 0.0
             for left, load in alone:
                 ends = ended + (left - before) * flowing
-                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + _KEEP * left
-                ends_s[load.chunk] = _KEEP * ends
+                remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                ends_s[load.chunk] = ends
                 flowing, before, ended = flowing - 1, left, ends
+            for load in waiting:
+                if load.queued:
+                    left = self.busy_seconds(index, load.size, unknown_s, now)
+                    ended += left
+                    remaining[load.chunk] = remaining.get(load.chunk, 0.0) + left
+                    ends_s[load.chunk] = ended
         return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:
         cost = self._sources[load.source].cost
-        return load.began + (max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s)
+        since = load.began
+        if load.queued and cost.last_completed is not None:
+            since = max(since, cost.last_completed)  # it waits for those before it, and they come
+        usual_s = max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
+        return since + min(usual_s, self._deadline_s)
 
 
 def _age(load: Load) -> float:

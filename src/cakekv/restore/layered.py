@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from cakekv.restore.coverage import Coverage, State
+
 
 class LayerGroups(NamedTuple):
     """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
@@ -86,3 +88,17 @@ class LayeredFinish:
     def incomplete(self) -> list[int]:
         """Chunks of which pieces are not in place, ascending."""
         return sorted(self._missing_of)
+
+
+def cut_into_pieces(
+    coverage: Coverage, waited: Iterable[int], plan: Mapping[int, int], groups: LayerGroups, sources: int
+) -> LayeredFinish:
+    """Load the chunks that are waited for in pieces, by the plan; those on their way already come as a whole."""
+    whole = [chunk for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)]
+    pieces = {}
+    for chunk in waited:
+        if coverage.state[chunk] is State.STORED:
+            sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
+            pieces[chunk] = (plan[chunk], sizes)
+            coverage.state[chunk] = State.LOADING
+    return LayeredFinish(pieces, whole, len(groups.bytes), sources)

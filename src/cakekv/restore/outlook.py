@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
+from cakekv.restore.forecast import Forecast
 from cakekv.restore.plan import Candidate, assign_loads, charge_spans, complete_landing, order_loads
 
+_MOST_PLAYED, _MOST_PLAYED_SIMPLE = 128, 24
+"""With more uncovered chunks plans are not played to the end: it would take too long, and matters less. The second
+figure is for one source and no hole before the suffix."""
+_TRIES = 24
+"""Changes to a plan that are played at a time."""
+_KEEP = 0.8
+"""Factor on what is left of a load in flight: it is kept unless giving its bytes up clearly pays."""
 _LAST_RESORT_S = 1e9
 """Seconds that computing a chunk is taken to cost where it is to be avoided."""
 
@@ -20,7 +30,9 @@ class Plan(NamedTuple):
     sources: dict[int, int]
     """Chunk to source; all others are to be computed."""
     queues: list[list[int]]
-    """The planned chunks of each source that are not in flight, the one due first at the end."""
+    """The planned chunks of each source, the one due first at the end."""
+    deadlines: list[int]
+    """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
 
 
 class Outlook:
@@ -60,7 +72,7 @@ class Outlook:
         self._mode = mode
         self._reserved = reserved
 
-    def plan(self, now: float, busy_s: float, finish_s: float) -> Plan:
+    def plan(self, now: float, busy_s: float, finish_s: float, before: Mapping[int, int]) -> Plan:
         """Decide which chunks to load.
 
         Parameters
@@ -71,13 +83,18 @@ class Outlook:
             Seconds until compute is done with the span it is at.
         finish_s : float
             Seconds that loads may go on while the suffix is computed.
+        before : mapping of int to int
+            The plan so far, chunk to source.
         """
-        coverage, sources = self._coverage, len(self._sources)
+        coverage, sources, size = self._coverage, len(self._sources), self._chunk_bytes
         candidates, ends_s = self.candidates(now)
         lag_s = [0.0] * sources
         if self._mode != "load":
             candidates = charge_spans(candidates, self._compute.shape.fixed)
-            lag_s = [(source.depth - 1) * source.cost.seconds(self._chunk_bytes) for source in self._sources]
+            lag_s = [
+                0.0 if source.cost.is_shared(size) else (source.depth - 1) * source.cost.seconds(size)
+                for source in self._sources
+            ]
         plan = assign_loads(candidates, sources, busy_s, finish_s, ends_s, lag_s)
         if self._mode == "auto" and self._compute.known:
 
@@ -85,8 +102,58 @@ class Outlook:
                 return busy_s + self._compute.seconds(coverage.start_of(first), chunks * coverage.chunk_tokens)
 
             complete_landing(candidates, plan, lag_s, self._max_span_chunks, span_s)
-        queues = order_loads(candidates, plan, sources, lambda chunk: coverage.state[chunk] is State.MISSING)
-        return Plan(plan, queues)
+            plan = self._played(plan, before, now, busy_s, finish_s)
+        return Plan(plan, *order_loads(candidates, plan, sources))
+
+    def _played(
+        self, plan: dict[int, int], before: Mapping[int, int], now: float, busy_s: float, finish_s: float
+    ) -> dict[int, int]:
+        """The better of the new plan and the one before, with what small changes make better."""
+        compute = self._compute
+        if not self.is_played:
+            return plan
+        candidates, _ = self.candidates(now)
+        shared_s = compute.shape.fixed / self._max_span_chunks
+        each_s = [
+            self._flights.busy_seconds(source, self._chunk_bytes, 0.0, now) for source in range(len(self._sources))
+        ]
+        in_flight = {}
+        for chunk, left_s in self._flights.remaining_seconds(0.0, now)[0].items():
+            load = self._flights.of_chunk(chunk)
+            if load is not None and not load.queued:
+                in_flight[chunk] = (load.source, left_s)
+        forecast = Forecast(
+            [(chunk, compute_s - shared_s, load_s) for chunk, compute_s, load_s in candidates],
+            compute.shape.fixed,
+            self._max_span_chunks,
+            each_s,
+            [source.depth for source in self._sources],
+            [source.cost.is_shared(self._chunk_bytes) for source in self._sources],
+            in_flight,
+            busy_s,
+            finish_s,
+        )
+        usable = {chunk: source for chunk, _, load_s in candidates if (source := before.get(chunk, -1)) in load_s}
+        starts = [forecast.labels(usable), forecast.labels(plan)]
+        if len(self._sources) > 1:
+            starts += [forecast.balanced(labels) for labels in starts]
+        return forecast.plan(forecast.best(starts, _TRIES))
+
+    @property
+    def is_played(self) -> bool:
+        """Whether plans are played to the end."""
+        coverage = self._coverage
+        if (
+            self._mode != "auto"
+            or not self._compute.known
+            or len(coverage.uncovered) > _MOST_PLAYED
+            or not all(source.cost.known for source in self._sources)
+        ):
+            return False
+        if len(self._sources) > 1 or len(coverage.uncovered) <= _MOST_PLAYED_SIMPLE:
+            return True
+        states = (coverage.state[chunk] for chunk in coverage.uncovered)
+        return any(behind > State.MISSING for state, behind in pairwise(states) if state is State.MISSING)
 
     def busy_seconds(self, plan: dict[int, int], suffix: int, now: float) -> float:
         """Seconds until the source that takes longest is through with what is planned before chunk `suffix`."""
@@ -110,17 +177,25 @@ class Outlook:
         if self._mode == "load":
             fixed, slope = _LAST_RESORT_S, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
-        by_holders: dict[tuple[int, ...], dict[int, float]] = {(): {}}
+        by_holders: dict[tuple[int, ...], Mapping[int, float]] = {(): {}}
         remaining, ends_s = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
         for chunk in coverage.uncovered:
-            if chunk in remaining and (load := self._flights.of_chunk(chunk)):
-                load_s = {load.source: remaining[chunk]}
-            else:
-                held = coverage.holders[chunk] if chunk != self._reserved else ()
-                if held not in by_holders:
-                    usable = (source for source in held if not self._flights.stalled(source))
-                    by_holders[held] = {source: pending_s[source] for source in usable}
-                load_s = by_holders[held]
+            held = coverage.holders[chunk] if chunk != self._reserved else ()
+            load_s = by_holders.get(held)
+            if load_s is None:
+                usable = (source for source in held if not self._flights.stalled(source))
+                load_s = by_holders[held] = {source: pending_s[source] for source in usable}
             candidates.append((chunk, fixed + slope * chunk, load_s))
-        return candidates, ends_s
+        is_played = self.is_played
+        for chunk, left_s in remaining.items():
+            load = self._flights.of_chunk(chunk)
+            if load is None:  # a piece of it
+                continue
+            index = bisect_left(coverage.uncovered, chunk)
+            _, compute_s, again = candidates[index]
+            faster = {}
+            if is_played or left_s > 2 * self._sources[load.source].cost.seconds(load.size):
+                faster = {s: again_s for s, again_s in again.items() if s != load.source and 2 * again_s < left_s}
+            candidates[index] = (chunk, compute_s, {load.source: _KEEP * left_s, **faster})
+        return candidates, {chunk: _KEEP * seconds for chunk, seconds in ends_s.items()}

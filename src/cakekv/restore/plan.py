@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 Candidate = tuple[int, float, Mapping[int, float]]
 """An uncovered chunk: its index, the seconds to compute it, and per source that could deliver it the seconds that its
-load keeps that source busy; no source for a hole."""
+load keeps that source busy; no source for a hole. If it is in flight, its source comes first."""
 
 
 def assign_loads(
@@ -67,10 +68,11 @@ def assign_loads(
                 spare_s[source] = min(spare_s[source], due_s - lags[source] if suffix_passed else due_s)
             continue
         suffix_passed = True
+        options = iter(load_s.items())
         if ends_s and ends_s.get(chunk, 0.0) > open_s - saved_s:
-            continue
+            next(options)  # the load in flight comes too late
         best, most = -1, saved_s
-        for source, seconds in load_s.items():
+        for source, seconds in options:
             left = spare_s[source] - seconds
             if left > most:
                 best, most = source, left
@@ -158,19 +160,39 @@ def complete_landing(
         plan.update(short)
 
 
-def order_loads(
-    candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int, is_hole: Callable[[int], bool]
-) -> list[list[int]]:
-    """The planned chunks of each source, the one due first at the end: nearest hole first, back to front before it."""
+class Order(NamedTuple):
+    """In which order to load what was planned."""
+
+    queues: list[list[int]]
+    """The chunks of each source, the one due first at the end."""
+    deadlines: list[int]
+    """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
+
+
+def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int) -> Order:
+    """Nearest deadline first; back to front before each, since compute may take over what is nearest to it."""
     queues: list[list[int]] = [[] for _ in range(sources)]
     group: list[list[int]] = [[] for _ in range(sources)]
+    deadlines: list[int] = []
+    deadline = candidates[-1][0] + 1 if candidates else 0
+    open_group = False
     for chunk, _, _ in reversed(candidates):
-        if chunk in plan:
-            group[plan[chunk]].append(chunk)
-        elif is_hole(chunk):
-            for queue, chunks in zip(queues, group, strict=True):
-                queue.extend(reversed(chunks))
-                chunks.clear()
+        source = plan.get(chunk)
+        if source is not None:
+            group[source].append(chunk)
+            if not open_group:
+                open_group = True
+                deadlines.append(deadline)
+            continue
+        deadline = chunk
+        if open_group:
+            open_group = False
+            _close(queues, group)
+    _close(queues, group)
+    return Order(queues, deadlines[::-1])
+
+
+def _close(queues: Sequence[list[int]], group: Sequence[list[int]]) -> None:
     for queue, chunks in zip(queues, group, strict=True):
         queue.extend(reversed(chunks))
-    return queues
+        chunks.clear()

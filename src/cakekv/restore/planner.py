@@ -6,29 +6,31 @@ serialised by the driver.
 
 A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
 A chunk that compute claims while its load is in flight flags that load as `cancelled`; its late arrival is refused.
+A driver that shares out steps of its own (vLLM's scheduler) asks `computable_tokens` instead of `next_compute`, and
+claims with `take` what it has room for: a chunk belongs to compute as soon as a span enters it. Such a driver hears of
+loads only between two steps, so it lets some queue `ahead` at the source and reports with `begun` when they begin.
 A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
 and reports `gave_up` instead of `computed` if one of them turns out to be `lost`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
+from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.layered import LayeredFinish, LayerGroups, Piece
-from cakekv.restore.outlook import Outlook
+from cakekv.restore.layered import LayeredFinish, LayerGroups, Piece, cut_into_pieces
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
 Mode = Literal["auto", "compute", "load", "both"]
 MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
 
-_PROBE_TOKENS = 128
-"""First span while the speed of an arm is unknown: long enough to learn from, short enough to regret; then doubled."""
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _LAST_SPAN_SHARE = 0.5
@@ -82,6 +84,10 @@ class Restore:
     patience_s : float
         A load from a source of unknown speed is given up after this long; from a known one after ten times what it
         should take, but not before two seconds.
+    deadline_s : float
+        No load is waited for longer than that.
+    covered_tokens : int
+        Positions at the front that are in the cache already.
     now : float
         Seconds on the driver's clock.
     """
@@ -101,14 +107,22 @@ class Restore:
         mode: Mode = "auto",
         max_span_tokens: int = 512,
         patience_s: float = 30.0,
+        deadline_s: float = math.inf,
+        covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
+        if not 0 <= covered_tokens < prompt_tokens:
+            raise ValueError(f"at least one token is left to compute: {covered_tokens=}, {prompt_tokens=}")
         if prompt_tokens < 1 or chunk_tokens < 1 or max_span_tokens < 1:
             raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
         self.mode = mode
         self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
+        covered_chunks, self._inside = divmod(covered_tokens, chunk_tokens)
+        """`_inside`: how far compute has come in the chunk at the front."""
+        self.coverage.claim(0, covered_chunks + (self._inside > 0))
+        self.coverage.compute(0, covered_chunks)
         self._sources = tuple(sources)
         self._compute = compute
         self._chunk_bytes = chunk_bytes
@@ -119,26 +133,12 @@ class Restore:
         """Pieces that are being placed."""
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
         self._span: tuple[Span, float] | None = None
-        self._flights = Flights(self._sources, patience_s)
-        self._plan: dict[int, int] = {}
-        self._queues: list[list[int]] = [[] for _ in self._sources]
-        """Planned chunks per source, the one due first at the end."""
-        self._changes = self.coverage.chunks
-        """Chunks that changed hands since the plan was made."""
+        self._flights = Flights(self._sources, patience_s, deadline_s)
+        self._plan = CurrentPlan(
+            self.coverage, self._flights, self._sources, compute, chunk_bytes, self._max_span_chunks, mode
+        )
         self._requested_any = False
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
-        self._reserved = stored_chunks[0] if mode == "both" and len(stored_chunks) > 1 else None
-        """A stored chunk that is computed all the same."""
-        self._outlook = Outlook(
-            self.coverage,
-            self._flights,
-            self._sources,
-            compute,
-            chunk_bytes,
-            self._max_span_chunks,
-            mode,
-            self._reserved,
-        )
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
@@ -173,7 +173,7 @@ class Restore:
     def explain(self, now: float) -> list[PlannedRun]:
         """What would be done with everything that is not covered yet, as far as is known now."""
         self._replan(now)
-        return planned_runs(self.coverage, self._plan, self._sources, self._compute, self._chunk_bytes)
+        return planned_runs(self.coverage, self._plan.sources, self._sources, self._compute, self._chunk_bytes)
 
     # ------------------------------------------------------------------ compute
 
@@ -189,47 +189,60 @@ class Restore:
             self._disband()
         while not self.done:
             first = self.coverage.front
-            count = self._computable(first)
-            if self._stale() or count < 2 * self._max_span_chunks:
+            count = self._plan.computable(first)
+            if self._plan.stale or count < 2 * self._max_span_chunks:
                 self._replan(now)
-                count = self._computable(first)
+                count = self._plan.computable(first)
             if count == 0:
                 if self._arm_layered(now):
                     return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
                 return Wait(self._flights.next_look(now))
             taken_back = self.coverage.take_back_unwindowed(first)
             if not taken_back:
-                span = self._claim(first, self._span_chunks(count), now)
+                span = self._claim(first, self._plan.span_chunks(count), now)
                 self._arm_layered(now)
                 return span
             self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._unwindowed_chunk_bytes)
-            self._changes = self.coverage.chunks
+            self._plan.upset()
         return None
+
+    @property
+    def position(self) -> int:
+        """The first position that is not covered, or to the end of the span that was claimed."""
+        if self._span is not None:
+            return self._span[0].start + self._span[0].tokens
+        return self.coverage.start_of(self.coverage.front) + self._inside
+
+    def computable_tokens(self, now: float) -> int:
+        """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
+        assert self._span is None, "the span before was not reported as computed"
+        self.check_late(now)
+        first = self.coverage.front + (self._inside > 0)
+        count = self._plan.computable(first)
+        if self._plan.stale or count < 2 * self._max_span_chunks:
+            self._replan(now)
+            count = self._plan.computable(first)
+        return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
+
+    def take(self, tokens: int, now: float) -> Span:
+        """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
+        start = self.position
+        first = self.coverage.front + (self._inside > 0)
+        self._claim(first, -(-(start + tokens) // self.chunk_tokens) - first, now)
+        span = Span(start, tokens)
+        self._span = (span, now)
+        return span
 
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
         began = self._end_span(span)
-        self.coverage.compute(*self._chunks_of(span))
+        first, end = self._chunks_of(span)
+        self.coverage.compute(first, end)
+        self._inside = span.start + span.tokens - self.coverage.start_of(end)
         self._compute.observe(span.start, span.tokens, now - began - waited_s)
-        self._changes += span.tokens // self.chunk_tokens + 1
+        self._plan.note(span.tokens // self.chunk_tokens + 1)
         self._record.span(span.start, span.tokens, began, now)
         self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
-
-    def _computable(self, first: int) -> int:
-        """How many chunks from `first` on compute should take, as far as that matters for the next span."""
-        end = first
-        limit = min(self.coverage.chunks, first + 2 * self._max_span_chunks)
-        while end < limit and end not in self._plan and self.coverage.state[end] <= State.LOADING:
-            end += 1
-        unsure = self._plan and any(not source.cost.known for source in self._sources)
-        if unsure or not self._compute.known:
-            return min(end - first, max(1, _PROBE_TOKENS // self.chunk_tokens, first))
-        return end - first
-
-    def _span_chunks(self, count: int) -> int:
-        """Chunks of the next span, of `count` to compute; what two spans can cover is shared evenly between them."""
-        longest = self._max_span_chunks
-        return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
 
     def _claim(self, first: int, count: int, now: float, layered: bool = False) -> Span:
         for chunk in range(first, first + count):
@@ -253,7 +266,11 @@ class Restore:
         return began
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
-        return span.start // self.chunk_tokens, -(-(span.start + span.tokens) // self.chunk_tokens)
+        """First chunk of the span, and the one behind the last that it completes."""
+        end = span.start + span.tokens
+        return span.start // self.chunk_tokens, self.coverage.chunks if end == self.prompt_tokens else (
+            end // self.chunk_tokens
+        )
 
     # ----------------------------------------------------------- layered finish
 
@@ -286,7 +303,7 @@ class Restore:
             self._record.taken_back(0, self._layered.placed_bytes[chunk])
             self.coverage.give_back(chunk)
         self._layered = None
-        self._changes = self.coverage.chunks
+        self._plan.upset()
 
     def _arm_layered(self, now: float) -> bool:
         """Load what is left in pieces, if no more than the span now claimed is left to compute before the suffix.
@@ -301,22 +318,15 @@ class Restore:
         if self._span is not None and suffix_s < _LAST_SPAN_SHARE * self._compute_busy_s(now):
             return False
         waited = [chunk for chunk in coverage.uncovered if chunk < self._suffix]
-        if any(chunk not in self._plan for chunk in waited):
+        if any(chunk not in self._plan.sources for chunk in waited):
             return False
-        loads_s = self._outlook.busy_seconds(self._plan, self._suffix, now)
+        loads_s = self._plan.loading_seconds(self._suffix, now)
         if loads_s < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
             return False
         if self._span is None and coverage.take_back_unwindowed(self._suffix):
-            self._changes = coverage.chunks
+            self._plan.upset()
             return False
-        pieces = {}
-        whole = [chunk for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)]
-        for chunk in waited:
-            if coverage.state[chunk] is State.STORED:
-                sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
-                pieces[chunk] = (self._plan[chunk], sizes)
-                coverage.state[chunk] = State.LOADING
-        self._layered = LayeredFinish(pieces, whole, len(groups.bytes), len(self._sources))
+        self._layered = cut_into_pieces(coverage, waited, self._plan.sources, groups, len(self._sources))
         return True
 
     def _finish_s(self) -> float:
@@ -337,19 +347,22 @@ class Restore:
 
     # -------------------------------------------------------------------- loads
 
-    def next_load(self, source: int, now: float) -> Load | None:
-        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event)."""
-        if self.mode == "compute" or not self._flights.has_room(source):
+    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
+        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event).
+
+        `ahead` loads may queue at the source beside those that it serves at a time.
+        """
+        if self.mode == "compute" or not self._flights.has_room(source, ahead):
             return None
         if self._layered is not None:
             piece = None if self._layered.broken else self._layered.next(source)
             return self._begin_load(piece.chunk, source, now, piece) if piece else None
-        if self._stale():
+        if self._plan.stale:
             self._replan(now)
-        chunk = self._due(source)
-        if chunk is None and self._changes:
+        chunk = self._due(source, ahead > 0)
+        if chunk is None and self._plan.changed:
             self._replan(now)
-            chunk = self._due(source)
+            chunk = self._due(source, ahead > 0)
         if chunk is None:
             return None
         self.coverage.state[chunk] = State.LOADING
@@ -364,29 +377,35 @@ class Restore:
         load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group)
         self._flights.begin(load)
         self._requested_any = True
-        self._changes += 1
+        self._plan.note(1)
         return load
 
-    def _due(self, source: int) -> int | None:
+    def _due(self, source: int, may_queue: bool) -> int | None:
         """The planned chunk that `source` should load first."""
         coverage = self.coverage
-        queue = self._queues[source]
-        while queue:
-            chunk = queue.pop()
-            if coverage.state[chunk] is State.STORED:
-                return chunk
+        chunk = self._plan.due(source, may_queue)
+        if chunk is not None:
+            return chunk
         if self.mode == "both" and not self._requested_any:
             stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
             return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
         return None
 
+    def begun(self, load: Load, now: float) -> None:
+        """The source began with a load that had queued."""
+        load.queued, load.began = False, now
+
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
         self._answered(load, load.size, now)
         if load.cancelled:
-            self._note(load, load.size, now, "late" if load.late else "overtaken")
+            self._note(load, load.size, now, load.why_cancelled)
             return False
         self._flights.land(load)
+        if load.group is None and self._plan.cuts_a_span(load.chunk):
+            self.coverage.give_back(load.chunk)
+            self._note(load, load.size, now, load.why_cancelled)
+            return False
         if load.group is None:
             self.coverage.place(load.chunk)
         else:
@@ -412,7 +431,7 @@ class Restore:
         """A cancelled load was given up after `size` bytes."""
         assert load.cancelled
         self._answered(load, size, now)
-        self._note(load, size, now, "late" if load.late else "overtaken")
+        self._note(load, size, now, load.why_cancelled)
 
     def failed(self, load: Load, reason: str, size: int, now: float) -> None:
         """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole."""
@@ -435,7 +454,7 @@ class Restore:
 
     def _answered(self, load: Load, size: int, now: float) -> None:
         if self._flights.answered(load, size, now):
-            self._changes = self.coverage.chunks
+            self._plan.upset()
 
     def _note(self, load: Load, size: int, now: float, outcome: str, tokens: int = 0) -> None:
         self._record.load(load, size, now, outcome, tokens)
@@ -453,23 +472,19 @@ class Restore:
         else:
             self.coverage.drop_holder(load.chunk, load.source)
         self._record.lost(load.start, reason)
-        self._changes = self.coverage.chunks
+        self._plan.upset()
 
     # --------------------------------------------------------------------- plan
 
-    def _stale(self) -> bool:
-        """Whether to plan again. Far from the end that is worth doing only after so many changes."""
-        return self._changes * 8 > len(self.coverage.uncovered)
-
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
-        self._changes = 0
-        if self.mode == "compute":
-            return
-        self._plan, self._queues = self._outlook.plan(now, self._compute_busy_s(now), self._finish_s())
+        self._plan.make(now, self._compute_busy_s(now), self._finish_s())
 
     def _compute_busy_s(self, now: float) -> float:
-        if self._span is None:
-            return 0.0
-        span, began = self._span
-        return max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
+        """Seconds until compute is through with the chunks it has claimed."""
+        busy_s = 0.0
+        if self._span is not None:
+            span, began = self._span
+            busy_s = max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
+        rest = min(-self.position % self.chunk_tokens, self.prompt_tokens - self.position)
+        return busy_s + self._compute.seconds(self.position, rest) if rest else busy_s

@@ -29,7 +29,8 @@ class LoadRecord(NamedTuple):
     bytes: int
     """Bytes read from the tier, also by loads that were abandoned or failed."""
     outcome: str
-    """"placed", "overtaken" (compute got there first) or a failure, such as "corrupt: ..."."""
+    """"placed", "overtaken" (compute got there first), "moved" (asked of another tier instead), or a failure, such as
+    "corrupt: ..."."""
     group: int | None = None
     """The group of layers, if the chunk was loaded in pieces while the suffix was computed."""
 

@@ -65,13 +65,20 @@ class Saver:
         self._queue: queue.Queue[tuple[ChunkKey, int, Gather] | None] = queue.Queue(limit)
         self._crash: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
         self.report = SaveReport()
 
+    @property
+    def full(self) -> bool:
+        """Whether `save` would have to wait."""
+        return self._queue.full()
+
     def save(self, key: ChunkKey, position: int, gather: Gather) -> None:
-        """Hand over a chunk whose region of the cache is covered and will not change."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="cakekv-save", daemon=True)
-            self._thread.start()
+        """Hand over a chunk whose region of the cache is covered and will not change; from any thread."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="cakekv-save", daemon=True)
+                self._thread.start()
         self._queue.put((key, position, gather))
 
     def wait(self) -> SaveReport:
@@ -83,10 +90,11 @@ class Saver:
 
     def close(self) -> None:
         """Finish what is queued and stop."""
-        if self._thread is not None:
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
             self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+            thread.join()
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.planner import Mode, Restore, Span
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
@@ -23,6 +23,7 @@ LATENCY_S = 0.5e-3
 CHUNK_TOKENS = 64
 MOST_CHUNKS = 128
 """Longer prompts have larger chunks."""
+_MODES: tuple[Mode, ...] = ("auto", "compute", "load")
 _PERIODS = 400
 _CLOSE = 1.01
 """Within this of the continuous bound the exact optimum, which is slower to find, is not asked for."""
@@ -60,7 +61,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it, in seconds."""
+    """What became of it, and of either arm alone on the same machine, in seconds."""
 
     configuration: Configuration
     time_s: float
@@ -98,7 +99,7 @@ class Outcome:
 
     @property
     def against_better_arm(self) -> float:
-        """Time over that of the better of computing and loading all that can be loaded."""
+        """Time over that of the better of computing everything and loading all that is stored."""
         return self.time_s / min(self.compute_s, self.load_s)
 
 
@@ -155,7 +156,7 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
     return tuple(stored)
 
 
-def restore_of(configuration: Configuration) -> Restore:
+def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
     """A fresh restore, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
     curve = configuration.curve
@@ -173,12 +174,14 @@ def restore_of(configuration: Configuration) -> Restore:
         sources,
         ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
         chunk_bytes=size,
+        mode=mode,
         max_span_tokens=curve.step_tokens,
     )
 
 
 def _warm_up(cost: LoadCost, size: int, each_s: float) -> None:
-    """What a tier's model knows after many loads that kept it busy until a second before the restore."""
+    """What a tier's model knows after one load alone, and many that kept it busy until a second before the restore."""
+    cost.observe(size, -1e6, -1e6 + LATENCY_S + each_s, alone=True)
     for load in range(-100, 0):
         ended = -1 + load * each_s
         cost.observe(size, ended - LATENCY_S - DEPTH * each_s, ended)
@@ -192,17 +195,9 @@ def run(configuration: Configuration) -> Outcome:
         return effort.ends(now, curve.seconds(span.start, span.tokens)) - now
 
     tiers = [VirtualTier(tier, LATENCY_S) for tier in configuration.tiers]
-    time_s = run_restore(restore_of(configuration), compute_time, tiers)
+    time_s, compute_s, load_s = (run_restore(restore_of(configuration, mode), compute_time, tiers) for mode in _MODES)
     runs = runs_of(configuration.prompt_tokens, configuration.chunk_tokens, configuration.stored)
     bandwidth = pooled(configuration.tiers)
-    load_s, size = 0.0, 0.0
-    for start, end, stored in runs:
-        if stored:
-            size += (end - start) * configuration.token_bytes
-            load_s = max(load_s, LATENCY_S + bandwidth.when(size))
-        else:
-            load_s = effort.ends(load_s, curve.seconds(start, end - start))
-    compute_s = effort.ends(0.0, curve.seconds(0, configuration.prompt_tokens))
     least_s = least_seconds(curve, runs, configuration.token_bytes, bandwidth, effort)
     if time_s > _CLOSE * least_s:
         least_s = best_seconds(

@@ -80,6 +80,8 @@ class Store(ABC):
     """Short name for reports: "memory", "disk", ..."""
     parallel_reads: int = 4
     """How many chunks to read at a time to keep the tier busy."""
+    url: str | None = None
+    """Where it is, as far as that decides how fast it is, without user and password; set by `open_store`."""
 
     @property
     def tiers(self) -> Sequence[Store]:

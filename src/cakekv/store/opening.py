@@ -19,6 +19,7 @@ from cakekv.store.base import Store
 from cakekv.store.composition import read_composition
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
+from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.keyring import read_keyring
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
@@ -139,8 +140,15 @@ TIERS: dict[str, Tier] = {
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
 }
-COMMON: Options = {"bandwidth": parse_bandwidth, "latency": parse_duration, "skip_head": parse_count, "encrypt": str}
-"""Options of every tier: a link to put it behind, for experiments; tokens whose chunks it shall not keep; keys."""
+COMMON: Options = {
+    "bandwidth": parse_bandwidth,
+    "latency": parse_duration,
+    "faults": parse_faults,
+    "skip_head": parse_count,
+    "encrypt": str,
+}
+"""Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
+the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
 
 
 def open_store(url: str) -> Store:
@@ -159,6 +167,35 @@ def open_store(url: str) -> Store:
     StoreError
         The store cannot be opened.
     """
+    scheme, location, options = _parse_url(url)
+    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
+    faults = options.pop("faults", None)
+    skip_head, keys = options.pop("skip_head", 0), options.pop("encrypt", None)
+    if keys is not None:
+        with _extra("encryption"):
+            from cakekv.store.encrypted import EncryptedStore
+        keyring = read_keyring(keys)
+    store = TIERS[scheme].open(location, **options)
+    if keys is not None:
+        store = EncryptedStore(store, keyring)
+    if skip_head:
+        store = TailOnlyStore(store, skip_head)
+    if bandwidth is not None or latency:
+        store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    if faults is not None:
+        store = FaultyStore(store, faults)
+    place = unquote(location) if scheme == "file" else location.rpartition("@")[2]  # a folder's name may hold an "@"
+    store.url = f"{scheme}://{place}?bandwidth={bandwidth}&latency={latency}"
+    return store
+
+
+def check_url(url: str) -> None:
+    """Raise what `open_store` would raise about the URL itself, without opening anything."""
+    _parse_url(url)
+
+
+def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
+    """Scheme, what stands between "://" and "?", and the options."""
     place, _, query = url.partition("?")
     scheme, separator, location = place.partition("://")
     if not separator:
@@ -167,22 +204,7 @@ def open_store(url: str) -> Store:
         scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
     if scheme not in TIERS:
         raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
-    tier = TIERS[scheme]
-    options = _parse_options(url, query, tier.options | COMMON)
-    bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
-    skip_head, keys = options.pop("skip_head", 0), options.pop("encrypt", None)
-    if keys is not None:
-        with _extra("encryption"):
-            from cakekv.store.encrypted import EncryptedStore
-        keyring = read_keyring(keys)
-    store = tier.open(location, **options)
-    if keys is not None:
-        store = EncryptedStore(store, keyring)
-    if skip_head:
-        store = TailOnlyStore(store, skip_head)
-    if bandwidth is None and not latency:
-        return store
-    return ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
+    return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
 
 
 def shown(url: str) -> str:

@@ -192,6 +192,7 @@ class _Promoting(WrappedStore):
 
     def __init__(self, inner: Store, copiers: Sequence[_Copier]) -> None:
         super().__init__(inner)
+        self.url = inner.url
         self._copiers = copiers
 
     def open(self, key: ChunkKey) -> ChunkReader:

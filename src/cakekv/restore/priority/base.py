@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from cakekv.errors import BadInput
+from cakekv.restore.costs import ComputeShape
 
 
 class Kind(IntEnum):
@@ -24,7 +25,7 @@ class Kind(IntEnum):
 
 
 class RequestState(NamedTuple):
-    """One request as a policy sees it. Costs are only read for `STORED_PREFILL`."""
+    """One request as a policy sees it. Policies read the costs of a `STORED_PREFILL` only."""
 
     request_id: str
     kind: Kind
@@ -40,6 +41,40 @@ class RequestState(NamedTuple):
     """Seconds of compute that each token loaded at the back frontier saves."""
     load_s: Mapping[int, float] = {}
     """Per source with chunks left to load: seconds of its time per token."""
+
+    @classmethod
+    def prefill(
+        cls,
+        request_id: str,
+        arrived_s: float,
+        tokens: int,
+        *,
+        stored: bool,
+        shape: ComputeShape,
+        span_tokens: int,
+        front: int,
+        back: float,
+        load_s: Mapping[int, float],
+    ) -> Self:
+        """A prefill, given what its machine costs and how far both arms have come.
+
+        Parameters
+        ----------
+        request_id, arrived_s, tokens, load_s
+            As above.
+        stored : bool
+            Whether a stored prefix is being restored.
+        shape : ComputeShape
+            What spans cost.
+        span_tokens : int
+            Tokens per span.
+        front, back : float
+            Positions of both frontiers.
+        """
+        kind = Kind.STORED_PREFILL if stored else Kind.PLAIN_PREFILL
+        token_s = shape.linear + shape.fixed / span_tokens
+        front_s, back_s = token_s + shape.quadratic * front, token_s + shape.quadratic * back
+        return cls(request_id, kind, arrived_s, tokens, front_s=front_s, back_s=back_s, load_s=load_s)
 
 
 class Shares(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cakekv.restore.priority import Kind, Policy, RequestState
+from cakekv.restore.priority import Policy, RequestState
 from cakekv.simulate.cluster.coarse import Machine, Outcome, System, Task
 from cakekv.simulate.cluster.tiers import BlockCache
 from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request
@@ -118,20 +118,17 @@ class Node:
         return [jobs[state.request_id] for state in order]
 
     def _state(self, job: Job, source: int = REMOTE) -> RequestState:
-        kind = Kind.STORED_PREFILL if job.prefix_tokens else Kind.PLAIN_PREFILL
-        shape = self.machine.shape
-        spread_s = shape.linear + shape.fixed / self.machine.span_tokens
-        back = job.ram_left if source == RAM else job.ram_tokens + job.remote_left
         load_s = {RAM: 1.0 / self.machine.ram_rate} if job.ram_left else {}
         if job.remote_left:
             load_s[REMOTE] = 1.0 / self.remote_rate
-        left = int(job.ram_left + job.remote_left) + job.request.prompt_tokens - job.prefix_tokens
-        return RequestState(
+        return RequestState.prefill(
             str(job.number),
-            kind,
             job.request.arrived_s,
-            left,
-            front_s=spread_s,
-            back_s=spread_s + shape.quadratic * back,
+            int(job.ram_left + job.remote_left) + job.request.prompt_tokens - job.prefix_tokens,
+            stored=job.prefix_tokens > 0,
+            shape=self.machine.shape,
+            span_tokens=self.machine.span_tokens,
+            front=0,
+            back=job.ram_left if source == RAM else job.ram_tokens + job.remote_left,
             load_s=load_s,
         )

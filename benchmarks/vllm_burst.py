@@ -1,0 +1,130 @@
+"""A long request with a stored prefix, then a burst of short ones: the paper's Figure 6, measured.
+
+    python benchmarks/vllm_burst.py --json benchmarks/vllm_burst.json
+
+Plain vLLM computes everything, first come, first served: the default. The plug-in either only loads the long request,
+or works on it from both ends with what the burst leaves of each step. Besides, plain vLLM gets the burst alone: that
+is what the burst's TTFT should look like. The bandwidth is the balanced one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated, Any
+
+import typer
+
+from cakekv.bench.machine import describe_machine
+from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
+from cakekv.bench.vllm.filling import fill
+from cakekv.bench.vllm.server import Server
+from cakekv.cli.console import NEWS, write_json
+from cakekv.demo.model import demo_model
+
+Request = tuple[float, Sequence[int], int]
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/vllm_burst.json"),
+    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
+    prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 7168,
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 256,
+    burst: Annotated[int, typer.Option(min=1, help="Requests in the burst.")] = 22,
+    shortest: Annotated[int, typer.Option(min=1, help="Tokens of the shortest.")] = 32,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest.")] = 448,
+    after_s: Annotated[float, typer.Option(min=0, help="Seconds from the long request to the burst.")] = 0.2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 1,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
+    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 5,
+    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+) -> None:
+    """Measure a burst behind a long request."""
+    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = json_file.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        folder_of_model = model or demo_model()
+        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "store": f"{folder}/store"}
+        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        texts = Texts(plain)
+        long = texts.next(prefix + suffix)
+        with Server(folder_of_model, log, options, arguments) as server:
+            balanced = fill(server, options["store"], [long], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
+        options |= {"store": f"{options['store']}?bandwidth={balanced:.0f}B/s", "save": False}
+        server = stack.enter_context(Server(folder_of_model, log, options, arguments))
+        for mode in ("both", "load"):
+            ask(server, long, mode=mode)  # so that costs are known
+        ask(plain, long)
+        lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
+        runs: dict[str, list[dict[str, float]]] = {}
+        for round_ in range(-1, repeats):  # one round to warm up
+            short = [texts.next(length) for length in lengths]
+            for name, asked, own in (
+                ("burst_alone", plain, None),
+                ("default", plain, {}),
+                ("load", server, {"mode": "load"}),
+                ("cake", server, {"mode": "auto"}),
+            ):
+                run = _run(asked, long, short, after_s, tokens, own)
+                NEWS.print(f"{round_}: {name}: {run}", highlight=False, soft_wrap=True)
+                if round_ >= 0:
+                    runs.setdefault(name, []).append(run)
+    results = {name: {key: median(run[key] for run in rounds) for key in rounds[0]} for name, rounds in runs.items()}
+    cake, default, alone = results["cake"], results["default"], results["burst_alone"]
+    write_json(
+        json_file,
+        {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "model": folder_of_model.name,
+            "prefix_tokens": prefix,
+            "burst_tokens": lengths,
+            "balanced_bytes_per_s": balanced,
+            "results": results,
+            "completion_saved": 1 - cake["all_done_s"] / default["all_done_s"],
+            "burst_ttft_over_alone": cake["burst_mean_ttft_s"] / alone["burst_mean_ttft_s"],
+            "repeats": runs,
+        },
+    )
+
+
+def _run(
+    server: Server,
+    long: Sequence[int],
+    short: Sequence[Sequence[int]],
+    after_s: float,
+    tokens: int,
+    own: dict[str, str] | None,
+) -> dict[str, float]:
+    """One round; `own` is None for the burst alone."""
+
+    async def all_of_them() -> list[Answer]:
+        plan: list[Request] = [] if own is None else [(0.0, long, tokens)]
+        plan += [(after_s, prompt, tokens) for prompt in short]
+        async with server.async_client() as client:
+            return await ask_at(client, time.monotonic() + 0.05, plan, **(own or {}))
+
+    answers = asyncio.run(all_of_them())
+    began_s = min(answer.asked_s for answer in answers)
+    burst = answers if own is None else answers[1:]
+    return {
+        "all_done_s": max(answer.came_s[-1] for answer in answers) - began_s,
+        "burst_done_s": max(answer.came_s[-1] for answer in burst) - began_s,
+        "burst_mean_ttft_s": mean(answer.ttft_s for answer in burst),
+        **({} if own is None else {"long_ttft_s": answers[0].ttft_s}),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,96 @@
+"""What the plug-in costs when there is nothing to restore: time per step with it and without it.
+
+    python benchmarks/vllm_overhead.py --json benchmarks/vllm_overhead.json
+
+Two servers, one with the plug-in (nothing is stored, nothing is saved), are asked the same in turn: prompts of several
+lengths, for the time of prefill per step, and generation by several requests at once, for the time per decoding step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+
+from cakekv.bench.machine import describe_machine
+from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
+from cakekv.bench.vllm.server import Server
+from cakekv.cli.console import NEWS, number_list, write_json
+from cakekv.demo.model import demo_model
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/vllm_overhead.json"),
+    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts, in tokens.")] = "512,1024,2048",
+    batches: Annotated[str, typer.Option(help="Requests that generate at once.")] = "1,4,16",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each generates.")] = 64,
+    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    save: Annotated[bool, typer.Option("--save", help="Save what is computed, which is more than nothing.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 9,
+    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+) -> None:
+    """Measure steps with the plug-in and without."""
+    lengths: list[int] = number_list(prompts, int, "lengths")
+    sizes: list[int] = number_list(batches, int, "batch sizes")
+    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = json_file.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        folder_of_model = model or demo_model()
+        options = {"store": f"{folder}/store", "save": save}
+        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        with_it = stack.enter_context(Server(folder_of_model, log, options, arguments))
+        servers = {"plain": plain, "with_plug_in": with_it}
+        texts = Texts(plain)
+        times: dict[str, dict[str, list[float]]] = {}
+        for round_ in range(-1, repeats):  # one round to warm up
+            order = list(servers.items())[:: 1 if round_ % 2 else -1]  # who comes second may have it warmer
+            for length in lengths:
+                prompt = texts.next(length)
+                steps = -(-length // step_tokens)
+                for name, server in order:
+                    taken = ask(server, prompt).ttft_s / steps
+                    if round_ >= 0:
+                        times.setdefault(f"prefill of {length}", {}).setdefault(name, []).append(taken)
+            for size in sizes:
+                batch = [texts.next(32) for _ in range(size)]
+                for name, server in order:
+                    taken = median(gap for answer in _generate(server, batch, tokens) for gap in answer.gaps_s)
+                    if round_ >= 0:
+                        times.setdefault(f"decoding of {size}", {}).setdefault(name, []).append(taken)
+    rows = [
+        {
+            "step": step,
+            **{f"{name}_s": median(taken) for name, taken in by_server.items()},
+            "ratio": median(by_server["with_plug_in"]) / median(by_server["plain"]),
+            "repeats": by_server,
+        }
+        for step, by_server in times.items()
+    ]
+    for row in rows:
+        NEWS.print(f"{row['step']}: {row['ratio']:.3f} of the time without", highlight=False, soft_wrap=True)
+    data = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "steps": rows}
+    write_json(json_file, data)
+
+
+def _generate(server: Server, batch: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
+    async def all_of_them() -> list[Answer]:
+        async with server.async_client() as client:
+            return await ask_at(client, time.monotonic() + 0.05, [(0.0, prompt, tokens) for prompt in batch])
+
+    return asyncio.run(all_of_them())
+
+
+if __name__ == "__main__":
+    typer.run(main)

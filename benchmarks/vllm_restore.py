@@ -1,0 +1,168 @@
+"""TTFT of a long prompt whose beginning is stored: plain vLLM, loading only, and both, at several bandwidths.
+
+    python benchmarks/vllm_restore.py --json out/bench_vllm.json --picture out/bench_vllm.png
+
+Bandwidths are multiples of the balanced one, at which loading the prefix takes as long as computing it. By default the
+store is a folder behind a link that is slowed down in software. A real link to a real server:
+
+    python benchmarks/vllm_restore.py --store redis://10.9.0.2:6390 --shape './shape.sh {bits_per_s}' ...
+
+Each time is what a client sees: from sending the request to the first token. Plain vLLM is a server of its own, beside
+the one with the plug-in; they are asked in turn. `bound_s` is the clairvoyant bound, from the spans and loads of runs
+in the modes compute and load (see `cakekv.bench.bound`). `identical` compares the greedy continuations of all three.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from cakekv.bench.bound import clairvoyant_bound
+from cakekv.bench.machine import describe_machine
+from cakekv.bench.picture import bench_picture
+from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
+from cakekv.bench.vllm.filling import fill
+from cakekv.bench.vllm.server import Server
+from cakekv.cli.console import NEWS, number_list, write_json
+from cakekv.demo.model import demo_model
+from cakekv.restore.report import LoadRecord
+
+SHOWN_TOKENS = 32
+"""Tokens of the continuations that are compared."""
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/bench_vllm.json"),
+    picture: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
+    prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 4096,
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 256,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
+    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 5,
+    store: Annotated[str | None, typer.Option(help="A store behind a link that --shape sets.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Command that sets the link; {bytes_per_s} and {bits_per_s} are filled in.")
+    ] = None,
+    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+) -> None:
+    """Measure plain vLLM, loading only, and both."""
+    if (store is None) != (shape is None):
+        raise typer.BadParameter("a store of your own needs --shape, and --shape a store")
+    wanted: list[float] = number_list(ratios, float, "ratios")
+    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    options = {"chunk_tokens": chunk_tokens, "mode": "both"}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = store or f"{folder}/store"
+        log = json_file.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        folder_of_model = model or demo_model()
+        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        texts = Texts(plain)
+        prompt = texts.next(prefix + suffix)
+        with Server(folder_of_model, log, {**options, "store": url}, arguments) as server:
+            balanced = fill(server, url, [prompt], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
+        NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False, soft_wrap=True)
+        points = []
+        for ratio in wanted:
+            bandwidth = ratio * balanced
+            if shape is None:
+                shaped = f"{url}?bandwidth={bandwidth:.0f}B/s"
+            else:
+                shaped = url
+                words = shlex.split(shape.format(bytes_per_s=f"{bandwidth:.0f}", bits_per_s=f"{8 * bandwidth:.0f}"))
+                subprocess.run(words, check=True)
+            with Server(folder_of_model, log, {**options, "store": shaped, "save": False}, arguments) as server:
+                points.append(_measure(plain, server, prompt, prefix, ratio, bandwidth, repeats))
+            _show(points[-1])
+    write_json(
+        json_file,
+        {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "link": "slowed down in software" if shape is None else shape,
+            "model": folder_of_model.name,
+            "prefix_tokens": prefix,
+            "suffix_tokens": suffix,
+            "chunk_tokens": chunk_tokens,
+            "step_tokens": step_tokens,
+            "balanced_bytes_per_s": balanced,
+            "points": points,
+        },
+    )
+    if picture is not None:
+        bench_picture(points, picture)
+
+
+def _measure(
+    plain: Server, server: Server, prompt: list[int], prefix: int, ratio: float, bandwidth: float, repeats: int
+) -> dict[str, Any]:
+    """One bandwidth: a round to warm up, so that costs are known, then the measured ones."""
+
+    def once() -> dict[str, Answer]:
+        return {
+            "compute": ask(plain, prompt),
+            "load": ask(server, prompt, mode="load", report=True),
+            "both": ask(server, prompt, mode="both", report=True),
+            "compute_with_plug_in": ask(server, prompt, mode="compute", report=True),
+        }
+
+    cold_s = ask(server, prompt, mode="both").ttft_s
+    once()
+    rounds = [once() for _ in range(repeats)]
+    times = {name: [answers[name].ttft_s for answers in rounds] for name in rounds[0]}
+    times["bound"] = [_bound(answers, prefix) for answers in rounds]
+    shown = [
+        ask(plain, prompt, SHOWN_TOKENS).token_ids,
+        ask(server, prompt, SHOWN_TOKENS, mode="load").token_ids,
+        ask(server, prompt, SHOWN_TOKENS, mode="both").token_ids,
+    ]
+    medians = {f"{name}_s": median(taken) for name, taken in times.items()}
+    both = [answers["both"].report or {} for answers in rounds]
+    return {
+        "prefix_tokens": prefix,
+        "bandwidth_ratio": ratio,
+        "bandwidth_bytes_per_s": bandwidth,
+        **medians,
+        "both_first_time_s": cold_s,
+        "both_of_better": min(medians["compute_s"], medians["load_s"]) / medians["both_s"],
+        "both_of_bound": medians["bound_s"] / medians["both_s"],
+        "identical": all(tokens == shown[0] for tokens in shown)
+        and all(answer.token_ids == shown[0][:1] for answers in rounds for answer in answers.values()),
+        "repeats": {
+            **{f"{name}_s": taken for name, taken in times.items()},
+            **{name: [report.get(name) for report in both] for name in ("met_at", "computed_tokens", "loaded_tokens")},
+        },
+    }
+
+
+def _bound(answers: dict[str, Answer], prefix: int) -> float:
+    loaded = answers["load"]
+    suffix_s = sum(span.ended_s - span.began_s for span in spans_of(loaded))
+    assert loaded.report is not None
+    loads = [LoadRecord(**load) for load in loaded.report["loads"]]
+    return clairvoyant_bound(spans_of(answers["compute_with_plug_in"]), loads, prefix, suffix_s).seconds
+
+
+def _show(point: dict[str, Any]) -> None:
+    NEWS.print(
+        f"{point['bandwidth_ratio']:g}x: compute {point['compute_s']:.2f} s, load {point['load_s']:.2f} s, both "
+        f"{point['both_s']:.2f} s ({point['both_of_better']:.2f}x the better, {point['both_of_bound']:.0%} of the "
+        f"bound), {'identical' if point['identical'] else 'NOT IDENTICAL'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,19 @@
+"""The options of a `Cake`, in one place: every way to make one takes all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TypedDict
+
+from cakekv.restore.priority import Policy
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Cake`, which says what they are."""
+
+    chunk_tokens: int
+    max_span_tokens: int
+    tenant: str
+    policy: str | Policy
+    layered_finish: bool
+    calibration: str | os.PathLike[str] | None

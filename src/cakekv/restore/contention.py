@@ -1,0 +1,159 @@
+"""What a restore sees of the arms while other requests use them: the same costs, and the time it waits for its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.restore.priority.base import Kind, Policy, RequestState
+
+_PROBE_SHARE = 0.5
+"""A tier that was slow some other time is taken to deliver a chunk in this share of the prompt's compute time."""
+
+
+@dataclass
+class Burden:
+    """How many times as long as alone either arm takes for a request, since others are served before it."""
+
+    compute: float = 1.0
+    load: dict[int, float] = field(default_factory=dict)
+    """Per source; 1.0 where there is none."""
+
+
+def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
+    """What the open prefills are to each other.
+
+    A request that is served after others is through with its own t seconds of work after ahead + t seconds, where
+    ahead is what those before it keep the arm busy for. Decodes are left out: their steps are short.
+
+    Parameters
+    ----------
+    requests : sequence of RequestState
+        All open ones, with unique ids.
+    policy : Policy
+        Orders them.
+    now : float
+        Seconds on the clock of `RequestState.arrived_s`.
+    """
+    requests = [request for request in requests if request.kind is not Kind.DECODE]
+    result = {request.request_id: Burden() for request in requests}
+    ahead_s = 0.0
+    for request in policy.compute_order(requests, now):
+        result[request.request_id].compute = _burden(ahead_s, _compute_s(request))
+        ahead_s += _both_s(request)
+    for source in {source for request in requests for source in request.load_s}:
+        ahead_s = 0.0
+        for request in policy.load_order(requests, source, now):
+            own_s = request.tokens * request.load_s[source]
+            result[request.request_id].load[source] = _burden(ahead_s, own_s)
+            ahead_s += _both_s(request)
+    return result
+
+
+def _burden(ahead_s: float, own_s: float) -> float:
+    return 1.0 + ahead_s / own_s if own_s > 0 else 1.0
+
+
+def _compute_s(request: RequestState) -> float:
+    return request.tokens * 0.5 * (request.front_s + request.back_s)
+
+
+def _both_s(request: RequestState) -> float:
+    """Seconds until both arms together are through with it; a tier of unknown speed counts as much as compute."""
+    compute_s = _compute_s(request)
+    rates = sum(1.0 / token_s for token_s in request.load_s.values() if token_s > 0)
+    if compute_s <= 0 or not request.load_s:
+        return compute_s
+    load_s = request.tokens / rates if rates > 0 else compute_s
+    return compute_s * load_s / (compute_s + load_s)
+
+
+class SharedCompute(ComputeCost):
+    """One request's view of a compute cost that all requests learn together."""
+
+    def __init__(self, cost: ComputeCost) -> None:
+        self._cost = cost
+        self.burden = 1.0
+
+    @property
+    def known(self) -> bool:
+        return self._cost.known
+
+    @property
+    def shape(self) -> ComputeShape:
+        shape, burden = self._cost.shape, self.burden
+        if burden == 1.0:
+            return shape
+        return ComputeShape(shape.fixed * burden, shape.linear * burden, shape.quadratic * burden)
+
+    def seconds(self, start: int, tokens: int) -> float:
+        return self._cost.seconds(start, tokens) * self.burden
+
+    def observe(self, start: int, tokens: int, seconds: float) -> None:
+        self._cost.observe(start, tokens, seconds)
+
+
+class SharedLoad(LoadCost):
+    """One request's view of a tier's cost that all requests learn together.
+
+    Parameters
+    ----------
+    cost : LoadCost
+        The tier's. Its bandwidth is learned from the completions of all requests' loads.
+
+    Attributes
+    ----------
+    burden : float
+        As in `Burden`.
+    crowded_s : float
+        When other requests last used the tier, on the clock of `observe`.
+    """
+
+    def __init__(self, cost: LoadCost) -> None:
+        self._cost = cost
+        self._doubt = 1.0
+        self.burden = 1.0
+        self.crowded_s = float("-inf")
+
+    def doubt(self, size: int, prompt_s: float) -> None:
+        """See to it that a chunk of `size` bytes is tried, however slow the tier was some other time.
+
+        A tier that is thought slow is not used, and so would never be found to be fast. `prompt_s` is what computing
+        the whole prompt takes, in seconds.
+        """
+        expected_s = self._cost.seconds(size)
+        if expected_s > 0 and not self._cost.measured:
+            self._doubt = min(1.0, _PROBE_SHARE * prompt_s / expected_s)
+
+    @property
+    def known(self) -> bool:
+        return self._cost.known
+
+    @property
+    def measured(self) -> bool:
+        return self._cost.measured
+
+    @property
+    def last_completed(self) -> float | None:
+        return self._cost.last_completed
+
+    @property
+    def figures(self) -> LoadFigures:
+        return self._cost.figures
+
+    def seconds(self, size: int) -> float:
+        return self._cost.seconds(size) * self._factor
+
+    def duration(self, size: int) -> float:
+        return self._cost.duration(size) * (1.0 if self._cost.measured else self._doubt)
+
+    def is_shared(self, size: int) -> bool:
+        return self._cost.is_shared(size)
+
+    def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
+        self._cost.observe(size, began, ended, alone and began > self.crowded_s)
+
+    @property
+    def _factor(self) -> float:
+        return self.burden if self._cost.measured else self.burden * self._doubt

@@ -1,0 +1,138 @@
+"""The plan as it stands: who is to have which chunk, made again when enough has changed."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+
+from cakekv.restore.costs import ComputeCost
+from cakekv.restore.coverage import Coverage, State
+from cakekv.restore.flights import Flights, Source
+from cakekv.restore.outlook import Outlook
+
+_PROBE_TOKENS = 128
+"""First span while the speed of an arm is unknown: long enough to learn from, short enough to regret; then doubled."""
+
+
+class CurrentPlan:
+    """What compute and each source should take next.
+
+    Parameters
+    ----------
+    coverage, flights, sources, compute, chunk_bytes, max_span_chunks, mode
+        The restore's.
+    """
+
+    def __init__(
+        self,
+        coverage: Coverage,
+        flights: Flights,
+        sources: Sequence[Source],
+        compute: ComputeCost,
+        chunk_bytes: int,
+        max_span_chunks: int,
+        mode: str,
+    ) -> None:
+        loadable = [chunk for chunk in coverage.uncovered if coverage.holders[chunk]]
+        reserved = loadable[0] if mode == "both" and len(loadable) > 1 else None
+        self._outlook = Outlook(coverage, flights, sources, compute, chunk_bytes, max_span_chunks, mode, reserved)
+        self._coverage = coverage
+        self._flights = flights
+        self._sources = sources
+        self._compute = compute
+        self._chunk_bytes = chunk_bytes
+        self._longest = max_span_chunks
+        self._mode = mode
+        self._plan: dict[int, int] = {}
+        self._queues: list[list[int]] = [[] for _ in sources]
+        """Planned chunks per source, the one due first at the end."""
+        self._deadlines: list[int] = []
+        """As in `outlook.Plan`."""
+        self._changes = 0
+        """Chunks that changed hands since the plan was made."""
+        self.upset()
+
+    @property
+    def sources(self) -> Mapping[int, int]:
+        """The chunks to load, and from which source."""
+        return self._plan
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything changed since the plan was made."""
+        return self._changes > 0
+
+    @property
+    def stale(self) -> bool:
+        """Whether to plan again. Far from the end that is worth doing only after so many changes."""
+        return self._changes * 8 > len(self._coverage.uncovered)
+
+    def note(self, chunks: int) -> None:
+        """So many chunks changed hands."""
+        self._changes += chunks
+
+    def upset(self) -> None:
+        """Something happened that the plan did not reckon with."""
+        self._changes = self._coverage.chunks
+
+    def make(self, now: float, busy_s: float, finish_s: float) -> None:
+        """Decide again which chunks to load; parameters as in `Outlook.plan`."""
+        self._changes = 0
+        if self._mode == "compute":
+            return
+        self._plan, self._queues, self._deadlines = self._outlook.plan(now, busy_s, finish_s, self._plan)
+        for source in range(len(self._sources)):
+            for load in self._flights.wanted(source):
+                if load.group is None and self._plan.get(load.chunk, source) != source:
+                    load.moved = True
+                    self._flights.cancel(load)
+                    self._coverage.give_back(load.chunk)
+
+    def computable(self, first: int) -> int:
+        """How many chunks from `first` on compute should take, as far as that matters for the next span."""
+        coverage, end = self._coverage, first
+        limit = min(coverage.chunks, first + 2 * self._longest)
+        while end < limit and end not in self._plan and coverage.state[end] <= State.LOADING:
+            end += 1
+        unsure = self._plan and any(not source.cost.known for source in self._sources)
+        if unsure or not self._compute.known:
+            return min(end - first, max(1, _PROBE_TOKENS // coverage.chunk_tokens, first))
+        return end - first
+
+    def span_chunks(self, count: int) -> int:
+        """Chunks of the next span, of `count` to compute; what two spans can cover is shared evenly between them."""
+        longest = self._longest
+        return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
+
+    def due(self, source: int, may_queue: bool) -> int | None:
+        """The planned chunk that `source` should load now; it is taken off the plan's queue."""
+        queue = self._queues[source]
+        while queue:
+            if self._coverage.state[queue[-1]] is not State.STORED:
+                queue.pop()
+            elif not may_queue and self._held_back(source, queue[-1]):
+                return None
+            else:
+                return queue.pop()
+        return None
+
+    def _held_back(self, source: int, chunk: int) -> bool:
+        """Whether loading the chunk now would only slow down loads that are due sooner."""
+        if not self._sources[source].cost.is_shared(self._chunk_bytes):
+            return False
+        due = bisect_right(self._deadlines, chunk)
+        return any(bisect_right(self._deadlines, load.chunk) < due for load in self._flights.wanted(source))
+
+    def cuts_a_span(self, chunk: int) -> bool:
+        """Whether a chunk, to be computed after all, costs less to compute than the span that it would cut off."""
+        if self._longest < 3 or not self._outlook.is_played:
+            return False
+        state = self._coverage.state
+        if any(other in self._plan or state[other] > State.LOADING for other in (chunk - 1, chunk, chunk + 1)):
+            return False
+        shape = self._compute.shape
+        return shape.seconds(self._coverage.start_of(chunk), self._coverage.chunk_tokens) < 2 * shape.fixed
+
+    def loading_seconds(self, suffix: int, now: float) -> float:
+        """Seconds until the source that takes longest is through with what is planned before chunk `suffix`."""
+        return self._outlook.busy_seconds(self._plan, suffix, now)

@@ -1,0 +1,25 @@
+"""The vLLM plug-in: a KV connector and two schedulers that restore stored prefixes from both ends.
+
+`CakeConnector` goes into `--kv-transfer-config`, `CakeScheduler` (or `CakeAsyncScheduler`, where vLLM schedules
+asynchronously) into `--scheduler-cls`. Both are needed: the connector loads and saves, the scheduler computes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["CakeAsyncScheduler", "CakeConnector", "CakeScheduler"]
+
+if TYPE_CHECKING:
+    from cakekv.vllm.connector import CakeConnector
+    from cakekv.vllm.scheduler import CakeAsyncScheduler, CakeScheduler
+
+_HOMES = {"CakeConnector": "connector", "CakeScheduler": "scheduler", "CakeAsyncScheduler": "scheduler"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import vLLM only when one of the classes is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"cakekv.vllm.{_HOMES[name]}"), name)

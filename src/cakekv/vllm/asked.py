@@ -1,0 +1,83 @@
+"""What a single request asks of the plug-in, in its `kv_transfer_params`, and what it gets back there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cakekv.quantities import format_bytes
+from cakekv.restore.planner import MODES, Mode
+from cakekv.restore.report import RestoreReport
+from cakekv.vllm.config import VllmOptions
+
+FIELD = "cakekv"
+"""The plug-in's own field in `kv_transfer_params`."""
+
+_LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
+
+
+class Asked(NamedTuple):
+    """A request's own settings: `{"kv_transfer_params": {"cakekv": {"mode": "load", "save": false, "report": true}}}`.
+
+    Attributes
+    ----------
+    mode : {"auto", "compute", "load", "both"}
+        Which arms work on this prompt.
+    save : bool
+        Whether what is computed of it is saved.
+    report : bool
+        Whether the response's `kv_transfer_params` carry the restore's report.
+    """
+
+    mode: Mode
+    save: bool
+    report: bool
+
+    @classmethod
+    def of(cls, kv_transfer_params: object, options: VllmOptions) -> Asked:
+        """What a request asks for; the rest as the server was told. What cannot be is logged and passed over.
+
+        A request that came this far cannot be refused any more, and an error here would end the engine.
+        """
+        asked = cls(options.mode, options.save, False)
+        own = kv_transfer_params.get(FIELD) if isinstance(kv_transfer_params, Mapping) else None
+        if own is None:
+            return asked
+        wanted = dict(own) if isinstance(own, Mapping) else {"": own}
+        wrong = {
+            name: value
+            for name, value in wanted.items()
+            if not (value in MODES if name == "mode" else name in ("save", "report") and isinstance(value, bool))
+        }
+        if wrong:
+            _LOG.warning(
+                'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
+                "There are mode (one of %s), save and report (true or false).",
+                wrong,
+                ", ".join(MODES),
+            )
+        right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}
+        # A server that was told to save nothing does not save on a request's word.
+        return asked._replace(**right | {"save": options.save and right.get("save", True)})
+
+
+def answer(report: RestoreReport) -> dict[str, Any]:
+    """The `kv_transfer_params` of a response whose request asked for the report."""
+    return {FIELD: report.to_dict()}
+
+
+def log_restore(request_id: str, report: RestoreReport) -> None:
+    """Write a line about a restore into vLLM's log."""
+    reasons = ", ".join(f"{tokens:,} {reason}" for reason, tokens in report.miss_reasons().items())
+    _LOG.info(
+        "cakekv: %s: prompt of %s tokens, %s computed, %s loaded (%s), met at %s, %.3f s until complete%s",
+        request_id,
+        f"{report.prompt_tokens:,}",
+        f"{report.computed_tokens:,}",
+        f"{report.loaded_tokens:,}",
+        ", ".join(f"{format_bytes(size)} from {tier}" for tier, size in report.bytes_by_tier.items()) or "no store",
+        "-" if report.met_at is None else f"{report.met_at:,}",
+        report.ttft_s,
+        f"; missed: {reasons}" if reasons else "",
+    )

@@ -1,0 +1,142 @@
+"""What the plug-in can be told: the options in `--kv-transfer-config`'s `kv_connector_extra_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from cakekv.errors import BadOption
+from cakekv.quantities import parse_bytes, parse_duration
+from cakekv.restore.planner import MODES, Mode
+from cakekv.store.opening import check_url
+
+DEFAULT_STORE = "~/.cache/cakekv/vllm?capacity=20GB"
+"""Where chunks go unless told otherwise: a folder of the user who runs vLLM, of at most 20 GB."""
+
+
+def _stores(value: object) -> object:
+    urls = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
+    if not isinstance(urls, tuple) or not urls or not all(isinstance(url, str) and url for url in urls):
+        raise ValueError("write a store's URL, such as file:///var/cache/kv?capacity=100GB, or a list of them")
+    if len(set(urls)) < len(urls):
+        raise ValueError("a store is named twice")
+    for url in urls:
+        if url.startswith("memory:"):
+            raise ValueError(
+                "memory:// lives in one process, but vLLM's scheduler and workers are several, and it would be empty "
+                "after a restart; a folder in RAM does both: file:///dev/shm/kv?capacity=10GB"
+            )
+        check_url(url)
+    return urls
+
+
+def _bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _seconds(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _mode(value: object) -> object:
+    if value not in MODES:
+        raise ValueError(f"there are {', '.join(MODES)}")
+    return value
+
+
+class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
+    """The options of the plug-in, each with its default.
+
+    Attributes
+    ----------
+    store : tuple of str
+        Stores' URLs, nearest first; a single one may be given as a string. All are loaded from, the first is saved to.
+        Default: a folder of the user who runs vLLM, of at most 20 GB (`DEFAULT_STORE`).
+    chunk_tokens : int
+        Tokens that are stored and loaded together: a multiple of vLLM's block size (see `check_block_size`).
+    mode : {"auto", "compute", "load", "both"}
+        As in `Restore`: which arms work on a prompt whose beginning is stored.
+    load_deadline : float
+        Seconds after which a chunk that has not arrived is computed, also while its store's speed is unknown. May be
+        given as a string, such as "2s" or "500ms".
+    save : bool
+        Whether what was computed is saved.
+    save_queue : int
+        Bytes that may wait to be written; what would exceed them is not saved, and counted. Or a string: "1GB".
+    load_threads : int
+        Chunks that a worker reads from each store at a time; 0: as many as the store asks for.
+    layered_finish : bool
+        Whether the suffix may be computed while the last chunks before it still arrive, layer by layer.
+    tenant : str
+        Part of every key: chunks are shared with engines of the same tenant only.
+    log_requests : bool
+        Write a line into vLLM's log about every restore.
+    untested_vllm : bool
+        Work with a version of vLLM that the tests have not seen, if all the methods used look the same in it.
+    """
+
+    store: Annotated[tuple[str, ...], BeforeValidator(_stores)] = (DEFAULT_STORE,)
+    chunk_tokens: Annotated[int, Field(ge=1)] = 256
+    mode: Annotated[Mode, BeforeValidator(_mode)] = "auto"
+    load_deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)] = 30.0
+    save: bool = True
+    save_queue: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = 1_000_000_000
+    load_threads: Annotated[int, Field(ge=0, le=256)] = 0
+    layered_finish: bool = True
+    tenant: str = ""
+    log_requests: bool = False
+    untested_vllm: bool = False
+
+    @classmethod
+    def from_extra_config(cls, extra_config: Mapping[str, Any]) -> Self:
+        """The options of a vLLM command.
+
+        Parameters
+        ----------
+        extra_config : mapping
+            `kv_connector_extra_config` of `--kv-transfer-config`; names to JSON values.
+
+        Raises
+        ------
+        BadOption
+            An option is unknown or has a value that it cannot have. The message names all such options.
+        """
+        try:
+            return cls.model_validate(dict(extra_config))
+        except ValidationError as error:
+            raise BadOption("; ".join(cls._explain(details) for details in error.errors())) from error
+
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse chunks that are not whole blocks.
+
+        Parameters
+        ----------
+        block_size : int
+            Tokens in a block of vLLM's KV cache.
+
+        Raises
+        ------
+        BadOption
+            `chunk_tokens` is not a multiple of it.
+        """
+        if self.chunk_tokens % block_size:
+            below = self.chunk_tokens // block_size * block_size
+            allowed = " or ".join(str(tokens) for tokens in (below, below + block_size) if tokens)
+            raise BadOption(
+                f"option chunk_tokens is {self.chunk_tokens}, which is not a multiple of vLLM's block size of "
+                f"{block_size} tokens: write {allowed}, or change --block-size"
+            )
+
+    @classmethod
+    def _explain(cls, details: Any) -> str:
+        name, value = str(details["loc"][0]), details["input"]
+        if details["type"] == "extra_forbidden":
+            meant = get_close_matches(name, cls.model_fields, 1)
+            hint = f"did you mean {meant[0]}? " if meant else ""
+            return f"unknown option {name} in kv_connector_extra_config: {hint}there are {', '.join(cls.model_fields)}"
+        reason = details.get("ctx", {}).get("error") or details["msg"]
+        text = str(reason)
+        return f"option {name} is {value!r}: {text[:1].lower()}{text[1:]}"

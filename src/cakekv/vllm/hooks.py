@@ -1,0 +1,143 @@
+"""Which vLLM the plug-in works with: its versions, and the signatures of every method that we override or call.
+
+Most of these methods are private to vLLM and may change with any release. So they are compared when the engine starts,
+and a vLLM in which one of them looks different is refused instead of served wrongly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+
+from cakekv.errors import UnsupportedEngine
+
+VERSIONS = ("0.32",)
+"""Releases of vLLM, `major.minor`, that the tests pass with: the one place where this is said."""
+
+HOOKS: dict[str, dict[str, str]] = {
+    "vllm.v1.core.sched.scheduler:Scheduler": {
+        "__init__": "self, vllm_config, kv_cache_config, structured_output_manager, block_size, hash_block_size=, "
+        "mm_registry=, include_finished_set=, log_stats=",
+        "schedule": "self, throttle_prefills=",
+        "update_from_output": "self, scheduler_output, model_runner_output",
+        "finish_requests": "self, request_ids, finished_status",
+        "reset_prefix_cache": "self, reset_running_requests=, reset_connector=",
+        "reset_connector_cache": "self",
+        "shutdown": "self",
+        "_build_kv_connector_meta": "self, connector, scheduler_output",
+        "_connector_finished": "self, request",
+        "_free_blocks": "self, request",
+        "_free_request": "self, request, delay_free_blocks=",
+        "_free_request_blocks": "self, request",
+        "_get_local_prefix_cache_hit": "self, request",
+        "_handle_blocked_waiting_request": "self, request",
+        "_holds_kv_blocks": "request",
+        "_preempt_request": "self, request, timestamp, drop_stale_output=",
+        "_request_blocks_can_be_freed": "self, request",
+        "_reserve_prefill_lookahead": "self, request, num_computed_tokens, num_new_tokens",
+        "_update_after_schedule": "self, scheduler_output",
+        "_update_from_kv_xfer_finished": "self, kv_connector_output",
+        "_update_waiting_for_remote_kv": "self, request",
+    },
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": {
+        "__init__": "self, *args, **kwargs",
+        "_update_after_schedule": "self, scheduler_output",
+        "_update_request_with_output": "self, request, new_token_ids, is_stale=",
+    },
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": {
+        "allocate_slots": "self, request, num_new_tokens, num_new_computed_tokens=, new_computed_blocks=, "
+        "num_lookahead_tokens=, num_external_computed_tokens=, delay_cache_blocks=, num_encoder_tokens=, "
+        "full_sequence_must_fit=, reserved_blocks=, has_scheduled_reqs=, skip_zeroing_group_ids=",
+        "cache_blocks": "self, request, num_computed_tokens",
+        "free": "self, request",
+        "get_block_ids": "self, request_id",
+        "get_blocks": "self, request_id",
+        "get_computed_blocks": "self, request",
+        "pop_blocks_for_free": "self, request",
+    },
+    "vllm.v1.core.block_pool:BlockPool": {
+        "free_blocks": "self, ordered_blocks",
+        "get_num_free_blocks": "self",
+    },
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1": {
+        "__init__": "self, vllm_config, role, kv_cache_config",
+        "bind_connector_metadata": "self, connector_metadata",
+        "bind_kv_cache_manager": "self, kv_cache_manager",
+        "build_connector_meta": "self, scheduler_output",
+        "build_connector_worker_meta": "self",
+        "build_kv_connector_stats": "data=",
+        "build_prom_metrics": "vllm_config, metric_types, labelnames, per_engine_labelvalues",
+        "clear_connector_metadata": "self",
+        "get_finished": "self, finished_req_ids",
+        "get_kv_connector_stats": "self",
+        "get_num_new_matched_tokens": "self, request, num_computed_tokens",
+        "on_new_request": "self, request",
+        "register_kv_caches": "self, kv_caches",
+        "request_finished": "self, request, block_ids",
+        "reset_cache": "self",
+        "save_kv_layer": "self, layer_name, kv_layer, attn_metadata, **kwargs",
+        "shutdown": "self",
+        "start_load_kv": "self, forward_context, **kwargs",
+        "update_connector_output": "self, connector_output",
+        "update_state_after_alloc": "self, request, blocks, num_external_tokens",
+        "wait_for_layer_load": "self, layer_name",
+        "wait_for_save": "self",
+    },
+}
+"""Per class, the methods used and their parameters; "=" stands behind those with a default."""
+
+
+def check_hooks(allow_untested: bool = False) -> None:
+    """Refuse a vLLM that is not what the plug-in was written for.
+
+    Parameters
+    ----------
+    allow_untested : bool
+        Accept versions that are not in `VERSIONS`, provided that all hooks look the same.
+
+    Raises
+    ------
+    UnsupportedEngine
+        The version is another, or a hook is missing or has other parameters; the message names each.
+    """
+    import vllm
+
+    changes = list(_changes())
+    known = ".".join(vllm.__version__.split(".")[:2]) in VERSIONS
+    if not changes and (known or allow_untested):
+        return
+    wanted = f"cakekv works with vLLM {', '.join(f'{version}.x' for version in VERSIONS)}; this is {vllm.__version__}"
+    if not changes:
+        raise UnsupportedEngine(
+            f"{wanted}. Install one of those, or, since every method that cakekv uses looks the same here, try it with "
+            'the option "untested_vllm": true'
+        )
+    raise UnsupportedEngine(f"{wanted}, in which {'; '.join(changes)}. Install one of those versions")
+
+
+def _changes() -> Iterator[str]:
+    """What differs from `HOOKS`, in words."""
+    for place, methods in HOOKS.items():
+        module, _, class_name = place.partition(":")
+        try:
+            owner = getattr(importlib.import_module(module), class_name)
+        except (ImportError, AttributeError):
+            yield f"{module}.{class_name} does not exist"
+            continue
+        for name, expected in methods.items():
+            method = getattr(owner, name, None)
+            if method is None:
+                yield f"{class_name}.{name} does not exist"
+            elif (found := _parameters(method)) != expected:
+                yield f"{class_name}.{name} takes ({found}) instead of ({expected})"
+
+
+def _parameters(method: object) -> str:
+    if not callable(method):
+        return "nothing: it is not a method"
+    stars: dict[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return ", ".join(
+        stars.get(parameter.kind, "") + parameter.name + ("" if parameter.default is inspect.Parameter.empty else "=")
+        for parameter in inspect.signature(method).parameters.values()
+    )

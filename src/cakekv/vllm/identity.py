@@ -1,0 +1,158 @@
+"""Who a chunk of vLLM's is: model, adapter, layout, and vLLM's own chained hashes of everything in the prompt."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from cakekv.errors import BadInput, UnsupportedEngine
+from cakekv.keys import ChunkKey, Identity, canonical, fingerprint_files
+from cakekv.vllm.messages import ShardDescription
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.request import Request
+
+_LOG = logging.getLogger("vllm.cakekv")
+
+HASH = "sha256_cbor"
+"""vLLM's block hash that is the same in every process and on every machine."""
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
+
+
+def make_hashes_stable(vllm_config: VllmConfig) -> None:
+    """Have vLLM hash blocks in the one way that does not depend on process, Python or pickle.
+
+    Called while the scheduler is made, before vLLM sets up its hashing.
+    """
+    cache = vllm_config.cache_config
+    if cache.prefix_caching_hash_algo != HASH:
+        _LOG.info(
+            "cakekv: block hashes by %s instead of %s, since chunks are shared between processes",
+            HASH,
+            cache.prefix_caching_hash_algo,
+        )
+        cache.prefix_caching_hash_algo = HASH
+
+
+class Keyring:
+    """Makes the keys of a request's chunks.
+
+    Parameters
+    ----------
+    vllm_config
+        The engine's.
+    chunk_tokens, hash_tokens : int
+        Tokens per chunk, and per hash of vLLM's.
+    shard : ShardDescription
+        What a worker says of its share.
+    tenant : str
+        As in the options.
+
+    Raises
+    ------
+    UnsupportedEngine
+        The model's weights cannot be identified.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, chunk_tokens: int, hash_tokens: int, shard: ShardDescription, tenant: str
+    ) -> None:
+        self._chunk_hashes = chunk_tokens // hash_tokens
+        model = vllm_config.model_config
+        layout = {
+            "engine": "vllm",
+            "worker": shard.layout,
+            "hash": [vllm_config.cache_config.prefix_caching_hash_algo, hash_tokens, os.environ.get("PYTHONHASHSEED")],
+        }
+        self.identity = Identity(
+            weights=_weights(model, vllm_config.load_config.load_format),
+            architecture=_architecture(model),
+            dtype=f"{model.dtype} {vllm_config.cache_config.cache_dtype}",
+            layout=canonical(layout),
+            chunk_tokens=chunk_tokens,
+            tenant=tenant,
+        )
+        self._epoch = b""
+        self._roots: dict[str, bytes] = {}
+        """By path of the LoRA adapter, "" for none."""
+        self._keys: dict[str, list[ChunkKey]] = {}
+
+    def keys(self, request: Request) -> list[ChunkKey]:
+        """Keys of the request's full chunks, as far as their tokens are known.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The request's adapter cannot be identified.
+        """
+        keys = self._keys.setdefault(request.request_id, [])
+        known = len(request.block_hashes) // self._chunk_hashes
+        if len(keys) < known:
+            root = self._root(request)
+            for chunk in range(len(keys), known):
+                last_hash = request.block_hashes[(chunk + 1) * self._chunk_hashes - 1]
+                keys.append(ChunkKey(blake3(root + last_hash, derive_key_context="cakekv vllm chunk").digest()))
+        return keys
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        self._keys.pop(request_id, None)
+
+    def start_anew(self) -> None:
+        """The weights may have changed: from now on nothing that was stored before is found, nor shared."""
+        self._epoch = os.urandom(32)
+        self._roots.clear()
+        self._keys.clear()
+
+    def _root(self, request: Request) -> bytes:
+        path = request.lora_request.lora_path if request.lora_request is not None else ""
+        if path not in self._roots:
+            adapter = _fingerprint(Path(path), f"the LoRA adapter {path}") if path else ""
+            self._roots[path] = replace(self.identity, adapter=adapter).root + self._epoch
+        return self._roots[path]
+
+
+def _weights(model: ModelConfig, load_format: str) -> str:
+    if load_format == "dummy":
+        return "dummy"
+    folder = Path(model.model_weights or model.model)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(model.model), revision=model.revision, local_files_only=True))
+    return _fingerprint(folder, f"the model {model.model}")
+
+
+def _fingerprint(path: Path, what: str) -> str:
+    began = monotonic()
+    try:
+        fingerprint = fingerprint_files(path)
+    except BadInput as error:
+        raise UnsupportedEngine(
+            f"cakekv cannot tell the weights of {what} from others, and would mix up their chunks: {error}"
+        ) from error
+    _LOG.info("cakekv: read the weights of %s in %.1f s to know whose chunks are whose", what, monotonic() - began)
+    return fingerprint
+
+
+def _architecture(model: ModelConfig) -> str:
+    """The model's configuration as far as it can change keys and values."""
+    config = model.hf_config.to_dict()
+    fields = {name: value for name, value in config.items() if name not in _NOT_ARCHITECTURE}
+    return canonical({"config": _plain(fields), "quantization": str(model.quantization)})
+
+
+def _plain(value: object) -> object:
+    """Data that JSON knows; everything else by its text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

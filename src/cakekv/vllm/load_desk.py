@@ -1,0 +1,109 @@
+"""Hands out loads to the workers and hears what became of them: enough at a time to keep every source busy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from time import monotonic, time
+
+from cakekv.restore.flights import Load, Source
+from cakekv.restore.priority import Policy, RequestState
+from cakekv.vllm.messages import ShardReport, StepOrders
+from cakekv.vllm.restoration import Restoration
+
+_MOST_AHEAD = 64
+"""Loads that may queue at a source."""
+
+
+class LoadDesk:
+    """The scheduler's side of all workers' loads.
+
+    The scheduler hears of loads between two steps only. So as many are handed out as a source can get through in a
+    step, beside those that it is at; the workers take them in order, and drop those that compute overtakes.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+        The tiers.
+    policy : Policy
+        Whose loads go first.
+    """
+
+    def __init__(self, sources: Sequence[Source], policy: Policy) -> None:
+        self.sources = sources
+        self.chunk_bytes = 0
+        """Of all workers together."""
+        self.ranks = 0
+        self._policy = policy
+        self._number = 0
+        self._outstanding = [0] * len(sources)
+        """Loads per source that some worker has not answered."""
+        self._ordered: dict[int, tuple[Restoration, int, Load]] = {}
+        """Those loads, by number, with their source."""
+        self._orphans: list[Restoration] = []
+        """Restores that ended, of which some loads may go on."""
+
+    def alive(self) -> set[int]:
+        """The sources that have a reader left: not all hang in loads that were given up."""
+        late = [0] * len(self.sources)
+        for _, source, load in self._ordered.values():
+            late[source] += load.late
+        return {number for number, source in enumerate(self.sources) if late[number] < source.depth}
+
+    def seconds_per_token(self, tokens: int) -> dict[int, float]:
+        """Per source, what a token of a chunk of `tokens` takes of its time."""
+        return {number: source.cost.seconds(self.chunk_bytes) / tokens for number, source in enumerate(self.sources)}
+
+    def adopt(self, restoration: Restoration) -> None:
+        """A restore is over: see that what it left behind is stopped."""
+        self._orphans.append(restoration)
+
+    def order(
+        self,
+        orders: StepOrders,
+        restorations: Mapping[str, Restoration],
+        states: Sequence[RequestState],
+        step_s: float,
+    ) -> None:
+        """Put loads, and the ends of loads, into a step's orders.
+
+        Parameters
+        ----------
+        orders : StepOrders
+            Filled in.
+        restorations : mapping
+            All restores, by request.
+        states : sequence of RequestState
+            The same, as the policy sees them.
+        step_s : float
+            Seconds that the step should take; 0.0 if that is not known, or it computes nothing.
+        """
+        now = monotonic()
+        for number, source in enumerate(self.sources):
+            load_s = source.cost.seconds(self.chunk_bytes)
+            ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
+            for state in self._policy.load_order(states, number, time()):
+                restoration = restorations[state.request_id]
+                while self._outstanding[number] < source.depth + ahead:
+                    order = restoration.next_load(number, self._number, now, ahead)
+                    if order is None:
+                        break
+                    self._ordered[self._number] = (restoration, number, restoration.load(self._number))
+                    self._outstanding[number] += 1
+                    self._number += 1
+                    orders.loads.append(order)
+        for restoration in [*self._orphans, *restorations.values()]:
+            orders.cancels += restoration.new_cancels()
+        self._orphans.clear()
+
+    def heard(self, rank: int, report: ShardReport) -> None:
+        """A worker reports."""
+        now = monotonic()
+        for number, ago_s in report.begun.items():
+            if number in self._ordered:
+                self._ordered[number][0].begun(number, now - ago_s)
+        for number, result in sorted(report.ended.items(), key=lambda item: -item[1].ended_ago_s):
+            restoration, source, _ = self._ordered[number]
+            if restoration.ended(number, rank, result, self.ranks, now):
+                del self._ordered[number]
+                self._outstanding[source] -= 1

@@ -1,0 +1,172 @@
+"""A worker's I/O arm: threads that read, verify and place chunks into the paged cache, in the order of the orders."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+
+from cakekv.chunk import ChunkShape, read_header, segments
+from cakekv.errors import CorruptChunk, MissingChunk, StoreError
+from cakekv.keys import ChunkKey
+from cakekv.load.loader import Abandoned, Progress, failure_reason, fill
+from cakekv.load.staging import StagingPool
+from cakekv.store.base import Store
+from cakekv.vllm.messages import LoadOrder, LoadResult
+from cakekv.vllm.threads import start_thread
+
+_LOG = logging.getLogger("vllm.cakekv")
+
+Place = Callable[[Sequence[int], Sequence[memoryview]], None]
+"""(block ids, segment per layer) Copies a chunk into the paged cache."""
+
+
+class _Job:
+    """One load on this worker."""
+
+    __slots__ = ("began", "cancelled", "order", "placing")
+
+    def __init__(self, order: LoadOrder) -> None:
+        self.order = order
+        self.cancelled = False
+        self.placing = False
+        self.began: float | None = None
+
+
+class LoadPool:
+    """Loads what it is ordered to, several chunks at a time from every tier.
+
+    Parameters
+    ----------
+    tiers : sequence of Store
+        One per source of the orders.
+    threads : sequence of int
+        Per tier, how many chunks to read at a time.
+    shape : ChunkShape
+        What this worker's share of a chunk looks like.
+    shard : callable
+        From a chunk's key to that of this worker's share.
+    place : callable
+        Copies a chunk into the paged cache.
+    staging : StagingPool
+        Buffers of at least `shape.total_bytes`.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Store],
+        threads: Sequence[int],
+        shape: ChunkShape,
+        shard: Callable[[ChunkKey], ChunkKey],
+        place: Place,
+        staging: StagingPool,
+    ) -> None:
+        self._tiers = tiers
+        self._shape = shape
+        self._shard = shard
+        self._place = place
+        self._staging = staging
+        self._changed = threading.Condition()
+        self._queues: list[deque[_Job]] = [deque() for _ in tiers]
+        self._jobs: dict[int, _Job] = {}
+        """Loads that were not reported as ended, by number."""
+        self._begun: dict[int, float] = {}
+        self._ended: dict[int, tuple[bool, str, int, float, float]] = {}
+        self._closed = False
+        for source, (tier, count) in enumerate(zip(tiers, threads, strict=True)):
+            for number in range(count):
+                start_thread(f"cakekv-load-{tier.name}-{number}", lambda source=source: self._work(source))  # type: ignore[misc]
+
+    def submit(self, orders: Iterable[LoadOrder]) -> None:
+        """Queue loads."""
+        with self._changed:
+            for order in orders:
+                job = self._jobs[order.number] = _Job(order)
+                self._queues[order.source].append(job)
+            self._changed.notify_all()
+
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Give loads up. After this none of them writes into the cache: one that is doing so now is waited for."""
+        with self._changed:
+            jobs = [self._jobs[number] for number in numbers if number in self._jobs]
+            for job in jobs:
+                job.cancelled = True
+                if job.began is None:
+                    self._queues[job.order.source].remove(job)
+                    self._end(job, False, "", 0)
+            self._changed.wait_for(lambda: not any(job.placing for job in jobs))
+
+    def take_events(self) -> tuple[dict[int, float], dict[int, LoadResult]]:
+        """What began and what ended since the last call; times are seconds ago."""
+        with self._changed:
+            now = monotonic()
+            begun = {number: now - began for number, began in self._begun.items()}
+            ended = {
+                number: LoadResult(placed, reason, size, now - began_at, now - ended_at)
+                for number, (placed, reason, size, began_at, ended_at) in self._ended.items()
+            }
+            self._begun.clear()
+            self._ended.clear()
+        return begun, ended
+
+    def close(self) -> None:
+        """Stop, without waiting for reads that hang; nothing is placed after this."""
+        self.cancel(list(self._jobs))
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _work(self, source: int) -> None:
+        while (job := self._next(source)) is not None:
+            progress = Progress()
+            placed, reason = False, ""
+            try:
+                placed = self._load(job, progress)
+            except Abandoned:
+                pass
+            except (CorruptChunk, MissingChunk, StoreError) as error:
+                reason = failure_reason(error)
+            except Exception as error:
+                _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
+                reason = f"crashed: {error!r}"
+            with self._changed:
+                self._end(job, placed, reason, progress.bytes)
+                self._changed.notify_all()
+
+    def _next(self, source: int) -> _Job | None:
+        queue = self._queues[source]
+        with self._changed:
+            self._changed.wait_for(lambda: queue or self._closed)
+            if self._closed:
+                return None
+            job = queue.popleft()
+            job.began = self._begun[job.order.number] = monotonic()
+            return job
+
+    def _load(self, job: _Job, progress: Progress) -> bool:
+        """Read, verify and place a chunk; False if it was cancelled at the last moment."""
+        order, shape = job.order, self._shape
+        key = self._shard(order.key)
+        with self._staging.buffer() as buffer:
+            with self._tiers[order.source].open(key) as reader:
+                fill(reader, buffer, 0, shape.total_bytes, job, progress)
+                header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
+            header.expect(shape, key, order.start)
+            views = segments(shape, buffer)
+            for layer, view in enumerate(views):
+                header.verify(layer, view)
+            with self._changed:
+                if job.cancelled:
+                    return False
+                job.placing = True
+            self._place(order.block_ids, views)
+        return True
+
+    def _end(self, job: _Job, placed: bool, reason: str, size: int) -> None:
+        """Note how a load ended; called with `_changed` held."""
+        job.placing = False
+        del self._jobs[job.order.number]
+        now = monotonic()
+        self._ended[job.order.number] = (placed, reason, size, job.began or now, now)

@@ -1,0 +1,139 @@
+"""Asks the stores what they hold, beside the scheduler: all requests that wait at a moment in one round trip."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+from cakekv.errors import CakeError
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store
+from cakekv.vllm.threads import start_thread
+
+_LOG = logging.getLogger("vllm.cakekv")
+
+
+@dataclass
+class _Question:
+    """Which tiers hold the chunks of one request?"""
+
+    keys: list[ChunkKey]
+    asked: float
+    answers: dict[int, list[bool]] = field(default_factory=dict)
+    """By tier, as far as they have answered."""
+    known: float | None = None
+    """When the answer was first given."""
+    complete: list[tuple[int, ...]] | None = None
+    """The answer, once no tier owes its part."""
+
+
+class Lookup:
+    """One thread per tier, so that one that hangs delays nobody else's answers.
+
+    Parameters
+    ----------
+    tiers : sequence of Store
+        Whom to ask.
+    shards : sequence of callable
+        From a chunk's key to those of the workers' shares; it is stored if all of them are.
+    patience_s : float
+        A tier that has not answered after so many seconds is taken to hold nothing; as long as it owes that answer,
+        nobody waits for it.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Store], shards: Sequence[Callable[[ChunkKey], ChunkKey]], patience_s: float
+    ) -> None:
+        self._tiers = tiers
+        self._shards = shards
+        self._patience_s = patience_s
+        self._changed = threading.Condition()
+        self._questions: dict[str, _Question] = {}
+        self._waiting: list[list[_Question]] = [[] for _ in tiers]
+        self._busy_since: list[float | None] = [None for _ in tiers]
+        self._closed = False
+        for source, tier in enumerate(tiers):
+            start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
+
+    def ask(self, request_id: str, keys: list[ChunkKey]) -> None:
+        """Find out where these chunks are; replaces what was asked for the request before."""
+        question = _Question(keys, monotonic())
+        with self._changed:
+            self._questions[request_id] = question
+            if keys:
+                for queue in self._waiting:
+                    queue.append(question)
+                self._changed.notify_all()
+
+    def answer(self, request_id: str) -> list[tuple[int, ...]] | None:
+        """Per chunk, the tiers that hold it; None if that is not known yet."""
+        with self._changed:
+            question = self._questions.get(request_id)
+            if question is None or not question.keys:
+                return []
+            if question.complete is not None:
+                return question.complete
+            now = monotonic()
+            for source in range(len(self._tiers)):
+                if source not in question.answers and not self._overdue(source, question, now):
+                    return None
+            question.known = question.known or now
+            answers = question.answers.items()
+            stored = [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
+            if len(answers) == len(self._tiers):
+                question.complete = stored
+            return stored
+
+    def promising(self, request_id: str) -> bool:
+        """Whether some chunk of the request is, or may turn out to be, stored."""
+        stored = self.answer(request_id)
+        return stored is None or any(stored)
+
+    def seconds(self, request_id: str) -> float:
+        """How long the request's answer took to come."""
+        question = self._questions.get(request_id)
+        return 0.0 if question is None or question.known is None else question.known - question.asked
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        with self._changed:
+            self._questions.pop(request_id, None)
+
+    def close(self) -> None:
+        """Stop, without waiting for a tier that hangs."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _overdue(self, source: int, question: _Question, now: float) -> bool:
+        since = self._busy_since[source]
+        since = question.asked if since is None else min(since, question.asked)
+        return now - since >= self._patience_s
+
+    def _work(self, source: int) -> None:
+        tier = self._tiers[source]
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting[source] or self._closed)
+                if self._closed:
+                    return
+                batch, self._waiting[source] = self._waiting[source], []
+                self._busy_since[source] = monotonic()
+            keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
+            try:
+                found = [size is not None for size in tier.lookup(keys)]
+            except CakeError as error:
+                _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
+                found = [False] * len(keys)
+            except Exception:
+                _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
+                found = [False] * len(keys)
+            step = len(self._shards)
+            held = [all(found[first : first + step]) for first in range(0, len(found), step)]
+            with self._changed:
+                self._busy_since[source] = None
+                for question in batch:
+                    question.answers[source], held = held[: len(question.keys)], held[len(question.keys) :]

@@ -1,0 +1,98 @@
+"""What scheduler and workers tell each other: orders with every step, reports with every step's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from cakekv.keys import ChunkKey
+
+
+class LoadOrder(NamedTuple):
+    """Load a chunk into these blocks."""
+
+    number: int
+    """Names the load; never used again."""
+    source: int
+    key: ChunkKey
+    start: int
+    """Position of the chunk's first token."""
+    block_ids: tuple[int, ...]
+
+
+class SaveOrder(NamedTuple):
+    """Save these blocks as a chunk; they are complete after this step's forward pass."""
+
+    key: ChunkKey
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass
+class StepOrders(KVConnectorMetadata):
+    """From the scheduler to every worker, with every step.
+
+    Once a worker has taken them in, no cancelled load writes into the cache any more.
+    """
+
+    sequence: int
+    loads: list[LoadOrder] = field(default_factory=list)
+    cancels: list[int] = field(default_factory=list)
+    saves: list[SaveOrder] = field(default_factory=list)
+    answer: bool = False
+    """Whether to report even if nothing happened."""
+
+
+class LoadResult(NamedTuple):
+    """How a load ended on one worker. Times are seconds before the report was made: clocks differ between machines."""
+
+    placed: bool
+    reason: str
+    """Why it failed; "" if it did not, or was cancelled."""
+    size: int
+    """Bytes read."""
+    began_ago_s: float
+    ended_ago_s: float
+
+
+@dataclass
+class ShardReport:
+    """From one worker, with a step's output."""
+
+    sequence: int
+    """Of the last orders it has taken in."""
+    begun: dict[int, float] = field(default_factory=dict)
+    """Loads that it began with, and how many seconds ago."""
+    ended: dict[int, LoadResult] = field(default_factory=dict)
+    unsaved: list[ChunkKey] = field(default_factory=list)
+    """Chunks that it could not save."""
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """From all workers, by rank."""
+
+    shards: dict[int, ShardReport]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
+        """Both together."""
+        assert isinstance(other, StepReport)
+        return StepReport(self.shards | other.shards)
+
+
+@dataclass
+class ShardDescription(KVConnectorHandshakeMetadata):
+    """What a worker keeps of every chunk, told to the scheduler once."""
+
+    tag: str
+    """Part of the keys of this worker's chunks: which share of the model it holds."""
+    layout: str
+    """Order of the bytes in a block, `canonical`."""
+    segment_bytes: tuple[int, ...]
+    """Per layer."""

@@ -1,0 +1,181 @@
+"""One request's restore as the scheduler sees it: the planner, the blocks, and the loads that workers are at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from cakekv.keys import ChunkKey
+from cakekv.restore.flights import Load
+from cakekv.restore.planner import Restore, Span
+from cakekv.vllm.messages import LoadOrder, LoadResult
+from cakekv.vllm.step_costs import Piece, SharedCost
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_LOOK_S = 0.02
+"""Seconds after which a wait is thought over even if nothing was heard."""
+
+
+class Restoration:
+    """Translates between a planner and the workers.
+
+    Parameters
+    ----------
+    request
+        vLLM's request.
+    restore : Restore
+        Its planner.
+    cost : SharedCost
+        The planner's idea of compute.
+    keys : sequence of ChunkKey
+        Keys of the chunks.
+    block_ids : sequence of int
+        The request's blocks, up to the end of the stored prefix at least.
+    block_tokens : int
+        Tokens per block.
+    local_tokens : int
+        Tokens that vLLM's own prefix cache had.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        restore: Restore,
+        cost: SharedCost,
+        keys: Sequence[ChunkKey],
+        block_ids: Sequence[int],
+        block_tokens: int,
+        local_tokens: int,
+    ) -> None:
+        self.request = request
+        self.restore = restore
+        self.cost = cost
+        self.keys = keys
+        self.local_tokens = local_tokens
+        self.queried_tokens = request.num_tokens - local_tokens
+        """Tokens that vLLM asked about."""
+        self.began = monotonic()
+        self.parked = True
+        """Whether vLLM still holds it to be loading, so that it computes nothing."""
+        self.wanted = 0
+        """Tokens that compute should take in the coming step."""
+        self._block_ids = block_ids
+        self._chunk_blocks = restore.chunk_tokens // block_tokens
+        self._loads: dict[int, Load] = {}
+        """Loads that some worker has not answered, by number."""
+        self._results: dict[int, dict[int, LoadResult]] = {}
+        """Answers to them so far, by rank."""
+        self._failed: set[int] = set()
+        self.failed_chunks: set[int] = set()
+        """Chunks of which a load failed."""
+        self._cancelled: set[int] = set()
+        """Loads that workers were told to give up."""
+        self.done_at: int | None = None
+        """Number of the orders with which the last part of the prompt was computed."""
+        self._span: Span | None = None
+        self._idle_until = 0.0
+
+    @property
+    def request_id(self) -> str:
+        """The request's."""
+        return str(self.request.request_id)
+
+    @property
+    def lost(self) -> set[int]:
+        """Chunks that were stored but could not be had, or not in time."""
+        return self.failed_chunks | self.restore.coverage.late
+
+    @property
+    def loading(self) -> bool:
+        """Whether a worker may still write into the request's blocks."""
+        return bool(self._loads)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the arms have met: all that is left is the suffix."""
+        return self.restore.position >= self.restore.prefix_tokens
+
+    def think(self, now: float) -> None:
+        """Decide what compute should take next, given that the step before is over."""
+        self.settle(now)
+        self.wanted = 0
+        if now >= self._idle_until:
+            self.wanted = self.restore.computable_tokens(now)
+            if not self.wanted:
+                self._idle_until = now + _LOOK_S
+
+    def settle(self, now: float) -> None:
+        """What was taken in the step before is in the cache, as far as any later step can tell."""
+        if self._span is not None:
+            self.restore.computed(self._span, now)
+            self._span = None
+
+    def take(self, tokens: int, now: float) -> Piece:
+        """Compute takes the next tokens, as far as they are the prompt's."""
+        tokens = min(tokens, self.restore.prompt_tokens - self.restore.position)
+        self._span = self.restore.take(tokens, now)
+        self._idle_until = 0.0
+        return Piece(self._span.start, self._span.tokens)
+
+    def next_load(self, source: int, number: int, now: float, ahead: int) -> LoadOrder | None:
+        """The next load to order from a source, if any is worth it."""
+        load = self.restore.next_load(source, now, ahead)
+        if load is None:
+            return None
+        self._loads[number] = load
+        blocks = self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks]
+        return LoadOrder(number, source, self.keys[load.chunk], load.start, tuple(blocks))
+
+    def load(self, number: int) -> Load:
+        """The planner's side of a load that was ordered."""
+        return self._loads[number]
+
+    def new_cancels(self) -> Iterator[int]:
+        """Loads that nobody needs any more and no worker was told of."""
+        for number, load in self._loads.items():
+            if load.cancelled and number not in self._cancelled:
+                self._cancelled.add(number)
+                yield number
+
+    def begun(self, number: int, at: float) -> None:
+        """A worker began with a load."""
+        load = self._loads.get(number)
+        if load is not None and load.queued:
+            self.restore.begun(load, at)
+
+    def ended(self, number: int, rank: int, result: LoadResult, ranks: int, now: float) -> bool:
+        """A worker is through with a load. Returns whether all of them are."""
+        load = self._loads[number]
+        results = self._results.setdefault(number, {})
+        results[rank] = result
+        self._idle_until = 0.0
+        at = now - result.ended_ago_s
+        if result.reason and number not in self._failed:
+            self._failed.add(number)
+            self.failed_chunks.add(load.chunk)
+            self.restore.failed(load, result.reason, result.size, at)
+            load.cancelled = True  # so the other workers are told, too
+        if len(results) < ranks:
+            return False
+        del self._loads[number], self._results[number]
+        if number in self._failed:
+            return True
+        load.began = now - max(result.began_ago_s for result in results.values())
+        at = now - min(result.ended_ago_s for result in results.values())
+        if not all(result.placed for result in results.values()):
+            self.restore.abandoned(load, sum(result.size for result in results.values()), at)
+        elif self.restore.arrived(load, at):
+            self.restore.placed(load, at)
+        return True
+
+    def give_up(self) -> None:
+        """No load is needed any more."""
+        self.restore.cancel_loads()
+
+    def pause(self, seconds: float) -> None:
+        """The engine stood still: that is no fault of the loads."""
+        for load in self._loads.values():
+            load.began += seconds

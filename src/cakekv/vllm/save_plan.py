@@ -1,0 +1,88 @@
+"""Which chunks to save when: every computed chunk once, unless a store has it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Sequence
+
+from cakekv.keys import ChunkKey
+from cakekv.vllm.messages import SaveOrder
+
+_REMEMBERED = 100_000
+"""Chunks of which it is known that they were handed over: 10 MB at most."""
+
+
+class SavePlan:
+    """Follows each request through its chunks.
+
+    Parameters
+    ----------
+    chunk_tokens, block_tokens : int
+        Tokens per chunk and per block of vLLM's cache.
+    """
+
+    def __init__(self, chunk_tokens: int, block_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._chunk_blocks = chunk_tokens // block_tokens
+        self._next: dict[str, int] = {}
+        """Per request, the first chunk that was not looked at."""
+        self._handed_over: OrderedDict[ChunkKey, None] = OrderedDict()
+
+    def due(self, request_id: str, end: int) -> bool:
+        """Whether a chunk of the request is complete, now that it is computed up to `end`."""
+        return end // self._chunk_tokens > self._next.get(request_id, 0)
+
+    def orders(
+        self,
+        request_id: str,
+        end: int,
+        keys: Sequence[ChunkKey],
+        block_ids: Sequence[int],
+        stored: Sequence[tuple[int, ...]],
+        again: Container[int],
+    ) -> list[SaveOrder]:
+        """What to save of a request.
+
+        Parameters
+        ----------
+        request_id : str
+            The request.
+        end : int
+            It is computed, or loaded, up to here.
+        keys : sequence of ChunkKey
+            Keys of its chunks, as far as known.
+        block_ids : sequence of int
+            Its blocks.
+        stored : sequence of tuple of int
+            Per chunk, who held it when the request came.
+        again : container of int
+            Chunks to save although they were stored: they could not be had.
+        """
+        first = self._next.get(request_id, 0)
+        last = min(end // self._chunk_tokens, len(keys))
+        self._next[request_id] = max(first, last)
+        orders = []
+        for chunk in range(first, last):
+            known = (chunk < len(stored) and stored[chunk]) or keys[chunk] in self._handed_over
+            if known and chunk not in again:
+                continue
+            self._handed_over[keys[chunk]] = None
+            blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
+            orders.append(SaveOrder(keys[chunk], chunk * self._chunk_tokens, tuple(blocks)))
+        while len(self._handed_over) > _REMEMBERED:
+            self._handed_over.popitem(last=False)
+        return orders
+
+    def unsaved(self, keys: Iterable[ChunkKey]) -> None:
+        """These could not be saved after all; the next request that computes them may try again."""
+        for key in keys:
+            self._handed_over.pop(key, None)
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone, or begins again."""
+        self._next.pop(request_id, None)
+
+    def start_anew(self) -> None:
+        """All keys have changed."""
+        self._handed_over.clear()
+        self._next.clear()

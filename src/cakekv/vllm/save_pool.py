@@ -1,0 +1,147 @@
+"""A worker's write-behind: computed chunks are copied out of the paged cache at once and written while vLLM goes on."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from cakekv.chunk import ChunkShape, seal, segments
+from cakekv.errors import CakeError
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store
+from cakekv.vllm.messages import SaveOrder
+from cakekv.vllm.metrics import CakeStats
+from cakekv.vllm.threads import start_thread
+
+_LOG = logging.getLogger("vllm.cakekv")
+
+_WRITERS = 2
+Gather = Callable[[Sequence[int], Sequence[memoryview]], None]
+"""(block ids, segment per layer) Copies a chunk out of the paged cache."""
+
+
+class SavePool:
+    """Writes chunks in the background.
+
+    A chunk is copied before `save` returns, so its blocks may be used again right after: milliseconds, against the
+    seconds for which a slow store would otherwise hold blocks back. What does not fit into the queue is not saved.
+
+    Parameters
+    ----------
+    store : Store
+        Where to.
+    shape : ChunkShape
+        What this worker's share of a chunk looks like.
+    shard : callable
+        From a chunk's key to that of this worker's share.
+    gather : callable
+        Copies a chunk out of the paged cache.
+    allocate : callable
+        (bytes) to a writable buffer.
+    capacity : int
+        Bytes that may wait to be written; at least one chunk may.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shape: ChunkShape,
+        shard: Callable[[ChunkKey], ChunkKey],
+        gather: Gather,
+        allocate: Callable[[int], memoryview],
+        capacity: int,
+    ) -> None:
+        self._store = store
+        self._shape = shape
+        self._shard = shard
+        self._gather = gather
+        self._allocate = allocate
+        self.pending = 0
+        """Chunks taken over and not written yet."""
+        self._room = max(1, capacity // shape.total_bytes)
+        """Buffers that may still be allocated."""
+        self._free: list[memoryview] = []
+        self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._unsaved: list[ChunkKey] = []
+        self._stats = CakeStats()
+        self._complaint = ""
+        self._threads = [start_thread(f"cakekv-save-{number}", self._work) for number in range(_WRITERS)]
+
+    def save(self, orders: Sequence[SaveOrder]) -> None:
+        """Take over chunks that are complete in the paged cache."""
+        for order in orders:
+            buffer = self._buffer()
+            if buffer is None:
+                self._lost(order.key, "store too slow")
+                continue
+            self._gather(order.block_ids, segments(self._shape, buffer))
+            with self._lock:
+                self.pending += 1
+            self._queue.put((order, buffer))
+
+    def take_unsaved(self) -> list[ChunkKey]:
+        """Chunks that could not be saved since the last call."""
+        with self._lock:
+            unsaved, self._unsaved = self._unsaved, []
+        return unsaved
+
+    def take_stats(self) -> CakeStats | None:
+        """What happened since the last call, if anything did."""
+        with self._lock:
+            stats, self._stats = self._stats, CakeStats()
+        return None if stats.is_empty() else stats
+
+    def close(self, timeout_s: float) -> None:
+        """Write what is queued, as far as that takes no longer than `timeout_s` seconds."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _buffer(self) -> memoryview | None:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            if not self._room:
+                return None
+            self._room -= 1
+        return self._allocate(self._shape.total_bytes)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            order, buffer = job
+            began, reason = monotonic(), "declined by the store"
+            try:
+                key = self._shard(order.key)
+                seal(self._shape, buffer, key, order.start)
+                kept = self._store.write(key, buffer[: self._shape.total_bytes])
+            except CakeError as error:
+                kept, reason = False, "store failed"
+                self._complain(str(error))
+            except Exception:
+                kept, reason = False, "crashed"
+                _LOG.exception("cakekv: a save failed in a way that no store should")
+            if not kept:
+                self._lost(order.key, reason)
+            with self._lock:
+                self.pending -= 1
+                self._free.append(buffer)
+                if kept:
+                    self._stats.add("cakekv:saved_chunks", 1)
+                    self._stats.add("cakekv:saved_bytes", self._shape.total_bytes)
+                    self._stats.add("cakekv:save_seconds", monotonic() - began)
+
+    def _lost(self, key: ChunkKey, reason: str) -> None:
+        with self._lock:
+            self._unsaved.append(key)
+            self._stats.add("cakekv:unsaved_chunks", 1, reason)
+
+    def _complain(self, message: str) -> None:
+        """Log the first error of a kind."""
+        if message != self._complaint:
+            self._complaint = message
+            _LOG.warning("cakekv: chunks could not be saved, so later prompts will have to be computed: %s", message)

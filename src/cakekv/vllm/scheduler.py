@@ -1,0 +1,310 @@
+"""vLLM's schedulers, taught to compute a prompt's head while its tail is loaded.
+
+Everything is decided in `restore/`: the planner of each restore says what to compute, the policy who gets the tokens of
+a step. The classes translate that into vLLM's terms:
+
+1. The connector has vLLM allocate the whole stored prefix and park the request, as for any asynchronous load.
+2. As soon as compute is to begin, the parked request is taken back and prefilled in chunks from its front.
+3. Where compute comes upon loaded chunks, the request jumps over them: its `num_computed_tokens` is set further. vLLM
+   hashes loaded blocks with the tokens computed behind them, so nobody shares a block before it is whole.
+
+The V1 model runner reads `num_computed_tokens` with every step. The V2 runner counts for itself; there a request jumps
+by being resumed, as after a preemption, but with its blocks kept.
+"""
+
+from __future__ import annotations
+
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.request import RequestStatus
+
+from cakekv.errors import UnsupportedEngine
+from cakekv.restore.priority import Kind, RequestState
+from cakekv.vllm.connector import CakeConnector
+from cakekv.vllm.restoration import Restoration
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import PrefixCacheStats
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+
+class CakeSchedulerMixin(Scheduler):
+    """What both schedulers have in common.
+
+    Raises
+    ------
+    UnsupportedEngine
+        The KV connector is not `CakeConnector` itself.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.connector, CakeConnector):
+            given = type(self.connector).__name__ if self.connector is not None else "none"
+            raise UnsupportedEngine(
+                f"{type(self).__name__} works with CakeConnector as the only KV connector, and this is {given}: name "
+                'CakeConnector in --kv-transfer-config ("cakekv vllm-args" prints it); MultiConnector is not supported'
+            )
+        self._half = self.connector.scheduler_half
+        self._half.join(self)
+        self.resume_to_jump = self.use_v2_model_runner
+        self._granted: dict[str, int] = {}
+        """Tokens of the coming step per prefilling request."""
+        self._looked_again: list[Request] = []
+        """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
+        self._parked: list[list[KVCacheBlock]] = []
+        """Blocks that nobody owns any more, but into which a worker may still write."""
+        self._nobody_admitted = False
+        """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
+
+    # ------------------------------------------------------------ before a step
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._half.think()
+        for restoration in list(self._half.restorations.values()):
+            self._jump(restoration)
+        waiting = self._share_out()
+        before = set(self._half.restorations)
+        self._looked_again.clear()
+        output = super().schedule(throttle_prefills)
+        self._correct_statistics(before, output)
+        left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+        self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
+        return output
+
+    def _jump(self, restoration: Restoration) -> None:
+        """If compute has come upon loaded chunks, go on behind them."""
+        request, position = restoration.request, restoration.restore.position
+        if request.status != RequestStatus.RUNNING or request.num_computed_tokens >= position:
+            return
+        request.num_computed_tokens = position
+        if self.resume_to_jump:
+            self.running.remove(request)
+            request.status = RequestStatus.PREEMPTED
+            self.kv_holding_waiting.prepend_request(request)
+            self.reset_preempted_req_ids.add(request.request_id)
+
+    def _share_out(self) -> set[str]:
+        """Have the policy share out the step's tokens; returns the plain requests among those that wait."""
+        self._granted = {}
+        restorations = self._half.restorations
+        if not restorations and not any(self._half.unadmitted(request) for request in self.waiting):
+            return set()
+        states: list[RequestState] = []
+        waiting_plain: set[str] = set()
+        for request in self.running:
+            states.append(self._state_of(request, restorations.get(request.request_id)))
+        for queue in (self.kv_holding_waiting, self.waiting):
+            for request in queue:
+                restoration = restorations.get(request.request_id)
+                state = self._state_of(request, restoration)
+                if restoration is None and self._half.unadmitted(request):
+                    state = state._replace(kind=Kind.STORED_PREFILL, admitted=False)
+                elif restoration is None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                    if self._nobody_admitted:
+                        continue
+                    waiting_plain.add(request.request_id)
+                elif restoration is None:
+                    continue
+                states.append(state)
+        shares = self._half.policy.share(states, self.max_num_scheduled_tokens, time())
+        prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
+        self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
+        # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
+        kinds = {state.request_id: state.kind for state in states}
+        self.running.sort(
+            key=lambda request: (
+                kinds[request.request_id],
+                -request.num_computed_tokens if kinds[request.request_id] is Kind.STORED_PREFILL else 0,
+            )
+        )
+        return waiting_plain
+
+    def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
+        """A request as the policies see it."""
+        if restoration is not None and restoration.done_at is None:
+            return self._half.state_of(restoration)
+        tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+        decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
+        kind = Kind.DECODE if decoding else Kind.PLAIN_PREFILL
+        return RequestState(request.request_id, kind, request.arrival_time, max(tokens, 0))
+
+    # ------------------------------------------------------- while it is put together
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return min(tokens, self._granted.get(request.request_id, tokens))
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        restoration = self._half.restorations.get(request.request_id)
+        if restoration is None or not restoration.parked:
+            # To be given no tokens later would end vLLM's search for others that wait.
+            ready = bool(super()._handle_blocked_waiting_request(request))
+            if restoration is not None and restoration.done_at is None:
+                request.num_computed_tokens = restoration.restore.position  # more may have been loaded since it jumped
+            return ready and self._granted.get(request.request_id, 1) > 0
+        if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or not self._granted.get(request.request_id, 0):
+            return False
+        restoration.parked = False
+        request.num_computed_tokens = restoration.restore.position
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        return True
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        if request.request_id in self._half.restorations:
+            self._looked_again.append(request)
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
+        hit: tuple[KVCacheBlocks, int, int, bool] = super()._get_local_prefix_cache_hit(request)
+        return hit
+
+    def _holds_kv_blocks(self, request: Request) -> bool:
+        return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations
+
+    # ------------------------------------------------------------------ statistics
+
+    def _correct_statistics(self, before: set[str], output: SchedulerOutput) -> None:
+        """Take back what vLLM counted as hits of restores that only begin, and what it looked up twice."""
+        for request_id, restoration in self._half.restorations.items():
+            if request_id not in before:
+                hits = restoration.restore.prefix_tokens - restoration.local_tokens
+                self._uncount(self.connector_prefix_cache_stats, restoration.request, restoration.queried_tokens, hits)
+        for request in self._looked_again:
+            if request.request_id in output.num_scheduled_tokens:
+                self._uncount(self.connector_prefix_cache_stats, request, request.num_tokens, 0)
+                if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+                    self._uncount(self.kv_cache_manager.prefix_cache_stats, request, request.num_tokens, 0)
+
+    def _uncount(self, stats: PrefixCacheStats | None, request: Request, tokens: int, hits: int) -> None:
+        """The reverse of `PrefixCacheStats.record`, within the same step."""
+        if stats is None or not self.log_stats:
+            return
+        if request.num_preemptions > 0:
+            stats.preempted_requests -= 1
+            stats.preempted_queries -= tokens
+            stats.preempted_hits -= hits
+            return
+        stats.requests -= 1
+        stats.queries -= tokens
+        stats.hits -= hits
+        for source, count in list(stats.hits_by_source.items()):
+            taken = min(count, hits)
+            hits -= taken
+            stats.hits_by_source[source] = count - taken
+
+    def count_hits(self, restoration: Restoration) -> None:
+        """A restore is over: what it loaded was a hit."""
+        if self.connector_prefix_cache_stats is None:
+            return
+        request, hits = restoration.request, restoration.restore.report.loaded_tokens
+        self.connector_prefix_cache_stats.record(
+            num_tokens=restoration.queried_tokens,
+            num_hits=hits,
+            preempted=request.num_preemptions > 0,
+            hits_by_source={CacheHitSource.EXTERNAL_UNSPECIFIED: hits} if hits else None,
+        )
+
+    def count_prefill(self, restoration: Restoration) -> None:
+        """The last tokens of a restored prompt are on their way: say how it was covered."""
+        request, local = restoration.request, restoration.local_tokens
+        if request.prefill_stats is not None and not request.num_preemptions:
+            loaded = restoration.restore.report.loaded_tokens
+            request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))
+
+    # -------------------------------------------------------------- after a step
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        self._half.ended(scheduler_output.kv_connector_metadata)
+        return outputs
+
+    # ------------------------------------------------------------- freeing blocks
+
+    def _free_request_blocks(self, request: Request) -> None:
+        if not self._half.drop(request):
+            super()._free_request_blocks(request)
+            return
+        self.park_blocks(request)
+
+    def park_blocks(self, request: Request) -> None:
+        """Take a request's blocks away, and free them once no worker writes into them any more."""
+        blocks: list[KVCacheBlock] = self.kv_cache_manager.pop_blocks_for_free(request)
+        self._parked.append(blocks)
+
+        def free() -> None:
+            self._parked.remove(blocks)
+            self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+        self._half.when_safe(free)
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        self._half.arrived(request)
+
+    def has_finished_requests(self) -> bool:
+        return bool(super().has_finished_requests()) or self._half.waiting_for_workers
+
+    def free_finished(self, request: Request) -> None:
+        """No worker writes into the blocks of this finished request any more."""
+        if request.request_id in self.requests:
+            self._free_blocks(request)
+
+    def make_room(self) -> bool:
+        """An allocation failed for a running request. Returns whether blocks will come free by the next step.
+
+        A restore that has computed nothing yet loses no work: it is given up before vLLM preempts anyone.
+        """
+        if self._half.waiting_for_workers:
+            return True
+        parked = [restoration.request for restoration in self._half.restorations.values() if restoration.parked]
+        if not parked:
+            return False
+        self._send_back(parked[-1])
+        return True
+
+    def _send_back(self, request: Request) -> None:
+        """Have a parked request begin again."""
+        self.kv_holding_waiting.remove_requests([request])
+        self.deferred_waiting.discard(request)
+        self._free_request_blocks(request)
+        self._inflight_prefills.discard(request)
+        self._set_kv_fetch_stage(request, None)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        self.waiting.prepend_request(request)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As vLLM's. Restores count as running requests; blocks that workers may still write into are passed over."""
+        if reset_running_requests:
+            timestamp = monotonic()
+            while self.running:
+                self._preempt_request(self.running.pop(), timestamp, drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.clear()
+            for restoration in list(self._half.restorations.values()):
+                self._send_back(restoration.request)
+        pool = self.kv_cache_manager.block_pool
+        for blocks in self._parked:
+            pool.free_blocks(reversed(blocks))
+        try:
+            return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+        finally:
+            for blocks in self._parked:
+                pool.touch(blocks)
+
+
+class CakeScheduler(CakeSchedulerMixin):
+    """For `--scheduler-cls` where vLLM schedules one step after the other."""
+
+
+class CakeAsyncScheduler(CakeSchedulerMixin, AsyncScheduler):
+    """For `--scheduler-cls` where vLLM schedules a step while the one before runs (`--async-scheduling`)."""

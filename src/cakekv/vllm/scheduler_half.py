@@ -1,0 +1,411 @@
+"""The connector in the scheduler: looks up, starts restores, orders loads and saves, learns what became of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cakekv.chunk import ChunkShape
+from cakekv.errors import UnsupportedEngine
+from cakekv.restore.costs import LoadCost
+from cakekv.restore.flights import Source
+from cakekv.restore.planner import Restore
+from cakekv.restore.priority import Kind, RequestState, open_policy
+from cakekv.restore.report import RestoreReport
+from cakekv.store.opening import open_store
+from cakekv.vllm.asked import Asked, answer, log_restore
+from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.identity import Keyring, make_hashes_stable
+from cakekv.vllm.load_desk import LoadDesk
+from cakekv.vllm.lookup import Lookup
+from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
+from cakekv.vllm.metrics import CakeStats
+from cakekv.vllm.restoration import Restoration
+from cakekv.vllm.save_plan import SavePlan
+from cakekv.vllm.shard_key import shard_key
+from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+    from cakekv.vllm.scheduler import CakeSchedulerMixin
+
+_LOG = logging.getLogger("vllm.cakekv")
+_LOOKUP_PATIENCE_S = 2.0
+_STANDSTILL_S = 1.0
+"""A longer time between two steps with none on its way means that the engine was paused."""
+
+
+class _Match(NamedTuple):
+    """What a request was told that it may load."""
+
+    stored: list[tuple[int, ...]]
+    prefix_tokens: int
+    local_tokens: int
+
+
+class _Step(NamedTuple):
+    """A step that vLLM was given."""
+
+    sequence: int
+    began: float
+    pieces: list[Piece]
+    """All that it computes, if prefills are among it."""
+    computes: bool
+
+
+class SchedulerHalf:
+    """Drives one `Restore` per request with a stored prefix; the scheduler's class does the rest.
+
+    Parameters
+    ----------
+    options : VllmOptions
+        The plug-in's.
+    vllm_config, kv_cache_config
+        The engine's.
+    """
+
+    def __init__(self, options: VllmOptions, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        make_hashes_stable(vllm_config)
+        self.options = options
+        self.policy = open_policy("cake")
+        self.costs = StepCosts()
+        self.restorations: dict[str, Restoration] = {}
+        """By request."""
+        self.reports: deque[tuple[str, RestoreReport]] = deque(maxlen=64)
+        """The latest restores that ended, with their requests."""
+        self._vllm_config = vllm_config
+        self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._tiers = [open_store(url) for url in options.store]
+        depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
+        sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
+        self._desk = LoadDesk(sources, self.policy)
+        self._matched: dict[str, _Match] = {}
+        self._asked: dict[str, Asked] = {}
+        self._answers: dict[str, RestoreReport] = {}
+        """Reports that requests asked for."""
+        self._stats = CakeStats()
+        self._sequence = 0
+        self._steps: deque[_Step] = deque()
+        self._last_ended = 0.0
+        self._decode_s = 0.0
+        """Seconds of a step without prefills."""
+        self._fences: deque[tuple[int, Callable[[], None]]] = deque()
+        """What to do once workers have taken in the orders of this number."""
+
+    def join(self, scheduler: CakeSchedulerMixin) -> None:
+        """Get to know the scheduler."""
+        self._scheduler = scheduler
+
+    def meet_workers(self, shards: Mapping[tuple[int, int], ShardDescription]) -> None:
+        """Get to know what each worker keeps of a chunk.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The model's weights cannot be identified.
+        """
+        self._desk.ranks = len(shards)
+        options = self.options
+        first = shards[min(shards)]
+        self.keyring = Keyring(
+            self._vllm_config, options.chunk_tokens, self._scheduler.hash_block_size, first, options.tenant
+        )
+        self._desk.chunk_bytes = sum(
+            ChunkShape(options.chunk_tokens, shard.segment_bytes).total_bytes for shard in shards.values()
+        )
+        tags = sorted({shard.tag for shard in shards.values()})
+        patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
+        self.lookup = Lookup(self._tiers, [partial(shard_key, tag=tag) for tag in tags], patience_s)
+        self.saves = SavePlan(options.chunk_tokens, self._block_tokens)
+        identity = self.keyring.identity
+        for tier in self._tiers:
+            tier.remember_identity(identity.root.hex(), identity.fields())
+
+    # ----------------------------------------------------------------- requests
+
+    def arrived(self, request: Request) -> None:
+        """A request came, or has to begin again: see what is stored of it."""
+        asked = Asked.of(request.kv_transfer_params, self.options)
+        self.saves.forget(request.request_id)
+        try:
+            keys = list(self.keyring.keys(request))
+        except UnsupportedEngine as error:
+            _LOG.warning("cakekv: a request is neither restored nor saved: %s", error)
+            keys, asked = [], asked._replace(mode="compute", save=False)
+        if request.resumable:
+            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
+        self._asked[request.request_id] = asked
+        self.lookup.ask(request.request_id, keys)
+
+    def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
+        if request.request_id in self.restorations or not self._readable(request):
+            return 0, False
+        stored = self.lookup.answer(request.request_id)
+        if stored is None:
+            return None, False
+        alive = self._desk.alive()
+        stored = [tuple(source for source in holders if source in alive) for holders in stored]
+        prefix = self._prefix_tokens(request, stored, local_tokens)
+        if prefix <= local_tokens:
+            return 0, False
+        if self._twin(request, local_tokens):
+            return None, False
+        self._matched[request.request_id] = _Match(stored, prefix, local_tokens)
+        return prefix - local_tokens, True
+
+    def start(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
+        """The request's blocks are there: begin to restore."""
+        if not external_tokens or request.request_id in self.restorations:
+            return
+        stored, prefix, local_tokens = self._matched.pop(request.request_id)
+        assert prefix == local_tokens + external_tokens
+        now = monotonic()
+        cost = SharedCost(self.costs)
+        restore = Restore(
+            request.num_tokens,
+            self.options.chunk_tokens,
+            stored[: prefix // self.options.chunk_tokens],
+            self._desk.sources,
+            cost,
+            chunk_bytes=self._desk.chunk_bytes,
+            mode=self._asked[request.request_id].mode,
+            max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+            patience_s=self.options.load_deadline,
+            deadline_s=self.options.load_deadline,
+            covered_tokens=local_tokens,
+            now=now,
+        )
+        self.restorations[request.request_id] = Restoration(
+            request, restore, cost, self.keyring.keys(request), block_ids, self._block_tokens, local_tokens
+        )
+
+    def unadmitted(self, request: Request) -> bool:
+        """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
+        if request.num_computed_tokens or not self._readable(request):
+            return False
+        return self.lookup.promising(request.request_id)
+
+    def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over.
+
+        Returns whether vLLM must wait before it forgets the request (the scheduler is told when), and what goes with
+        the response.
+        """
+        restoration = self.restorations.get(request.request_id)
+        parked = restoration is not None and restoration.parked  # vLLM itself waits for the end of the loads then
+        if self.drop(request):
+            self._scheduler.park_blocks(request)
+        report = self._answers.pop(request.request_id, None)
+        self._forget(request)
+        if parked:
+            self.when_safe(lambda: self._scheduler.free_finished(request))
+        return parked, answer(report) if report is not None else None
+
+    def drop(self, request: Request) -> bool:
+        """The request's blocks are to be freed. Returns whether a worker may still write into them."""
+        restoration = self.restorations.pop(request.request_id, None)
+        if restoration is None:
+            return False
+        restoration.settle(monotonic())
+        restoration.give_up()
+        self._desk.adopt(restoration)
+        self._scheduler.count_hits(restoration)
+        report = restoration.restore.report
+        report.ttft_s = self._last_ended - restoration.began
+        report.lookup_s = self.lookup.seconds(request.request_id)
+        self.reports.append((request.request_id, report))
+        self._stats.add_restore(report)
+        if self._asked[request.request_id].report:
+            self._answers[request.request_id] = report
+        if self.options.log_requests:
+            log_restore(request.request_id, report)
+        return restoration.loading
+
+    def _forget(self, request: Request) -> None:
+        self._matched.pop(request.request_id, None)
+        self._asked.pop(request.request_id, None)
+        self.lookup.forget(request.request_id)
+        self.keyring.forget(request.request_id)
+        self.saves.forget(request.request_id)
+
+    def when_safe(self, action: Callable[[], None]) -> None:
+        """Do something once no worker writes for any load that was given up until now."""
+        self._fences.append((self._sequence + 1, action))
+
+    def make_room(self) -> bool:
+        """vLLM finds no free block for a running request. Returns whether it should wait instead of preempting one."""
+        return self._scheduler.make_room()
+
+    @property
+    def waiting_for_workers(self) -> bool:
+        """Whether blocks will be freed as soon as workers have answered."""
+        return bool(self._fences)
+
+    def _readable(self, request: Request) -> bool:
+        """Whether the request is restored. Computing all of it is a restore, too, if a report was asked for."""
+        asked = self._asked[request.request_id]
+        if asked.mode == "compute" and not asked.report:
+            return False
+        return not request.skip_reading_prefix_cache and not self._must_not_be_cut(request)
+
+    @staticmethod
+    def _must_not_be_cut(request: Request) -> bool:
+        """Whether vLLM would die of computing the prompt in several parts.
+
+        Its V1 runner rewinds a request's random generator after every part but the last; CPU generators cannot do that.
+        """
+        from vllm.platforms import current_platform
+
+        return (
+            current_platform.is_cpu()
+            and request.sampling_params is not None
+            and request.sampling_params.seed is not None
+        )
+
+    def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
+        """End of the last chunk worth loading: behind what vLLM has, before the last token."""
+        tokens = self.options.chunk_tokens
+        first = -(-local_tokens // tokens)
+        last = min(len(stored), (request.num_tokens - 1) // tokens)
+        return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
+
+    def _twin(self, request: Request, local_tokens: int) -> bool:
+        """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""
+        if not self._vllm_config.cache_config.enable_prefix_caching:
+            return False
+        chunk = -(-local_tokens // self.options.chunk_tokens)
+        key = self.keyring.keys(request)[chunk]
+        return any(
+            chunk < len(other.keys) and other.keys[chunk] == key and not other.joined
+            for other in self.restorations.values()
+        )
+
+    # -------------------------------------------------------------------- steps
+
+    def think(self) -> None:
+        """Before a step is put together: decide what every restore could use of it."""
+        now = monotonic()
+        if not self._steps and self._last_ended and now - self._last_ended > _STANDSTILL_S:
+            for restoration in self.restorations.values():
+                restoration.pause(now - self._last_ended)
+        for restoration in self.restorations.values():
+            restoration.think(now)
+
+    def state_of(self, restoration: Restoration) -> RequestState:
+        """A restore as the policies see it."""
+        restore, shape = restoration.restore, self.costs.cost.shape
+        request, tokens = restoration.request, self.options.chunk_tokens
+        return RequestState(
+            request.request_id,
+            Kind.PLAIN_PREFILL if restoration.joined else Kind.STORED_PREFILL,
+            request.arrival_time,
+            restoration.wanted,
+            front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
+            back_s=shape.linear + shape.quadratic * restore.latest.back,
+            load_s={} if restoration.joined else self._desk.seconds_per_token(tokens),
+        )
+
+    def orders(self, output: SchedulerOutput) -> StepOrders:
+        """A step is put together: claim what it computes, order what workers do meanwhile."""
+        now = monotonic()
+        self._sequence += 1
+        orders = StepOrders(self._sequence, answer=bool(self._fences))
+        pieces = self._take(output.num_scheduled_tokens, now)
+        self._steps.append(_Step(self._sequence, now, pieces, bool(output.num_scheduled_tokens)))
+        states = [self.state_of(restoration) for restoration in self.restorations.values()]
+        step_s = self._decode_s if output.total_num_scheduled_tokens else 0.0
+        if self.costs.cost.known:
+            step_s = max(step_s, self.costs.seconds(pieces))
+        self._desk.order(orders, self.restorations, states, step_s)
+        if self.options.save:
+            self._order_saves(orders, output.num_scheduled_tokens)
+        return orders
+
+    def _take(self, scheduled: Mapping[str, int], now: float) -> list[Piece]:
+        """Claim the tokens of the step; returns all that it computes, if prefills are among it."""
+        requests = self._scheduler.requests
+        pieces = []
+        if self.restorations or any(tokens > 1 for tokens in scheduled.values()):
+            pieces = [
+                Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
+            ]
+        for request_id, restoration in list(self.restorations.items()):
+            tokens = scheduled.get(request_id, 0)
+            if restoration.done_at is not None:
+                continue
+            if tokens:
+                start = restoration.request.num_computed_tokens
+                position = restoration.restore.position
+                assert start == position, f"vLLM computes {request_id} from {start} on, the planner from {position}"
+                piece = restoration.take(tokens, now)
+                restoration.cost.shared(piece, pieces)
+                if start + tokens >= restoration.restore.prompt_tokens:
+                    restoration.done_at = self._sequence
+                    self._scheduler.count_prefill(restoration)
+            elif restoration.wanted and pieces:
+                restoration.cost.shared(Piece(0, 0), pieces)
+        return pieces
+
+    def _order_saves(self, orders: StepOrders, scheduled: Mapping[str, int]) -> None:
+        requests, manager = self._scheduler.requests, self._scheduler.kv_cache_manager
+        for request_id, tokens in scheduled.items():
+            request = requests[request_id]
+            end = min(request.num_computed_tokens + tokens, request.num_tokens)
+            if not self.saves.due(request_id, end) or not self._asked[request_id].save:
+                continue
+            block_ids = manager.get_block_ids(request_id)[0]
+            stored = self.lookup.answer(request_id) or []
+            restoration = self.restorations.get(request_id)
+            again = restoration.lost if restoration is not None else ()
+            orders.saves += self.saves.orders(request_id, end, self.keyring.keys(request), block_ids, stored, again)
+
+    def ended(self, orders: StepOrders) -> None:
+        """A step's output is there."""
+        now = monotonic()
+        step = self._steps.popleft()
+        assert step.sequence == orders.sequence, "vLLM's steps end in another order than they began"
+        seconds = now - max(step.began, self._last_ended)
+        if step.pieces:
+            self.costs.observe(step.pieces, seconds)
+        elif step.computes:
+            self._decode_s += 0.2 * (seconds - self._decode_s)
+        self._last_ended = now
+        for restoration in list(self.restorations.values()):
+            if restoration.done_at is not None and restoration.done_at <= step.sequence:
+                self.drop(restoration.request)
+
+    def heard(self, report: StepReport) -> None:
+        """Workers report."""
+        for rank, shard in report.shards.items():
+            self._desk.heard(rank, shard)
+            self.saves.unsaved(shard.unsaved)
+        if len(report.shards) == self._desk.ranks:
+            reached = min(shard.sequence for shard in report.shards.values())
+            while self._fences and self._fences[0][0] <= reached:
+                self._fences.popleft()[1]()
+
+    def take_stats(self) -> CakeStats | None:
+        """What happened since the last time, if anything did."""
+        stats, self._stats = self._stats, CakeStats()
+        return None if stats.is_empty() else stats
+
+    def start_anew(self) -> None:
+        """The weights may have changed."""
+        self.keyring.start_anew()
+        self.saves.start_anew()
+
+    def close(self) -> None:
+        """Stop looking things up."""
+        if self._desk.ranks:
+            self.lookup.close()
+        for tier in self._tiers:
+            tier.close()

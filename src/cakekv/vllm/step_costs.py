@@ -1,0 +1,98 @@
+"""What a step of vLLM's costs, and how much of it goes into one restore.
+
+A step computes pieces of several requests at once. Attention aside, its time depends on the tokens alone, so a step is
+one span of a `ComputeCost` whose attention equals that of all pieces together. What is learned is the machine's cost;
+a restore that shares its steps with others sees it divided by its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cakekv.restore.costs import ComputeCost, ComputeShape
+
+_LEAST_TOKENS = 16
+"""Steps below are decodes, which cost by the weights read and not by the token."""
+_LEAST_SHARE = 0.02
+
+
+class Piece(NamedTuple):
+    """Tokens of one request in a step."""
+
+    start: int
+    tokens: int
+
+
+def equivalent_span(pieces: Sequence[Piece]) -> Piece:
+    """The span with as many tokens, and as many pairs of tokens that attend, as all pieces together.
+
+    Its start may be negative: that of several pieces at the beginnings of their prompts.
+    """
+    tokens = sum(piece.tokens for piece in pieces)
+    if not tokens:
+        return Piece(0, 0)
+    attended = sum(piece.tokens * (piece.start + 0.5 * piece.tokens) for piece in pieces)
+    return Piece(round(attended / tokens - 0.5 * tokens), tokens)
+
+
+class StepCosts:
+    """Learns from every step what prefill costs.
+
+    Parameters
+    ----------
+    cost : ComputeCost or None
+        What is known already.
+    """
+
+    def __init__(self, cost: ComputeCost | None = None) -> None:
+        self.cost = cost or ComputeCost()
+
+    def observe(self, pieces: Sequence[Piece], seconds: float) -> None:
+        """Learn from a step that took `seconds`."""
+        span = equivalent_span(pieces)
+        if span.tokens >= _LEAST_TOKENS:
+            self.cost.observe(span.start, span.tokens, seconds)
+
+    def seconds(self, pieces: Sequence[Piece]) -> float:
+        """Expected seconds of a step; 0.0 for an empty one."""
+        span = equivalent_span(pieces)
+        return self.cost.seconds(span.start, span.tokens) if span.tokens else 0.0
+
+
+class SharedCost(ComputeCost):
+    """What compute costs for one restore among other requests: the machine's cost over the share that it gets.
+
+    Parameters
+    ----------
+    costs : StepCosts
+        The machine's.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self._costs = costs
+        self._share = 1.0
+
+    @property
+    def known(self) -> bool:
+        """Whether any step was measured."""
+        return self._costs.cost.known
+
+    @property
+    def shape(self) -> ComputeShape:
+        """The current estimate."""
+        shape, share = self._costs.cost.shape, self._share
+        return ComputeShape(shape.fixed / share, shape.linear / share, shape.quadratic / share)
+
+    def seconds(self, start: int, tokens: int) -> float:
+        """Expected seconds until a span is computed."""
+        return self._costs.cost.seconds(start, tokens) / self._share
+
+    def observe(self, start: int, tokens: int, seconds: float) -> None:
+        """Nothing: steps are observed as a whole."""
+
+    def shared(self, own: Piece, pieces: Sequence[Piece]) -> None:
+        """Of a step with these pieces, the restore got `own`; no tokens if it could have used some."""
+        whole_s = self._costs.seconds(pieces)
+        share = min(1.0, self._costs.seconds([own]) / whole_s) if whole_s > 0 else 0.0
+        self._share = max(_LEAST_SHARE, 0.5 * (self._share + share))

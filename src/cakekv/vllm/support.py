@@ -1,0 +1,72 @@
+"""What of vLLM the plug-in cannot work with, said when the engine starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cakekv.errors import UnsupportedEngine
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse engines whose cache or schedule cannot be restored from both ends.
+
+    Raises
+    ------
+    UnsupportedEngine
+        What is in the way, and how to switch it off if it can be.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, iter_layer_specs
+
+    groups = kv_cache_config.kv_cache_groups
+    if not groups:
+        raise UnsupportedEngine("this model has no KV cache: there is nothing to restore; leave cakekv out")
+    kinds = sorted({type(spec).__name__ for group in groups for spec in iter_layer_specs(group.kv_cache_spec)})
+    allowed = {"FullAttentionSpec", "MLAAttentionSpec"}
+    odd = [kind for kind in kinds if kind not in allowed]
+    if odd:
+        raise UnsupportedEngine(
+            f"this model keeps caches of the kind {', '.join(odd)}, of which only the last positions are kept or which "
+            f"cannot be cut into chunks; cakekv restores {' and '.join(sorted(allowed))} only"
+        )
+    if len(groups) > 1:
+        raise UnsupportedEngine(
+            f"this model's KV cache has {len(groups)} groups of layers; cakekv restores one. Try --disable-hybrid-kv-"
+            "cache-manager"
+        )
+    assert all(isinstance(spec, FullAttentionSpec) for spec in iter_layer_specs(groups[0].kv_cache_spec))
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise UnsupportedEngine(
+                f"--{name.replace('_', '-')} is {getattr(parallel, name)}: cakekv works with 1 only; tensor and data "
+                "parallelism are supported"
+            )
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise UnsupportedEngine("chunked prefill is off: cakekv computes a prompt chunk by chunk; switch it on")
+
+
+def check_scheduler(vllm_config: VllmConfig) -> None:
+    """Refuse schedulers that know nothing of restores.
+
+    Raises
+    ------
+    UnsupportedEngine
+        `--scheduler-cls` is missing or another.
+    """
+    from cakekv.vllm.plugin import make_scheduler
+    from cakekv.vllm.scheduler import CakeSchedulerMixin
+
+    scheduler = vllm_config.scheduler_config.get_scheduler_cls()
+    if scheduler is make_scheduler:
+        return
+    if not issubclass(scheduler, CakeSchedulerMixin):
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        wanted = "CakeAsyncScheduler" if asynchronous else "CakeScheduler"
+        raise UnsupportedEngine(
+            f"CakeConnector needs a scheduler that computes while it loads, and this is {scheduler.__name__}: add "
+            f"--scheduler-cls cakekv.vllm.{wanted}"
+        )

@@ -1,0 +1,150 @@
+"""A driver that shares out steps of its own: spans that end within chunks, loads that queue, a covered beginning."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
+from cakekv.restore.coverage import State
+from cakekv.restore.flights import Flights, Load, Source
+from cakekv.restore.planner import MODES, Restore
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 1500),
+    st.sampled_from([16, 64, 128]),
+    st.sampled_from(MODES),
+    st.integers(0, 10_000),
+    st.floats(0, 0.3),
+    st.floats(0, 1),
+)
+def test_every_position_is_covered_once(
+    prompt_tokens: int, chunk_tokens: int, mode: str, seed: int, failing: float, covered_share: float
+) -> None:
+    """Steps of any size, loads that end in any order, late, failed or overtaken."""
+    chance = random.Random(seed)
+    covered = int(covered_share * (prompt_tokens - 1))
+    stored = [(0,) if chance.random() < 0.8 else () for _ in range(prompt_tokens // chunk_tokens)]
+    source = Source("tier", LoadCost(2), 2)
+    restore = Restore(
+        prompt_tokens,
+        chunk_tokens,
+        stored,
+        [source],
+        ComputeCost(),
+        chunk_bytes=1000,
+        mode=mode,  # type: ignore[arg-type]
+        max_span_tokens=256,
+        covered_tokens=covered,
+    )
+    owners = ["before"] * covered + [""] * (prompt_tokens - covered)
+    now, flying = 0.0, list[Load]()
+    for _ in range(10_000):
+        if restore.done:
+            break
+        now += chance.expovariate(10.0)
+        tokens = restore.computable_tokens(now)
+        assert tokens == 0 or restore.position == owners.index("")
+        span = restore.take(chance.randint(1, tokens), now) if tokens and chance.random() < 0.8 else None
+        while (load := restore.next_load(0, now, ahead=3)) is not None:
+            flying.append(load)
+        assert len(flying) <= 5
+        assert sum(not load.queued for load in flying) <= 2 or any(load.cancelled for load in flying)
+        for load in flying[: chance.randint(0, len(flying))]:
+            flying.remove(load)
+            began = now
+            now += chance.expovariate(50.0)
+            if load.queued:
+                restore.begun(load, began)
+            if load.cancelled:
+                restore.abandoned(load, 500, now)
+            elif chance.random() < failing:
+                restore.failed(load, "store failed", 500, now)
+            elif restore.arrived(load, now):
+                restore.placed(load, now)
+                for position in range(load.start, load.start + load.tokens):
+                    assert not owners[position]
+                    owners[position] = "load"
+        if span is not None:
+            now += 0.01
+            restore.computed(span, now)
+            for position in range(span.start, span.start + span.tokens):
+                assert not owners[position]
+                owners[position] = "compute"
+    assert restore.done
+    assert all(owners)
+    assert restore.position == prompt_tokens
+    assert restore.report.computed_tokens == owners.count("compute")
+    assert restore.report.loaded_tokens == owners.count("load")
+
+
+def test_compute_that_enters_a_chunk_owns_it() -> None:
+    restore = Restore(
+        1024, 128, [(0,)] * 7, [Source("tier", LoadCost(2), 2)], ComputeCost(), chunk_bytes=1000, mode="both"
+    )
+    loads = [restore.next_load(0, 0.0, ahead=10) for _ in range(8)]
+    span = restore.take(200, 0.0)
+    overtaken = [load.chunk for load in loads if load is not None and load.cancelled]
+    assert overtaken == [chunk for chunk in (1, 0) if any(load and load.chunk == chunk for load in loads)]
+    restore.computed(span, 1.0)
+    assert restore.coverage.state[:2] == [State.COMPUTED, State.COMPUTING]
+    assert restore.position == 200
+    assert restore.take(56, 1.0).start == 200
+
+
+def test_a_load_that_queues_is_late_only_if_nothing_moves() -> None:
+    cost = LoadCost(1)
+    cost.observe(1000, 0.0, 0.1)
+    flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
+    loads = [Load(chunk, 0, 1, 0, True, 1000, 0.0) for chunk in range(3)]
+    for load in loads:
+        flights.begin(load)
+    assert [load.queued for load in loads] == [False, True, True]
+    flights.answered(loads[0], 1000, 2.1)
+    flights.land(loads[0])
+    assert flights.give_up_late(2.2) == []
+    assert flights.give_up_late(50.0) == loads[1:]
+
+
+def test_loads_that_queue_end_one_after_the_other() -> None:
+    cost = LoadCost(1)
+    cost.observe(1000, 0.0, 1.0)
+    flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
+    for chunk in (5, 4, 3):
+        flights.begin(Load(chunk, 0, 1, 0, True, 1000, 1.0))
+    remaining, ends_s = flights.remaining_seconds(1.0, 1.0)
+    assert remaining[5] == remaining[4] == remaining[3]
+    assert ends_s[5] < ends_s[4] < ends_s[3]
+
+
+def test_no_load_is_waited_for_longer_than_the_deadline() -> None:
+    cost = LoadCost(1)
+    cost.observe(1000, 0.0, 1.0)
+    flights = Flights([Source("tier", cost, 1)], patience_s=30.0, deadline_s=0.5)
+    load = Load(0, 0, 1, 0, True, 1000, 1.0)
+    flights.begin(load)
+    assert flights.give_up_late(1.4) == []
+    assert flights.give_up_late(1.5) == [load]
+
+
+def test_what_is_covered_already_is_neither_computed_nor_loaded() -> None:
+    shape = ComputeShape(0.0, 1e-3, 0.0)
+    restore = Restore(
+        1000,
+        128,
+        [(0,)] * 7,
+        [Source("tier", LoadCost(2), 2)],
+        ComputeCost(shape, trusted=True),
+        chunk_bytes=1,
+        covered_tokens=300,
+    )
+    assert restore.position == 300
+    assert restore.coverage.state[:3] == [State.COMPUTED, State.COMPUTED, State.COMPUTING]
+    chunks = []
+    while (load := restore.next_load(0, 0.0, ahead=20)) is not None:
+        chunks.append(load.chunk)
+    assert min(chunks) > 2

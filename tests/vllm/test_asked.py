@@ -1,0 +1,58 @@
+"""What a request asks for; nothing that a client writes there may end the engine."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from cakekv.restore.report import Miss, RestoreReport
+from cakekv.vllm.asked import Asked, answer, log_restore
+from cakekv.vllm.config import VllmOptions
+
+OPTIONS = VllmOptions(mode="both")
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """vLLM's log, which does not pass its lines on by itself."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.cakekv")
+    return caplog
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, {"cakekv": {}}, "text"])
+def test_who_asks_for_nothing_gets_what_the_server_was_told(params, log):
+    assert Asked.of(params, OPTIONS) == Asked("both", True, False)
+    assert not log.records
+
+
+def test_what_can_be_asked_for():
+    params = {"cakekv": {"mode": "compute", "save": False, "report": True}}
+    assert Asked.of(params, OPTIONS) == Asked("compute", False, True)
+
+
+@pytest.mark.parametrize(
+    "own", [5, "fast", ["mode"], {"mode": "fast"}, {"mode": ["load"]}, {"report": 1}, {"color": {"a": 1}}]
+)
+def test_what_cannot_be_is_logged_and_passed_over(own, log):
+    assert Asked.of({"cakekv": own}, OPTIONS) == Asked("both", True, False)
+    assert "passed over" in log.text
+
+
+def test_a_right_setting_beside_a_wrong_one_counts():
+    assert Asked.of({"cakekv": {"mode": "load", "save": "no"}}, OPTIONS) == Asked("load", True, False)
+
+
+def test_a_server_that_saves_nothing_does_not_save_on_a_requests_word():
+    assert not Asked.of({"cakekv": {"save": True}}, VllmOptions(save=False)).save
+
+
+def test_the_answer_and_the_log_line(log):
+    report = RestoreReport("auto", 1000, 256, met_at=512, computed_tokens=744, loaded_tokens=256)
+    report.bytes_by_tier = {"disk": 2_500_000}
+    report.misses = [Miss(256, 256, "corrupt: segment checksum")]
+    assert answer(report)["cakekv"]["misses"][0]["reason"] == "corrupt: segment checksum"
+    log_restore("cmpl-1", report)
+    for part in ("cmpl-1", "744 computed", "256 loaded (2.5 MB from disk)", "met at 512", "256 corrupt"):
+        assert part in log.text

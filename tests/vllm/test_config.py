@@ -1,0 +1,83 @@
+"""The plug-in's options: defaults, what they take, and what a wrong one is told."""
+
+import pytest
+
+from cakekv.errors import BadInput, BadOption
+from cakekv.vllm.config import DEFAULT_STORE, VllmOptions
+
+
+def options(**given: object) -> VllmOptions:
+    return VllmOptions.from_extra_config(given)
+
+
+def test_without_options_the_store_is_a_bounded_folder_of_the_user():
+    assert options().store == (DEFAULT_STORE,)
+    assert "capacity" in DEFAULT_STORE
+
+
+def test_values_as_they_come_from_json():
+    given = options(
+        store=["/a?capacity=1GB", "/b"],
+        chunk_tokens=512,
+        mode="both",
+        load_deadline="500ms",
+        save=False,
+        save_queue="64MiB",
+        tenant="blue",
+    )
+    assert given.store == ("/a?capacity=1GB", "/b")
+    assert given.load_deadline == 0.5
+    assert given.save_queue == 64 * 2**20
+    assert options(store="/a").store == ("/a",)
+    assert options(load_deadline=3).load_deadline == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("store", [], "URL"),
+        ("store", "", "URL"),
+        ("store", 5, "URL"),
+        ("store", ["/a", "/a"], "twice"),
+        ("store", "memory://", "/dev/shm"),
+        ("store", "ftp://host", "file, memory"),
+        ("store", "/a?size=1GB", "capacity"),
+        ("chunk_tokens", 0, "greater than or equal to 1"),
+        ("chunk_tokens", "256", "valid integer"),
+        ("chunk_tokens", True, "valid integer"),
+        ("mode", "fast", "auto, compute, load, both"),
+        ("mode", ["auto"], "auto, compute, load, both"),
+        ("load_deadline", 0, "greater than 0"),
+        ("load_deadline", float("inf"), "finite"),
+        ("load_deadline", "soon", '"2ms"'),
+        ("save", "yes", "valid boolean"),
+        ("save_queue", "lots", '"10GB"'),
+        ("load_threads", -1, "greater than or equal to 0"),
+        ("tenant", None, "valid string"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_option_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(BadOption) as refused:
+        options(**{name: value})
+    assert f"option {name} is" in str(refused.value)
+    assert repr(value) in str(refused.value)
+    assert allowed in str(refused.value)
+
+
+def test_an_unknown_option_is_refused_with_the_likely_one():
+    with pytest.raises(BadOption, match=r"unknown option chunk_token .*did you mean chunk_tokens\?.* there are store,"):
+        options(chunk_token=256)
+
+
+def test_all_wrong_options_are_named_at_once():
+    with pytest.raises(BadInput, match=r"option mode .*; option save "):
+        options(mode="no", save=1)
+
+
+def test_chunks_are_whole_blocks():
+    options(chunk_tokens=256).check_block_size(128)
+    options(chunk_tokens=256).check_block_size(16)
+    with pytest.raises(BadOption, match=r"chunk_tokens is 200.* block size of 128 tokens: write 128 or 256"):
+        options(chunk_tokens=200).check_block_size(128)
+    with pytest.raises(BadOption, match="write 128, or"):
+        options(chunk_tokens=64).check_block_size(128)

@@ -1,0 +1,303 @@
+"""A tiny model in a real vLLM engine in this process, over a store that tests can stop, break and look into."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1"
+)
+
+from prometheus_client import REGISTRY
+from vllm.sampling_params import RequestOutputKind
+
+from cakekv.errors import StoreError
+from cakekv.keys import ChunkKey
+from cakekv.restore.report import RestoreReport
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.memory import MemoryStore
+from cakekv.store.opening import TIERS, Tier
+from vllm import LLM, SamplingParams
+
+BLOCK = 128
+"""Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
+VOCABULARY = 512
+
+
+class ScriptedStore(Store):
+    """A memory tier of this process that does what a test wants.
+
+    Attributes
+    ----------
+    gate : threading.Event
+        Reads wait for it.
+    answers : threading.Event
+        Look-ups wait for it.
+    broken : set of ChunkKey or None
+        Chunks that cannot be opened: their tier fails; None: no look-up, read or write works.
+    """
+
+    name = "scripted"
+    parallel_reads = 2
+
+    def __init__(self) -> None:
+        self.inner = MemoryStore()
+        self.recover()
+
+    def recover(self) -> None:
+        """Do as a store should again."""
+        self.gate = threading.Event()
+        self.gate.set()
+        self.answers = threading.Event()
+        self.answers.set()
+        self.broken: set[ChunkKey] | None = set()
+        self.opened: list[ChunkKey] = []
+        self.let_through = 0
+        """Reads that do not wait for the gate."""
+        self.writes = 0
+
+    def recover_now(self) -> None:
+        """Let go of whoever waits, too."""
+        self.gate.set()
+        self.answers.set()
+        self.recover()
+
+    def empty(self) -> None:
+        """Forget all chunks."""
+        self.inner.delete([chunk.key for chunk in self.inner])
+
+    def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        self.answers.wait()
+        if self.broken is None:
+            raise StoreError("it is dead")
+        return self.inner.lookup(keys)
+
+    def open(self, key: ChunkKey) -> ChunkReader:
+        self.opened.append(key)
+        if self.let_through:
+            self.let_through -= 1
+        else:
+            self.gate.wait()
+        if self.broken is None or key in self.broken:
+            raise StoreError("it is dead")
+        return self.inner.open(key)
+
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
+        if self.broken is None:
+            raise StoreError("it is dead")
+        self.writes += 1
+        return self.inner.write(key, data)
+
+    def delete(self, keys: Sequence[ChunkKey]) -> int:
+        return self.inner.delete(keys)
+
+    def __iter__(self) -> Iterator[StoredChunk]:
+        return iter(self.inner)
+
+    def stats(self) -> StoreStats:
+        return self.inner.stats()
+
+    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
+        self.inner.remember_identity(root, fields)
+
+    def identities(self) -> dict[str, dict[str, str]]:
+        return self.inner.identities()
+
+    def content(self, key: ChunkKey) -> bytes:
+        """A chunk's bytes."""
+        return self.inner._chunks[key][0]
+
+    def damage(self, key: ChunkKey, offset: int = -1) -> None:
+        """Flip a byte of a chunk."""
+        data = bytearray(self.content(key))
+        data[offset] ^= 0xFF
+        self.inner.write(key, memoryview(data))
+
+
+_STORES: dict[str, ScriptedStore] = {}
+
+
+def scripted(name: str) -> ScriptedStore:
+    """The store behind `scripted://name`, the same for scheduler and worker."""
+    return _STORES.setdefault(name, ScriptedStore())
+
+
+TIERS["scripted"] = Tier(lambda location: scripted(location), {})
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them the end of the sequence."""
+    return random.Random(seed).choices(range(3, VOCABULARY), k=tokens)
+
+
+def sampling(tokens: int = 6, **options: Any) -> SamplingParams:
+    """Greedy, exactly so many tokens."""
+    greedy: dict[str, Any] = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0, "detokenize": False}
+    return SamplingParams(**(greedy | options))
+
+
+def save_model(folder: Path, heads: int = 4, kv_heads: int = 2, **config: Any) -> Path:
+    """A tiny Llama with random weights, large enough that attention is not uniform."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32 * heads,
+        "intermediate_size": 64 * heads,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.1,
+    }
+    LlamaForCausalLM(LlamaConfig(**(options | config))).save_pretrained(folder)
+    return folder
+
+
+class TinyEngine:
+    """One engine, with or without cakekv.
+
+    Parameters
+    ----------
+    model : Path
+        Folder of the model.
+    cake : dict or None
+        Options of the plug-in; None: plain vLLM.
+    engine
+        Options of vLLM's.
+    """
+
+    def __init__(self, model: Path, cake: dict[str, Any] | None = None, **engine: Any) -> None:
+        options: dict[str, Any] = {
+            "model": str(model),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "max_num_batched_tokens": 256,
+            "disable_log_stats": False,
+        }
+        if cake is not None:
+            options |= {
+                "scheduler_cls": "cakekv.vllm.CakeScheduler",
+                "kv_transfer_config": {
+                    "kv_connector": "CakeConnector",
+                    "kv_connector_module_path": "cakekv.vllm",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"chunk_tokens": BLOCK} | cake,
+                },
+            }
+        self.llm = LLM(**(options | engine))
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self._number = 0
+        self.outputs: dict[str, Any] = {}
+        if cake is not None:
+            self.half = self.scheduler._half
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            self.worker = get_kv_transfer_group().worker_half
+
+    def add(self, token_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> str:
+        """Send a request; returns its id."""
+        self._number += 1
+        request_id = f"r{self._number}"
+        self.llm.llm_engine.add_request(
+            request_id, {"prompt_token_ids": list(token_ids), **options}, params or sampling()
+        )
+        return request_id
+
+    def step(self, times: int = 1) -> None:
+        """Let the engine work."""
+        for _ in range(times):
+            for output in self.llm.llm_engine.step():
+                self.outputs[output.request_id] = output
+            time.sleep(0.001)
+
+    def until(self, condition: Any, most_s: float = 30.0) -> None:
+        """Work until something is so."""
+        deadline = time.monotonic() + most_s
+        while not condition():
+            assert time.monotonic() < deadline, "it never came to that"
+            self.step()
+
+    def finish(self, *request_ids: str) -> list[list[int]]:
+        """Work until these are finished; returns what each generated (of one output)."""
+        self.until(
+            lambda: all(request_id in self.outputs and self.outputs[request_id].finished for request_id in request_ids)
+        )
+        return [list(self.outputs[request_id].outputs[0].token_ids) for request_id in request_ids]
+
+    def run(self, token_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> list[int]:
+        """What one request generates."""
+        return self.finish(self.add(token_ids, params, **options))[0]
+
+    def settle(self) -> None:
+        """Work until nothing is left to do, and everything handed over is saved."""
+        self.until(lambda: not self.scheduler.has_requests())
+        if hasattr(self, "worker") and self.worker._saves is not None:
+            self.until(lambda: not self.worker._saves.pending)
+
+    def internal(self, request_id: str) -> Any:
+        """vLLM's own request."""
+        return next(request for key, request in self.scheduler.requests.items() if key.startswith(request_id))
+
+    def restoration(self, request_id: str) -> Any:
+        """The restore of a request that goes on, or None."""
+        return next((r for key, r in self.half.restorations.items() if key.startswith(request_id)), None)
+
+    def report(self) -> RestoreReport:
+        """Of the restore that ended last."""
+        return self.half.reports[-1][1]
+
+    def set(self, **options: Any) -> None:
+        """Change options of the plug-in."""
+        self.half.options = self.half.options.model_copy(update=options)
+
+    def assert_nothing_leaked(self) -> None:
+        """Every block is free, no fence is left, nobody is remembered."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        assert not self.scheduler.requests
+        assert not self.scheduler.deferred_frees
+        if hasattr(self, "half"):
+            assert not self.half.restorations
+            assert not self.half._fences
+            assert not self.half._matched
+            assert not self.half.keyring._keys
+            assert not self.half.lookup._questions
+            assert not self.half.saves._next
+
+    def close(self) -> None:
+        """Shut the engine down, so that another can be started in this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.scheduler
+        gc.collect()
+        for collector, names in list(REGISTRY._collector_to_names.items()):
+            if names[0].startswith("cakekv:"):
+                REGISTRY.unregister(collector)  # vLLM does so with its own
+
+
+__all__ = [
+    "BLOCK",
+    "VOCABULARY",
+    "RequestOutputKind",
+    "ScriptedStore",
+    "TinyEngine",
+    "closing",
+    "prompt",
+    "sampling",
+    "save_model",
+    "scripted",
+]
