@@ -56,7 +56,7 @@ def test_a_link():
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),
-        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, evict, faults, latency"),
+        ("memory://?size=1GB", "unknown option 'size'.*there are bandwidth, capacity, encrypt, evict, faults, latency"),
         ("memory://?capacity=1GB&capacity=2GB", "'capacity' is given twice"),
         ("memory://?capacity=big", "option 'capacity'.*such as \"10GB\""),
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
