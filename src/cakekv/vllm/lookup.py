@@ -92,6 +92,11 @@ class Lookup:
         stored = self.answer(request_id)
         return stored is None or any(stored)
 
+    def asked(self, request_id: str) -> float:
+        """When the stores were asked about the request, on `time.monotonic`'s clock; 0.0 if they never were."""
+        question = self._questions.get(request_id)
+        return 0.0 if question is None else question.asked
+
     def seconds(self, request_id: str) -> float:
         """How long the request's answer took to come."""
         question = self._questions.get(request_id)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Sequence
 
 from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import SaveOrder
 
+_WRITING_S = 30.0
+"""Seconds after which a chunk that was handed over should be stored."""
 _REMEMBERED = 100_000
 """Chunks of which it is known that they were handed over: 10 MB at most."""
 
@@ -26,7 +29,8 @@ class SavePlan:
         self._chunk_blocks = chunk_tokens // block_tokens
         self._next: dict[str, int] = {}
         """Per request, the first chunk that was not looked at."""
-        self._handed_over: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._handed_over: OrderedDict[ChunkKey, float] = OrderedDict()
+        """When chunks were handed over, the earliest first."""
 
     def due(self, request_id: str, end: int) -> bool:
         """Whether a chunk of the request is complete, now that it is computed up to `end`."""
@@ -40,6 +44,8 @@ class SavePlan:
         block_ids: Sequence[int],
         stored: Sequence[tuple[int, ...]],
         again: Container[int],
+        asked: float,
+        now: float,
     ) -> list[SaveOrder]:
         """What to save of a request.
 
@@ -57,18 +63,25 @@ class SavePlan:
             Per chunk, who held it when the request came.
         again : container of int
             Chunks to save although they were stored: they could not be had.
+        asked, now : float
+            When the stores were asked about the request, and the time, in seconds on any one clock. A chunk that was
+            handed over long before and is not stored was evicted, or never written.
         """
         first = self._next.get(request_id, 0)
         last = min(end // self._chunk_tokens, len(keys))
         self._next[request_id] = max(first, last)
         orders = []
         for chunk in range(first, last):
-            known = (chunk < len(stored) and stored[chunk]) or keys[chunk] in self._handed_over
+            key = keys[chunk]
+            known = (chunk < len(stored) and stored[chunk]) or self._handed_over.get(
+                key, -math.inf
+            ) > asked - _WRITING_S
             if known and chunk not in again:
                 continue
-            self._handed_over[keys[chunk]] = None
+            self._handed_over[key] = now
+            self._handed_over.move_to_end(key)
             blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
-            orders.append(SaveOrder(keys[chunk], chunk * self._chunk_tokens, tuple(blocks)))
+            orders.append(SaveOrder(key, chunk * self._chunk_tokens, tuple(blocks)))
         while len(self._handed_over) > _REMEMBERED:
             self._handed_over.popitem(last=False)
         return orders

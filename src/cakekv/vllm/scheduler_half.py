@@ -356,7 +356,8 @@ class SchedulerHalf:
             stored = self.lookup.answer(request_id) or []
             restoration = self.restorations.get(request_id)
             again = restoration.lost if restoration is not None else ()
-            orders.saves += self.saves.orders(request_id, end, self.keyring.keys(request), block_ids, stored, again)
+            keys, asked = self.keyring.keys(request), self.lookup.asked(request_id)
+            orders.saves += self.saves.orders(request_id, end, keys, block_ids, stored, again, asked, monotonic())
 
     def ended(self, orders: StepOrders) -> None:
         """A step's output is there."""
