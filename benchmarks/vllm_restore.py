@@ -3,9 +3,8 @@
     python benchmarks/vllm_restore.py --json out/bench_vllm.json --picture out/bench_vllm.png
 
 Bandwidths are multiples of the balanced one, at which loading the prefix takes as long as computing it. By default the
-store is a folder behind a link that is slowed down in software. A real link to a real server:
-
-    python benchmarks/vllm_restore.py --store redis://10.9.0.2:6390 --shape './shape.sh {bits_per_s}' ...
+store is a folder behind a link that is slowed down in software. With `--network` it is a Valkey server behind a link
+that the kernel slows down (Linux, as root); nothing in cakekv is slowed down then.
 
 Each time is what a client sees: from sending the request to the first token. Plain vLLM is a server of its own, beside
 the one with the plug-in; they are asked in turn. `bound_s` is the clairvoyant bound, from the spans and loads of runs
@@ -15,7 +14,6 @@ in the modes compute and load (see `cakekv.bench.bound`). `identical` compares t
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -26,8 +24,10 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.bound import clairvoyant_bound
+from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_machine
 from cakekv.bench.picture import bench_picture
+from cakekv.bench.valkey import VALKEY_PORT, valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
@@ -49,21 +49,20 @@ def main(
     step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
     ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 5,
-    store: Annotated[str | None, typer.Option(help="A store behind a link that --shape sets.")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Command that sets the link; {bytes_per_s} and {bits_per_s} are filled in.")
-    ] = None,
+    network: Annotated[bool, typer.Option("--network", help="Valkey behind a link shaped by the kernel.")] = False,
     serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure plain vLLM, loading only, and both."""
-    if (store is None) != (shape is None):
-        raise typer.BadParameter("a store of your own needs --shape, and --shape a store")
     wanted: list[float] = number_list(ratios, float, "ratios")
     arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
     options = {"chunk_tokens": chunk_tokens, "mode": "both"}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = store or f"{folder}/store"
+        link = stack.enter_context(ShapedLink()) if network else None
+        url = f"{folder}/store"
+        if link is not None:
+            stack.enter_context(valkey_behind(link))
+            url = f"redis://{link.far_address}:{VALKEY_PORT}?timeout=60s"
         log = json_file.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         folder_of_model = model or demo_model()
@@ -76,12 +75,11 @@ def main(
         points = []
         for ratio in wanted:
             bandwidth = ratio * balanced
-            if shape is None:
+            if link is None:
                 shaped = f"{url}?bandwidth={bandwidth:.0f}B/s"
             else:
                 shaped = url
-                words = shlex.split(shape.format(bytes_per_s=f"{bandwidth:.0f}", bits_per_s=f"{8 * bandwidth:.0f}"))
-                subprocess.run(words, check=True)
+                link.set_bandwidth(bandwidth)
             with Server(folder_of_model, log, {**options, "store": shaped, "save": False}, arguments) as server:
                 points.append(_measure(plain, server, prompt, prefix, ratio, bandwidth, repeats))
             _show(points[-1])
@@ -90,7 +88,7 @@ def main(
         {
             "command": shlex.join(["python", *sys.argv]),
             "machine": describe_machine(),
-            "link": "slowed down in software" if shape is None else shape,
+            "link": "a folder, slowed down in software" if link is None else "Valkey behind a link shaped by tc tbf",
             "model": folder_of_model.name,
             "prefix_tokens": prefix,
             "suffix_tokens": suffix,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
-from cakekv.quantities import format_bytes, parse_bandwidth, parse_bytes, parse_duration
+from cakekv.quantities import format_bytes, parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,17 @@ def test_sizes_are_shown_in_the_unit_that_suits_them(size, text):
 @given(st.integers(1, 2**60))
 def test_what_is_shown_can_be_read_again(size):
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.051)
+
+
+def test_counts():
+    assert [parse_count(text) for text in ("0", "512")] == [0, 512]
+    for text in ("", "-1", "1.5", "many", "٣", "9" * 30):
+        with pytest.raises(BadInput, match="whole number"):
+            parse_count(text)
+
+
+def test_switches():
+    assert [parse_switch(text) for text in ("true", "false")] == [True, False]
+    for text in ("", "yes", "True", "1"):
+        with pytest.raises(BadInput, match="neither"):
+            parse_switch(text)

@@ -339,7 +339,7 @@ class Cake:
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
         stored = self._lookup(keys, notes)
         lookup_s = monotonic() - looked_up
-        if self.tiers and not any(stored):
+        if self.tiers and not any(stored) and not notes and not self._introduced:  # a question more, so asked rarely
             notes += why_nothing_is_stored(self.identity, self.tiers)
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._save, cache, keys if save else [])

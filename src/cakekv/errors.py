@@ -51,6 +51,7 @@ class ChunkFault(Enum):
     WRONG_POSITION = "the chunk belongs to another position"
     WRONG_SHAPE = "the chunk has another shape (tokens, layers or segment lengths) than this model's"
     SEGMENT_CHECKSUM = "a segment does not match its checksum"
+    SEAL = "the encrypted chunk does not match its seal"
     DIRTY_PADDING = "the bytes between two segments are not zero"
 
 

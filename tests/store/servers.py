@@ -100,6 +100,8 @@ def seaweedfs(folder, port=None):
     options |= {f"{part}.port.grpc": free_port() for part in ports}
     options |= {"dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": folder / "s3.json"}
     options |= {"master.electionTimeout": "500ms", "master.heartbeatInterval": "50ms", "volume.max": 20}
+    options |= {"s3.port.iceberg": 0, "s3.port.lance": 0}  # fixed by default, and never asked for here
+    options |= {f"{part}.localSocket": folder / f"{part}.sock" for part in ("s3", "filer")}
     command = ["weed", f"-logdir={folder}", "server", "-s3", "-filer", "-master.raftHashicorp", "-master.raftBootstrap"]
     command += ["-master.volumeSizeLimitMB=256", *(f"-{name}={value}" for name, value in options.items())]
     weed = Path(sys.executable).with_name("weed")

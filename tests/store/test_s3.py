@@ -234,3 +234,18 @@ def test_a_service_killed_in_mid_answer(credentials):
         store = open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True, timeout_s=1)
         with store.open(key_of(0)) as reader, pytest.raises(StoreError, match="cannot read chunk"):
             reader.read_into(memoryview(bytearray(100_000)), 0)
+
+
+@pytest.mark.slow
+def test_a_service_killed_and_started_again(tmp_path, credentials, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.S3_SECRET)
+    with servers.seaweedfs(tmp_path) as (port, _):
+        servers.make_bucket(f"http://127.0.0.1:{port}")
+        store = open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True, timeout_s=1)
+        store.write(key_of(0), chunk_of(0))
+        reader = store.open(key_of(0))
+    with pytest.raises(StoreError, match="can be reached"):
+        reader.read_into(memoryview(bytearray(100)), 0)
+    with servers.seaweedfs(tmp_path, port):
+        servers.make_bucket(f"http://127.0.0.1:{port}")
+        assert read(store, key_of(0)) == chunk_of(0)

@@ -139,7 +139,7 @@ class Member(Store):
     def _opened(self) -> Store:
         if self._inner is None:
             inner = self._open_inner()
-            self.name, self.parallel_reads = inner.name, inner.parallel_reads
+            self.name, self.url, self.parallel_reads = inner.name, inner.url, inner.parallel_reads
             self._inner = inner
         return self._inner
 

@@ -20,6 +20,7 @@ from cakekv.store.composition import read_composition
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
 from cakekv.store.faulty import FaultyStore, parse_faults
+from cakekv.store.keyring import read_keyring
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
@@ -144,9 +145,10 @@ COMMON: Options = {
     "latency": parse_duration,
     "faults": parse_faults,
     "skip_head": parse_count,
+    "encrypt": str,
 }
-"""Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; and tokens
-at the front of a prompt whose chunks it shall not keep."""
+"""Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
+the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
 
 
 def open_store(url: str) -> Store:
@@ -168,8 +170,14 @@ def open_store(url: str) -> Store:
     scheme, location, options = _parse_url(url)
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
     faults = options.pop("faults", None)
-    skip_head = options.pop("skip_head", 0)
+    skip_head, keys = options.pop("skip_head", 0), options.pop("encrypt", None)
+    if keys is not None:
+        with _extra("encryption"):
+            from cakekv.store.encrypted import EncryptedStore
+        keyring = read_keyring(keys)
     store = TIERS[scheme].open(location, **options)
+    if keys is not None:
+        store = EncryptedStore(store, keyring)
     if skip_head:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:

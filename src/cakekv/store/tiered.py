@@ -10,7 +10,7 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
-from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.member import Member
@@ -180,7 +180,7 @@ class TieredStore(Store):
         """A chunk's bytes, from the first tier but one that has it; None if none does."""
         for member in self._members:
             if member is not to:
-                with suppress(StoreError), member.open(key) as reader:
+                with suppress(StoreError, CorruptChunk), member.open(key) as reader:
                     buffer = memoryview(bytearray(reader.size))
                     if reader.read_into(buffer, 0) == reader.size:
                         return buffer
@@ -192,6 +192,7 @@ class _Promoting(WrappedStore):
 
     def __init__(self, inner: Store, copiers: Sequence[_Copier]) -> None:
         super().__init__(inner)
+        self.url = inner.url
         self._copiers = copiers
 
     def open(self, key: ChunkKey) -> ChunkReader:
@@ -283,7 +284,7 @@ class _Copier:
         while (job := self._queue.get()) is not None:
             try:
                 self._perform(*job)
-            except StoreError:
+            except (StoreError, CorruptChunk):
                 self.uncopied += 1
             finally:
                 self._queue.task_done()

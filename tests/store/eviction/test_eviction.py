@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.chunk import peek_place
@@ -63,6 +63,7 @@ def fill(store, *numbers, position=lambda number: 0):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
 @given(chunks=candidates)
 def test_an_order_names_every_candidate_once_whatever_their_order(name, chunks):
     policy = policy_named(name)
@@ -74,6 +75,7 @@ def test_an_order_names_every_candidate_once_whatever_their_order(name, chunks):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
 @given(chunks=candidates.filter(len), later=st.floats(0, 1e6))
 def test_of_two_chunks_that_differ_in_their_last_use_only_the_older_goes_first(name, chunks, later):
     twin = chunks[0]._replace(key=key_of(-1), used_at=max(0, chunks[0].used_at - 1 - later))
