@@ -46,7 +46,6 @@ def test_restore_measures_all_arms_and_compares_their_answers(model, tmp_path, s
         assert len(point["repeats"][name]) == 1
     (computed,), (loaded,) = point["repeats"]["computed_tokens"], point["repeats"]["loaded_tokens"]
     assert computed + loaded == 552
-    assert loaded > 0
     assert picture.stat().st_size > 0
 
 
