@@ -55,6 +55,17 @@ def test_plan_says_what_was_wrong() -> None:
     assert "unknown model" in result.output
 
 
+def test_a_plans_picture_sweeps_the_bandwidth(tmp_path: Path) -> None:
+    prompt = ("--model", "32,8,128", "--tokens", "4096", "--suffix", "64")
+    invoke("plan", *prompt, "--bandwidth", "8Gbps", "--compute", "8000", "--picture", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(PNG)
+    verdicts = json.loads((tmp_path / "plan.json").read_text())
+    load, both = [each["load_s"] for each in verdicts], [each["both_s"] for each in verdicts]
+    assert load == sorted(load, reverse=True)
+    assert all(each["both_s"] <= 1.02 * min(each["compute_s"], each["load_s"]) for each in verdicts)
+    assert both[0] > 3 * both[-1], "from a sixteenth of break-even to sixteen times"
+
+
 def test_study(tmp_path: Path) -> None:
     output = invoke(
         "study",

@@ -79,17 +79,27 @@ def plan(
     compute: Annotated[str, typer.Option(help="Prefill speed in tokens per second, or A100, 2xA100, H100.")],
     suffix: Annotated[int, typer.Option(min=1, help="Tokens at the prompt's end that are not stored.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the times over the bandwidth into this PNG file, with its JSON beside it.")
+    ] = None,
 ) -> None:
     """Is storing worth it? Time to first token computed, loaded and both, and the bandwidth where loading breaks even.
 
     A 16-bit KV cache is assumed, one storage tier, and every chunk before the suffix stored.
     """
-    from cakekv.simulate.what_if import model_named, what_if
+    from cakekv.simulate.what_if import model_named, sweep, what_if
 
     try:
-        verdict = what_if(model_named(model), tokens, bandwidth, compute, suffix)
+        shape = model_named(model)
+        verdict = what_if(shape, tokens, bandwidth, compute, suffix)
     except BadInput as error:
         raise typer.BadParameter(str(error)) from error
+    if picture is not None:
+        from cakekv.simulate.pictures import draw_plan
+
+        verdicts = sweep(verdict, shape, compute)
+        _into(picture, lambda: draw_plan(picture, verdicts, verdict))
+        _write(picture.with_suffix(".json"), [vars(each) for each in verdicts])
     if as_json:
         typer.echo(json.dumps(vars(verdict) | {"worth_it": verdict.worth_it}, indent=2))
         return

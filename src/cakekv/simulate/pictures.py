@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from cakekv.simulate.paper import Prediction
 from cakekv.simulate.study import Outcome
+from cakekv.simulate.what_if import Verdict
 
 
 def draw_paper(path: Path, predictions: Sequence[Prediction], figures: dict[str, Any]) -> None:
@@ -50,6 +51,24 @@ def draw_paper(path: Path, predictions: Sequence[Prediction], figures: dict[str,
     burst.set_xticks(places, ["first come, first served", "adaptive"])
     burst.set(title="Figure 6: 16k stored prefix and a burst of 22", ylabel="seconds until all are prefilled")
     burst.legend()
+    _save(figure, path)
+
+
+def draw_plan(path: Path, verdicts: Sequence[Verdict], asked: Verdict) -> None:
+    """Time to first token over the bandwidth: computed, loaded, both."""
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    gbps = [8e-9 * verdict.bandwidth for verdict in verdicts]
+    for name in ("compute", "load", "both"):
+        ax.plot(gbps, [getattr(verdict, f"{name}_s") for verdict in verdicts], label=name)
+    ax.axvline(8e-9 * asked.bandwidth, color="grey", linewidth=0.8, label="as asked")
+    ax.set(
+        title=f"{asked.model}, {asked.prompt_tokens:,} tokens, of which {asked.stored_tokens:,} stored",
+        xlabel="bandwidth of the storage (Gbps)",
+        ylabel="seconds to the first token",
+        xscale="log",
+        ylim=(0, 2.5 * asked.compute_s),
+    )
+    ax.legend()
     _save(figure, path)
 
 

@@ -56,6 +56,14 @@ class Verdict:
         return self.both_s <= 0.9 * self.compute_s
 
 
+def sweep(verdict: Verdict, model: ModelShape, compute: str) -> list[Verdict]:
+    """The same prompt at bandwidths from a sixteenth to sixteen times the one where loading breaks even."""
+    suffix = verdict.prompt_tokens - verdict.stored_tokens
+    around = verdict.break_even if math.isfinite(verdict.break_even) else verdict.bandwidth
+    rates = [around * 2 ** (step / 2) for step in range(-8, 9)]
+    return [what_if(model, verdict.prompt_tokens, f"{rate:.0f}B/s", compute, suffix) for rate in rates]
+
+
 def model_named(text: str) -> ModelShape:
     """A model by name or by its shape, "layers,kv_heads,head_dim".
 
