@@ -52,6 +52,7 @@ def test_values_as_they_come_from_json():
         ("load_deadline", "soon", '"2ms"'),
         ("save", "yes", "valid boolean"),
         ("save_queue", "lots", '"10GB"'),
+        ("layered_finish", 1, "valid boolean"),
         ("load_threads", -1, "greater than or equal to 0"),
         ("tenant", None, "valid string"),
     ],
