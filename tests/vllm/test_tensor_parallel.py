@@ -67,7 +67,8 @@ def main():
             figures = LoadFigures(byte_s=0.1 / size, load_s=0.1, alone_s=0.1, load_bytes=size)
             half._desk.sources = [each._replace(cost=LoadCost(each.depth, figures)) for each in half._desk.sources]
         if what == "damaged":  # one worker's part of one chunk
-            file = [file for file in sorted(Path(store).rglob("*")) if file.is_file() and file.stat().st_size > 200_000][5]
+            files = [file for file in sorted(Path(store).rglob("*")) if file.is_file()]
+            file = [file for file in files if file.stat().st_size > 200_000][5]
             data = bytearray(file.read_bytes())
             data[-1] ^= 0xFF
             file.write_bytes(data)
