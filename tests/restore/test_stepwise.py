@@ -167,7 +167,7 @@ def test_a_layered_suffix_sees_all_that_it_attends_to(
         tokens_of,
         [range(sources)] * chunks,
         [Source(f"tier {number}", LoadCost(2, figures), 2) for number in range(sources)],
-        ComputeCost(ComputeShape(0.1, 0.02, 0.0), trusted=True),
+        ComputeCost(ComputeShape(0.1, 0.08, 0.0), trusted=True),
         chunk_bytes=size,
         groups=LayerGroups((600, 500, 500), (600, 500, 500)),
         max_span_tokens=64,
