@@ -40,7 +40,7 @@ def test_values_as_they_come_from_json():
         ("store", 5, "URL"),
         ("store", ["/a", "/a"], "twice"),
         ("store", "memory://", "/dev/shm"),
-        ("store", "ftp://host", "file, memory"),
+        ("store", "ftp://host", "file, gs, memory"),
         ("store", "/a?size=1GB", "capacity"),
         ("chunk_tokens", 0, "greater than or equal to 1"),
         ("chunk_tokens", "256", "valid integer"),

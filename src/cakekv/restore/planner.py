@@ -305,6 +305,11 @@ class Restore:
         """Whether what is left before the suffix is loaded in pieces."""
         return self._layered is not None
 
+    @property
+    def awaits_pieces(self) -> bool:
+        """Whether anything that a layered span attends to is still to come."""
+        return self._layered is not None and not self._layered.complete
+
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
         return self._layered is None or self._layered.ready(group)

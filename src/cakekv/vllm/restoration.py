@@ -158,7 +158,7 @@ class Restoration:
         """The layered step is over; `waited` if all workers say that they had what they needed. Returns whether so."""
         assert self._span is not None
         self.unsure = False
-        if waited and not self.restore.lost and not self._awaited_loads():
+        if waited and not self.restore.lost and not self.restore.awaits_pieces:
             return True
         self._gave_up = True
         self.restore.gave_up(self._span, now)
