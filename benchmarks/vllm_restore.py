@@ -49,13 +49,16 @@ def main(
     step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
     ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 5,
+    layered_finish: Annotated[
+        bool, typer.Option("--layered-finish", help="Let the suffix wait in its layers.")
+    ] = False,
     network: Annotated[bool, typer.Option("--network", help="Valkey behind a link shaped by the kernel.")] = False,
     serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure plain vLLM, loading only, and both."""
     wanted: list[float] = number_list(ratios, float, "ratios")
     arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
-    options = {"chunk_tokens": chunk_tokens, "mode": "both"}
+    options = {"chunk_tokens": chunk_tokens, "mode": "both", "layered_finish": layered_finish}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         link = stack.enter_context(ShapedLink()) if network else None
@@ -94,6 +97,7 @@ def main(
             "suffix_tokens": suffix,
             "chunk_tokens": chunk_tokens,
             "step_tokens": step_tokens,
+            "layered_finish": layered_finish,
             "balanced_bytes_per_s": balanced,
             "points": points,
         },
@@ -140,6 +144,7 @@ def _measure(
         "repeats": {
             **{f"{name}_s": taken for name, taken in times.items()},
             **{name: [report.get(name) for report in both] for name in ("met_at", "computed_tokens", "loaded_tokens")},
+            "layered": [any(load["group"] is not None for load in report.get("loads", [])) for report in both],
         },
     }
 

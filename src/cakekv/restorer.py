@@ -12,13 +12,13 @@ from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkShape
 from cakekv.engine.base import Cache, Engine, Logits
 from cakekv.keys import ChunkKey
-from cakekv.load.loader import Loader, Loading, load_bytes
+from cakekv.load.loader import Loader, Loading
+from cakekv.load.pieces import group_bytes, layer_groups, load_bytes
 from cakekv.load.staging import StagingPool
 from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Mode, Restore, Span, Wait
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
@@ -44,9 +44,6 @@ OnProgress = Callable[[Progress], None]
 
 _LOOK_S = 0.2
 """Seconds after which a layer that waits looks for loads that are late."""
-_MOST_GROUPS = 16
-_LEAST_READ_BYTES = 1 << 16
-"""A group of layers is at least that much of a chunk, so that reading it in pieces costs little."""
 
 
 class _LoadLost(Exception):
@@ -174,7 +171,7 @@ class Restorer(Generic[Cache, Logits]):
             chunk_bytes=chunk_bytes,
             unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
             window=engine.layout.window,
-            groups=_group_bytes(shape, arms.groups, unwindowed) if len(arms.groups) > 1 else None,
+            groups=group_bytes(shape, arms.groups, unwindowed) if len(arms.groups) > 1 else None,
             mode=mode,
             max_span_tokens=arms.max_span_tokens,
             now=request.arrived_s,
@@ -344,19 +341,3 @@ class Restorer(Generic[Cache, Logits]):
                 monotonic() - self._request.arrived_s,
             )
         )
-
-
-def layer_groups(shape: ChunkShape) -> list[range]:
-    """Cut a chunk's layers into groups of about the same size, for a layered finish."""
-    layers = len(shape.segment_bytes)
-    number = max(1, min(_MOST_GROUPS, layers, sum(shape.segment_bytes) // _LEAST_READ_BYTES))
-    ends = [layers * (group + 1) // number for group in range(number)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _group_bytes(shape: ChunkShape, groups: Sequence[range], unwindowed: Sequence[int]) -> LayerGroups:
-    """Bytes to read per group; the first one of a chunk brings the header, too."""
-    whole = [load_bytes(shape, group, with_header=not number) for number, group in enumerate(groups)]
-    needed = [[layer for layer in group if layer in unwindowed] for group in groups]
-    part = [load_bytes(shape, layers, with_header=not number) if layers else 0 for number, layers in enumerate(needed)]
-    return LayerGroups(tuple(whole), tuple(part))

@@ -16,11 +16,12 @@ from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+from cakekv.load import pieces
+from cakekv.load.pieces import layer_groups
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Restore
-from cakekv.restorer import layer_groups
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
@@ -118,7 +119,7 @@ class Slow(MemoryStore):
 def test_the_answer_is_the_same_whether_pieces_arrive_or_fail(
     engine: TransformersEngine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    monkeypatch.setattr(restorer, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(pieces, "_LEAST_READ_BYTES", 1)
     long = prompt[:PREFIX] + [3, 1, 4, 1, 5, 9, 2, 6] * 25
     expected = Cake(engine, chunk_tokens=CHUNK).generate(long, max_new_tokens=8)
     store = Slow()

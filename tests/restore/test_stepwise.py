@@ -7,9 +7,10 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Flights, Load, Source
+from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import MODES, Restore
 
 
@@ -148,3 +149,87 @@ def test_what_is_covered_already_is_neither_computed_nor_loaded() -> None:
     while (load := restore.next_load(0, 0.0, ahead=20)) is not None:
         chunks.append(load.chunk)
     assert min(chunks) > 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(2, 12), st.integers(1, 64), st.integers(0, 10_000), st.sampled_from([0.0, 0.05, 0.3]), st.integers(1, 2)
+)
+def test_a_layered_suffix_sees_all_that_it_attends_to(
+    chunks: int, suffix: int, seed: int, failing: float, sources: int
+) -> None:
+    """Steps of any size; the suffix's may be layered, refused to be so, lost, or given up though nothing is."""
+    chance, tokens_of = random.Random(seed), 16
+    size = tokens_of * 100
+    figures = LoadFigures(byte_s=0.5 / size, load_s=0.5, alone_s=0.5, load_bytes=size)
+    restore = Restore(
+        chunks * tokens_of + suffix,
+        tokens_of,
+        [range(sources)] * chunks,
+        [Source(f"tier {number}", LoadCost(2, figures), 2) for number in range(sources)],
+        ComputeCost(ComputeShape(0.1, 0.08, 0.0), trusted=True),
+        chunk_bytes=size,
+        groups=LayerGroups((600, 500, 500), (600, 500, 500)),
+        max_span_tokens=64,
+    )
+    now, flying = 0.0, list[Load]()
+    placed: dict[int, set[int]] = {}
+    computed = [False] * restore.prompt_tokens
+
+    def load_some() -> None:
+        nonlocal now
+        for source in range(sources):
+            while (load := restore.next_load(source, now, ahead=1000 if restore.in_pieces else 1)) is not None:
+                flying.append(load)
+        for load in flying[: chance.randint(0, 4)]:
+            flying.remove(load)
+            if load.queued:
+                restore.begun(load, now)
+            now += chance.expovariate(4.0)
+            if load.cancelled:
+                restore.abandoned(load, 100, now)
+            elif chance.random() < failing:
+                restore.failed(load, "store failed", 100, now)
+            elif restore.arrived(load, now):
+                restore.placed(load, now)
+                assert not any(computed[load.start : load.start + load.tokens])
+                placed.setdefault(load.chunk, set()).update({load.group} if load.group is not None else range(3))
+
+    for _ in range(10_000):
+        if restore.done:
+            break
+        now += chance.expovariate(10.0)
+        restore.layered_allowed = chance.random() < 0.8
+        tokens = restore.computable_tokens(now)
+        assert not tokens or not restore.in_pieces
+        if tokens:
+            span = restore.take(chance.randint(1, tokens), now)
+        elif restore.layered_tokens and chance.random() < 0.5:
+            span = restore.take_layered(now)
+            assert span.start + span.tokens == restore.prompt_tokens == restore.position
+        else:
+            load_some()
+            continue
+        load_some()
+        given_up, group = False, 0
+        while span.layered and group < 3 and not given_up:
+            if restore.layer_ready(group):
+                for chunk in range(chunks):
+                    assert computed[chunk * tokens_of] or group in placed[chunk]
+                group += 1
+            else:
+                load_some()
+                restore.check_late(now)
+                given_up = restore.lost or chance.random() < 0.02
+        if given_up:
+            restore.gave_up(span, now)
+            assert restore.position <= span.start
+            for chunk in range(chunks):
+                if restore.coverage.state[chunk] < State.LOADED:
+                    placed.pop(chunk, None)
+            continue
+        now += 0.01
+        restore.computed(span, now)
+        computed[span.start : span.start + span.tokens] = [True] * span.tokens
+    assert restore.done
+    assert all(computed[chunk * tokens_of] or len(placed[chunk]) == 3 for chunk in range(chunks))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_engine import TinyEngine, closing, prompt, save_model
@@ -41,6 +42,86 @@ if __name__ == "__main__":
 """
 
 
+_LAYERED = """
+import json, sys
+from pathlib import Path
+from vllm import LLM, SamplingParams
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+
+def main():
+    model, store = sys.argv[1:]
+    ids = json.loads(sys.stdin.read())
+    llm = LLM(model=model, tensor_parallel_size=2, skip_tokenizer_init=True, dtype="float32",
+        enforce_eager=True, max_model_len=2048, max_num_batched_tokens=256,
+        distributed_executor_backend="mp", scheduler_cls="cakekv.vllm.CakeScheduler",
+        kv_transfer_config=dict(
+            kv_connector="CakeConnector", kv_connector_module_path="cakekv.vllm", kv_role="kv_both",
+            kv_connector_extra_config=dict(store=store + "?bandwidth=8MB/s", chunk_tokens=128, layered_finish=True),
+        ))
+    half = llm.llm_engine.engine_core.engine_core.scheduler._half
+    for what in ("compute", "layered", "damaged", "again"):
+        if what == "layered":  # computing seems slow, so all is loaded but the suffix
+            half.costs.cost = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)
+            half.costs.observe = lambda *observed: None
+            size = half._desk.chunk_bytes
+            figures = LoadFigures(byte_s=0.1 / size, load_s=0.1, alone_s=0.1, load_bytes=size)
+            half._desk.sources = [each._replace(cost=LoadCost(each.depth, figures)) for each in half._desk.sources]
+        if what == "damaged":  # one worker's part of one chunk
+            files = [file for file in sorted(Path(store).rglob("*")) if file.is_file()]
+            file = [file for file in files if file.stat().st_size > 200_000][5]
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 0xFF
+            file.write_bytes(data)
+        if what != "again":  # that one is answered from the blocks of the one before
+            llm.reset_prefix_cache()
+        extra = {"kv_transfer_params": {"cakekv": {"mode": "auto", "report": True}}}
+        params = SamplingParams(max_tokens=6, min_tokens=6, temperature=0, detokenize=False, extra_args=extra)
+        output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
+        report = (output.kv_transfer_params or {}).get("cakekv")
+        print("RESULT", json.dumps([what, list(output.outputs[0].token_ids), report]), flush=True)
+        import time
+        time.sleep(1.5)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_every_worker_waits_for_its_own_pieces(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", heads=6, kv_heads=6, intermediate_size=384, vocab_size=576)
+    ids = prompt(1000)
+    with closing(TinyEngine(model)) as engine:
+        expected = engine.run(ids)
+    results, errors = run_program(_LAYERED, ids, "0", model, tmp_path / "store")
+    reports = {what: report for what, tokens, report in results if tokens == expected}
+    assert list(reports) == ["compute", "layered", "damaged", "again"], (results, errors)
+    layered, damaged = reports["layered"], reports["damaged"]
+    assert layered["loaded_tokens"] == 896
+    assert not layered["notes"]
+    assert any(load["group"] is not None for load in layered["loads"])
+    assert layered["spans"][-1]["began_s"] < max(load["ended_s"] for load in layered["loads"])
+    assert damaged["recomputed_tokens"] == 128
+    assert damaged["computed_tokens"] + damaged["loaded_tokens"] == 1000
+
+
+def run_program(
+    program: str, ids: list[int], multiprocessing: str, *arguments: object
+) -> tuple[list[tuple[str, list[int], dict[str, Any]]], str]:
+    """What a program with workers of its own found, and the end of what it complained about."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        input=json.dumps(ids),
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=200,
+        check=False,
+    )
+    lines = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return lines, done.stderr[-5000:]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_worker_restores_its_share(ranks: int, tmp_path: Path) -> None:
     model = save_model(
@@ -50,19 +131,9 @@ def test_every_worker_restores_its_share(ranks: int, tmp_path: Path) -> None:
     with closing(TinyEngine(model)) as engine:
         expected = engine.run(ids)
     store = tmp_path / "store"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(model), str(ranks), str(store)],
-        input=json.dumps(ids),
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=200,
-        check=False,
-    )
-    lines = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    reports = {mode: report for mode, tokens, report in lines if tokens == expected}
-    assert list(reports) == ["compute", "load", "both"], (lines, done.stderr[-5000:])
+    results, errors = run_program(_PROGRAM, ids, "1", model, ranks, store)
+    reports = {mode: report for mode, tokens, report in results if tokens == expected}
+    assert list(reports) == ["compute", "load", "both"], (results, errors)
     assert reports["load"]["loaded_tokens"] == 896
     assert reports["both"]["computed_tokens"] > 104
     assert reports["both"]["computed_tokens"] + reports["both"]["loaded_tokens"] == 1000

@@ -42,7 +42,7 @@ def test_all_that_can_be_told():
     options, _, _ = printed(
         *("--store", "/a b?capacity=1GB", "--store", "~/it's", "--chunk-tokens", "512", "--mode", "both"),
         *("--load-deadline", "500ms", "--no-save", "--save-queue", "64MiB", "--load-threads", "3"),
-        *("--tenant", 'a "quoted" $name', "--log-requests", "--block-size", "128"),
+        *("--tenant", 'a "quoted" $name', "--log-requests", "--layered-finish", "--block-size", "128"),
     )
     assert options == VllmOptions(
         store=("/a b?capacity=1GB", "~/it's"),
@@ -54,6 +54,7 @@ def test_all_that_can_be_told():
         load_threads=3,
         tenant='a "quoted" $name',
         log_requests=True,
+        layered_finish=True,
     )
 
 

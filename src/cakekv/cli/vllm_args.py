@@ -27,6 +27,9 @@ def vllm_args(
     ] = None,
     save: Annotated[bool, typer.Option(help="Whether what was computed is saved.")] = True,
     save_queue: Annotated[str | None, typer.Option(help='Bytes that may wait to be written, such as "1GB".')] = None,
+    layered_finish: Annotated[
+        bool, typer.Option("--layered-finish", help="Compute the suffix while the last chunks arrive, layer by layer.")
+    ] = False,
     load_threads: Annotated[int | None, typer.Option(help="Chunks read from each store at a time.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Share chunks with engines of the same tenant only.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line about every restore.")] = False,
@@ -50,6 +53,7 @@ def vllm_args(
         "load_deadline": load_deadline,
         "save": None if save else False,
         "save_queue": save_queue,
+        "layered_finish": layered_finish or None,
         "load_threads": load_threads,
         "tenant": tenant,
         "log_requests": log_requests or None,

@@ -12,6 +12,7 @@ from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
+from cakekv.load.pieces import byte_ranges
 from cakekv.load.staging import StagingPool
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore
@@ -282,7 +283,7 @@ class Loader:
         layers = self._layers(load)
         header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
-            for start, end in _ranges(shape, layers, with_header=header is None):
+            for start, end in byte_ranges(shape, layers, with_header=header is None):
                 fill(reader, buffer, start, end, load, progress)
                 if header is None:
                     header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
@@ -309,24 +310,6 @@ class Progress:
     """Bytes read so far by one load."""
 
     bytes = 0
-
-
-def load_bytes(shape: ChunkShape, layers: Sequence[int], with_header: bool = True) -> int:
-    """Bytes read for a chunk of which only `layers` are needed."""
-    return sum(end - start for start, end in _ranges(shape, layers, with_header))
-
-
-def _ranges(shape: ChunkShape, layers: Sequence[int], with_header: bool) -> list[tuple[int, int]]:
-    """Byte ranges to read, adjacent ones joined; the first begins with the header, if that is wanted."""
-    ranges = [(0, shape.header_bytes)] if with_header else []
-    for layer in layers:
-        start = shape.offsets[layer]
-        end = shape.offsets[layer + 1] if layer + 1 < len(shape.offsets) else shape.total_bytes
-        if ranges and ranges[-1][1] == start:
-            ranges[-1] = (ranges[-1][0], end)
-        else:
-            ranges.append((start, end))
-    return ranges
 
 
 def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:

@@ -85,6 +85,11 @@ class LayeredFinish:
         return not self.whole and not self._missing[group]
 
     @property
+    def complete(self) -> bool:
+        """Whether everything is in the cache."""
+        return not self.whole and not self._missing_of
+
+    @property
     def incomplete(self) -> list[int]:
         """Chunks of which pieces are not in place, ascending."""
         return sorted(self._missing_of)

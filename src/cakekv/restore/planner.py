@@ -10,7 +10,8 @@ A driver that shares out steps of its own (vLLM's scheduler) asks `computable_to
 claims with `take` what it has room for: a chunk belongs to compute as soon as a span enters it. Such a driver hears of
 loads only between two steps, so it lets some queue `ahead` at the source and reports with `begun` when they begin.
 A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
-and reports `gave_up` instead of `computed` if one of them turns out to be `lost`.
+and reports `gave_up` instead of `computed` if one of them turns out to be `lost`. A driver with steps of its own asks
+for it with `layered_tokens`, claims it with `take_layered`, and says with `layered_allowed` whether it could.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ class Restore:
         self._layered: LayeredFinish | None = None
         self.placing = 0
         """Pieces that are being placed."""
+        self.layered_allowed = True
+        """Whether the driver could have the suffix's layers wait for loads now."""
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
         self._span: tuple[Span, float] | None = None
         self._flights = Flights(self._sources, patience_s, deadline_s)
@@ -217,11 +220,20 @@ class Restore:
         """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
         assert self._span is None, "the span before was not reported as computed"
         self.check_late(now)
+        if self._layered is not None:
+            if self._layered.complete:
+                self._layered = None
+            elif self._layered.broken and not self.placing:
+                self._disband()
+            else:
+                return 0
         first = self.coverage.front + (self._inside > 0)
         count = self._plan.computable(first)
         if self._plan.stale or count < 2 * self._max_span_chunks:
             self._replan(now)
             count = self._plan.computable(first)
+        if not count and not self._inside:
+            self._arm_layered(now)
         return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
 
     def take(self, tokens: int, now: float) -> Span:
@@ -231,7 +243,21 @@ class Restore:
         self._claim(first, -(-(start + tokens) // self.chunk_tokens) - first, now)
         span = Span(start, tokens)
         self._span = (span, now)
+        if not self.position % self.chunk_tokens:
+            self._arm_layered(now)
         return span
+
+    @property
+    def layered_tokens(self) -> int:
+        """How many tokens `take_layered` would claim; 0 if it may not be called now."""
+        if self._layered is None or self._layered.broken or self._span is not None:
+            return 0
+        return self.prompt_tokens - self.prefix_tokens
+
+    def take_layered(self, now: float) -> Span:
+        """Claim the suffix although chunks before it still arrive."""
+        assert self.layered_tokens
+        return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
 
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
@@ -273,6 +299,16 @@ class Restore:
         )
 
     # ----------------------------------------------------------- layered finish
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether what is left before the suffix is loaded in pieces."""
+        return self._layered is not None
+
+    @property
+    def awaits_pieces(self) -> bool:
+        """Whether anything that a layered span attends to is still to come."""
+        return self._layered is not None and not self._layered.complete
 
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
@@ -335,6 +371,7 @@ class Restore:
         suffix_chunks = coverage.chunks - self._suffix
         if (
             self._groups is None
+            or not self.layered_allowed
             or self.mode not in ("auto", "both")
             or (self._span is not None and self._span[0].start >= self.prefix_tokens)
             or not self._compute.known

@@ -66,6 +66,8 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Whether what was computed is saved.
     save_queue : int
         Bytes that may wait to be written; what would exceed them is not saved, and counted. Or a string: "1GB".
+    layered_finish : bool
+        Whether a suffix may be computed while the last chunks before it arrive, layer by layer (see `layered_step`).
     load_threads : int
         Chunks that a worker reads from each store at a time; 0: as many as the store asks for.
     tenant : str
@@ -82,6 +84,7 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     load_deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)] = 30.0
     save: bool = True
     save_queue: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = 1_000_000_000
+    layered_finish: bool = False
     load_threads: Annotated[int, Field(ge=0, le=256)] = 0
     tenant: str = ""
     log_requests: bool = False

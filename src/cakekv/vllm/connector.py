@@ -127,7 +127,8 @@ class CakeConnector(KVConnectorBase_V1):
         """Nothing: loads start when orders come, which is earlier."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a step never computes what attends to something that is still to come."""
+        """In a layered step, wait; else nothing attends to something that is still to come."""
+        self.worker_half.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any

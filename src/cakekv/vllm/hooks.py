@@ -26,6 +26,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "reset_prefix_cache": "self, reset_running_requests=, reset_connector=",
         "reset_connector_cache": "self",
         "shutdown": "self",
+        "get_request_counts": "self",
         "_build_kv_connector_meta": "self, connector, scheduler_output",
         "_connector_finished": "self, request",
         "_free_blocks": "self, request",
@@ -52,6 +53,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "num_lookahead_tokens=, num_external_computed_tokens=, delay_cache_blocks=, num_encoder_tokens=, "
         "full_sequence_must_fit=, reserved_blocks=, has_scheduled_reqs=, skip_zeroing_group_ids=",
         "cache_blocks": "self, request, num_computed_tokens",
+        "evict_blocks": "self, block_ids",
         "free": "self, request",
         "get_block_ids": "self, request_id",
         "get_blocks": "self, request_id",

@@ -13,6 +13,7 @@ from cakekv.vllm.restoration import Restoration
 
 _MOST_AHEAD = 64
 """Loads that may queue at a source."""
+_ALL = 1 << 20
 
 
 class LoadDesk:
@@ -84,8 +85,11 @@ class LoadDesk:
             ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
             for state in self._policy.load_order(states, number, time()):
                 restoration = restorations[state.request_id]
-                while self._outstanding[number] < source.depth + ahead:
-                    order = restoration.next_load(number, self._number, now, ahead)
+                may_queue = (
+                    _ALL if restoration.restore.in_pieces else ahead
+                )  # nothing is handed out during a layered step
+                while self._outstanding[number] < source.depth + may_queue:
+                    order = restoration.next_load(number, self._number, now, may_queue)
                     if order is None:
                         break
                     self._ordered[self._number] = (restoration, number, restoration.load(self._number))

@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 
-from cakekv.chunk import ChunkShape, read_header, segments
+from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.loader import Abandoned, Progress, failure_reason, fill
+from cakekv.load.pieces import byte_ranges
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.messages import LoadOrder, LoadResult
@@ -19,8 +20,8 @@ from cakekv.vllm.threads import start_thread
 
 _LOG = logging.getLogger("vllm.cakekv")
 
-Place = Callable[[Sequence[int], Sequence[memoryview]], None]
-"""(block ids, segment per layer) Copies a chunk into the paged cache."""
+Place = Callable[[Sequence[int], Sequence[memoryview | None]], None]
+"""(block ids, segment per layer or None) Copies a chunk, or some of its layers, into the paged cache."""
 
 
 class _Job:
@@ -48,6 +49,8 @@ class LoadPool:
         What this worker's share of a chunk looks like.
     shard : callable
         From a chunk's key to that of this worker's share.
+    groups : sequence of range
+        The layers of each group of a layered finish.
     place : callable
         Copies a chunk into the paged cache.
     staging : StagingPool
@@ -60,12 +63,14 @@ class LoadPool:
         threads: Sequence[int],
         shape: ChunkShape,
         shard: Callable[[ChunkKey], ChunkKey],
+        groups: Sequence[range],
         place: Place,
         staging: StagingPool,
     ) -> None:
         self._tiers = tiers
         self._shape = shape
         self._shard = shard
+        self._groups = groups
         self._place = place
         self._staging = staging
         self._changed = threading.Condition()
@@ -74,6 +79,8 @@ class LoadPool:
         """Loads that were not reported as ended, by number."""
         self._begun: dict[int, float] = {}
         self._ended: dict[int, tuple[bool, str, int, float, float]] = {}
+        self._headers: dict[tuple[ChunkKey, int], ChunkHeader] = {}
+        """By chunk and source: pieces after the first do not read the header again."""
         self._closed = False
         for source, (tier, count) in enumerate(zip(tiers, threads, strict=True)):
             for number in range(count):
@@ -97,6 +104,21 @@ class LoadPool:
                     self._queues[job.order.source].remove(job)
                     self._end(job, False, "", 0)
             self._changed.wait_for(lambda: not any(job.placing for job in jobs))
+
+    def wait(self, numbers: Sequence[int], until: float) -> bool:
+        """Wait until loads that were not reported as ended are in place; False if one is not, at the time `until`."""
+
+        def state(number: int) -> bool | None:
+            if number in self._ended:
+                return self._ended[number][0]
+            return None if number in self._jobs and not self._jobs[number].cancelled else False
+
+        with self._changed:
+            states: list[bool | None] = []
+            while True:
+                states = [state(number) for number in numbers]
+                if all(states) or False in states or not self._changed.wait(max(0.0, until - monotonic())):
+                    return all(state(number) for number in numbers)
 
     def take_events(self) -> tuple[dict[int, float], dict[int, LoadResult]]:
         """What began and what ended since the last call; times are seconds ago."""
@@ -151,12 +173,20 @@ class LoadPool:
         key = self._shard(order.key)
         with self._staging.buffer() as buffer:
             with self._tiers[order.source].open(key) as reader:
-                fill(reader, buffer, 0, shape.total_bytes, job, progress)
-                header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
+                layers = self._groups[order.group] if order.group is not None else range(len(shape.segment_bytes))
+                header = self._headers.get((order.key, order.source)) if order.group is not None else None
+                for start, end in byte_ranges(shape, layers, with_header=header is None):
+                    fill(reader, buffer, start, end, job, progress)
+                if header is None:
+                    header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
             header.expect(shape, key, order.start)
-            views = segments(shape, buffer)
-            for layer, view in enumerate(views):
-                header.verify(layer, view)
+            if order.group is not None:
+                self._headers[order.key, order.source] = header
+            segment_views = segments(shape, buffer)
+            views: list[memoryview | None] = [None] * len(segment_views)
+            for layer in layers:
+                header.verify(layer, segment_views[layer])
+                views[layer] = segment_views[layer]
             with self._changed:
                 if job.cancelled:
                     return False
@@ -168,5 +198,7 @@ class LoadPool:
         """Note how a load ended; called with `_changed` held."""
         job.placing = False
         del self._jobs[job.order.number]
+        if not self._jobs:
+            self._headers.clear()
         now = monotonic()
         self._ended[job.order.number] = (placed, reason, size, job.began or now, now)

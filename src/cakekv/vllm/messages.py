@@ -24,6 +24,8 @@ class LoadOrder(NamedTuple):
     start: int
     """Position of the chunk's first token."""
     block_ids: tuple[int, ...]
+    group: int | None = None
+    """Load only this group of layers; None: all."""
 
 
 class SaveOrder(NamedTuple):
@@ -47,6 +49,10 @@ class StepOrders(KVConnectorMetadata):
     saves: list[SaveOrder] = field(default_factory=list)
     answer: bool = False
     """Whether to report even if nothing happened."""
+    awaited: dict[int, list[list[int]]] = field(default_factory=dict)
+    """For a layered step: per rank and group of layers, the loads that must be in place before that is computed."""
+    patience_s: float = 0.0
+    """Seconds after which a layered step waits no more."""
 
 
 class LoadResult(NamedTuple):
@@ -72,6 +78,10 @@ class ShardReport:
     ended: dict[int, LoadResult] = field(default_factory=dict)
     unsaved: list[ChunkKey] = field(default_factory=list)
     """Chunks that it could not save."""
+    waited_s: float = 0.0
+    """Seconds that a layered step waited for loads."""
+    lost: bool = False
+    """Whether a layered step went on without a load that it needed: what it computed is worth nothing."""
 
 
 @dataclass

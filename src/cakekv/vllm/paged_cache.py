@@ -40,11 +40,13 @@ class PagedCache:
     def __init__(self, kv_caches: Mapping[str, torch.Tensor], blocks: int, kernel: str) -> None:
         self._layers: list[npt.NDArray[np.uint8]] = []
         shapes = []
-        seen = set()
+        seen: dict[int, int] = {}
+        self.segment_of: dict[str, int] = {}
+        """Per layer's name, which of a chunk's segments holds its part."""
         for name, tensor in kv_caches.items():
-            if tensor.data_ptr() in seen:
+            self.segment_of[name] = seen.setdefault(tensor.data_ptr(), len(seen))
+            if self.segment_of[name] < len(self._layers):
                 continue
-            seen.add(tensor.data_ptr())
             self._layers.append(_as_blocks(name, tensor, blocks))
             shapes.append([list(tensor.shape[1:]), str(tensor.dtype)])
         self.segment_bytes_per_block = tuple(layer.shape[1] for layer in self._layers)
@@ -57,9 +59,11 @@ class PagedCache:
             for part, block in zip(parts, block_ids, strict=True):
                 part[:] = layer[block]
 
-    def place(self, block_ids: Sequence[int], segments: Sequence[memoryview]) -> None:
-        """Copy a chunk's segments into blocks."""
+    def place(self, block_ids: Sequence[int], segments: Sequence[memoryview | None]) -> None:
+        """Copy a chunk's segments into blocks; those that are None are passed over."""
         for layer, segment in zip(self._layers, segments, strict=True):
+            if segment is None:
+                continue
             parts = np.frombuffer(segment, np.uint8).reshape(len(block_ids), -1)
             for part, block in zip(parts, block_ids, strict=True):
                 layer[block] = part

@@ -68,6 +68,7 @@ class Restoration:
         self.wanted = 0
         """Tokens that compute should take in the coming step."""
         self._block_ids = block_ids
+        self._block_tokens = block_tokens
         self._chunk_blocks = restore.chunk_tokens // block_tokens
         self._loads: dict[int, Load] = {}
         """Loads that some worker has not answered, by number."""
@@ -78,6 +79,16 @@ class Restoration:
         """Chunks of which a load failed."""
         self._cancelled: set[int] = set()
         """Loads that workers were told to give up."""
+        self.offers_layered = False
+        """Whether what is `wanted` is the suffix, although chunks before it still arrive."""
+        self.offered_in_vain = False
+        """Whether that was offered to the step before, and not taken."""
+        self.unsure = False
+        """Whether the suffix is being computed so, and it is not known how that went."""
+        self.sure_blocks = 0
+        """Blocks before anything that the layered step awaits."""
+        self._gave_up = False
+        """Whether that was in vain once: the second time, the suffix waits."""
         self.done_at: int | None = None
         """Number of the orders with which the last part of the prompt was computed."""
         self._span: Span | None = None
@@ -101,29 +112,77 @@ class Restoration:
     @property
     def joined(self) -> bool:
         """Whether the arms have met: all that is left is the suffix."""
-        return self.restore.position >= self.restore.prefix_tokens
+        return not self.unsure and self.restore.position >= self.restore.prefix_tokens
 
-    def think(self, now: float) -> None:
-        """Decide what compute should take next, given that the step before is over."""
+    @property
+    def position(self) -> int:
+        """Where compute should go on."""
+        return self.restore.prefix_tokens if self.offers_layered else self.restore.position
+
+    def think(self, now: float, alone: bool) -> None:
+        """Decide what compute should take next, given that the step before is over; `alone` if nobody else has work."""
         self.settle(now)
-        self.wanted = 0
+        self.offered_in_vain = self.offers_layered
+        self.wanted, self.offers_layered = 0, False
+        self.restore.layered_allowed = alone and not self._gave_up
         if now >= self._idle_until:
             self.wanted = self.restore.computable_tokens(now)
+            if not self.wanted and self.restore.layered_allowed:
+                self.wanted = self.restore.layered_tokens
+                self.offers_layered = self.wanted > 0
             if not self.wanted:
                 self._idle_until = now + _LOOK_S
 
     def settle(self, now: float) -> None:
         """What was taken in the step before is in the cache, as far as any later step can tell."""
+        if self.unsure:
+            self.confirm(False, now)
         if self._span is not None:
             self.restore.computed(self._span, now)
             self._span = None
 
     def take(self, tokens: int, now: float) -> Piece:
         """Compute takes the next tokens, as far as they are the prompt's."""
-        tokens = min(tokens, self.restore.prompt_tokens - self.restore.position)
-        self._span = self.restore.take(tokens, now)
+        if self.offers_layered:
+            assert tokens == self.wanted, f"vLLM computes {tokens} tokens of a suffix of {self.wanted}"
+            self.sure_blocks = self.restore.position // self._block_tokens
+            self._span = self.restore.take_layered(now)
+            self.offers_layered, self.unsure = False, True
+        else:
+            tokens = min(tokens, self.restore.prompt_tokens - self.restore.position)
+            self._span = self.restore.take(tokens, now)
         self._idle_until = 0.0
         return Piece(self._span.start, self._span.tokens)
+
+    def confirm(self, waited: bool, now: float) -> bool:
+        """The layered step is over; `waited` if all workers say that they had what they needed. Returns whether so."""
+        assert self._span is not None
+        self.unsure = False
+        if waited and not self.restore.lost and not self.restore.awaits_pieces:
+            return True
+        self._gave_up = True
+        self.restore.gave_up(self._span, now)
+        self._span, self.done_at = None, None
+        return False
+
+    def _awaited_loads(self) -> dict[int, Load]:
+        """The loads that the suffix waits for."""
+        return {number: load for number, load in self._loads.items() if not load.cancelled}
+
+    def awaited(self, ranks: int, groups: int) -> dict[int, list[list[int]]]:
+        """As in `StepOrders`."""
+        awaited: dict[int, list[list[int]]] = {rank: [[] for _ in range(groups)] for rank in range(ranks)}
+        for number, load in self._awaited_loads().items():
+            for rank in awaited.keys() - self._results.get(number, {}).keys():
+                awaited[rank][load.group or 0].append(number)
+        return awaited
+
+    def awaited_s(self) -> float:
+        """Seconds that the slowest source should take for them."""
+        seconds = [0.0] * len(self.load_costs)
+        for load in self._awaited_loads().values():
+            seconds[load.source] += self.load_costs[load.source].seconds(load.size)
+        return max(seconds)
 
     def next_load(self, source: int, number: int, now: float, ahead: int) -> LoadOrder | None:
         """The next load to order from a source, if any is worth it."""
@@ -132,7 +191,7 @@ class Restoration:
             return None
         self._loads[number] = load
         blocks = self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks]
-        return LoadOrder(number, source, self.keys[load.chunk], load.start, tuple(blocks))
+        return LoadOrder(number, source, self.keys[load.chunk], load.start, tuple(blocks), load.group)
 
     def load(self, number: int) -> Load:
         """The planner's side of a load that was ordered."""

@@ -83,8 +83,10 @@ class CakeSchedulerMixin(Scheduler):
 
     def _jump(self, restoration: Restoration) -> None:
         """If compute has come upon loaded chunks, go on behind them."""
-        request, position = restoration.request, restoration.restore.position
-        if request.status != RequestStatus.RUNNING or request.num_computed_tokens >= position:
+        request, position = restoration.request, restoration.position
+        if request.status != RequestStatus.RUNNING or request.num_computed_tokens == position:
+            return
+        if request.num_computed_tokens > position and not restoration.offered_in_vain:
             return
         request.num_computed_tokens = position
         if self.resume_to_jump:
@@ -150,12 +152,12 @@ class CakeSchedulerMixin(Scheduler):
             # To be given no tokens later would end vLLM's search for others that wait.
             ready = bool(super()._handle_blocked_waiting_request(request))
             if restoration is not None and restoration.done_at is None:
-                request.num_computed_tokens = restoration.restore.position  # more may have been loaded since it jumped
+                request.num_computed_tokens = restoration.position  # more may have been loaded since it jumped
             return ready and self._granted.get(request.request_id, 1) > 0
         if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or not self._granted.get(request.request_id, 0):
             return False
         restoration.parked = False
-        request.num_computed_tokens = restoration.restore.position
+        request.num_computed_tokens = restoration.position
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         return True
 
@@ -224,9 +226,34 @@ class CakeSchedulerMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        said = model_runner_output.kv_connector_output
+        lost = self._half.layered_step_ended(said.kv_connector_worker_meta if said is not None else None)
+        if lost is not None:
+            self._discard_output(lost)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._half.ended(scheduler_output.kv_connector_metadata)
         return outputs
+
+    # -------------------------------------------------------------- layered steps
+
+    def serves_only(self, request: Request) -> bool:
+        """Whether nobody else is there that a step could hold up."""
+        return sum(self.get_request_counts()) == 1 and request.request_id in self.requests
+
+    def _discard_output(self, restoration: Restoration) -> None:
+        """What the last step computed is void: compute again, as vLLM does after failed synchronous loads."""
+        request = restoration.request
+        self.unhash(restoration)
+        request.num_computed_tokens = restoration.position
+        request.drop_stale_output = True
+        request.num_stale_output_tokens = request.num_in_flight_tokens
+        request.is_prefill_chunk = True
+        self._inflight_prefills.add(request)
+
+    def unhash(self, restoration: Restoration) -> None:
+        """Have nobody share what may not be what its hash says."""
+        block_ids = self.kv_cache_manager.get_block_ids(restoration.request_id)[0]
+        self.kv_cache_manager.evict_blocks(set(block_ids[restoration.sure_blocks :]))
 
     # ------------------------------------------------------------- freeing blocks
 

@@ -14,9 +14,11 @@ from cakekv.errors import UnsupportedEngine
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
+from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.store.opening import open_store
+from cakekv.vllm import layered_step
 from cakekv.vllm.asked import Asked, answer
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.identity import Keyring, make_hashes_stable
@@ -78,6 +80,12 @@ class SchedulerHalf:
         self._matched: dict[str, _Match] = {}
         self._asked: dict[str, Asked] = {}
         self._sequence = 0
+        self._groups: LayerGroups | None = None
+        """How chunks are cut for a layered finish; None: this engine cannot have layers wait."""
+        self._heard: StepReport | None = None
+        """The report that was listened to before its turn."""
+        self._waited_s = 0.0
+        """Seconds that the step waited for loads."""
         self._clock = StepClock(self.costs)
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
         """What to do once workers have taken in the orders of this number."""
@@ -103,6 +111,8 @@ class SchedulerHalf:
         self._desk.chunk_bytes = sum(
             ChunkShape(options.chunk_tokens, shard.segment_bytes).total_bytes for shard in shards.values()
         )
+        if layered_step.is_possible(self._vllm_config):
+            self._groups = layered_step.groups_of(shards.values(), options.chunk_tokens)
         tags = sorted({shard.tag for shard in shards.values()})
         patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
         self.lookup = Lookup(self._tiers, [partial(shard_key, tag=tag) for tag in tags], patience_s)
@@ -160,6 +170,7 @@ class SchedulerHalf:
             [source._replace(cost=shared) for source, shared in zip(self._desk.sources, load_costs, strict=True)],
             cost,
             chunk_bytes=self._desk.chunk_bytes,
+            groups=self._groups_for(request, prefix),
             mode=self._asked[request.request_id].mode,
             max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             patience_s=self.options.load_deadline,
@@ -170,6 +181,12 @@ class SchedulerHalf:
         self.restorations[request.request_id] = Restoration(
             request, restore, cost, load_costs, self.keyring.keys(request), block_ids, self._block_tokens, local_tokens
         )
+
+    def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
+        """For a layered finish; None if the suffix takes more than a step, or what it computes cannot be taken back."""
+        fits = request.num_tokens - prefix <= self._scheduler.max_num_scheduled_tokens
+        wanted = self.options.layered_finish and fits and layered_step.may_be_discarded(request)
+        return self._groups if wanted else None
 
     def unadmitted(self, request: Request) -> bool:
         """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
@@ -198,6 +215,8 @@ class SchedulerHalf:
         restoration = self.restorations.pop(request.request_id, None)
         if restoration is None:
             return False
+        if restoration.unsure:
+            self._scheduler.unhash(restoration)
         restoration.settle(monotonic())
         restoration.give_up()
         self._desk.adopt(restoration)
@@ -276,7 +295,7 @@ class SchedulerHalf:
         self._weigh(now)
         for restoration in self.restorations.values():
             restoration.pause(paused_s)
-            restoration.think(now)
+            restoration.think(now, self._scheduler.serves_only(restoration.request))
 
     def _weigh(self, now: float) -> None:
         """Tell the restores how long they wait for the sources while others are served before them."""
@@ -316,9 +335,19 @@ class SchedulerHalf:
         step_s = self._clock.begin(self._sequence, pieces, bool(output.num_scheduled_tokens))
         states = [self.state_of(restoration) for restoration in self.restorations.values()]
         self._desk.order(orders, self.restorations, states, step_s)
+        for restoration in self.restorations.values():
+            if restoration.unsure:
+                self._await_layers(orders, restoration)
         if self.options.save:
             self._order_saves(orders, output.num_scheduled_tokens)
         return orders
+
+    def _await_layers(self, orders: StepOrders, restoration: Restoration) -> None:
+        """Have the workers' layers wait for what the suffix attends to."""
+        assert self._groups is not None
+        orders.awaited = restoration.awaited(self._desk.ranks, len(self._groups.bytes))
+        patience_s = max(layered_step.LEAST_PATIENCE_S, layered_step.PATIENCE * restoration.awaited_s())
+        orders.patience_s = min(patience_s, self.options.load_deadline)
 
     def _take(self, scheduled: Mapping[str, int], now: float) -> list[Piece]:
         """Claim the tokens of the step; returns all that it computes, if prefills are among it."""
@@ -334,13 +363,14 @@ class SchedulerHalf:
                 continue
             if tokens:
                 start = restoration.request.num_computed_tokens
-                position = restoration.restore.position
+                position = restoration.position
                 assert start == position, f"vLLM computes {request_id} from {start} on, the planner from {position}"
                 piece = restoration.take(tokens, now)
                 restoration.cost.shared(piece, pieces)
                 if start + tokens >= restoration.restore.prompt_tokens:
                     restoration.done_at = self._sequence
-                    self._scheduler.count_prefill(restoration)
+                    if not restoration.unsure:
+                        self._scheduler.count_prefill(restoration)
             elif restoration.wanted and pieces:
                 restoration.cost.shared(Piece(0, 0), pieces)
         return pieces
@@ -348,26 +378,47 @@ class SchedulerHalf:
     def _order_saves(self, orders: StepOrders, scheduled: Mapping[str, int]) -> None:
         requests, manager = self._scheduler.requests, self._scheduler.kv_cache_manager
         for request_id, tokens in scheduled.items():
-            request = requests[request_id]
+            request, restoration = requests[request_id], self.restorations.get(request_id)
+            if restoration is not None and restoration.unsure:
+                continue  # with the next step, if it was not in vain
             end = min(request.num_computed_tokens + tokens, request.num_tokens)
             if not self.saves.due(request_id, end) or not self._asked[request_id].save:
                 continue
             block_ids = manager.get_block_ids(request_id)[0]
             stored = self.lookup.answer(request_id) or []
-            restoration = self.restorations.get(request_id)
             again = restoration.lost if restoration is not None else ()
             keys, asked = self.keyring.keys(request), self.lookup.asked(request_id)
             orders.saves += self.saves.orders(request_id, end, keys, block_ids, stored, again, asked, monotonic())
 
+    def layered_step_ended(self, report: object) -> Restoration | None:
+        """If a step's layers waited, listen to its report before its output is used; returns whose output is void."""
+        restoration = next((each for each in self.restorations.values() if each.unsure), None)
+        if restoration is None:
+            return None
+        shards = list(report.shards.values()) if isinstance(report, StepReport) else []
+        if isinstance(report, StepReport):
+            self.heard(report)
+            self._heard = report
+        waited = len(shards) == self._desk.ranks and not any(shard.lost for shard in shards)
+        if not restoration.confirm(waited, monotonic()):
+            return restoration
+        self._scheduler.count_prefill(restoration)
+        return None
+
     def ended(self, orders: StepOrders) -> None:
         """A step's output is there."""
-        self._clock.end(orders.sequence)
+        self._clock.end(orders.sequence, self._waited_s)
+        self._waited_s = 0.0
         for restoration in list(self.restorations.values()):
             if restoration.done_at is not None and restoration.done_at <= orders.sequence:
                 self.drop(restoration.request)
 
     def heard(self, report: StepReport) -> None:
         """Workers report."""
+        if report is self._heard:
+            self._heard = None
+            return
+        self._waited_s = max((shard.waited_s for shard in report.shards.values()), default=0.0)
         for rank, shard in report.shards.items():
             self._desk.heard(rank, shard)
             self.saves.unsaved(shard.unsaved)

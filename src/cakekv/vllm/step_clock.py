@@ -43,13 +43,13 @@ class StepClock:
         prefill_s = self._costs.seconds(pieces) if self._costs.cost.known else 0.0
         return max(prefill_s, self._decode_s) if computes else 0.0
 
-    def end(self, sequence: int) -> None:
-        """The step's output is there."""
+    def end(self, sequence: int, waited_s: float = 0.0) -> None:
+        """The step's output is there; for `waited_s` seconds it waited for loads."""
         now = monotonic()
         step = self._steps.popleft()
         assert step.sequence == sequence, "vLLM's steps end in another order than they began"
         # A step that was scheduled ahead began in truth when the one before ended.
-        seconds = now - max(step.began, self._last_ended)
+        seconds = now - max(step.began, self._last_ended) - waited_s
         if step.pieces:
             self._costs.observe(step.pieces, seconds)
         elif step.computes:

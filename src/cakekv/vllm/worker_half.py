@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from cakekv.chunk import ChunkShape
 from cakekv.errors import UnsupportedEngine
+from cakekv.load.pieces import layer_groups
 from cakekv.load.staging import StagingPool
 from cakekv.store.opening import open_store
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.layer_gate import LayerGate
 from cakekv.vllm.load_pool import LoadPool
 from cakekv.vllm.messages import ShardDescription, ShardReport, StepOrders, StepReport
 from cakekv.vllm.metrics import CakeStats
@@ -43,6 +45,8 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._orders: StepOrders | None = None
+        self._gate: LayerGate | None = None
+        """Of the step that is computed, if it is a layered one."""
         self._loads: LoadPool | None = None
         self._saves: SavePool | None = None
         self.description: ShardDescription | None = None
@@ -72,7 +76,9 @@ class WorkerHalf:
         key_of_share = partial(shard_key, tag=tag)
         threads = [self._options.load_threads or tier.parallel_reads for tier in self._tiers]
         staging = StagingPool(_allocate, shape.total_bytes)
-        self._loads = LoadPool(self._tiers, threads, shape, key_of_share, self.cache.place, staging)
+        groups = layer_groups(shape)
+        self._group_of = [number for number, group in enumerate(groups) for _ in group]
+        self._loads = LoadPool(self._tiers, threads, shape, key_of_share, groups, self.cache.place, staging)
         if self._options.save and self._rank % replicas == 0:
             self._saves = SavePool(
                 self._tiers[0], shape, key_of_share, self.cache.gather, _allocate, self._options.save_queue
@@ -87,9 +93,19 @@ class WorkerHalf:
             self._loads.cancel(orders.cancels)
         if orders.loads:
             self._loads.submit(orders.loads)
+        self._gate = None
+        if orders.awaited:
+            self._gate = LayerGate(self._loads, orders.awaited[self._rank], orders.patience_s)
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before this layer attends: wait until its part of the prefix is in place, if it still comes."""
+        if self._gate is not None:
+            self._gate.wait(self._group_of[self.cache.segment_of.get(name, -1)])
 
     def end_forward(self) -> None:
         """The forward pass is done: copy out what is to be saved."""
+        if self._gate is not None:
+            self._gate.close()
         if self._orders is not None and self._orders.saves and self._saves is not None:
             self._saves.save(self._orders.saves)
 
@@ -101,7 +117,9 @@ class WorkerHalf:
         report.begun, report.ended = self._loads.take_events()
         if self._saves is not None:
             report.unsaved = self._saves.take_unsaved()
-        eventful = report.begun or report.ended or report.unsaved
+        if self._gate is not None:
+            report.waited_s, report.lost = self._gate.waited_s, self._gate.lost
+        eventful = report.begun or report.ended or report.unsaved or self._gate is not None
         return StepReport({self._rank: report}) if eventful or self._orders.answer else None
 
     def take_stats(self) -> CakeStats | None:
