@@ -31,7 +31,7 @@ def test_loaded_blocks_hold_the_stored_bytes(engine: TinyEngine, store: Scripted
         content = bytearray(store.content(shard_key(keys[chunk], engine.worker.description.tag)))
         header = verify_chunk(memoryview(content))
         held = [bytearray(size) for size in header.lengths]
-        engine.worker.cache.gather(block_ids[chunk : chunk + 1], [memoryview(part) for part in held])
+        engine.worker.cache.gather(block_ids[chunk : chunk + 1], [memoryview(part) for part in held])()
         assert held == [bytearray(part) for part in segments(header.shape, memoryview(content))]
         assert any(held[0])
     engine.finish(request)

@@ -25,7 +25,7 @@ from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
 from cakekv.vllm.outcomes import Outcomes
 from cakekv.vllm.restoration import Restoration
-from cakekv.vllm.save_plan import SavePlan
+from cakekv.vllm.save_plan import SavePlan, new_blocks
 from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.step_clock import StepClock
 from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts
@@ -317,6 +317,7 @@ class SchedulerHalf:
         states = [self.state_of(restoration) for restoration in self.restorations.values()]
         self._desk.order(orders, self.restorations, states, step_s)
         if self.options.save:
+            orders.new_blocks = new_blocks(output)
             self._order_saves(orders, output.num_scheduled_tokens)
         return orders
 
