@@ -8,14 +8,6 @@ import numpy as np
 import pytest
 import torch
 from lazy_streams import LazyDevice
-
-import cakekv.vllm.paged_cache.cuda as cuda
-from cakekv.errors import UnsupportedEngine
-from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
-from cakekv.vllm.paged_cache.cuda import CudaPagedCache
-from cakekv.vllm.paged_cache.host import HostPagedCache
-from cakekv.vllm.paged_cache.layers import as_blocks
-from cakekv.vllm.support import check_device
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
@@ -25,6 +17,14 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
+
+import cakekv.vllm.paged_cache.cuda as cuda
+from cakekv.errors import UnsupportedEngine
+from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
+from cakekv.vllm.paged_cache.cuda import CudaPagedCache
+from cakekv.vllm.paged_cache.host import HostPagedCache
+from cakekv.vllm.paged_cache.layers import as_blocks
+from cakekv.vllm.support import check_device
 
 BLOCKS, LAYERS = 8, 3
 
@@ -92,7 +92,9 @@ def addresses(cache: torch.Tensor, block: int) -> np.ndarray:
 
 
 @pytest.fixture(params=["host", "cuda"])
-def opened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[torch.Tensor]], PagedCache]:
+def opened(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[torch.Tensor]], PagedCache]:
     """Opens caches of either kind."""
     monkeypatch.setattr(cuda, "torch", LazyDevice())
     kind = {"host": HostPagedCache, "cuda": CudaPagedCache}[request.param]

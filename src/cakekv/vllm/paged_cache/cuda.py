@@ -5,8 +5,8 @@ The order of things, by streams:
 - A load is placed behind whatever was launched before the step that ordered it: that may still use the blocks for those
   who had them before. `place` returns when its copies are done, so a chunk is reported only then, and giving a load up,
   which waits for a `place` that has begun, holds the next step back until nothing is written any more.
-- A save is copied behind the step that completes its blocks, and waited for by the thread that writes it. Should a later
-  step be given one of the blocks before, that step's computing waits for the copy.
+- A save is copied behind the step that completes its blocks, and waited for by the thread that writes it. Should a
+  later step be given one of the blocks before, that step's computing waits for the copy.
 """
 
 from __future__ import annotations
