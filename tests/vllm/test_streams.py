@@ -18,6 +18,7 @@ from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import LoadOrder, StepOrders
 from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
 from cakekv.vllm.paged_cache.cuda import CudaPagedCache
+from cakekv.vllm.paged_cache.layers import as_blocks
 
 OLD, NEW, STORED = b"\x01" * 8, b"\x02" * 8, b"\x03" * 8
 
@@ -176,15 +177,23 @@ def test_a_load_is_through_when_place_returns_and_does_not_wait_for_its_own_step
     assert not layer[1].any()
 
 
+def test_a_cache_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "torch", LazyDevice())
+    with torch.inference_mode():
+        layer = torch.zeros(4, 8, dtype=torch.uint8)
+    CudaPagedCache([layer]).place([2], [memoryview(bytearray(STORED))])
+    assert layer[2].numpy().tobytes() == STORED
+
+
 def test_a_whole_engine(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same worker, threads and orders as on a GPU; streams are events only, the copies are made at once."""
     device = LazyDevice()
     monkeypatch.setattr(cuda, "torch", device)
 
     def opened(*arguments: Any) -> PagedCache:
-        host: Any = open_paged_cache(*arguments)
-        cache = CudaPagedCache([torch.from_numpy(layer) for layer in host._layers])
-        cache.layout = host.layout
+        kv_caches, blocks, *_ = arguments
+        cache = CudaPagedCache([as_blocks(name, tensor, blocks) for name, tensor in kv_caches.items()])
+        cache.layout = open_paged_cache(*arguments).layout
         return cache
 
     monkeypatch.setattr(worker_half, "open_paged_cache", opened)

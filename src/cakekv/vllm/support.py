@@ -71,7 +71,7 @@ def check_device(device: str, log: bool) -> None:
         raise UnsupportedEngine(f"the KV cache is on {device}: cakekv places chunks on CPUs and CUDA GPUs only")
     if device == "cuda" and log:
         _LOG.warning(
-            "cakekv: the KV cache is on a GPU. The code for that is tested on CPUs with a stand-in for the device only; "
+            "cakekv: the KV cache is on a GPU. The code for that is tested with a stand-in for the device, on CPUs; "
             "the project has not run it on a GPU. Compare some answers with those of vLLM alone before you rely on it"
         )
 

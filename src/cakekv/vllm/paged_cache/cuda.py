@@ -101,7 +101,8 @@ class CudaPagedCache(PagedCache):
 
     @contextmanager
     def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        # Inference mode is per thread; a cache that was made in it cannot be written outside of it.
+        with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(stream):
             yield
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
