@@ -70,6 +70,9 @@ CACHES = {
     **{f"latent-{layout}": vllms(latent(), layout) for layout in ("LBNHC", "BLHNC")},
     **{f"padded-latent-{layout}": vllms(latent(1024), layout) for layout in ("LBNHC", "BLHNC")},
     **{f"split-blocks-{layout}": vllms(grouped(), layout, 8) for layout in ("LBNHC", "LBHNC")},
+    "odd-BHLNC": vllms(
+        FullAttentionSpec(block_size=3, num_kv_heads=4, head_size=5, dtype=torch.float8_e4m3fn), "BHLNC"
+    ),
     "apart-NHD": apart(False),
     "apart-HND": apart(True),
 }
@@ -135,6 +138,7 @@ def test_blocks_that_are_one_piece_are_copied_as_one() -> None:
         torch.zeros(2, BLOCKS + 1, 16, 4, 24),  # keys and values before the blocks
         torch.zeros(BLOCKS, 4, 24, 2)[..., ::2],
         torch.zeros(BLOCKS, 1, 24).expand(BLOCKS, 4, 24),
+        torch.zeros(BLOCKS * 96).as_strided((BLOCKS, 4, 24), (96, 12, 1)),
         torch.zeros(BLOCKS),
     ],
 )

@@ -62,7 +62,7 @@ class CudaPagedCache(PagedCache):
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
 
     def begin_step(self, orders: StepOrders) -> None:
-        while self._copies and self._copies[0].done.query():
+        while self._copies and self._copies[0].done.query():  # type: ignore[no-untyped-call]
             self._copies.popleft()
         if self._copies:
             taken = {block for order in orders.loads for block in order.block_ids}.union(orders.new_blocks)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def order_in_memory(tensor: torch.Tensor) -> list[int]:
     """The dimensions of a block, from the one with the largest strides to that with the smallest."""
-    return sorted(range(1, tensor.dim()), key=lambda dimension: -tensor.stride(dimension))
+    strides = tensor.stride()
+    return sorted(range(1, tensor.dim()), key=lambda dimension: -strides[dimension])
 
 
 def as_blocks(name: str, tensor: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -45,8 +46,9 @@ def as_blocks(name: str, tensor: torch.Tensor, blocks: int) -> torch.Tensor:
     """
     import torch
 
+    cut: torch.Tensor
     if tensor.dim() > 1 and tensor.shape[0] % blocks == 0:
-        cut = tensor.unflatten(0, (blocks, -1))
+        cut = tensor.unflatten(0, (blocks, -1))  # type: ignore[no-untyped-call]
         cut = cut.permute(0, *order_in_memory(cut))
         if cut.stride(-1) == 1:
             cut = cut.view(torch.uint8)
