@@ -27,11 +27,13 @@ def test_loaded_blocks_hold_the_stored_bytes(engine: TinyEngine, store: Scripted
     engine.until(lambda: engine.restoration(request) and engine.restoration(request).joined)
     keys = engine.half.keyring.keys(engine.internal(request))
     block_ids = engine.scheduler.kv_cache_manager.get_block_ids(engine.internal(request).request_id)[0]
+    blocks = BLOCK // engine.scheduler.block_size
     for chunk in range(7):
         content = bytearray(store.content(shard_key(keys[chunk], engine.worker.description.tag)))
         header = verify_chunk(memoryview(content))
         held = [bytearray(size) for size in header.lengths]
-        engine.worker.cache.gather(block_ids[chunk : chunk + 1], [memoryview(part) for part in held])
+        of_chunk = block_ids[chunk * blocks : (chunk + 1) * blocks]
+        engine.worker.cache.gather(of_chunk, [memoryview(part) for part in held])()
         assert held == [bytearray(part) for part in segments(header.shape, memoryview(content))]
         assert any(held[0])
     engine.finish(request)

@@ -47,6 +47,9 @@ class StepOrders(KVConnectorMetadata):
     loads: list[LoadOrder] = field(default_factory=list)
     cancels: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
+    new_blocks: list[int] = field(default_factory=list)
+    """Blocks that the step's requests did not have before, if anything is ever saved: what was to be saved of whoever
+    had them before must be copied by the time that they are written."""
     answer: bool = False
     """Whether to report even if nothing happened."""
     awaited: dict[int, list[list[int]]] = field(default_factory=dict)

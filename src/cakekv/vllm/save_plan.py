@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import SaveOrder
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 _WRITING_S = 30.0
 """Seconds after which a chunk that was handed over should be stored."""
 _REMEMBERED = 100_000
 """Chunks of which it is known that they were handed over: 10 MB at most."""
+
+
+def new_blocks(output: SchedulerOutput) -> list[int]:
+    """The blocks that requests of a step did not have in the step before."""
+    given = [request.block_ids for request in output.scheduled_new_reqs]
+    given += [block_ids for block_ids in output.scheduled_cached_reqs.new_block_ids if block_ids is not None]
+    return [block for (group,) in given for block in group]
 
 
 class SavePlan:

@@ -19,15 +19,16 @@ from cakekv.vllm.threads import start_thread
 _LOG = logging.getLogger("vllm.cakekv")
 
 _WRITERS = 2
-Gather = Callable[[Sequence[int], Sequence[memoryview]], None]
-"""(block ids, segment per layer) Copies a chunk out of the paged cache."""
+Gather = Callable[[Sequence[int], Sequence[memoryview]], Callable[[], None]]
+"""(block ids, segment per layer) Copies a chunk out of the paged cache; what it returns waits until that is done."""
 
 
 class SavePool:
     """Writes chunks in the background.
 
-    A chunk is copied before `save` returns, so its blocks may be used again right after: milliseconds, against the
-    seconds for which a slow store would otherwise hold blocks back. What does not fit into the queue is not saved.
+    The copy out of the paged cache is made, or ordered before whatever uses the blocks again, when `save` returns: that
+    takes milliseconds, against the seconds for which a slow store would otherwise hold blocks back. What does not fit
+    into the queue is not saved.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ class SavePool:
         self._room = max(1, capacity // shape.total_bytes)
         """Buffers that may still be allocated."""
         self._free: list[memoryview] = []
-        self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview, Callable[[], None]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unsaved: list[ChunkKey] = []
         self._stats = CakeStats()
@@ -78,10 +79,17 @@ class SavePool:
             if buffer is None:
                 self._lost(order.key, "store too slow")
                 continue
-            self._gather(order.block_ids, segments(self._shape, buffer))
+            try:
+                copied = self._gather(order.block_ids, segments(self._shape, buffer))
+            except Exception:  # a GPU may be out of memory for the moment; the request goes on
+                _LOG.exception("cakekv: a chunk could not be copied out of the KV cache; it is not saved")
+                self._lost(order.key, "crashed")
+                with self._lock:
+                    self._free.append(buffer)
+                continue
             with self._lock:
                 self.pending += 1
-            self._queue.put((order, buffer))
+            self._queue.put((order, buffer, copied))
 
     def take_unsaved(self) -> list[ChunkKey]:
         """Chunks that could not be saved since the last call."""
@@ -113,9 +121,11 @@ class SavePool:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            order, buffer = job
-            began, reason = monotonic(), "declined by the store"
+            order, buffer, copied = job
+            reason = "declined by the store"
             try:
+                copied()
+                began = monotonic()
                 key = self._shard(order.key)
                 seal(self._shape, buffer, key, order.start)
                 kept = self._store.write(key, buffer[: self._shape.total_bytes])

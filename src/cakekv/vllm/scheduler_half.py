@@ -27,7 +27,7 @@ from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
 from cakekv.vllm.outcomes import Outcomes
 from cakekv.vllm.restoration import Restoration
-from cakekv.vllm.save_plan import SavePlan
+from cakekv.vllm.save_plan import SavePlan, new_blocks
 from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.step_clock import StepClock
 from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts
@@ -339,6 +339,7 @@ class SchedulerHalf:
             if restoration.unsure:
                 self._await_layers(orders, restoration)
         if self.options.save:
+            orders.new_blocks = new_blocks(output)
             self._order_saves(orders, output.num_scheduled_tokens)
         return orders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from cakekv.errors import UnsupportedEngine
@@ -9,6 +10,8 @@ from cakekv.errors import UnsupportedEngine
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_LOG = logging.getLogger("vllm.cakekv")
 
 
 def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -47,6 +50,30 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
             )
     if not vllm_config.scheduler_config.enable_chunked_prefill:
         raise UnsupportedEngine("chunked prefill is off: cakekv computes a prompt chunk by chunk; switch it on")
+
+
+def check_device(device: str, log: bool) -> None:
+    """Refuse devices that chunks cannot be copied to and from.
+
+    Parameters
+    ----------
+    device : str
+        Type of the KV cache's, as torch names it.
+    log : bool
+        Whether to say what should be known of a device that is accepted.
+
+    Raises
+    ------
+    UnsupportedEngine
+        It is neither a CPU nor a CUDA GPU.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedEngine(f"the KV cache is on {device}: cakekv places chunks on CPUs and CUDA GPUs only")
+    if device == "cuda" and log:
+        _LOG.warning(
+            "cakekv: the KV cache is on a GPU. The code for that is tested with a stand-in for the device, on CPUs; "
+            "the project has not run it on a GPU. Compare some answers with those of vLLM alone before you rely on it"
+        )
 
 
 def check_scheduler(vllm_config: VllmConfig) -> None:

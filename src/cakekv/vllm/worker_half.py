@@ -16,9 +16,10 @@ from cakekv.vllm.layer_gate import LayerGate
 from cakekv.vllm.load_pool import LoadPool
 from cakekv.vllm.messages import ShardDescription, ShardReport, StepOrders, StepReport
 from cakekv.vllm.metrics import CakeStats
-from cakekv.vllm.paged_cache import PagedCache
+from cakekv.vllm.paged_cache import open_paged_cache
 from cakekv.vllm.save_pool import SavePool
 from cakekv.vllm.shard_key import shard_key
+from cakekv.vllm.support import check_device
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class WorkerHalf:
         Raises
         ------
         UnsupportedEngine
-            They are not in main memory, or not cut into blocks as expected.
+            They are on a device that is not supported, or not cut into blocks as expected.
         StoreError
             A store cannot be opened.
         """
@@ -67,7 +68,10 @@ class WorkerHalf:
         self._rank = group.rank_in_group
         replicas = self._kv_cache_config.kv_tp_replicas
         tag = f"{self._rank // replicas} of {group.world_size // replicas}"
-        self.cache = PagedCache(kv_caches, self._kv_cache_config.num_blocks, self._kernel(next(iter(kv_caches))))
+        name, tensor = next(iter(kv_caches.items()))
+        check_device(tensor.device.type, log=self._rank == 0)
+        config = self._kv_cache_config
+        self.cache = open_paged_cache(kv_caches, config.num_blocks, self._kernel(name), config.needs_kv_cache_zeroing)
         blocks = self._options.chunk_tokens // self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         segment_bytes = tuple(blocks * size for size in self.cache.segment_bytes_per_block)
         shape = ChunkShape(self._options.chunk_tokens, segment_bytes)
@@ -75,13 +79,13 @@ class WorkerHalf:
         self._tiers = [open_store(url) for url in self._options.store]
         key_of_share = partial(shard_key, tag=tag)
         threads = [self._options.load_threads or tier.parallel_reads for tier in self._tiers]
-        staging = StagingPool(_allocate, shape.total_bytes)
+        staging = StagingPool(self.cache.allocate, shape.total_bytes)
         groups = layer_groups(shape)
         self._group_of = [number for number, group in enumerate(groups) for _ in group]
         self._loads = LoadPool(self._tiers, threads, shape, key_of_share, groups, self.cache.place, staging)
         if self._options.save and self._rank % replicas == 0:
             self._saves = SavePool(
-                self._tiers[0], shape, key_of_share, self.cache.gather, _allocate, self._options.save_queue
+                self._tiers[0], shape, key_of_share, self.cache.gather, self.cache.allocate, self._options.save_queue
             )
 
     def begin_step(self, orders: StepOrders) -> None:
@@ -91,6 +95,7 @@ class WorkerHalf:
         self._orders = orders
         if orders.cancels:
             self._loads.cancel(orders.cancels)
+        self.cache.begin_step(orders)
         if orders.loads:
             self._loads.submit(orders.loads)
         self._gate = None
@@ -143,7 +148,3 @@ class WorkerHalf:
         backend = getattr(layer, "attn_backend", None)
         name = backend.get_name() if backend is not None else ""
         return f"{name} {getattr(layer, 'isa', '')} {self._kv_cache_config.kv_cache_layout}"
-
-
-def _allocate(size: int) -> memoryview:
-    return memoryview(bytearray(size))

@@ -1,0 +1,215 @@
+"""The CUDA path's order of copies, waits and steps, by streams that are as late as they may be. No GPU is involved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lazy_streams import LazyDevice
+from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
+
+import cakekv.vllm.paged_cache.cuda as cuda
+import cakekv.vllm.worker_half as worker_half
+from cakekv.keys import ChunkKey
+from cakekv.vllm.messages import LoadOrder, StepOrders
+from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
+from cakekv.vllm.paged_cache.cuda import CudaPagedCache
+from cakekv.vllm.paged_cache.layers import as_blocks
+
+OLD, NEW, STORED = b"\x01" * 8, b"\x02" * 8, b"\x03" * 8
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyDevice]:
+    device = LazyDevice()
+    monkeypatch.setattr(cuda, "torch", device)
+    with device:
+        yield device
+
+
+@pytest.fixture
+def layer() -> torch.Tensor:
+    """One layer's cache of four blocks."""
+    return torch.zeros(4, 8, dtype=torch.uint8)
+
+
+@pytest.fixture
+def cache(device: LazyDevice, layer: torch.Tensor) -> CudaPagedCache:
+    cache = CudaPagedCache([layer])
+    device.log.clear()
+    return cache
+
+
+def write(device: LazyDevice, layer: torch.Tensor, block: int, content: bytes) -> None:
+    """A step writes a block."""
+    device.launch(lambda: layer[block].fill_(content[0]))
+
+
+def loading(*blocks: int) -> StepOrders:
+    """A step's orders: load into these blocks."""
+    return StepOrders(1, loads=[LoadOrder(0, 0, ChunkKey(bytes(32)), 0, blocks)])
+
+
+def test_the_calls_of_a_save(device: LazyDevice, cache: CudaPagedCache) -> None:
+    cache.gather([0], [memoryview(bytearray(8))])
+    assert device.log == [
+        ("computing", "record"),
+        ("gathering", "wait"),
+        ("gathering", "to"),
+        ("gathering", "index_select"),
+        ("gathering", "copy_"),
+        ("gathering", "record"),
+    ]
+
+
+def test_the_calls_of_a_load(device: LazyDevice, cache: CudaPagedCache) -> None:
+    cache.begin_step(loading(0))
+    cache.place([0], [memoryview(bytearray(STORED))])
+    assert device.log == [
+        ("computing", "record"),
+        ("placing", "wait"),
+        ("placing", "to"),
+        ("placing", "to"),
+        ("placing", "index_copy_"),
+        ("placing", "record"),
+    ]
+
+
+def test_a_step_without_saves_and_loads_is_left_alone(device: LazyDevice, cache: CudaPagedCache) -> None:
+    cache.begin_step(StepOrders(1, new_blocks=[0, 1]))
+    assert device.log == []
+
+
+def test_staging_is_pinned(device: LazyDevice, cache: CudaPagedCache) -> None:
+    assert len(cache.allocate(100)) == 100
+    assert device.log == [("computing", "pinned")]
+
+
+def test_a_save_has_what_the_step_computes(device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor) -> None:
+    write(device, layer, 2, OLD)
+    buffer = bytearray(8)
+    copied = cache.gather([2], [memoryview(buffer)])
+    assert buffer == bytes(8), "nothing is waited for"
+    copied()
+    assert buffer == OLD
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_step_that_is_given_a_block_waits_until_it_is_saved(
+    device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor, told: bool
+) -> None:
+    """The control: were it not told that the block is given away, the stand-in would let it overtake the copy."""
+    write(device, layer, 2, OLD)
+    buffer = bytearray(8)
+    copied = cache.gather([2], [memoryview(buffer)])
+    cache.begin_step(StepOrders(1, new_blocks=[3, 2] if told else [3]))
+    write(device, layer, 2, NEW)
+    device.computing.finish()
+    copied()
+    assert buffer == (OLD if told else NEW)
+
+
+def test_a_step_that_is_given_other_blocks_does_not_wait(
+    device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor
+) -> None:
+    buffer = bytearray(8)
+    cache.gather([2], [memoryview(buffer)])
+    write(device, layer, 2, OLD)
+    cache.begin_step(StepOrders(1, new_blocks=[0, 1, 3]))
+    assert ("computing", "wait") not in device.log
+
+
+def test_copies_that_are_through_are_forgotten(device: LazyDevice, cache: CudaPagedCache) -> None:
+    cache.gather([2], [memoryview(bytearray(8))])()
+    device.log.clear()
+    cache.begin_step(StepOrders(1, new_blocks=[2]))
+    assert device.log == []
+    assert not cache._copies
+
+
+def test_a_load_into_a_block_that_is_being_saved(
+    device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor
+) -> None:
+    write(device, layer, 2, OLD)
+    buffer = bytearray(8)
+    copied = cache.gather([2], [memoryview(buffer)])
+    cache.begin_step(loading(2))
+    cache.place([2], [memoryview(bytearray(STORED))])
+    copied()
+    assert (buffer, layer[2].numpy().tobytes()) == (OLD, STORED)
+
+
+def test_blocks_that_are_zeroed_at_once(device: LazyDevice, layer: torch.Tensor) -> None:
+    """vLLM zeroes before the connector hears of the step."""
+    cache = CudaPagedCache([layer], zeroed=True)
+    write(device, layer, 2, OLD)
+    buffer = bytearray(8)
+    copied = cache.gather([2], [memoryview(buffer)])
+    write(device, layer, 2, bytes(8))
+    device.computing.finish()
+    copied()
+    assert buffer == OLD
+
+
+def test_a_load_is_behind_what_still_uses_the_block(
+    device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor
+) -> None:
+    write(device, layer, 2, OLD)
+    cache.begin_step(loading(2))
+    cache.place([2], [memoryview(bytearray(STORED))])
+    device.computing.finish()
+    assert layer[2].numpy().tobytes() == STORED
+
+
+def test_a_load_is_through_when_place_returns_and_does_not_wait_for_its_own_step(
+    device: LazyDevice, cache: CudaPagedCache, layer: torch.Tensor
+) -> None:
+    cache.begin_step(loading(2))
+    write(device, layer, 1, NEW)
+    segment = bytearray(STORED)
+    cache.place([2], [memoryview(segment)])
+    segment[:] = bytes(8)
+    assert layer[2].numpy().tobytes() == STORED
+    assert not layer[1].any()
+
+
+def test_a_cache_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "torch", LazyDevice())
+    with torch.inference_mode():
+        layer = torch.zeros(4, 8, dtype=torch.uint8)
+    CudaPagedCache([layer]).place([2], [memoryview(bytearray(STORED))])
+    assert layer[2].numpy().tobytes() == STORED
+
+
+def test_a_whole_engine(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same worker, threads and orders as on a GPU; streams are events only, the copies are made at once."""
+    device = LazyDevice()
+    monkeypatch.setattr(cuda, "torch", device)
+
+    def opened(*arguments: Any) -> PagedCache:
+        kv_caches, blocks, *_ = arguments
+        cache = CudaPagedCache([as_blocks(name, tensor, blocks) for name, tensor in kv_caches.items()])
+        cache.layout = open_paged_cache(*arguments).layout
+        return cache
+
+    monkeypatch.setattr(worker_half, "open_paged_cache", opened)
+    store: ScriptedStore = scripted("streams")
+    with closing(TinyEngine(model, {"store": "scripted://streams", "load_deadline": 20.0})) as engine:
+        assert engine.run(prompt(1000)) == plain[1000]
+        engine.settle()
+        assert len(list(store)) == 7
+        for mode in ("load", "both"):
+            assert engine.core.reset_prefix_cache()
+            for layer in engine.worker.cache._layers:
+                layer[:] = 0
+            engine.set(mode=mode)
+            assert engine.run(prompt(1000)) == plain[1000]
+            engine.settle()
+            assert engine.report().loaded_tokens >= 128
+        engine.assert_nothing_leaked()
+    assert device.log.count(("gathering", "wait")) == 7
+    assert device.log.count(("placing", "wait")) >= 8
