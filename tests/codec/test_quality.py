@@ -65,7 +65,7 @@ def test_worse_codecs_are_judged_worse(engine: TransformersEngine, documents: li
     assert figures["raw"]["encode_gbps"] is None
     assert 0 < figures["int8"]["kl"] < figures["int4"]["kl"] < figures["kivi:window=0"]["kl"]
     assert figures["kivi:window=128"]["kl"] < figures["kivi:window=0"]["kl"]
-    assert figures["int8"]["ratio"] < figures["int4"]["ratio"] < figures["kivi:window=0"]["ratio"]
+    assert 1 < figures["int8"]["ratio"] < figures["int4"]["ratio"] <= figures["kivi:window=0"]["ratio"]
     assert figures["kivi:window=128"]["ratio"] < figures["kivi:window=0"]["ratio"]
     for one in figures.values():
         assert one["needles_asked"] == 3  # of six: the exact cache answers one of two

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import cast
 
 import numpy as np
@@ -62,12 +62,20 @@ class ChunkCoder:
         ]
 
     @cached_property
+    def _sizes(self) -> list[list[list[int]]]:
+        """Bytes of codes, at most: by part, layer and plane."""
+        return [
+            [[self.codec.size(plane, part) for plane in planes] for planes in self._planes]
+            for part in range(self.codec.parts)
+        ]
+
+    @cached_property
     def longest(self) -> ChunkShape:
         """The coded form at its longest; if the codec is fixed, as it always is."""
         lengths = [
-            sum(self.codec.size(plane, part) for plane in planes) + self._lengths_bytes(planes)
-            for part in range(self.codec.parts)
-            for planes in self._planes
+            sum(sizes) + self._lengths_bytes(planes)
+            for part in self._sizes
+            for planes, sizes in zip(self._planes, part, strict=True)
         ]
         return ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
 
@@ -201,7 +209,7 @@ class ChunkCoder:
 
         planes = self._planes[layer]
         try:
-            split = [self._split(part, planes, code) for part, code in enumerate(codes)]
+            split = [self._split(part, layer, code) for part, code in enumerate(codes)]
             offset = 0
             for index, plane in enumerate(planes):
                 values = np.empty(plane.shape, np.float32)
@@ -225,23 +233,20 @@ class ChunkCoder:
     def _lengths_bytes(self, planes: list[Plane]) -> int:
         return 0 if self.codec.fixed else _LENGTH.itemsize * (len(planes) - 1)
 
-    def _split(self, part: int, planes: list[Plane], code: memoryview) -> list[Code]:
+    def _split(self, part: int, layer: int, code: memoryview) -> list[Code]:
         """A segment's bytes, plane by plane."""
         data = cast(Code, np.frombuffer(code, np.uint8))
-        if self.codec.fixed:
-            lengths = [self.codec.size(plane, part) for plane in planes]
-        else:
-            begin = self._lengths_bytes(planes)
+        lengths = most = self._sizes[part][layer]
+        begin = 0
+        if not self.codec.fixed:
+            begin = self._lengths_bytes(self._planes[layer])
             if len(data) < begin:
                 raise DamagedCode("it ends within its lengths")
             lengths = [int(length) for length in data[:begin].view(_LENGTH)]
-            data = data[begin:]
-            lengths.append(len(data) - sum(lengths))
-            if min(lengths) < 0 or any(
-                n > self.codec.size(plane, part) for n, plane in zip(lengths, planes, strict=True)
-            ):
+            lengths.append(len(data) - begin - sum(lengths))
+            if not all(0 <= length <= limit for length, limit in zip(lengths, most, strict=True)):
                 raise DamagedCode(f"its lengths are {lengths}")
-        if sum(lengths) != len(data):
-            raise DamagedCode(f"it has {len(data)} bytes instead of {sum(lengths)}")
-        ends = np.cumsum([0, *lengths])
+        if begin + sum(lengths) != len(data):
+            raise DamagedCode(f"it has {len(data)} bytes instead of {begin + sum(lengths)}")
+        ends = list(accumulate(lengths, initial=begin))
         return [data[begin:end] for begin, end in pairwise(ends)]

@@ -45,14 +45,17 @@ class Nuq3(Codec):
 
     def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
         axis = _axis(plane)
-        mean, spread = values.mean(axis, keepdims=True), values.std(axis, keepdims=True) + np.float32(1e-30)
+        mean, spread = values.mean(axis, keepdims=True), values.std(axis, dtype=np.float64, keepdims=True) + 1e-30
         away = np.abs((values - mean) / spread).reshape(-1)
         kept = np.sort(np.argpartition(-away, min(self._kept(plane), away.size - 1))[: self._kept(plane)])
         usual = values.copy()
         usual.reshape(-1)[kept] = np.broadcast_to(mean, values.shape).reshape(-1)[kept]
         low = _bfloat16(usual.min(axis, keepdims=True))
         scale = _bfloat16((usual.max(axis, keepdims=True) - low[0]).clip(0))
-        place = np.clip((usual - low[0]) / np.maximum(scale[0], np.float32(1e-30)), 0, 1).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # where a group has one value, and that is rounded away from its low
+            place = np.clip((usual - low[0]) / np.maximum(scale[0], np.float32(1e-30)), 0, 1).astype(
+                np.float32, copy=False
+            )
         levels = _learn(place)
         nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, place).astype(np.uint8)
         exact = np.empty(len(kept) * plane.itemsize, np.uint8)

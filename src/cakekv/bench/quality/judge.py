@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +53,18 @@ class Judgement:
     agreement: float
     asked: int
     found: int
+    stored_bytes: int
+    coded_bytes: int
+    exact_bytes: int
+    tokens: int
+    coded_tokens: int
+    encode_gbps: float
+    decode_gbps: float
+
+
+class _Stored(NamedTuple):
+    """As in `Judgement`."""
+
     stored_bytes: int
     coded_bytes: int
     exact_bytes: int
@@ -110,7 +122,7 @@ class Judge:
         for theirs, ours in zip(exact.stored, cache.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, :end] = source[:, :end]
-        stored, coded, tokens, coded_tokens, exact_bytes, times = self._transcode(cache, end, codec)
+        stored = self._transcode(cache, end, codec)
         logits = self._follow(cache, end, document.context[-1], document.continuation)
         expected = torch.log_softmax(reference, -1)
         kl = (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
@@ -120,28 +132,15 @@ class Judge:
             for needle, asked in zip(document.needles, known, strict=True)
             if asked
         ]
-        speeds = [median(column) for column in zip(*times, strict=True)] if times else [math.nan] * 2
-        return Judgement(
-            document.kind,
-            float(kl.mean()),
-            float(same.float().mean()),
-            len(found),
-            sum(found),
-            stored,
-            coded,
-            exact_bytes,
-            tokens,
-            coded_tokens,
-            *speeds,
-        )
+        return Judgement(document.kind, float(kl.mean()), float(same.float().mean()), len(found), sum(found), *stored)
 
-    def _transcode(self, cache: TwoEndedCache, end: int, codec: Codec) -> tuple[Any, ...]:
+    def _transcode(self, cache: TwoEndedCache, end: int, codec: Codec) -> _Stored:
         """Encode and decode the context's chunks in place, as saving and loading them would."""
         engine, tokens = self._engine, self._chunk_tokens
         coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
         coder.warm_up()
         stored = coded = coded_tokens = count = 0
-        times = []
+        speeds = []
         source, room, target = (engine.staging(coder.exact.total_bytes) for _ in range(3))
         for start in range(int(self._computed * end) // tokens * tokens, end - tokens + 1, tokens):
             engine.gather(cache, start, tokens, segments(coder.exact, source))
@@ -160,12 +159,15 @@ class Judge:
             for layer, part in enumerate(parts):
                 coder.decode(layer, [views[index] for index in coder.segments_of(shape, [layer])], part)
             size = sum(coder.exact.segment_bytes) / 1e9
-            times.append((size / (encoded - began), size / (perf_counter() - decoding)))
+            speeds.append((size / (encoded - began), size / (perf_counter() - decoding)))
             engine.place(cache, start, tokens, parts)
             stored += len(chunk)
             coded += len(chunk)
             coded_tokens += tokens
-        return stored, coded, count * tokens, coded_tokens, count * coder.exact.total_bytes, times
+        if not count:
+            raise BadInput(f"nothing of {end} tokens is loaded in chunks of {tokens}: judge longer documents")
+        encode, decode = (median(column) for column in zip(*speeds, strict=True)) if speeds else (math.nan, math.nan)
+        return _Stored(stored, coded, count * coder.exact.total_bytes, count * tokens, coded_tokens, encode, decode)
 
     def _follow(self, cache: TwoEndedCache, start: int, before: int, tokens: Sequence[int]) -> torch.Tensor:
         """Logits that predict each of `tokens`, which begin at `start` behind the token `before`: (tokens, vocabulary).
