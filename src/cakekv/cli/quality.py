@@ -48,22 +48,23 @@ def quality(
     cake = load_cake(model, None)
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     judge = Judge(cake.engine, chunk_tokens, computed)  # type: ignore[arg-type]  # load_cake makes transformers engines
+    settings = {
+        "command": shlex.join(["cakekv", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "model": model,
+        "context_tokens": tokens,
+        "continuation_tokens": continuation,
+        "chunk_tokens": chunk_tokens,
+        "computed": computed,
+    }
     judgements: list[list[Judgement]] = [[] for _ in codecs]
+    figures: list[dict[str, Any]] = []
     for document in track(made, "Judging", console=NEWS, transient=True):
         for kept, one in zip(judgements, judge.judge(document, codecs), strict=True):
             kept.append(one)
-    figures = [summary(*each) for each in zip(recipe, codecs, judgements, strict=True)]
-    if json_file is not None:
-        settings = {
-            "command": shlex.join(["cakekv", *sys.argv[1:]]),
-            "machine": describe_machine(),
-            "model": model,
-            "context_tokens": tokens,
-            "continuation_tokens": continuation,
-            "chunk_tokens": chunk_tokens,
-            "computed": computed,
-        }
-        write_json(json_file, settings | (figures[0] if len(figures) == 1 else {"recipes": figures}))
+        figures = [summary(*each) for each in zip(recipe, codecs, judgements, strict=True)]
+        if json_file is not None:  # so that an interrupted run leaves what it has
+            write_json(json_file, settings | (figures[0] if len(figures) == 1 else {"recipes": figures}))
     RESULTS.print(_table(figures))
 
 
