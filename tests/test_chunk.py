@@ -15,6 +15,7 @@ from cakekv.chunk import (
     ALIGNMENT,
     FORMAT_VERSION,
     MAGIC,
+    PACKING,
     ChunkShape,
     header_bytes_of,
     read_header,
@@ -98,6 +99,7 @@ shapes = st.builds(
     st.lists(st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097])), min_size=1, max_size=150)
     .filter(any)
     .map(tuple),
+    st.booleans(),
 )
 
 
@@ -113,7 +115,9 @@ def test_what_is_sealed_comes_back(shape, key, position, seed):
     assert (header.key, header.position, header.tokens) == (key, position, shape.tokens)
     assert (header.offsets, header.lengths) == (shape.offsets, shape.segment_bytes)
     assert header.total_bytes == shape.total_bytes
-    assert all(offset % ALIGNMENT == 0 for offset in (*header.offsets, header.total_bytes))
+    multiple = PACKING if shape.packed else ALIGNMENT
+    assert all(offset % multiple == 0 for offset in header.offsets)
+    assert header.total_bytes % ALIGNMENT == header.offsets[0] % ALIGNMENT == 0
     assert [bytes(view[a : a + n]) for a, n in zip(header.offsets, header.lengths, strict=True)] == before
     assert header_bytes_of(view[:ALIGNMENT], shape.total_bytes) == shape.header_bytes
 
@@ -166,7 +170,8 @@ def test_what_cannot_be_sealed_is_refused(attempt):
         (lambda c: b"\x88" + c[1:], ChunkFault.BAD_MAGIC),
         (lambda c: bytearray(len(c)), ChunkFault.BAD_MAGIC),
         (lambda c: bytearray(b"GGUF"), ChunkFault.BAD_MAGIC),
-        (lambda c: change(c, version=2), ChunkFault.UNSUPPORTED_VERSION),
+        (lambda c: change(c, version=3), ChunkFault.UNSUPPORTED_VERSION),
+        (lambda c: change(c, version=2), ChunkFault.SEGMENT_MISPLACED),
         (lambda c: change(c, layers=0), ChunkFault.HEADER_OUT_OF_RANGE),
         (lambda c: change(c, layers=2**32 - 1), ChunkFault.HEADER_OUT_OF_RANGE),
         (lambda c: change(c, layers=126), ChunkFault.HEADER_OUT_OF_RANGE),

@@ -13,7 +13,9 @@ from typing import Any, Self, Unpack
 
 from cakekv.arbiter import Request
 from cakekv.calibration import KnownCosts
-from cakekv.chunk import ChunkShape
+from cakekv.codec import codec_named
+from cakekv.codec.base import Codec
+from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
 from cakekv.explain import why_nothing_is_stored
@@ -54,6 +56,9 @@ class Cake:
         Longest span of prefill, in tokens.
     tenant : str
         Salt of all keys: prompts of different tenants never share a chunk.
+    codec : str or Codec
+        How stored chunks are encoded, such as "raw", "int8" or "kivi:bits=2,window=128" (see `cakekv.codec`). Chunks of
+        different recipes never meet. With a lossy one, what is computed behind loaded chunks is not saved.
     policy : str or Policy
         Who goes first when several requests are open: a key of `cakekv.restore.priority.POLICIES`, or such an object.
     layered_finish : bool
@@ -78,6 +83,7 @@ class Cake:
         chunk_tokens: int = 64,
         max_span_tokens: int = 512,
         tenant: str = "",
+        codec: str | Codec = "raw",
         policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
         calibration: str | os.PathLike[str] | None = None,
@@ -97,22 +103,29 @@ class Cake:
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
-        self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant)
+        self.codec = codec_named(codec) if isinstance(codec, str) else codec
+        self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        shape = ChunkShape(chunk_tokens, engine.layout.segment_bytes(chunk_tokens))
+        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype)
+        coder.warm_up()
         self._costs = KnownCosts(
-            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, shape.total_bytes
+            calibration,
+            self.identity,
+            engine.device_name,
+            max_span_tokens,
+            self.tiers,
+            coder.expected([]).total_bytes,
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
-        staging = StagingPool(engine.staging, shape.total_bytes)
-        self._saver = Saver(self._target, shape, staging) if self._target else None
+        staging = StagingPool(engine.staging, coder.exact.total_bytes)
+        self._saver = Saver(self._target, coder, staging) if self._target else None
         self._arms = Arms.of(
             engine,
             open_policy(policy) if isinstance(policy, str) else policy,
             self.compute_cost,
             self.tiers,
             self.load_costs,
-            shape,
+            coder,
             staging,
             max_span_tokens=max_span_tokens,
             layered_finish=layered_finish,
@@ -248,7 +261,8 @@ class Cake:
         _check_mode(mode)
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
         cache = self.engine.new_cache(1)
-        return Restorer(self._arms, request, cache, token_ids, keys, self._lookup(keys, []), mode=mode).explain()
+        stored, sizes = self._lookup(keys, len(token_ids), [])
+        return Restorer(self._arms, request, cache, token_ids, keys, stored, sizes=sizes, mode=mode).explain()
 
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`."""
@@ -337,26 +351,38 @@ class Cake:
         notes: list[str] = []
         looked_up = monotonic()
         keys = chunk_keys(self.identity, token_ids) if self.tiers else []
-        stored = self._lookup(keys, notes)
+        stored, sizes = self._lookup(keys, len(token_ids), notes)
         lookup_s = monotonic() - looked_up
         if self.tiers and not any(stored) and not notes and not self._introduced:  # a question more, so asked rarely
             notes += why_nothing_is_stored(self.identity, self.tiers)
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._save, cache, keys if save else [])
         restorer = Restorer(
-            self._arms, request, cache, token_ids, keys, stored, mode=mode, on_span=on_span, on_progress=on_progress
+            self._arms,
+            request,
+            cache,
+            token_ids,
+            keys,
+            stored,
+            sizes=sizes,
+            mode=mode,
+            on_span=on_span,
+            on_progress=on_progress,
         )
         logits = restorer.run()
         ttft_s = monotonic() - request.arrived_s
         report = restorer.report()
         restorer.release()
-        report.ttft_s, report.lookup_s = ttft_s, lookup_s
+        report.ttft_s, report.lookup_s, report.codec = ttft_s, lookup_s, self.codec.name
         report.notes += notes
         self.last_report = report
         return Prefill(token_ids, cache, logits, report)
 
-    def _lookup(self, keys: list[ChunkKey], notes: list[str]) -> list[tuple[int, ...]]:
-        """Per chunk, which tiers hold it."""
+    def _lookup(
+        self, keys: list[ChunkKey], prompt_tokens: int, notes: list[str]
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Per chunk, which tiers hold it in a form that will do; and the bytes of those chunks."""
+        found: list[int] = []
         holders: list[tuple[int, ...]] = [()] * len(keys)
         for index, tier in enumerate(self.tiers):
             if self._arms.hangs(index):
@@ -367,11 +393,18 @@ class Cake:
             except StoreError as error:
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {error}")
                 continue
-            holders = [(*held, index) if size is not None else held for held, size in zip(holders, sizes, strict=True)]
-        return holders
+            for chunk, size in enumerate(sizes):
+                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, prompt_tokens)):
+                    holders[chunk] += (index,)
+                    found.append(size)
+        return holders, found
+
+    def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
+        """Whether tokens of the chunk are in the window that the codec keeps exact."""
+        return (chunk + 1) * self.chunk_tokens > prompt_tokens - self.codec.window
 
     def _save(self, cache: Any, keys: list[ChunkKey], restorer: Restorer[Any, Any], span: Span) -> None:
-        if self._saver is None or not keys:
+        if self._saver is None or not keys or restorer.saw_lossy(span.start):
             return
         self._introduce()
         first = span.start // self.chunk_tokens
@@ -380,7 +413,8 @@ class Cake:
             if restorer.is_missing(chunk):
                 start = chunk * self.chunk_tokens
                 with restorer.lent() if self._saver.full else nullcontext():
-                    self._saver.save(keys[chunk], start, partial(self.engine.gather, cache, start, self.chunk_tokens))
+                    gather = partial(self.engine.gather, cache, start, self.chunk_tokens)
+                    self._saver.save(keys[chunk], start, gather, exact=self._is_recent(chunk, restorer.prompt_tokens))
 
     def _introduce(self) -> None:
         """Leave this model's identity in the store once, so that misses can be explained later."""

@@ -171,6 +171,8 @@ class KnownCosts:
     ) -> None:
         self._kept = kept = None if file is None else Calibration(file)
         self._compute_key = compute_key(identity, device, max_span_tokens)
+        if identity.recipe != "raw":  # a load ends when it is decoded
+            device = f"{device}, {identity.recipe}"
         self._tier_keys = [tier_key(tier.url, device, chunk_bytes) if tier.url else None for tier in tiers]
         shape = kept.compute(self._compute_key) if kept else None
         priors = [kept.tier(key) if kept and key else None for key in self._tier_keys]

@@ -6,8 +6,10 @@
     ...          zeros up to a multiple of 4096; then the segments, in order, each padded with zeros likewise
 
 All numbers are little-endian. Every segment starts where the one before ended, rounded up, so a chunk has exactly
-one valid form. A segment's checksum covers the chunk's key, position and tokens and the layer's index beside the bytes:
-the right bytes in the wrong place do not pass. The checksums find damage and mix-ups, not forgeries.
+one valid form. Segments that a codec made short are *packed*: padded to multiples of 64 only, and the whole to 4096;
+such a chunk has another version number. A segment's checksum covers the chunk's key, position and tokens and the
+segment's index beside the bytes: the right bytes in the wrong place do not pass. The checksums find damage and mix-ups,
+not forgeries.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ __all__ = [
 
 ALIGNMENT = 4096
 """Bytes. What direct I/O wants of offsets and lengths."""
+PACKING = 64
+"""Bytes. What the segments of a packed chunk are rounded up to."""
+PACKED_VERSION = 2
 MAGIC = b"\x89CAKEKV\n"
 MAX_LAYERS = 2**16
 MAX_TOKENS = 2**32
@@ -49,11 +54,12 @@ PEEK_BYTES = _FIXED.size
 _ENTRY = struct.Struct("<QQ16s")
 _TABLE_OFFSET = _FIXED.size + _CHECKSUM.size
 _BINDING = struct.Struct("<32sQQI")
-_ZEROS = bytes(ALIGNMENT)
+_ZEROS = bytes(2 * ALIGNMENT)
+_PACKED = {FORMAT_VERSION: False, PACKED_VERSION: True}
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(size: int, multiple: int = ALIGNMENT) -> int:
+    return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class ChunkShape:
         Tokens in the chunk.
     segment_bytes : tuple of int
         Bytes of each layer's segment; 0 for a layer that keeps nothing of its own.
+    packed : bool
+        Whether segments are padded to multiples of 64 bytes only.
 
     Raises
     ------
@@ -75,6 +83,7 @@ class ChunkShape:
 
     tokens: int
     segment_bytes: tuple[int, ...]
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens < MAX_TOKENS:
@@ -94,15 +103,21 @@ class ChunkShape:
         """Where each segment starts, in bytes from the start of the chunk."""
         offsets = []
         end = self.header_bytes
+        multiple = PACKING if self.packed else ALIGNMENT
         for length in self.segment_bytes:
             offsets.append(end)
-            end += _aligned(length)
+            end += _aligned(length, multiple)
         return tuple(offsets)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where each segment ends with its padding, in bytes from the start of the chunk."""
+        return (*self.offsets[1:], self.total_bytes)
 
     @cached_property
     def total_bytes(self) -> int:
         """Length of the whole chunk, padding included."""
-        return self.offsets[-1] + _aligned(self.segment_bytes[-1])
+        return _aligned(self.offsets[-1] + self.segment_bytes[-1])
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ def peek_place(data: bytes | memoryview) -> tuple[int, int]:
     if len(data) < _FIXED.size:
         return 0, 1
     magic, version, *_, position, tokens = _FIXED.unpack_from(data)
-    return (position, max(tokens, 1)) if (magic, version) == (MAGIC, FORMAT_VERSION) else (0, 1)
+    return (position, max(tokens, 1)) if magic == MAGIC and version in _PACKED else (0, 1)
 
 
 def segments(shape: ChunkShape, buffer: memoryview) -> list[memoryview]:
@@ -195,12 +210,11 @@ def seal(shape: ChunkShape, buffer: memoryview, key: ChunkKey, position: int) ->
     header = buffer[: shape.header_bytes]
     header[:] = bytes(len(header))
     layers = len(shape.segment_bytes)
-    _FIXED.pack_into(
-        header, 0, MAGIC, FORMAT_VERSION, layers, len(header), shape.total_bytes, key, position, shape.tokens
-    )
+    version = PACKED_VERSION if shape.packed else FORMAT_VERSION
+    _FIXED.pack_into(header, 0, MAGIC, version, layers, len(header), shape.total_bytes, key, position, shape.tokens)
     for layer, segment in enumerate(segments(shape, buffer)):
         offset, length = shape.offsets[layer], len(segment)
-        padding = -length % ALIGNMENT
+        padding = shape.ends[layer] - offset - length
         buffer[offset + length : offset + length + padding] = _ZEROS[:padding]
         checksum = _segment_checksum(key, position, shape.tokens, layer, segment)
         _ENTRY.pack_into(header, _TABLE_OFFSET + layer * _ENTRY.size, offset, length, checksum)
@@ -228,8 +242,9 @@ def header_bytes_of(first_block: memoryview, size: int) -> int:
     if min(len(first_block), size) < ALIGNMENT:
         _fail(ChunkFault.TRUNCATED, f"it has {size} bytes, and the smallest header {ALIGNMENT}")
     _, version, layers, header_bytes, *_ = _FIXED.unpack_from(first_block)
-    if version != FORMAT_VERSION:
-        _fail(ChunkFault.UNSUPPORTED_VERSION, f"version {version}; this cakekv reads version {FORMAT_VERSION}")
+    if version not in _PACKED:
+        readable = " and ".join(map(str, _PACKED))
+        _fail(ChunkFault.UNSUPPORTED_VERSION, f"version {version}; this cakekv reads versions {readable}")
     if not 1 <= layers <= MAX_LAYERS or header_bytes != _header_bytes(layers):
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{layers} layers in a header of {header_bytes} bytes")
     if size < header_bytes:
@@ -258,13 +273,13 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
     head = head[:header_bytes]
     if _CHECKSUM.unpack_from(head, _FIXED.size)[0] != _header_checksum(head):
         _fail(ChunkFault.HEADER_CHECKSUM, f"in {header_bytes} bytes")
-    _, _, layers, _, total_bytes, key, position, tokens = _FIXED.unpack_from(head)
+    _, version, layers, _, total_bytes, key, position, tokens = _FIXED.unpack_from(head)
     if not 1 <= tokens < MAX_TOKENS or position >= MAX_POSITION:
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{tokens} tokens at position {position}")
     table = list(_ENTRY.iter_unpack(head[_TABLE_OFFSET : _TABLE_OFFSET + layers * _ENTRY.size]))
     if not any(length for _, length, _ in table):
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, "every segment is empty")
-    shape = ChunkShape(tokens, tuple(length for _, length, _ in table))
+    shape = ChunkShape(tokens, tuple(length for _, length, _ in table), _PACKED[version])
     for layer, (offset, length, _) in enumerate(table):
         if offset != shape.offsets[layer]:
             _fail(
@@ -294,7 +309,7 @@ def verify_chunk(buffer: memoryview) -> ChunkHeader:
     for layer, segment in enumerate(segments(header.shape, buffer)):
         header.verify(layer, segment)
         end = header.offsets[layer] + len(segment)
-        padding = buffer[end : _aligned(end)]
+        padding = buffer[end : header.shape.ends[layer]]
         if padding != _ZEROS[: len(padding)]:
             _fail(ChunkFault.DIRTY_PADDING, f"after layer {layer} of chunk {header.key.short}…")
     return header

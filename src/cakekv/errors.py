@@ -37,6 +37,10 @@ class MissingChunk(StoreError):
     """The chunk is not (or no longer) in the tier."""
 
 
+class CannotEncode(CakeError):
+    """A chunk's keys or values are such that no codec can encode them; it is not saved."""
+
+
 class ChunkFault(Enum):
     """Every way in which the bytes of a chunk can be untrustworthy."""
 
@@ -52,6 +56,7 @@ class ChunkFault(Enum):
     WRONG_SHAPE = "the chunk has another shape (tokens, layers or segment lengths) than this model's"
     SEGMENT_CHECKSUM = "a segment does not match its checksum"
     SEAL = "the encrypted chunk does not match its seal"
+    UNDECODABLE = "a segment is not what its codec writes"
     DIRTY_PADDING = "the bytes between two segments are not zero"
 
 

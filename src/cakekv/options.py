@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TypedDict
 
+from cakekv.codec.base import Codec
 from cakekv.restore.priority import Policy
 
 
@@ -14,6 +15,7 @@ class Options(TypedDict, total=False):
     chunk_tokens: int
     max_span_tokens: int
     tenant: str
+    codec: str | Codec
     policy: str | Policy
     layered_finish: bool
     calibration: str | os.PathLike[str] | None

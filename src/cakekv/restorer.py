@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Generic, NamedTuple, Self
 
 from cakekv.arbiter import Arbiter, Request
-from cakekv.chunk import ChunkShape
+from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Cache, Engine, Logits
 from cakekv.keys import ChunkKey
 from cakekv.load.loader import Loader, Loading
@@ -62,8 +63,8 @@ class Arms(Generic[Cache, Logits]):
         Whose turn it is; its lock guards the costs.
     loader : Loader
         Loads from the tiers.
-    shape : ChunkShape
-        What a chunk looks like.
+    coder : ChunkCoder
+        What a chunk looks like, and how it is decoded.
     groups : list of range
         The layers of each group of a layered finish; at most one for none.
     compute_cost : ComputeCost
@@ -77,7 +78,7 @@ class Arms(Generic[Cache, Logits]):
     engine: Engine[Cache, Logits]
     arbiter: Arbiter
     loader: Loader
-    shape: ChunkShape
+    coder: ChunkCoder
     groups: list[range]
     compute_cost: ComputeCost
     sources: list[Source]
@@ -91,17 +92,18 @@ class Arms(Generic[Cache, Logits]):
         compute_cost: ComputeCost,
         tiers: Sequence[Store],
         load_costs: Sequence[LoadCost],
-        shape: ChunkShape,
+        coder: ChunkCoder,
         staging: StagingPool,
         *,
         max_span_tokens: int,
         layered_finish: bool,
     ) -> Self:
-        """Make what is missing; `load_costs` are those of `tiers`, `staging` has buffers for chunks of `shape`."""
-        arbiter, groups = Arbiter(policy), layer_groups(shape) if layered_finish else []
-        loader = Loader(arbiter, tiers, shape, engine.layout.unwindowed, groups, staging)
+        """Make what is missing; `load_costs` are those of `tiers`, `staging` has buffers for exact chunks."""
+        arbiter = Arbiter(policy)
+        groups = layer_groups(coder.expected([]), coder.layers) if layered_finish else []
+        loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging)
         sources = [Source(tier.name, cost, tier.parallel_reads) for tier, cost in zip(tiers, load_costs, strict=True)]
-        return cls(engine, arbiter, loader, shape, groups, compute_cost, sources, max_span_tokens)
+        return cls(engine, arbiter, loader, coder, groups, compute_cost, sources, max_span_tokens)
 
     def hangs(self, source: int) -> bool:
         """Whether a tier does not answer any more."""
@@ -126,6 +128,8 @@ class Restorer(Generic[Cache, Logits]):
         Keys of its full chunks.
     stored : sequence of sequences of int
         Per chunk, which of the sources hold it.
+    sizes : sequence of int
+        Bytes of the stored chunks, to plan with.
     mode : str
         As in `Restore`.
     on_span : callable
@@ -143,11 +147,13 @@ class Restorer(Generic[Cache, Logits]):
         keys: Sequence[ChunkKey],
         stored: Sequence[Sequence[int]],
         *,
+        sizes: Sequence[int] = (),
         mode: Mode,
         on_span: Callable[[Restorer[Cache, Logits], Span], None] = lambda restorer, span: None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        engine, shape, unwindowed = arms.engine, arms.shape, arms.engine.layout.unwindowed
+        engine, coder, shape = arms.engine, arms.coder, arms.coder.expected(sizes)
+        unwindowed = coder.segments_of(shape, engine.layout.unwindowed)
         self._arms = arms
         self._arbiter = arms.arbiter
         self._request = request
@@ -157,11 +163,14 @@ class Restorer(Generic[Cache, Logits]):
         self._on_span = on_span
         self._on_progress = on_progress
         self._loads = any(stored) and mode != "compute"
-        chunk_bytes = load_bytes(shape, range(len(engine.layout.layers)))
+        self._chunk_bytes = chunk_bytes = load_bytes(shape, coder.segments_of(shape, range(coder.layers)))
         self._compute_cost = SharedCompute(arms.compute_cost)
         self._load_costs = [SharedLoad(source.cost) for source in arms.sources]
         for load_cost in self._load_costs:
             load_cost.doubt(chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
+        groups = None
+        if len(arms.groups) > 1:
+            groups = group_bytes(shape, arms.groups, engine.layout.unwindowed, partial(coder.segments_of, shape))
         self._restore = Restore(
             len(token_ids),
             shape.tokens,
@@ -171,7 +180,7 @@ class Restorer(Generic[Cache, Logits]):
             chunk_bytes=chunk_bytes,
             unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
             window=engine.layout.window,
-            groups=group_bytes(shape, arms.groups, unwindowed) if len(arms.groups) > 1 else None,
+            groups=groups,
             mode=mode,
             max_span_tokens=arms.max_span_tokens,
             now=request.arrived_s,
@@ -236,6 +245,8 @@ class Restorer(Generic[Cache, Logits]):
             return None
         with self._arbiter.lock:
             self._restore.computed(span, monotonic(), self._waited_s)
+            chunk_tokens = self._arms.coder.exact.tokens
+            self._loading.lossy -= set(range(span.start // chunk_tokens, (span.start + span.tokens) // chunk_tokens))
             self._tell()
             self._arms.loader.wake()
         self._on_span(self, span)
@@ -264,6 +275,11 @@ class Restorer(Generic[Cache, Logits]):
         with self._arbiter.lent(self._request):
             yield
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self._restore.prompt_tokens
+
     def explain(self) -> list[PlannedRun]:
         """The plan as it stands."""
         with self._arbiter.lock:
@@ -279,7 +295,14 @@ class Restorer(Generic[Cache, Logits]):
             self._loading.join(timeout_s=1.0)
             report = self._restore.report
             report.placed_bytes = self._loading.placed_bytes
+            report.lossy_tokens = len(self._loading.lossy) * self._arms.coder.exact.tokens
+            report.after_lossy_tokens = sum(span.tokens for span in report.spans if self.saw_lossy(span.start))
             return report
+
+    def saw_lossy(self, start: int) -> bool:
+        """Whether what is computed from `start` on may attend to loaded keys and values that are not exact."""
+        first = self._loading.first_lossy
+        return first is not None and first * self._arms.coder.exact.tokens < start
 
     def release(self) -> None:
         """Let go of the cache, which loads and restorer, referring to each other, would keep for a while."""
@@ -315,7 +338,7 @@ class Restorer(Generic[Cache, Logits]):
 
     def _token_s(self, source: int) -> float:
         cost = self._arms.sources[source].cost
-        return cost.seconds(self._arms.shape.total_bytes) / self._arms.shape.tokens
+        return cost.seconds(self._chunk_bytes) / self._restore.chunk_tokens
 
     def _bear(self, burden: Burden) -> None:
         """Plan with what the others leave of either arm; called with the lock held."""

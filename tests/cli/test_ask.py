@@ -39,6 +39,19 @@ def test_the_second_question_is_restored_from_the_store(tiny_model: Path, docume
     assert second["answer"] == first["answer"]
 
 
+def test_a_lossy_codec_is_told_of(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store", "--mode", "load"]
+    run_json(*common, "--codec", "int8")
+    report = run_json(*common, "--codec", "int8")["report"]
+    assert report["codec"] == "int8"  # type: ignore[index]
+    assert report["lossy_tokens"] == report["loaded_tokens"] > 1000  # type: ignore[index]
+    _, _, err = run(*common, "--codec", "int8")
+    assert "Not exact" in err
+    assert run_json(*common)["report"]["loaded_tokens"] == 0  # type: ignore[index]
+    code, _, err = run(*common, "--codec", "int9")
+    assert (code, "int9" in err) == (2, True)
+
+
 def test_the_answer_alone_goes_to_standard_output(tiny_model: Path, document: Path, tmp_path: Path) -> None:
     common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
     answer = run_json(*common)["answer"]

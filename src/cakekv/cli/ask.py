@@ -47,6 +47,9 @@ def ask(
         str | None, typer.Option(help='Slow the store down for an experiment, such as "50MB/s" or "7Gbps".')
     ] = None,
     tenant: Annotated[str, typer.Option(help="Tenants never share chunks.")] = "",
+    codec: Annotated[
+        str, typer.Option(help='How chunks are encoded: raw, int8, int4, "kivi:bits=2,window=128", … (docs/codecs.md).')
+    ] = "raw",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -86,7 +89,7 @@ def ask(
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
     with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
-        with load_cake(model, tier, tenant) as cake:
+        with load_cake(model, tier, tenant, codec) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
             prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
             if explain:
@@ -150,5 +153,11 @@ def _summarize(report: RestoreReport) -> None:
     from cakekv.report.table import modes_table
 
     NEWS.print(modes_table({report.mode: report}))
+    if not report.exact:
+        NEWS.print(
+            f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
+            "them; what was computed behind those is not saved.",
+            highlight=False,
+        )
     for reason, tokens in report.miss_reasons().items():
         NEWS.print(f"{tokens:,} tokens were computed because: {reason}", style="dim", highlight=False, markup=False)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cakekv.cake import Cake
 
 
-def load_cake(model: str, store: Store | None, tenant: str = "") -> Cake:
+def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "raw") -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
     Raises
@@ -29,4 +29,6 @@ def load_cake(model: str, store: Store | None, tenant: str = "") -> Cake:
                 status.update(f"Converting {NAME} (once, about 20 s) …")
             model = str(demo_model())
         status.update("Loading the model …")
-        return Cake.from_pretrained(model, store, tenant=tenant, calibration=cache_folder() / "calibration.json")
+        return Cake.from_pretrained(
+            model, store, tenant=tenant, codec=codec, calibration=cache_folder() / "calibration.json"
+        )

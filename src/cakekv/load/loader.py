@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from time import monotonic
 from typing import Protocol
 
 from cakekv.arbiter import Arbiter, Request
-from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
+from cakekv.chunk import ChunkHeader, read_header, segments
+from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.pieces import byte_ranges
@@ -49,6 +51,10 @@ class Loading:
     ----------
     placed_bytes : int
         Copied into the cache.
+    lossy : set of int
+        Chunks placed, whole or in pieces, that are not exactly what was encoded.
+    first_lossy : int or None
+        The first chunk that ever was; what was computed behind it attended to it.
     crash : BaseException or None
         What a worker met with that no store may raise.
     """
@@ -70,6 +76,8 @@ class Loading:
         """By chunk and source: pieces after the first do not read the header again."""
         self.in_flight = 0
         self.placed_bytes = 0
+        self.lossy: set[int] = set()
+        self.first_lossy: int | None = None
         self.crash: BaseException | None = None
 
     def raise_crash(self) -> None:
@@ -112,21 +120,21 @@ class Loader:
         Orders the restores; its lock guards everything here.
     tiers : sequence of Store
         One per source of the restores.
-    shape : ChunkShape
-        What a chunk of this model looks like.
+    coder : ChunkCoder
+        What a chunk of this model looks like, and how it is decoded: by the thread that read it.
     unwindowed : sequence of int
         The layers that every load needs; the others only where a sliding window can see the chunk.
     groups : sequence of range
         The layers of each group of a layered finish.
     staging : StagingPool
-        Buffers of at least `shape.total_bytes`.
+        Buffers of at least `coder.exact.total_bytes`.
     """
 
     def __init__(
         self,
         arbiter: Arbiter,
         tiers: Sequence[Store],
-        shape: ChunkShape,
+        coder: ChunkCoder,
         unwindowed: Sequence[int],
         groups: Sequence[range],
         staging: StagingPool,
@@ -134,7 +142,7 @@ class Loader:
         self._arbiter = arbiter
         self._lock = arbiter.lock
         self._tiers = tiers
-        self._shape = shape
+        self._coder = coder
         self._unwindowed = tuple(unwindowed)
         self._groups = groups
         self._staging = staging
@@ -249,10 +257,11 @@ class Loader:
 
     def _perform(self, loading: Loading, load: Load) -> None:
         restore = loading.restore
-        with self._staging.buffer() as buffer:
+        decodes = self._coder.encodes
+        with self._staging.buffer() as buffer, self._staging.buffer() if decodes else nullcontext() as decoded:
             progress = Progress()
             try:
-                parts = self._read(loading, load, buffer, progress)
+                parts = self._read(loading, load, buffer, decoded, progress)
             except Abandoned:
                 self._report(loading, lambda now: restore.abandoned(load, progress.bytes, now))
                 return
@@ -261,6 +270,8 @@ class Loader:
                 self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))
                 return
             with self._lock:
+                if decodes:
+                    load.size = progress.bytes
                 wanted = restore.arrived(load, monotonic())
             if not wanted:
                 return
@@ -269,6 +280,10 @@ class Loader:
             def placed(now: float) -> None:
                 restore.placed(load, now)
                 loading.placed_bytes += copied
+                if progress.coded and self._coder.codec.lossy:
+                    loading.lossy.add(load.chunk)
+                    first = loading.first_lossy
+                    loading.first_lossy = load.chunk if first is None else min(first, load.chunk)
 
             self._report(loading, placed)
 
@@ -277,28 +292,48 @@ class Loader:
             event(monotonic())
             loading.on_event()
 
-    def _read(self, loading: Loading, load: Load, buffer: memoryview, progress: Progress) -> list[memoryview | None]:
-        """Read and verify what the load needs; the layers it does not need are None."""
-        shape, key = self._shape, loading.keys[load.chunk]
+    def _read(
+        self, loading: Loading, load: Load, buffer: memoryview, decoded: memoryview | None, progress: Progress
+    ) -> list[memoryview | None]:
+        """Read, verify and decode what the load needs; the layers it does not need are None."""
+        coder, key = self._coder, loading.keys[load.chunk]
         layers = self._layers(load)
         header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
-            for start, end in byte_ranges(shape, layers, with_header=header is None):
+            shape = coder.shape_of(reader.size) if header is None else header.shape
+            if shape is not None:
+                ranges = byte_ranges(shape, coder.segments_of(shape, layers), with_header=header is None)
+            else:  # only the header tells where the layers are
+                ranges = [(0, reader.size if len(layers) == coder.layers else coder.longest.header_bytes)]
+            for start, end in ranges:
                 fill(reader, buffer, start, end, load, progress)
                 if header is None:
-                    header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
-                    header.expect(shape, key, load.start)
+                    header_bytes = (shape or coder.longest).header_bytes
+                    header = read_header(buffer[: min(header_bytes, reader.size)], reader.size)
+                    coder.check(header, key, load.start)
                     loading.headers[load.chunk, load.source] = header
-        assert header is not None
-        views = segments(shape, buffer)
-        parts: list[memoryview | None] = [None] * len(views)
+            assert header is not None
+            if shape is None and len(layers) < coder.layers:
+                shape = header.shape
+                for start, end in byte_ranges(shape, coder.segments_of(shape, layers), with_header=False):
+                    fill(reader, buffer, start, end, load, progress)
+        views = segments(header.shape, buffer)
+        progress.coded = coded = header.shape.packed
+        parts: list[memoryview | None] = [None] * coder.layers
         for layer in layers:
-            header.verify(layer, views[layer])
+            if load.cancelled and coded:
+                raise Abandoned
+            indices = coder.segments_of(header.shape, [layer])
+            for index in indices:
+                header.verify(index, views[index])
             parts[layer] = views[layer]
+            if coded and decoded is not None:
+                parts[layer] = part = segments(coder.exact, decoded)[layer]
+                coder.decode(layer, [views[index] for index in indices], part)
         return parts
 
     def _layers(self, load: Load) -> list[int]:
-        wanted = range(len(self._shape.segment_bytes)) if load.windowed else self._unwindowed
+        wanted = range(self._coder.layers) if load.windowed else self._unwindowed
         return [layer for layer in wanted if load.group is None or layer in self._groups[load.group]]
 
 
@@ -307,9 +342,10 @@ def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
 
 
 class Progress:
-    """Bytes read so far by one load."""
+    """Bytes read so far by one load, and whether its chunk is in the coded form."""
 
     bytes = 0
+    coded = False
 
 
 def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:

@@ -84,6 +84,12 @@ class RestoreReport:
         Bytes read from each tier.
     placed_bytes : int
         Bytes copied from staging buffers into the cache: the only copy between a tier's read and the cache.
+    codec : str
+        What stored chunks are encoded with.
+    lossy_tokens : int
+        Loaded positions whose keys and values are not exactly what was computed once.
+    after_lossy_tokens : int
+        Computed positions that attend to such. They were not saved.
     misses : list of Miss
         What had to be computed and why.
     spans, loads, frontiers : list
@@ -106,11 +112,24 @@ class RestoreReport:
     met_at: int | None = None
     bytes_by_tier: dict[str, int] = field(default_factory=dict)
     placed_bytes: int = 0
+    codec: str = "raw"
+    lossy_tokens: int = 0
+    after_lossy_tokens: int = 0
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)
     loads: list[LoadRecord] = field(default_factory=list)
     frontiers: list[FrontierPoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the whole cache is what a full prefill computes."""
+        return not self.lossy_tokens
+
+    @property
+    def lossy_share(self) -> float:
+        """The part of the prompt's positions that was loaded inexactly."""
+        return self.lossy_tokens / self.prompt_tokens
 
     def miss_reasons(self) -> dict[str, int]:
         """Tokens per reason of a miss."""

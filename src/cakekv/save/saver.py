@@ -5,10 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from cakekv.chunk import ChunkShape, seal, segments
-from cakekv.errors import StoreError, StoreFull
+from cakekv.chunk import seal, segments
+from cakekv.codec.coder import ChunkCoder
+from cakekv.errors import CannotEncode, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
@@ -28,7 +30,7 @@ class SaveReport:
     declined_chunks : int
         The tier chose not to keep them.
     failed_chunks : int
-        Lost to an error of the tier.
+        Lost to an error of the tier, or not to be encoded.
     error : str or None
         The first such error.
     """
@@ -50,19 +52,19 @@ class Saver:
     ----------
     store : Store
         Where to.
-    shape : ChunkShape
-        What a chunk looks like.
+    coder : ChunkCoder
+        What a chunk looks like, and how it is encoded.
     staging : StagingPool
-        Buffers of at least `shape.total_bytes`.
+        Buffers of at least `coder.exact.total_bytes`.
     limit : int
         Chunks that may wait in the queue.
     """
 
-    def __init__(self, store: Store, shape: ChunkShape, staging: StagingPool, limit: int = 256) -> None:
+    def __init__(self, store: Store, coder: ChunkCoder, staging: StagingPool, limit: int = 256) -> None:
         self._store = store
-        self._shape = shape
+        self._coder = coder
         self._staging = staging
-        self._queue: queue.Queue[tuple[ChunkKey, int, Gather] | None] = queue.Queue(limit)
+        self._queue: queue.Queue[tuple[ChunkKey, int, Gather, bool] | None] = queue.Queue(limit)
         self._crash: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -73,13 +75,16 @@ class Saver:
         """Whether `save` would have to wait."""
         return self._queue.full()
 
-    def save(self, key: ChunkKey, position: int, gather: Gather) -> None:
-        """Hand over a chunk whose region of the cache is covered and will not change; from any thread."""
+    def save(self, key: ChunkKey, position: int, gather: Gather, exact: bool = False) -> None:
+        """Hand over a chunk whose region of the cache is covered and will not change; from any thread.
+
+        `exact`: it is stored as it is, whatever the codec.
+        """
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="cakekv-save", daemon=True)
                 self._thread.start()
-        self._queue.put((key, position, gather))
+        self._queue.put((key, position, gather, exact))
 
     def wait(self) -> SaveReport:
         """Block until everything handed over is stored or has failed; returns the totals since the saver began."""
@@ -108,18 +113,23 @@ class Saver:
                 del job  # it holds a cache, which may be large, until the next one comes
         self._queue.task_done()
 
-    def _write(self, key: ChunkKey, position: int, gather: Gather) -> None:
-        with self._staging.buffer() as buffer:
-            gather(segments(self._shape, buffer))
-            seal(self._shape, buffer, key, position)
+    def _write(self, key: ChunkKey, position: int, gather: Gather, exact: bool) -> None:
+        coder = self._coder
+        encodes = coder.encodes and not exact
+        with self._staging.buffer() as buffer, self._staging.buffer() if encodes else nullcontext() as coded:
+            gather(segments(coder.exact, buffer))
             try:
-                kept = self._store.write(key, buffer[: self._shape.total_bytes])
-            except (StoreFull, StoreError) as error:
+                chunk = coder.encode(buffer, coded, key, position) if coded is not None else None
+                if chunk is None:
+                    seal(coder.exact, buffer, key, position)
+                    chunk = buffer[: coder.exact.total_bytes]
+                kept = self._store.write(key, chunk)
+            except (StoreFull, StoreError, CannotEncode) as error:
                 self.report.failed_chunks += 1
                 self.report.error = self.report.error or str(error)
                 return
         if kept:
             self.report.saved_chunks += 1
-            self.report.saved_bytes += self._shape.total_bytes
+            self.report.saved_bytes += len(chunk)
         else:
             self.report.declined_chunks += 1

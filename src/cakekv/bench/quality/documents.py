@@ -1,0 +1,151 @@
+"""Documents of several kinds that every machine with Python has, each with needles in it."""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cakekv.errors import BadInput, CakeError
+
+KINDS = ("reference", "source", "records")
+NEEDLES = 3
+_NAMES = ("Alma", "Boris", "Clara", "Diego", "Edith", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Louis")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact in a document's context.
+
+    Attributes
+    ----------
+    question, answer : tuple of int
+        Token ids; a model that has found the fact continues the first with the second.
+    """
+
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What quality is judged on.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`, or "text".
+    context : list of int
+        The tokens whose keys and values are encoded.
+    continuation : list of int
+        The tokens that follow.
+    needles : list of Needle
+        Facts of the context.
+    """
+
+    kind: str
+    context: list[int]
+    continuation: list[int]
+    needles: list[Needle]
+
+
+def make_documents(
+    tokenizer: Any, count: int, context_tokens: int, continuation_tokens: int, texts: Path | None = None
+) -> list[Document]:
+    """The same documents wherever Python and tokenizer are the same; the kinds take turns.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The model's.
+    count : int
+        How many.
+    context_tokens, continuation_tokens : int
+        Their lengths.
+    texts : Path or None
+        A folder with text files, which become one kind more.
+
+    Raises
+    ------
+    BadInput
+        A document would be too short for its needles, or there is nothing in the folder.
+    CakeError
+        This Python lacks its own documentation.
+    """
+    if context_tokens < 256:
+        raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
+    sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
+    rng = random.Random(20240)
+    documents = []
+    for number in range(count):
+        kind = list(sources)[number % len(sources)]
+        wanted = context_tokens + continuation_tokens
+        tokens: list[int] = []
+        while len(tokens) < wanted:
+            piece = next(sources[kind], None)
+            if piece is None:
+                raise BadInput(
+                    f"there is not enough text of the kind {kind!r} for {count} documents of {wanted} tokens"
+                )
+            tokens += tokenizer(piece + "\n\n", add_special_tokens=False)["input_ids"]
+        documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng))
+    return documents
+
+
+def _document(
+    tokenizer: Any, kind: str, tokens: list[int], context_tokens: int, continuation_tokens: int, rng: random.Random
+) -> Document:
+    """Put needles into a text, at three depths."""
+
+    def encode(text: str) -> list[int]:
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    needles, facts = [], []
+    for name in rng.sample(_NAMES, NEEDLES):
+        code = str(rng.randrange(10000, 100000))
+        facts.append(encode(f"\nThe secret code of {name} is {code}.\n"))
+        question = f"\n\nAs said above, the secret code of {name} is"
+        whole = encode(f"{question} {code}")
+        begin = len(encode(question))
+        needles.append(Needle(tuple(whole[:begin]), tuple(whole[begin:])))
+    room = context_tokens - sum(map(len, facts))
+    context: list[int] = []
+    for depth, fact in enumerate(facts):
+        begin, end = (room * at // (NEEDLES + 1) for at in (depth, depth + 1))
+        context += tokens[begin:end] + fact
+    context += tokens[room * NEEDLES // (NEEDLES + 1) : room]
+    return Document(kind, context, tokens[room : room + continuation_tokens], needles)
+
+
+def _texts(kind: str, folder: Path | None) -> Iterator[str]:
+    if kind == "reference":
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise CakeError("this Python lacks pydoc_data, which documents are made from") from error
+        yield from (topics[name] for name in sorted(topics) if len(topics[name]) > 2000)
+    elif kind == "source":
+        library = Path(sysconfig.get_path("stdlib"))
+        yield from (file.read_text("utf-8", "replace") for file in sorted(library.glob("[a-z]*.py")))
+    elif kind == "records":
+        yield from _records()
+    else:
+        files = sorted(file for file in folder.rglob("*.txt")) if folder else []
+        if not files:
+            raise BadInput(f"there are no .txt files in {folder}")
+        yield from (file.read_text("utf-8", "replace") for file in files)
+
+
+def _records() -> Iterator[str]:
+    """Made-up lists of keys and values, without end."""
+    rng = random.Random(7)
+    places = ("shelf", "drawer", "crate", "locker", "cabinet")
+    while True:
+        yield "\n".join(
+            f"Item {rng.randrange(1000, 10000)}: {rng.choice(places)} {rng.randrange(1, 60)}, weight "
+            f"{rng.randrange(1, 900) / 10} kg, owner {rng.choice(_NAMES)}, due on day {rng.randrange(1, 365)}."
+            for _ in range(20)
+        )

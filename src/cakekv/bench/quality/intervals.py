@@ -1,0 +1,36 @@
+"""Bootstrap intervals over documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_SAMPLES = 2000
+
+
+def interval(weighted: Sequence[tuple[float, float]], level: float = 0.95) -> tuple[float, float, float]:
+    """A weighted mean over documents and its percentile bootstrap interval; documents are what is drawn.
+
+    Each document is measured with and without the codec, and its value is of that pair: so the intervals are paired.
+
+    Parameters
+    ----------
+    weighted : sequence of (value, weight)
+        One per document; those of weight 0 count for nothing.
+    level : float
+        Of the interval.
+
+    Returns
+    -------
+    tuple of float
+        Mean, lower end, upper end; not numbers if no document counts.
+    """
+    values, weights = (np.array(column, np.float64) for column in zip(*weighted, strict=True))
+    if not weights.sum():
+        return (float("nan"),) * 3
+    draws = np.random.default_rng(0).integers(len(values), size=(_SAMPLES, len(values)))
+    with np.errstate(invalid="ignore"):
+        means = (values * weights)[draws].sum(axis=1) / weights[draws].sum(axis=1)
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float((values * weights).sum() / weights.sum()), float(low), float(high)

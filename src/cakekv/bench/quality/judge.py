@@ -1,0 +1,227 @@
+"""The judge: the same document through the exact cache and through a codec's, and how far apart the answers are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from cakekv.bench.quality.documents import Document, Needle
+from cakekv.bench.quality.intervals import interval
+from cakekv.chunk import read_header, seal, segments
+from cakekv.codec.base import Codec
+from cakekv.codec.coder import ChunkCoder
+from cakekv.engine.cache import TwoEndedCache
+from cakekv.engine.transformers import TransformersEngine
+from cakekv.errors import BadInput
+from cakekv.keys import ChunkKey
+
+_SPAN = 512
+_KEY = ChunkKey(bytes(ChunkKey.LENGTH))
+
+
+@dataclass
+class Judgement:
+    """One document, one recipe.
+
+    Attributes
+    ----------
+    kind : str
+        The document's.
+    kl : float
+        Mean Kullback-Leibler divergence of the next-token distribution from the exact cache's, in nats.
+    agreement : float
+        Share of the positions at which the likeliest token is the same.
+    asked, found : int
+        Needles that the exact cache answers, and those of them that the codec's answers, too.
+    stored_bytes, coded_bytes, exact_bytes : int
+        Of the document's chunks: as stored, with those in the exact form; those in the coded form alone; all if they
+        were exact.
+    tokens, coded_tokens : int
+        In all of the chunks, and in those in the coded form.
+    encode_gbps, decode_gbps : float
+        Gigabytes of the exact cache per second, on one thread: the median over coded chunks.
+    """
+
+    kind: str
+    kl: float
+    agreement: float
+    asked: int
+    found: int
+    stored_bytes: int
+    coded_bytes: int
+    exact_bytes: int
+    tokens: int
+    coded_tokens: int
+    encode_gbps: float
+    decode_gbps: float
+
+
+class _Stored(NamedTuple):
+    """As in `Judgement`."""
+
+    stored_bytes: int
+    coded_bytes: int
+    exact_bytes: int
+    tokens: int
+    coded_tokens: int
+    encode_gbps: float
+    decode_gbps: float
+
+
+class Judge:
+    """Judges codecs on one model.
+
+    Parameters
+    ----------
+    engine : TransformersEngine
+        The model.
+    chunk_tokens : int
+        Tokens per chunk.
+    computed : float
+        The share of the context, from its front, that is computed; the rest is loaded. 0: all is loaded.
+    """
+
+    def __init__(self, engine: TransformersEngine, chunk_tokens: int = 64, computed: float = 0.0) -> None:
+        if not 0.0 <= computed < 1.0:
+            raise BadInput(f"the computed share is from 0 to below 1, not {computed}")
+        self._engine = engine
+        self._chunk_tokens = chunk_tokens
+        self._computed = computed
+        self._dtype = engine.identity(chunk_tokens).dtype
+
+    def judge(self, document: Document, codecs: Sequence[Codec]) -> list[Judgement]:
+        """Judge each codec on a document whose context is computed once."""
+        engine, context = self._engine, document.context
+        tails = [document.continuation, *([*needle.question, *needle.answer] for needle in document.needles)]
+        capacity = len(context) + max(map(len, tails))
+        exact = engine.new_cache(capacity)
+        for start in range(0, len(context), _SPAN):
+            engine.compute(exact, context[start : start + _SPAN], start)
+        before = context[-1]
+        reference = self._follow(exact, len(context), before, document.continuation)
+        known = [self._finds(exact, context, needle) for needle in document.needles]
+        return [self._one(document, codec, exact, reference, known, capacity) for codec in codecs]
+
+    def _one(
+        self,
+        document: Document,
+        codec: Codec,
+        exact: TwoEndedCache,
+        reference: torch.Tensor,
+        known: list[bool],
+        capacity: int,
+    ) -> Judgement:
+        end = len(document.context)
+        cache = self._engine.new_cache(capacity)
+        for theirs, ours in zip(exact.stored, cache.stored, strict=True):
+            for source, target in zip(theirs.regions, ours.regions, strict=True):
+                target[:, :end] = source[:, :end]
+        stored = self._transcode(cache, end, codec)
+        logits = self._follow(cache, end, document.context[-1], document.continuation)
+        expected = torch.log_softmax(reference, -1)
+        kl = (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
+        same = reference.argmax(-1) == logits.argmax(-1)
+        found = [
+            self._finds(cache, document.context, needle)
+            for needle, asked in zip(document.needles, known, strict=True)
+            if asked
+        ]
+        return Judgement(document.kind, float(kl.mean()), float(same.float().mean()), len(found), sum(found), *stored)
+
+    def _transcode(self, cache: TwoEndedCache, end: int, codec: Codec) -> _Stored:
+        """Encode and decode the context's chunks in place, as saving and loading them would."""
+        engine, tokens = self._engine, self._chunk_tokens
+        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
+        coder.warm_up()
+        stored = coded = coded_tokens = count = 0
+        speeds = []
+        source, room, target = (engine.staging(coder.exact.total_bytes) for _ in range(3))
+        for start in range(int(self._computed * end) // tokens * tokens, end - tokens + 1, tokens):
+            engine.gather(cache, start, tokens, segments(coder.exact, source))
+            count += 1
+            began = perf_counter()
+            recent = start + tokens > end - codec.window
+            chunk = None if recent else coder.encode(source, room, _KEY, start)
+            if chunk is None:
+                seal(coder.exact, source, _KEY, start)
+                stored += coder.exact.total_bytes
+                continue
+            encoded = perf_counter()
+            shape = read_header(chunk, len(chunk)).shape
+            views, parts = segments(shape, chunk), segments(coder.exact, target)
+            decoding = perf_counter()
+            for layer, part in enumerate(parts):
+                coder.decode(layer, [views[index] for index in coder.segments_of(shape, [layer])], part)
+            size = sum(coder.exact.segment_bytes) / 1e9
+            speeds.append((size / (encoded - began), size / (perf_counter() - decoding)))
+            engine.place(cache, start, tokens, parts)
+            stored += len(chunk)
+            coded += len(chunk)
+            coded_tokens += tokens
+        if not count:
+            raise BadInput(f"nothing of {end} tokens is loaded in chunks of {tokens}: judge longer documents")
+        encode, decode = (median(column) for column in zip(*speeds, strict=True)) if speeds else (math.nan, math.nan)
+        return _Stored(stored, coded, count * coder.exact.total_bytes, count * tokens, coded_tokens, encode, decode)
+
+    def _follow(self, cache: TwoEndedCache, start: int, before: int, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits that predict each of `tokens`, which begin at `start` behind the token `before`: (tokens, vocabulary).
+
+        The token before is computed anew, over what the cache holds before it.
+        """
+        engine = self._engine
+        kept = [[region[:, start - 1 : start].clone() for region in layer.regions] for layer in cache.stored]
+        cache.set_length(start - 1)
+        with torch.inference_mode():
+            ids = torch.tensor([[before, *tokens[:-1]]], device=engine.device)
+            output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+            logits: torch.Tensor = output.logits[0].to("cpu", torch.float32)
+        for layer, regions in zip(cache.stored, kept, strict=True):
+            for region, one in zip(layer.regions, regions, strict=True):
+                region[:, start - 1 : start] = one
+        return logits
+
+    def _finds(self, cache: TwoEndedCache, context: Sequence[int], needle: Needle) -> bool:
+        """Whether greedy decoding answers the needle's question."""
+        logits = self._follow(cache, len(context), context[-1], [*needle.question, *needle.answer])
+        answers = logits[len(needle.question) :].argmax(-1)
+        return answers.tolist() == list(needle.answer)
+
+
+def summary(recipe: str, codec: Codec, judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """A recipe's figures over all documents, with 95 % intervals, and each document's; NaN becomes None."""
+    ones = list(judgements)
+    columns: dict[str, list[tuple[float, float]]] = {
+        "agreement": [(one.agreement, 1.0) for one in ones],
+        "kl": [(one.kl, 1.0) for one in ones],
+        "retrieval": [(one.found / one.asked if one.asked else 0.0, float(one.asked)) for one in ones],
+        "bytes_per_token": [(one.stored_bytes / one.tokens, 1.0) for one in ones],
+        "ratio": [(one.exact_bytes / one.stored_bytes, 1.0) for one in ones],
+    }
+    coded = [one for one in ones if one.coded_tokens]
+    if coded:
+        columns["coded_ratio"] = [
+            (one.exact_bytes / one.tokens * one.coded_tokens / one.coded_bytes, 1.0) for one in coded
+        ]
+        columns["encode_gbps"] = [(one.encode_gbps, 1.0) for one in coded]
+        columns["decode_gbps"] = [(one.decode_gbps, 1.0) for one in coded]
+    figures: dict[str, Any] = {"recipe": recipe, "fingerprint": codec.fingerprint}
+    figures |= dict.fromkeys(("coded_ratio", "encode_gbps", "decode_gbps"))
+    intervals: dict[str, list[float | None]] = {}
+    for name, column in columns.items():
+        mean, low, high = interval(column)
+        figures[name] = _number(mean)
+        intervals[name] = [_number(low), _number(high)]
+    figures["intervals"] = intervals
+    figures["needles_asked"] = sum(one.asked for one in ones)
+    figures["documents"] = [{name: _number(value) for name, value in asdict(one).items()} for one in ones]
+    return figures
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,100 @@
+"""cakekv quality"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cakekv.cli.console import NEWS, RESULTS, write_json
+
+
+def quality(
+    recipe: Annotated[list[str], typer.Option(help='A codec, such as int8 or "kivi:bits=2,window=128"; repeatable.')],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="How many documents; the kinds take turns.")] = 24,
+    tokens: Annotated[int, typer.Option(min=256, help="Length of each, in tokens.")] = 1536,
+    continuation: Annotated[int, typer.Option(min=8, help="Tokens behind it that are predicted.")] = 128,
+    texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
+    computed: Annotated[float, typer.Option(help="Share of each document, from its front, that is computed.")] = 0.0,
+    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+) -> None:
+    """Judge codecs: what they do to a model's answers, against the exact cache, and what they save.
+
+    Each document's keys and values are encoded, decoded and put back; then the model goes on. kl is the divergence of
+    its next-token distribution, in nats; agreement the share of positions with the same likeliest token; retrieval the
+    share of needles found, of those that the exact cache finds. Intervals are 95 % bootstrap intervals over documents.
+    GB/s are of the exact cache, on one thread, while nothing else should run.
+
+    Examples:
+
+        cakekv quality --recipe int8 --json int8.json
+
+        cakekv quality --recipe int4 --recipe kivi --documents 6 --tokens 512
+    """
+    from rich.progress import track
+
+    from cakekv.bench.machine import describe_machine
+    from cakekv.bench.quality.documents import make_documents
+    from cakekv.bench.quality.judge import Judge, Judgement, summary
+    from cakekv.cli.model import load_cake
+    from cakekv.codec import codec_named
+
+    codecs = [codec_named(one) for one in recipe]
+    cake = load_cake(model, None)
+    made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
+    judge = Judge(cake.engine, chunk_tokens, computed)  # type: ignore[arg-type]  # load_cake makes transformers engines
+    settings = {
+        "command": shlex.join(["cakekv", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "model": model,
+        "context_tokens": tokens,
+        "continuation_tokens": continuation,
+        "chunk_tokens": chunk_tokens,
+        "computed": computed,
+    }
+    judgements: list[list[Judgement]] = [[] for _ in codecs]
+    figures: list[dict[str, Any]] = []
+    for document in track(made, "Judging", console=NEWS, transient=True):
+        for kept, one in zip(judgements, judge.judge(document, codecs), strict=True):
+            kept.append(one)
+        figures = [summary(*each) for each in zip(recipe, codecs, judgements, strict=True)]
+        if json_file is not None:  # so that an interrupted run leaves what it has
+            write_json(json_file, settings | (figures[0] if len(figures) == 1 else {"recipes": figures}))
+    RESULTS.print(_table(figures))
+
+
+def _table(figures: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("recipe")
+    columns = {
+        "agreement": ".3f",
+        "kl": ".4f",
+        "retrieval": ".2f",
+        "bytes_per_token": ",.0f",
+        "ratio": ".2f",
+        "coded_ratio": ".2f",
+        "encode_gbps": ".2f",
+        "decode_gbps": ".2f",
+    }
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for one in figures:
+        cells = []
+        for name, form in columns.items():
+            value = one.get(name)
+            low, high = one["intervals"].get(name, (None, None))
+            if value is None:
+                cells.append("–")
+            elif name in ("agreement", "kl", "retrieval") and low is not None:
+                cells.append(f"{value:{form}} [{low:{form}}, {high:{form}}]")
+            else:
+                cells.append(f"{value:{form}}")
+        table.add_row(one["recipe"], *cells)
+    return table

@@ -1,0 +1,59 @@
+"""Codecs: fewer bytes per chunk, exactly or nearly the same cache. One file per codec, a line each in `CODECS`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+
+from cakekv.codec.base import Codec
+from cakekv.errors import BadInput
+
+CODECS = {
+    "raw": "cakekv.codec.raw:Raw",
+    "fp8": "cakekv.codec.fp8:Fp8",
+    "int8": "cakekv.codec.int8:Int8",
+    "int4": "cakekv.codec.int4:Int4",
+    "kivi": "cakekv.codec.kivi:Kivi",
+    "two_plane": "cakekv.codec.two_plane:TwoPlane",
+    "think": "cakekv.codec.think:Think",
+    "nuq3": "cakekv.codec.nuq3:Nuq3",
+    "cachegen": "cakekv.codec.cachegen:CacheGen",
+}
+"""Module and class by name; imported when named, because most need numba."""
+
+
+def codec_named(recipe: str) -> Codec:
+    """The codec that a recipe names, such as "int8" or "kivi:bits=2,window=128".
+
+    Raises
+    ------
+    BadInput
+        There is no such codec or parameter, or a parameter's value is out of range.
+    """
+    name, _, rest = recipe.partition(":")
+    if name not in CODECS:
+        raise BadInput(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
+    module, _, kind = CODECS[name].partition(":")
+    codec: type[Codec] = getattr(import_module(module), kind)
+    defaults = {field.name: field.default for field in fields(codec)}
+    parameters: dict[str, object] = {}
+    for option in filter(None, rest.split(",")):
+        key, equals, text = option.partition("=")
+        if key not in defaults or not equals:
+            raise BadInput(f"codec {name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults)}")
+        parameters[key] = _parsed(text, defaults[key], f"codec {name}: {key}")
+    return codec(**parameters)  # type: ignore[arg-type]
+
+
+def _parsed(text: str, default: object, name: str) -> object:
+    """`text` as what the default is: yes or no, a number, or a word."""
+    if isinstance(default, bool):
+        if text not in ("yes", "no"):
+            raise BadInput(f"{name} is {text!r}, but must be yes or no")
+        return text == "yes"
+    if isinstance(default, int | float):
+        try:
+            return type(default)(text)
+        except ValueError as error:
+            raise BadInput(f"{name} is {text!r}, but must be a number") from error
+    return text

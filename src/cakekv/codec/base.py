@@ -1,0 +1,146 @@
+"""The contract of a codec: one plane of a chunk in, fewer bytes out, and back. Add one by subclassing `Codec`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cakekv.errors import BadInput
+from cakekv.keys import canonical
+
+Values = npt.NDArray[np.float32]
+"""(heads, tokens, width), C-ordered."""
+Code = npt.NDArray[np.uint8]
+"""One-dimensional."""
+LARGEST = 1e30
+"""Magnitude up to which elements can be encoded; no working model has keys or values beyond."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One array of one layer of a chunk, (heads, tokens, width).
+
+    Parameters
+    ----------
+    role : {"keys", "values"}
+        What it holds. Keys are as the model caches them (most models: after rotation by RoPE).
+    layer, layers : int
+        Which of how many layers it belongs to.
+    heads, tokens, width : int
+        Its shape.
+    dtype : {"bfloat16", "float16", "float32"}
+        What the model keeps it in.
+    """
+
+    role: Literal["keys", "values"]
+    layer: int
+    layers: int
+    heads: int
+    tokens: int
+    width: int
+    dtype: str = "bfloat16"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(heads, tokens, width)"""
+        return self.heads, self.tokens, self.width
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return self.heads * self.tokens * self.width
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element in the model's cache."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes in the model's cache."""
+        return self.elements * self.itemsize
+
+
+class DamagedCode(Exception):
+    """`Codec.decode` met bytes that `Codec.encode` does not write."""
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How the planes of chunks become bytes. Its fields are its parameters, and become part of every key.
+
+    A plane is encoded by itself: groups, scales and streams end where it ends, so that any layer of any chunk can be
+    read and decoded alone, whatever the chunk's number of tokens.
+
+    Parameters
+    ----------
+    window : int
+        So many of a prompt's newest tokens are stored exactly, in whole chunks.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Grows whenever the same parameters give other bytes."""
+    lossy: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
+    """Whether every plane takes exactly `size` bytes; else at most that many."""
+    parts: ClassVar[int] = 1
+    """Into how many parts a plane is encoded, each of use without those behind it."""
+    choices: ClassVar[tuple[str, ...]] = ()
+    """Fields that change only what is read of what is stored."""
+
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `BadInput` if a parameter is out of range."""
+        self.check("window", 0 <= self.window < 2**31, "0 or more tokens")
+
+    def check(self, field: str, holds: bool, wanted: str) -> None:
+        """Raise `BadInput`, which names the field, unless something `holds` of it."""
+        if not holds:
+            raise BadInput(f"codec {self.name}: {field} is {getattr(self, field)}, but must be {wanted}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the codec and all that enters into its bytes, as stable text."""
+        fields = {name: value for name, value in asdict(self).items() if name not in self.choices}
+        return canonical({"codec": self.name, "version": self.version, **fields})
+
+    @property
+    def parts_read(self) -> int:
+        """How many of the parts loads should read."""
+        return self.parts
+
+    @abstractmethod
+    def size(self, plane: Plane, part: int = 0) -> int:
+        """Bytes of a plane's code, or of one part of it: exactly if `fixed`, else at most."""
+
+    @abstractmethod
+    def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
+        """Write a plane's code into `code`, which is `size` bytes long; returns how many of them are used.
+
+        `values` are finite and within ±`LARGEST`.
+        """
+
+    @abstractmethod
+    def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
+        """Fill `values` from a plane's code.
+
+        Parameters
+        ----------
+        plane : Plane
+            Which one.
+        codes : list of Code
+            One per part that was read, at least one.
+        values : Values
+            Every element is written.
+
+        Raises
+        ------
+        DamagedCode
+            The bytes cannot be what `encode` wrote. Any bytes may come; none may make it read or write elsewhere.
+        """

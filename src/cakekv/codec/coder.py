@@ -1,0 +1,252 @@
+"""From a chunk as a model's cache has it to the chunk that is stored, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import cast
+
+import numpy as np
+
+from cakekv.chunk import PACKING, ChunkHeader, ChunkShape, read_header, seal, segments
+from cakekv.codec.base import LARGEST, Code, Codec, DamagedCode, Plane
+from cakekv.errors import BadInput, CannotEncode, ChunkFault, CorruptChunk
+from cakekv.keys import ChunkKey
+from cakekv.layout import KVLayout
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_LENGTH = np.dtype("<u4")
+
+
+class ChunkCoder:
+    """A codec at work on the chunks of one model.
+
+    A chunk is stored in one of two forms. The *exact* form is the cache's own bytes; the newest tokens of a prompt have
+    it, and chunks that the codec cannot make smaller. The *coded* form is packed and always smaller, so that a stored
+    chunk's size tells its form. Its segments are the codes of the layers' planes, one behind the other; first the first
+    part of every layer, then the second of every layer. Where codes vary in length, a segment begins with the lengths
+    of all of its codes but the last.
+
+    Parameters
+    ----------
+    codec : Codec
+        Encodes and decodes planes.
+    layout : KVLayout
+        The model's.
+    tokens : int
+        Tokens per chunk.
+    dtype : str
+        The model's cache's, as in `Identity`.
+
+    Raises
+    ------
+    BadInput
+        The codec is lossy, and does not know the element type.
+    """
+
+    def __init__(self, codec: Codec, layout: KVLayout, tokens: int, dtype: str) -> None:
+        self.codec = codec
+        self.exact = ChunkShape(tokens, layout.segment_bytes(tokens))
+        """The exact form."""
+        self.layers = len(layout.layers)
+        self.encodes = codec.name != "raw"
+        if self.encodes and dtype not in _DTYPES:
+            raise BadInput(f"codec {codec.name} is for caches in {', '.join(_DTYPES)}, and this model's is {dtype}")
+        self._planes = [
+            [
+                Plane("values" if index else "keys", layer, self.layers, plane.heads, tokens, plane.width, dtype)
+                for index, plane in enumerate(kept.planes)
+            ]
+            for layer, kept in enumerate(layout.layers)
+        ]
+
+    @cached_property
+    def _sizes(self) -> list[list[list[int]]]:
+        """Bytes of codes, at most: by part, layer and plane."""
+        return [
+            [[self.codec.size(plane, part) for plane in planes] for planes in self._planes]
+            for part in range(self.codec.parts)
+        ]
+
+    @cached_property
+    def longest(self) -> ChunkShape:
+        """The coded form at its longest; if the codec is fixed, as it always is."""
+        lengths = [
+            sum(sizes) + self._lengths_bytes(planes)
+            for part in self._sizes
+            for planes, sizes in zip(self._planes, part, strict=True)
+        ]
+        return ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
+
+    @cached_property
+    def _shrinks(self) -> bool:
+        return self.encodes and not (self.codec.fixed and self.longest.total_bytes >= self.exact.total_bytes)
+
+    def shape_of(self, size: int) -> ChunkShape | None:
+        """The shape of a stored chunk of `size` bytes; None if only its header tells."""
+        if not self._shrinks or size == self.exact.total_bytes:
+            return self.exact
+        return self.longest if self.codec.fixed else None
+
+    def is_exact(self, size: int) -> bool:
+        """Whether a stored chunk of `size` bytes is in the exact form."""
+        return not self._shrinks or size == self.exact.total_bytes
+
+    def expected(self, sizes: Sequence[int]) -> ChunkShape:
+        """About the shape of the stored chunks of these sizes, to plan with."""
+        if self._shrinks and self.codec.fixed:
+            return self.longest
+        if not self._shrinks or not sizes:
+            return self.exact
+        body = sum(sizes) / len(sizes) - self.longest.header_bytes
+        share = min(1.0, max(body, 1.0) / sum(self.exact.segment_bytes))
+        return ChunkShape(self.exact.tokens, tuple(max(1, int(n * share)) for n in self.exact.segment_bytes), True)
+
+    def check(self, header: ChunkHeader, key: ChunkKey, position: int) -> bool:
+        """Whether a chunk is in the coded form; raises `CorruptChunk` unless it is this one in either form."""
+        coded = header.shape.packed and self._shrinks
+        shape = self.longest if coded else self.exact
+        if (
+            coded
+            and not self.codec.fixed
+            and header.tokens == shape.tokens
+            and len(header.lengths) == len(shape.segment_bytes)
+        ):
+            fits = all(length <= most for length, most in zip(header.lengths, shape.segment_bytes, strict=True))
+            shape = header.shape if fits and header.total_bytes < self.exact.total_bytes else shape
+        header.expect(shape, key, position)
+        return coded
+
+    def segments_of(self, shape: ChunkShape, layers: Sequence[int]) -> Sequence[int]:
+        """The segments of a chunk that hold these layers, as far as the codec wants to read."""
+        if not shape.packed:
+            return layers
+        return [part * self.layers + layer for part in range(self.codec.parts_read) for layer in layers]
+
+    def encode(self, exact: memoryview, coded: memoryview, key: ChunkKey, position: int) -> memoryview | None:
+        """Make the coded form of a chunk.
+
+        Parameters
+        ----------
+        exact : memoryview
+            Holds the segments of the exact form, at its offsets.
+        coded : memoryview
+            At least as long as the exact form.
+        key, position
+            As for `seal`.
+
+        Returns
+        -------
+        memoryview or None
+            The sealed chunk, the beginning of `coded`; None if it would not be smaller.
+
+        Raises
+        ------
+        CannotEncode
+            An element is not finite, or beyond all reason.
+        """
+        from cakekv.codec.elements import from_elements
+
+        codec = self.codec
+        if not self._shrinks:
+            return None
+        sources = segments(self.exact, exact)
+        decoded = []
+        for planes, source in zip(self._planes, sources, strict=True):
+            offset = 0
+            for plane in planes:
+                data = np.frombuffer(source, np.uint8, plane.raw_bytes, offset)
+                values = from_elements(data, plane.dtype, plane.shape)
+                if not np.abs(values).max(initial=0.0) <= LARGEST:
+                    raise CannotEncode(
+                        f"the {plane.role} of layer {plane.layer}, tokens from {position}, are not all finite, "
+                        "or too large; the chunk is not saved"
+                    )
+                decoded.append(values)
+                offset += plane.raw_bytes
+        lengths: list[int] = []
+        begin = self.longest.header_bytes
+        for part in range(codec.parts):
+            every = iter(decoded)
+            for planes in self._planes:
+                end = begin + self._lengths_bytes(planes)
+                used = []
+                for plane in planes:
+                    size = codec.size(plane, part)
+                    if end + size > len(coded):
+                        return None
+                    used.append(codec.encode(plane, next(every), np.frombuffer(coded, np.uint8, size, end), part))
+                    end += used[-1]
+                if not codec.fixed:
+                    coded[begin : begin + self._lengths_bytes(planes)] = np.array(used[:-1], _LENGTH).tobytes()
+                lengths.append(end - begin)
+                begin = -(-end // PACKING) * PACKING
+        shape = ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
+        if shape.total_bytes >= self.exact.total_bytes:
+            return None
+        seal(shape, coded, key, position)
+        return coded[: shape.total_bytes]
+
+    def decode(self, layer: int, codes: Sequence[memoryview], exact: memoryview) -> None:
+        """Decode a layer.
+
+        Parameters
+        ----------
+        layer : int
+            Which one.
+        codes : sequence of memoryview
+            The parts of its code that were read, verified; at least one.
+        exact : memoryview
+            Is filled with the layer's segment of the exact form.
+
+        Raises
+        ------
+        CorruptChunk
+            A code is not what the codec writes.
+        """
+        from cakekv.codec.elements import to_elements
+
+        planes = self._planes[layer]
+        try:
+            split = [self._split(part, layer, code) for part, code in enumerate(codes)]
+            offset = 0
+            for index, plane in enumerate(planes):
+                values = np.empty(plane.shape, np.float32)
+                self.codec.decode(plane, [parts[index] for parts in split], values)
+                to_elements(values, plane.dtype, np.frombuffer(exact, np.uint8, plane.raw_bytes, offset))
+                offset += plane.raw_bytes
+        except DamagedCode as damage:
+            raise CorruptChunk(ChunkFault.UNDECODABLE, f"layer {layer}: {damage}") from damage
+
+    def warm_up(self) -> None:
+        """Have everything compiled before anybody waits for it."""
+        if not self._shrinks:
+            return
+        exact, coded = memoryview(bytearray(self.exact.total_bytes)), memoryview(bytearray(self.exact.total_bytes))
+        chunk = self.encode(exact, coded, ChunkKey(bytes(ChunkKey.LENGTH)), 0)
+        if chunk is not None:
+            shape = read_header(chunk, len(chunk)).shape
+            views = segments(shape, chunk)
+            self.decode(0, [views[index] for index in self.segments_of(shape, [0])], segments(self.exact, exact)[0])
+
+    def _lengths_bytes(self, planes: list[Plane]) -> int:
+        return 0 if self.codec.fixed else _LENGTH.itemsize * (len(planes) - 1)
+
+    def _split(self, part: int, layer: int, code: memoryview) -> list[Code]:
+        """A segment's bytes, plane by plane."""
+        data = cast(Code, np.frombuffer(code, np.uint8))
+        lengths = most = self._sizes[part][layer]
+        begin = 0
+        if not self.codec.fixed:
+            begin = self._lengths_bytes(self._planes[layer])
+            if len(data) < begin:
+                raise DamagedCode("it ends within its lengths")
+            lengths = [int(length) for length in data[:begin].view(_LENGTH)]
+            lengths.append(len(data) - begin - sum(lengths))
+            if not all(0 <= length <= limit for length, limit in zip(lengths, most, strict=True)):
+                raise DamagedCode(f"its lengths are {lengths}")
+        if begin + sum(lengths) != len(data):
+            raise DamagedCode(f"it has {len(data)} bytes instead of {begin + sum(lengths)}")
+        ends = list(accumulate(lengths, initial=begin))
+        return [data[begin:end] for begin, end in pairwise(ends)]

@@ -1,0 +1,128 @@
+"""Three bits with learned levels, and the few outliers exact, in the spirit of KVQuant (arXiv 2401.18079).
+
+Unlike KVQuant's, levels are learned from the chunk itself, not from a calibration set, and keys are quantised as the
+model caches them, after RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cakekv.codec.base import Code, Codec, DamagedCode, Plane, Values
+from cakekv.codec.elements import from_elements, to_elements
+from cakekv.codec.kernels import compiled, pack3, rows_of, unpack_row
+
+_LEVELS = 8
+_BINS = 512
+_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class Nuq3(Codec):
+    """Keys are scaled per channel, values per token; all of a plane shares eight levels.
+
+    Parameters
+    ----------
+    outliers : float
+        The part of the elements that is kept exactly: those furthest from their channel's, or token's, mean.
+    """
+
+    name: ClassVar[str] = "nuq3"
+    outliers: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("outliers", 0.0 <= self.outliers <= 0.25, "from 0 to 0.25")
+
+    def size(self, plane: Plane, part: int = 0) -> int:
+        codes = plane.heads * rows_of(3, plane.tokens) * plane.width
+        each = _index(plane).itemsize + plane.itemsize
+        return 4 * _LEVELS + 4 * _vectors(plane) + self._kept(plane) * each + codes
+
+    def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
+        axis = _axis(plane)
+        mean, spread = values.mean(axis, keepdims=True), values.std(axis, dtype=np.float64, keepdims=True) + 1e-30
+        away = np.abs((values - mean) / spread).reshape(-1)
+        kept = np.sort(np.argpartition(-away, min(self._kept(plane), away.size - 1))[: self._kept(plane)])
+        usual = values.copy()
+        usual.reshape(-1)[kept] = np.broadcast_to(mean, values.shape).reshape(-1)[kept]
+        low = _bfloat16(usual.min(axis, keepdims=True))
+        scale = _bfloat16((usual.max(axis, keepdims=True) - low[0]).clip(0))
+        with np.errstate(over="ignore"):  # where a group has one value, and that is rounded away from its low
+            place = (usual - low[0]) / np.maximum(scale[0], np.float32(1e-30))
+        place = np.asarray(place.clip(0, 1), np.float32)
+        levels = _learn(place)
+        nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, place).astype(np.uint8)
+        exact = np.empty(len(kept) * plane.itemsize, np.uint8)
+        to_elements(values.reshape(-1)[kept], plane.dtype, exact)
+        parts = [levels.astype("<f4"), scale[1], low[1], kept.astype(_index(plane)), exact]
+        head = np.frombuffer(b"".join(part.tobytes() for part in parts), np.uint8)
+        code[: head.size] = head
+        pack3(nearest, code[head.size :])
+        return len(code)
+
+    def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
+        code, vectors, kept = codes[0], _vectors(plane), self._kept(plane)
+        lengths = [4 * _LEVELS, 2 * vectors, 2 * vectors, kept * _index(plane).itemsize, kept * plane.itemsize]
+        ends = np.cumsum(lengths)
+        pieces = [code[end - length : end].copy() for end, length in zip(ends, lengths, strict=True)]
+        levels = pieces[0].view("<f4")
+        scale, low = (from_elements(piece, "bfloat16", (vectors,)) for piece in pieces[1:3])
+        index = pieces[3].view(_index(plane))
+        if not np.isfinite(levels).all() or (index >= plane.elements).any():
+            raise DamagedCode("a level that is no number, or an outlier that is nowhere")
+        _decode(code[ends[-1] :], levels.astype(np.float32), scale, low, plane.role == "keys", values)
+        values.reshape(-1)[index] = from_elements(pieces[4], plane.dtype, (kept,))
+
+    def _kept(self, plane: Plane) -> int:
+        return int(self.outliers * plane.elements)
+
+
+def _axis(plane: Plane) -> int:
+    return 1 if plane.role == "keys" else 2
+
+
+def _vectors(plane: Plane) -> int:
+    """How many channels, or tokens, have a scale."""
+    return plane.heads * (plane.width if plane.role == "keys" else plane.tokens)
+
+
+def _index(plane: Plane) -> np.dtype[np.unsignedinteger[npt.NBitBase]]:
+    return np.dtype("<u2" if plane.elements <= 1 << 16 else "<u4")
+
+
+def _bfloat16(values: Values) -> tuple[Values, npt.NDArray[np.uint16]]:
+    """Rounded to bfloat16, as float32 and as it is stored."""
+    data = np.empty(2 * values.size, np.uint8)
+    to_elements(np.ascontiguousarray(values), "bfloat16", data)
+    return from_elements(data, "bfloat16", values.shape), data.view("<u2")
+
+
+def _learn(place: Values) -> Values:
+    """The eight levels that leave the least square error: Lloyd's algorithm on a histogram of [0, 1]."""
+    counts, _ = np.histogram(place, _BINS, (0, 1))
+    middles = (np.arange(_BINS) + 0.5) / _BINS
+    levels = (np.arange(_LEVELS) + 0.5) / _LEVELS
+    for _ in range(_ROUNDS):
+        nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, middles)
+        weight = np.bincount(nearest, counts, _LEVELS)
+        total = np.bincount(nearest, counts * middles, _LEVELS)
+        levels = np.sort(np.where(weight > 0, total / np.maximum(weight, 1), levels))
+    return levels.astype(np.float32)
+
+
+@compiled
+def _decode(code, levels, scale, low, per_channel, values):  # type: ignore[no-untyped-def]
+    heads, tokens, width = values.shape
+    rows = (tokens + 7) // 8 * 3
+    for h in range(heads):
+        for t in range(tokens):
+            row = values[h, t]
+            unpack_row(code, h * rows * width, 3, t, row)
+            for w in range(width):
+                vector = h * width + w if per_channel else h * tokens + t
+                row[w] = levels[np.uint8(row[w])] * scale[vector] + low[vector]

@@ -1,0 +1,116 @@
+"""The judge: raw is exact, worse codecs are judged worse, and the figures are what they say."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cakekv.bench.quality.documents import KINDS, Document, Needle, make_documents
+from cakekv.bench.quality.intervals import interval
+from cakekv.bench.quality.judge import Judge, summary
+from cakekv.codec import codec_named
+from cakekv.engine.transformers import TransformersEngine
+from cakekv.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    return TransformersEngine(LlamaForCausalLM(config).to(torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def documents(engine: TransformersEngine) -> list[Document]:
+    """Random tokens; the needles are what the model says anyway, and what it does not."""
+    rng = random.Random(5)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(211) for _ in range(count)]
+
+    made = []
+    for _ in range(3):
+        context, question = tokens(300), tokens(6)
+        cache = engine.new_cache(310)
+        answer = int(engine.compute(cache, [*context, *question], 0).argmax())
+        needles = [Needle(tuple(question), (answer,)), Needle(tuple(question), ((answer + 1) % 211,))]
+        made.append(Document("text", context, tokens(40), needles))
+    return made
+
+
+def judged(engine: TransformersEngine, documents: list[Document], recipes: list[str], **options: Any) -> dict[str, Any]:
+    judge = Judge(engine, 32, **options)
+    codecs = [codec_named(recipe) for recipe in recipes]
+    columns = zip(*(judge.judge(document, codecs) for document in documents), strict=True)
+    return {r: summary(r, c, ones) for r, c, ones in zip(recipes, codecs, columns, strict=True)}
+
+
+def test_worse_codecs_are_judged_worse(engine: TransformersEngine, documents: list[Document]) -> None:
+    figures = judged(engine, documents, ["raw", "int8", "int4", "kivi:window=0", "kivi:window=128"])
+    assert figures["raw"]["kl"] == 0
+    assert figures["raw"]["agreement"] == figures["raw"]["retrieval"] == figures["raw"]["ratio"] == 1
+    assert figures["raw"]["encode_gbps"] is None
+    assert 0 < figures["int8"]["kl"] < figures["int4"]["kl"] < figures["kivi:window=0"]["kl"]
+    assert figures["kivi:window=128"]["kl"] < figures["kivi:window=0"]["kl"]
+    assert 1 < figures["int8"]["ratio"] < figures["int4"]["ratio"] <= figures["kivi:window=0"]["ratio"]
+    assert figures["kivi:window=128"]["ratio"] < figures["kivi:window=0"]["ratio"]
+    for one in figures.values():
+        assert one["needles_asked"] == 3  # of six: the exact cache answers one of two
+        low, high = one["intervals"]["kl"]
+        assert low <= one["kl"] <= high
+
+
+def test_a_computed_front_helps(engine: TransformersEngine, documents: list[Document]) -> None:
+    kl = [judged(engine, documents, ["kivi:window=0"], computed=part)["kivi:window=0"]["kl"] for part in (0.0, 0.8)]
+    assert kl[1] < kl[0]
+
+
+def test_bytes_are_those_of_the_store(engine: TransformersEngine, documents: list[Document]) -> None:
+    one = judged(engine, documents[:1], ["int8:window=64"])["int8:window=64"]
+    document = one["documents"][0]
+    assert document["tokens"] == 288
+    assert document["coded_tokens"] == 7 * 32  # 236 tokens are older than the newest 64
+    assert one["bytes_per_token"] == document["stored_bytes"] / 288
+    assert one["ratio"] == document["exact_bytes"] / document["stored_bytes"]
+
+
+class Words:
+    """A tokenizer of characters."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 211 for letter in text]}
+
+
+def test_documents_are_the_same_every_time() -> None:
+    first, second = (make_documents(Words(), 6, 600, 50) for _ in range(2))
+    assert first == second
+    assert [document.kind for document in first] == [*KINDS, *KINDS]
+    assert len({tuple(document.context) for document in first}) == 6
+    for document in first:
+        assert len(document.context) == 600
+        assert len(document.continuation) == 50
+        assert len(document.needles) == 3
+    with pytest.raises(BadInput, match="256"):
+        make_documents(Words(), 1, 100, 10)
+
+
+def test_intervals() -> None:
+    assert interval([(2.0, 1.0)] * 5) == (2.0, 2.0, 2.0)
+    mean, low, high = interval([(float(i), 1.0) for i in range(20)])
+    assert mean == 9.5
+    assert 5 < low < 9.5 < high < 14
+    assert interval([(1.0, 1.0), (5.0, 0.0)])[0] == 1.0
+    assert str(interval([(0.0, 0.0)])[0]) == "nan"
