@@ -53,8 +53,8 @@ class Nuq3(Codec):
         low = _bfloat16(usual.min(axis, keepdims=True))
         scale = _bfloat16((usual.max(axis, keepdims=True) - low[0]).clip(0))
         with np.errstate(over="ignore"):  # where a group has one value, and that is rounded away from its low
-            place = (usual - low[0]) / np.maximum(scale[0], np.float32(1e-30))
-        place = np.asarray(place.clip(0, 1), np.float32)
+            within = (usual - low[0]) / np.maximum(scale[0], np.float32(1e-30))
+        place: Values = within.clip(0, 1).astype(np.float32)
         levels = _learn(place)
         nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, place).astype(np.uint8)
         exact = np.empty(len(kept) * plane.itemsize, np.uint8)
