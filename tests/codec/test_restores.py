@@ -15,7 +15,7 @@ from cakekv.codec import CODECS, codec_named
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey, chunk_keys
-from cakekv.load import pieces
+from cakekv.load import pieces as cutting
 from cakekv.store.base import ChunkReader, Store
 from cakekv.store.memory import MemoryStore
 
@@ -143,7 +143,7 @@ def test_layered_finish(
     small: TransformersEngine, prompt: list[int], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces of coded chunks, read while the suffix is computed, are decoded into their places."""
-    monkeypatch.setattr(pieces, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(cutting, "_LEAST_READ_BYTES", 1)
     end = 10 * CHUNK
     long = prompt[:end] + [3, 1, 4, 1, 5, 9, 2, 6] * 20
     store = Slow()
