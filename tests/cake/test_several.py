@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from cakekv import restorer
 from cakekv.arbiter import Arbiter, Request
 from cakekv.cake import Cake
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey, chunk_keys
+from cakekv.load import pieces
 from cakekv.restore.priority import POLICIES, open_policy
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
@@ -401,7 +401,7 @@ def test_a_tier_that_hangs_is_not_waited_for_twice(engine: TransformersEngine, w
 def test_others_compute_while_a_suffix_waits_for_its_layers(
     engine: TransformersEngine, watched: Watched, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restorer, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(pieces, "_LEAST_READ_BYTES", 1)
     expected = Cake(engine, chunk_tokens=CHUNK).generate(prompt, max_new_tokens=4)
     store = filled(engine, prompt)
     reads = threading.Event()
