@@ -132,9 +132,12 @@ class LazyDevice(TorchFunctionMode):
         return result
 
     def _defer(self, work: Callable[[], Any]) -> None:
+        inference = torch.is_inference_mode_enabled()  # when it is launched; a device does not ask again
+
         def run() -> None:
             self._running = True
-            work()
+            with torch.inference_mode(inference):
+                work()
             self._running = False
 
         self.current.operations.append(run)
