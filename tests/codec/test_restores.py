@@ -153,7 +153,7 @@ def test_layered_finish(
         decoded = other.prefill(prompt[: end + 1], mode="load")
     pieces = 0
     with cake(Paced(small.model), store, name) as third:
-        for _ in range(4):  # the first teaches what both arms cost
+        for _ in range(40):  # until one was finished in layers: the first teaches what both arms cost
             mixed = third.prefill(long, mode="both", save=False)
             pieces += sum(load.group is not None for load in mixed.report.loads)
             computed = torch.zeros(len(long), dtype=torch.bool)
@@ -167,6 +167,8 @@ def test_layered_finish(
                     assert torch.equal(region[:, :end][:, ~computed[:end]], back[:, :end][:, ~computed[:end]])
             again = small.compute(mixed.cache, long[end:], end)
             assert torch.allclose(mixed.logits, again, atol=1e-4)
+            if pieces:
+                break
     assert pieces
 
 
