@@ -161,6 +161,7 @@ def test_devices(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
     import logging
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="vllm.cakekv")  # whatever engines in this process have set
     check_device("cpu", log=True)
     check_device("cuda", log=False)
     assert not caplog.records
