@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from cakekv.errors import BadInput, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.quantities import parse_duration
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Store
+from cakekv.store.wrapper import WrappedStore
 
 Operation = Literal["lookup", "open", "read", "write"]
 Fault = Literal["error", "short", "corrupt", "hang", "slow", "vanish"]
@@ -54,7 +55,7 @@ class FaultPlan(NamedTuple):
     hang_s: float = 3600.0
 
 
-class FaultyStore(Store):
+class FaultyStore(WrappedStore):
     """Another store, with faults.
 
     Parameters
@@ -85,10 +86,8 @@ class FaultyStore(Store):
         for operation, fault in plan.odds:
             if operation not in FAULTS.get(fault, ()):
                 raise BadInput(f"there is no fault {fault!r} of {operation!r}; there are {_all_faults()}")
-        self.name = inner.name
-        self.parallel_reads = inner.parallel_reads
+        super().__init__(inner)
         self.injected: Counter[tuple[Operation, Fault]] = Counter()
-        self._inner = inner
         self._plan = plan
         self._lock = threading.Lock()
         self._turns: Counter[tuple[Operation, bytes]] = Counter()
@@ -110,25 +109,10 @@ class FaultyStore(Store):
             data = memoryview(damaged)
         return self._inner.write(key, data)
 
-    def delete(self, keys: Sequence[ChunkKey]) -> int:
-        return self._inner.delete(keys)
-
-    def __iter__(self) -> Iterator[StoredChunk]:
-        return iter(self._inner)
-
-    def stats(self) -> StoreStats:
-        return self._inner.stats()
-
-    def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
-        self._inner.remember_identity(root, fields)
-
-    def identities(self) -> dict[str, dict[str, str]]:
-        return self._inner.identities()
-
     def close(self) -> None:
         """Release what the store holds, and whoever hangs in it."""
         self._closed.set()
-        self._inner.close()
+        super().close()
 
     def suffer(self, operation: Operation, key: bytes) -> Fault | None:
         """Draw this operation's fault, and let it happen as far as it is the same for all operations.
