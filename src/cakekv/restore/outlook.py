@@ -87,10 +87,11 @@ class Outlook:
             The plan so far, chunk to source.
         """
         coverage, sources, size = self._coverage, len(self._sources), self._chunk_bytes
-        candidates, ends_s = self.candidates(now)
+        uncharged, ends_s = self.candidates(now)
+        candidates = uncharged
         lag_s = [0.0] * sources
         if self._mode != "load":
-            candidates = charge_spans(candidates, self._compute.shape.fixed)
+            candidates = charge_spans(uncharged, self._compute.shape.fixed)
             lag_s = [
                 0.0 if source.cost.is_shared(size) else (source.depth - 1) * source.cost.seconds(size)
                 for source in self._sources
@@ -102,17 +103,21 @@ class Outlook:
                 return busy_s + self._compute.seconds(coverage.start_of(first), chunks * coverage.chunk_tokens)
 
             complete_landing(candidates, plan, lag_s, self._max_span_chunks, span_s)
-            plan = self._played(plan, before, now, busy_s, finish_s)
+            if self.is_played:
+                plan = self._played(uncharged, plan, before, now, busy_s, finish_s)
         return Plan(plan, *order_loads(candidates, plan, sources))
 
     def _played(
-        self, plan: dict[int, int], before: Mapping[int, int], now: float, busy_s: float, finish_s: float
+        self,
+        candidates: list[Candidate],
+        plan: dict[int, int],
+        before: Mapping[int, int],
+        now: float,
+        busy_s: float,
+        finish_s: float,
     ) -> dict[int, int]:
         """The better of the new plan and the one before, with what small changes make better."""
         compute = self._compute
-        if not self.is_played:
-            return plan
-        candidates, _ = self.candidates(now)
         shared_s = compute.shape.fixed / self._max_span_chunks
         each_s = [
             self._flights.busy_seconds(source, self._chunk_bytes, 0.0, now) for source in range(len(self._sources))
