@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cakekv.bench.quality.documents import KINDS, Document, Needle, make_documents
 from cakekv.bench.quality.intervals import interval
@@ -18,19 +17,8 @@ from cakekv.errors import BadInput
 
 
 @pytest.fixture(scope="module")
-def engine() -> TransformersEngine:
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    return TransformersEngine(LlamaForCausalLM(config).to(torch.bfloat16))
+def engine(make_engine: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    return make_engine("bfloat16")
 
 
 @pytest.fixture(scope="module")

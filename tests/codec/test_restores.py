@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cakekv.cake import Cake
 from cakekv.codec import CODECS, codec_named
@@ -24,28 +24,13 @@ LOSSY = [name for name in CODECS if codec_named(name).lossy]
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def engine(request: pytest.FixtureRequest) -> TransformersEngine:
-    return _engine(request.param)
+def engine(request: pytest.FixtureRequest, make_engine: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    return make_engine(request.param)
 
 
 @pytest.fixture(scope="module")
-def small() -> TransformersEngine:
-    return _engine("float32")
-
-
-def _engine(dtype: str) -> TransformersEngine:
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    return TransformersEngine(LlamaForCausalLM(config).to(getattr(torch, dtype)))
+def small(make_engine: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    return make_engine("float32")
 
 
 @pytest.fixture(scope="module")
