@@ -75,7 +75,18 @@ def main(
         with Server(folder_of_model, log, {**options, "store": url}, arguments) as server:
             balanced = fill(server, url, [prompt], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
         NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False, soft_wrap=True)
-        points = []
+        about = {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "link": "a folder, slowed down in software" if link is None else "Valkey behind a link shaped by tc tbf",
+            "model": folder_of_model.name,
+            "prefix_tokens": prefix,
+            "suffix_tokens": suffix,
+            "chunk_tokens": chunk_tokens,
+            "step_tokens": step_tokens,
+            "layered_finish": layered_finish,
+        }
+        points: list[dict[str, Any]] = []
         for ratio in wanted:
             bandwidth = ratio * balanced
             if link is None:
@@ -86,22 +97,7 @@ def main(
             with Server(folder_of_model, log, {**options, "store": shaped, "save": False}, arguments) as server:
                 points.append(_measure(plain, server, prompt, prefix, ratio, bandwidth, repeats))
             _show(points[-1])
-    write_json(
-        json_file,
-        {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
-            "link": "a folder, slowed down in software" if link is None else "Valkey behind a link shaped by tc tbf",
-            "model": folder_of_model.name,
-            "prefix_tokens": prefix,
-            "suffix_tokens": suffix,
-            "chunk_tokens": chunk_tokens,
-            "step_tokens": step_tokens,
-            "layered_finish": layered_finish,
-            "balanced_bytes_per_s": balanced,
-            "points": points,
-        },
-    )
+            write_json(json_file, {**about, "balanced_bytes_per_s": balanced, "points": points})
     if picture is not None:
         bench_picture(points, picture)
 
