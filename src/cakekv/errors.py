@@ -37,6 +37,10 @@ class MissingChunk(StoreError):
     """The chunk is not (or no longer) in the tier."""
 
 
+class UnknownKey(StoreError):
+    """The chunk is sealed with a key that is not in the keyring."""
+
+
 class CannotEncode(CakeError):
     """A chunk's keys or values are such that no codec can encode them; it is not saved."""
 

@@ -134,6 +134,13 @@ def chunk_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.int
     BadInput
         The token ids are not a flat sequence of integers from 0 to 2**63 - 1.
     """
+    return chained_keys(identity.root, identity.chunk_tokens, token_ids)
+
+
+def chained_keys(
+    root: bytes, chunk_tokens: int, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
+) -> list[ChunkKey]:
+    """As `chunk_keys`, of an identity of which only the root and the tokens per chunk are known."""
     tokens = np.asarray(token_ids)
     if not tokens.size:
         return []
@@ -143,9 +150,9 @@ def chunk_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.int
     if tokens.min() < 0:
         raise BadInput(f"token ids must be from 0 to 2**63 - 1; the one at {int(tokens.argmin())} is not")
     data = tokens.tobytes()
-    step = identity.chunk_tokens * tokens.itemsize
+    step = chunk_tokens * tokens.itemsize
     keys = []
-    parent = identity.root
+    parent = root
     for end in range(step, len(data) + 1, step):
         parent = ChunkKey(blake3(parent + data[end - step : end]).digest())
         keys.append(parent)

@@ -11,13 +11,14 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _PREFIXES = _DECIMAL | _BINARY
 _SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "µs": Decimal("1e-6")}
+_SECONDS |= {"min": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _LARGEST = 2**63
 
 _NUMBER = r"\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*"
 _PREFIX = r"(?P<prefix>(?:[kKmMgGtT]i?)?)"
 _SIZE = re.compile(rf"{_NUMBER}(?:{_PREFIX}B)?\s*")
 _BANDWIDTH = re.compile(rf"{_NUMBER}{_PREFIX}(?P<unit>B|b|bit)(?:/s|ps)\s*")
-_DURATION = re.compile(rf"{_NUMBER}(?P<unit>s|ms|us|µs)\s*")
+_DURATION = re.compile(rf"{_NUMBER}(?P<unit>{'|'.join(_SECONDS)})\s*")
 
 
 def parse_bytes(text: str | int) -> int:
@@ -74,7 +75,7 @@ def parse_duration(text: str) -> float:
     Parameters
     ----------
     text : str
-        For example "2ms", "0.5s" or "150us".
+        For example "2ms", "0.5s", "150us", "10min", "12h" or "30d".
 
     Raises
     ------
@@ -83,7 +84,9 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text)
     if not match:
-        raise BadInput(f'{text!r} is not a duration: write a number with s, ms or us, such as "2ms" or "0.5s"')
+        raise BadInput(
+            f'{text!r} is not a duration: write a number with us, ms, s, min, h or d, such as "2ms" or "30d"'
+        )
     return float(Decimal(match["number"]) * _SECONDS[match["unit"]])
 
 

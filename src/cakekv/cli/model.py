@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cakekv.cli.console import NEWS
+from cakekv.options import Options
 from cakekv.store.base import Store
 
 if TYPE_CHECKING:
     from cakekv.cake import Cake
 
 
-def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "raw") -> Cake:
+def load_cake(
+    model: str, store: Store | None, tenant: str = "", codec: str = "raw", chunk_tokens: int | None = None
+) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
     Raises
@@ -29,6 +32,7 @@ def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "r
                 status.update(f"Converting {NAME} (once, about 20 s) …")
             model = str(demo_model())
         status.update("Loading the model …")
-        return Cake.from_pretrained(
-            model, store, tenant=tenant, codec=codec, calibration=cache_folder() / "calibration.json"
-        )
+        options: Options = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
+        if chunk_tokens is not None:
+            options["chunk_tokens"] = chunk_tokens
+        return Cake.from_pretrained(model, store, **options)

@@ -29,6 +29,15 @@ class StoreStats(NamedTuple):
     """Bytes it may hold, or None if it is not bounded."""
 
 
+class Removal(NamedTuple):
+    """That a chunk was removed."""
+
+    at: float
+    """Seconds since the epoch."""
+    reason: str
+    """"capacity": it was evicted to make room; "request": someone deleted it."""
+
+
 class ChunkReader(ABC):
     """An open chunk. Its bytes stay readable until `close`, even if the chunk is evicted meanwhile."""
 
@@ -82,6 +91,14 @@ class Store(ABC):
     """How many chunks to read at a time to keep the tier busy."""
     url: str | None = None
     """Where it is, as far as that decides how fast it is, without user and password; set by `open_store`."""
+
+    marks_use: bool = True
+    """Whether opening a chunk counts as using it; maintenance, which reads everything, switches it off."""
+
+    @property
+    def parts(self) -> Sequence[Store]:
+        """The stores it is made of; none if it holds its chunks itself."""
+        return []
 
     @property
     def tiers(self) -> Sequence[Store]:
@@ -149,6 +166,19 @@ class Store(ABC):
     @abstractmethod
     def identities(self) -> dict[str, dict[str, str]]:
         """The identities noted so far: root to its fields."""
+
+    def removals(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Removal] | None:
+        """When and why chunks went, as far as that is remembered; None if a server decides, and does not tell."""
+        found: dict[ChunkKey, Removal] | None = None
+        for part in self.parts:
+            remembered = part.removals(keys)
+            if remembered is not None:
+                found = remembered | (found or {})
+        return found
+
+    def tidy(self) -> list[str]:
+        """Remove what writers that died left behind. Returns what was found, a sentence each."""
+        return [sentence for part in self.parts for sentence in part.tidy()]
 
     def close(self) -> None:  # noqa: B027 - closing is optional
         """Release connections and files. Safe to call twice."""

@@ -19,13 +19,15 @@ from pathlib import Path
 from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import Candidate, Eviction, Victims
 from cakekv.store.eviction.lru import LeastRecentlyUsed
-from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, Counts, Folder
-from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
+from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
+from cakekv.store.identities import encode_note, is_root, read_note
+from cakekv.store.leftovers import clear_leftovers
+from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
 
 EVICTION_BATCH = 16384
 """Among how many of the least recently used chunks the policy chooses."""
@@ -83,6 +85,7 @@ class DiskStore(Store):
         self._folder = Folder(self.path)
         self._victims = Victims(evict or LeastRecentlyUsed())  # only touched under the folder's lock
         self._uses: Counter[ChunkKey] = Counter()
+        self._removals = RemovalLog(self.path / REMOVALS)
         with self._explained("open the store"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.claim()
@@ -90,6 +93,11 @@ class DiskStore(Store):
                 reserved = self._folder.reserved()
                 if capacity is not None:
                     self._evict(counts, down_to=max(0, capacity - reserved))
+
+    @property
+    def policy(self) -> Eviction:
+        """What goes first when room is needed."""
+        return self._victims.policy
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._explained("look for chunks"):
@@ -107,10 +115,8 @@ class DiskStore(Store):
             if not stat.S_ISREG(status.st_mode):
                 os.close(descriptor)
                 raise MissingChunk(f"chunk {key.short}… in {self.path} is not a file")
-            with suppress(OSError):  # another user's chunk is read all the same
-                now = time.time_ns()  # finer than the clock the kernel would stamp with
-                os.utime(descriptor, ns=(now, now))
-            self._count_use(key)
+            if self.marks_use:
+                self._mark_use(key, descriptor)
             return FileReader(descriptor, status.st_size, self.direct)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
@@ -144,7 +150,9 @@ class DiskStore(Store):
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         with self._explained("delete chunks"), self._folder.locked() as counts:
-            return sum(self._folder.remove(key, counts) for key in keys)
+            removed = [key for key in keys if self._folder.remove(key, counts)]
+            self._removals.note(removed, REQUEST)
+            return len(removed)
 
     def __iter__(self) -> Iterator[StoredChunk]:
         with self._explained("list the chunks"):
@@ -167,10 +175,19 @@ class DiskStore(Store):
         found = {}
         with self._explained("read the identities"):
             for file in (self.path / IDENTITIES).iterdir():
-                fields = _read_note(file) if is_root(file.stem) and file.suffix == ".json" else None
+                fields = read_note(file) if is_root(file.stem) and file.suffix == ".json" else None
                 if fields is not None:
                     found[file.stem] = fields
         return found
+
+    def removals(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Removal]:
+        """See `Store`; of the last 18,000 or more that were removed, by whichever process."""
+        return self._removals.find(keys)
+
+    def tidy(self) -> list[str]:
+        """See `Store`; the chunks are counted anew. What is not this program's is named, and left alone."""
+        with self._explained("tidy up"), self._folder.locked() as counts:
+            return clear_leftovers(self._folder, counts)
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
@@ -199,6 +216,7 @@ class DiskStore(Store):
 
     def _evict(self, counts: Counts, down_to: int) -> None:
         """Remove chunks until no more than `down_to` bytes are stored."""
+        evicted: list[ChunkKey] = []
         while counts.bytes > down_to:
             victim = self._victims.next()
             if victim is None:
@@ -210,8 +228,13 @@ class DiskStore(Store):
                 if os.lstat(self._folder.file(victim.key)).st_mtime == victim.used_at:
                     self._folder.remove(victim.key, counts)
                     del self._uses[victim.key]
+                    evicted.append(victim.key)
+        self._removals.note(evicted, CAPACITY)
 
-    def _count_use(self, key: ChunkKey) -> None:
+    def _mark_use(self, key: ChunkKey, descriptor: int) -> None:
+        with suppress(OSError):  # another user's chunk is read all the same
+            now = time.time_ns()  # finer than the clock the kernel would stamp with
+            os.utime(descriptor, ns=(now, now))
         if len(self._uses) >= _MOST_USES:  # most are of chunks that other processes have evicted
             self._uses.clear()
         self._uses[key] += 1
@@ -219,11 +242,3 @@ class DiskStore(Store):
     def _candidate(self, chunk: StoredChunk) -> Candidate:
         place = self._folder.peek_place(chunk.key) if self._victims.policy.needs_position else (0, 1)
         return Candidate(*chunk, self._uses[chunk.key], *place)
-
-
-def _read_note(file: Path) -> dict[str, str] | None:
-    try:
-        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
-            return decode_note(stream.read(MAX_NOTE_BYTES + 1))
-    except OSError:
-        return None

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from cakekv.chunk import ALIGNMENT
-from cakekv.errors import ChunkFault, CorruptChunk, StoreError
+from cakekv.errors import ChunkFault, CorruptChunk, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.keyring import ID_BYTES, Keyring
@@ -82,6 +82,20 @@ class EncryptedStore(WrappedStore):
             sealed[tag : tag + _TAG_BYTES] = encryptor.tag
         return self._inner.write(key, sealed)
 
+    def is_current(self, key: ChunkKey) -> bool:
+        """Whether a chunk is sealed with the newest key; not if it lies in the open.
+
+        Raises
+        ------
+        MissingChunk
+            It is not stored.
+        """
+        with self._inner.open(key) as reader:
+            head = memoryview(bytearray(_PROLOGUE.size))
+            reader.read_into(head, 0)
+        magic, *_, name, _ = _PROLOGUE.unpack_from(head)
+        return bool(magic == MAGIC and name == self._keyring.newest)
+
     def __iter__(self) -> Iterator[StoredChunk]:
         for chunk in self._inner:
             if size := _plain_bytes(chunk.size):
@@ -107,7 +121,7 @@ class _EncryptedReader(ChunkReader):
             raise _damaged(key, "its lengths disagree")
         data_key = keyring.data_key(name, salt + key)
         if data_key is None:
-            raise StoreError(f"chunk {key.short}… is sealed with a key that is not in the keyring; add the key to it")
+            raise UnknownKey(f"chunk {key.short}… is sealed with a key that is not in the keyring; add the key to it")
         self.slice_bytes = max(inner.slice_bytes // self._block_bytes, 1) * self._block_bytes
         self._inner = inner
         self._key = key

@@ -5,6 +5,7 @@
     chunks/ab/cdef….chunk  complete chunks, named by their keys; the modification time says when one was last used
     incoming/SIZE-….tmp    chunks being written, each flock'ed by its writer as long as that lives
     identities/ROOT.json   whose chunks these are
+    removals.log, .old     which chunks were removed last, and why
 
 A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
 lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.
@@ -21,7 +22,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from cakekv.store.durable import make_folder, write_file
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
+REMOVALS = "removals.log"
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}")
 _CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")
@@ -66,6 +68,8 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.cleared = 0
+        """Temporary files of dead writers that were removed."""
 
     def claim(self) -> None:
         """Make the folder a store, unless it is one already; refuse one that is something else."""
@@ -141,11 +145,26 @@ class Folder:
 
     def scan(self) -> Iterator[StoredChunk]:
         """All chunks."""
+        for shard in self.shards():
+            with suppress(FileNotFoundError), os.scandir(shard) as files:  # removed meanwhile, as it was empty
+                yield from filter(None, (_stored(shard.name, file) for file in files))
+
+    def shards(self) -> Iterator[Path]:
+        """The folders that chunks are in."""
         with os.scandir(self.path / CHUNKS) as shards:
             for shard in shards:
                 if _SHARD_NAME.fullmatch(shard.name) and shard.is_dir(follow_symlinks=False):
-                    with os.scandir(shard.path) as files:
-                        yield from filter(None, (_stored(shard.name, file) for file in files))
+                    yield Path(shard.path)
+
+    @staticmethod
+    def is_chunk(file: os.DirEntry[str]) -> bool:
+        """Whether what is in a shard's folder is a chunk, as far as its name and kind tell."""
+        return bool(_CHUNK_NAME.fullmatch(file.name)) and file.is_file(follow_symlinks=False)
+
+    @staticmethod
+    def is_temporary(name: str) -> bool:
+        """Whether a file in `incoming` is named as writers name theirs."""
+        return bool(_TEMPORARY_NAME.fullmatch(name))
 
     def reserved(self) -> int:
         """Bytes that living writers have yet to turn into chunks. What dead ones left behind is removed."""
@@ -156,6 +175,7 @@ class Folder:
                 reserved += int(name[1])
             elif name:
                 file.unlink(missing_ok=True)
+                self.cleared += 1
         return reserved
 
     def counted(self, counts: Counts) -> Iterator[StoredChunk]:

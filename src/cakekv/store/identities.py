@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from cakekv.errors import BadInput
 
@@ -42,3 +44,12 @@ def decode_note(data: bytes) -> dict[str, str] | None:
     if isinstance(fields, dict) and all(isinstance(value, str) for value in fields.values()):
         return fields
     return None
+
+
+def read_note(file: Path) -> dict[str, str] | None:
+    """The fields in a file; None if it cannot be read, or is damaged."""
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
+            return decode_note(stream.read(MAX_NOTE_BYTES + 1))
+    except OSError:
+        return None

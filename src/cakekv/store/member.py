@@ -64,6 +64,10 @@ class Member(Store):
             self._go_down(error)
 
     @property
+    def parts(self) -> Sequence[Store]:
+        return [self._inner] if self._inner is not None else []
+
+    @property
     def is_up(self) -> bool:
         """Whether it is in use."""
         return self._reason is None
@@ -101,6 +105,9 @@ class Member(Store):
 
     def identities(self) -> dict[str, dict[str, str]]:
         return self.attempt(lambda inner: inner.identities())
+
+    def tidy(self) -> list[str]:
+        return self.attempt(lambda inner: inner.tidy())
 
     def close(self) -> None:
         self._closed.set()

@@ -12,9 +12,10 @@ from itertools import islice
 from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.eviction.base import Candidate, Eviction, Victims
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals
 
 EVICTION_BATCH = 4096
 """Among how many of the least recently used chunks the policy chooses."""
@@ -56,6 +57,12 @@ class MemoryStore(Store):
         self._victims = Victims(evict or LeastRecentlyUsed())
         self._bytes = 0
         self._identities: dict[str, dict[str, str]] = {}
+        self._removals = RecentRemovals()
+
+    @property
+    def policy(self) -> Eviction:
+        """What goes first when room is needed."""
+        return self._victims.policy
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._lock:
@@ -66,8 +73,9 @@ class MemoryStore(Store):
             if key not in self._chunks:
                 raise MissingChunk(f"chunk {key.short}… is not in memory")
             entry = self._chunks[key]
-            entry.used_at, entry.uses = time.time(), entry.uses + 1
-            self._chunks.move_to_end(key)
+            if self.marks_use:
+                entry.used_at, entry.uses = time.time(), entry.uses + 1
+                self._chunks.move_to_end(key)
         return _MemoryReader(entry.data)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
@@ -83,7 +91,9 @@ class MemoryStore(Store):
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         with self._lock:
-            return sum(self._drop(key) for key in keys)
+            removed = [key for key in keys if self._drop(key)]
+            self._removals.note(removed, REQUEST)
+            return len(removed)
 
     def __iter__(self) -> Iterator[StoredChunk]:
         with self._lock:
@@ -102,6 +112,11 @@ class MemoryStore(Store):
         with self._lock:
             return {root: dict(fields) for root, fields in self._identities.items()}
 
+    def removals(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Removal]:
+        """See `Store`; of about the last 16,000 that were removed."""
+        with self._lock:
+            return self._removals.find(keys)
+
     def _drop(self, key: ChunkKey) -> bool:
         entry = self._chunks.pop(key, None)
         if entry is None:
@@ -117,6 +132,7 @@ class MemoryStore(Store):
             self._victims.refill((_candidate(key, entry) for key, entry in oldest), time.time())
         elif (entry := self._chunks.get(victim.key)) and entry.used_at == victim.used_at:
             self._drop(victim.key)
+            self._removals.note([victim.key], CAPACITY)
 
 
 def _candidate(key: ChunkKey, entry: _Entry) -> Candidate:

@@ -35,6 +35,10 @@ class StripedStore(Store):
         self.parallel_reads = sum(store.parallel_reads for store in stores)
         self._stores = list(stores)
 
+    @property
+    def parts(self) -> Sequence[Store]:
+        return self._stores
+
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         sizes: dict[ChunkKey, int | None] = {}
         for store, share in self._shares(keys):
@@ -42,10 +46,10 @@ class StripedStore(Store):
         return [sizes[key] for key in keys]
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        return self._store_of(key).open(key)
+        return self.place_of(key).open(key)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
-        return self._store_of(key).write(key, data)
+        return self.place_of(key).write(key, data)
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         return sum(store.delete(share) for store, share in self._shares(keys))
@@ -74,7 +78,8 @@ class StripedStore(Store):
         for store in self._stores:
             store.close()
 
-    def _store_of(self, key: ChunkKey) -> Store:
+    def place_of(self, key: ChunkKey) -> Store:
+        """The store in which a chunk is looked for."""
         return self._stores[self._index_of(key)]
 
     def _index_of(self, key: ChunkKey) -> int:

@@ -76,6 +76,15 @@ class TieredStore(Store):
         self.parallel_reads = sum(member.parallel_reads for member in self._members)
 
     @property
+    def parts(self) -> Sequence[Store]:
+        return self._members
+
+    @property
+    def plan(self) -> Sequence[TierPlan]:
+        """The tiers, and what is to happen with each."""
+        return self._plan
+
+    @property
     def tiers(self) -> Sequence[Store]:
         return [_Promoting(*pair) for pair in zip(self._members, self._promoting, strict=True)]
 
@@ -94,7 +103,7 @@ class TieredStore(Store):
 
     def open(self, key: ChunkKey) -> ChunkReader:
         trouble: StoreError | None = None
-        for tier in self.tiers:
+        for tier in self.tiers if self.marks_use else self._members:
             try:
                 return tier.open(key)
             except MissingChunk:

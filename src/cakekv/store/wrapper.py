@@ -22,6 +22,10 @@ class WrappedStore(Store):
         self.parallel_reads = inner.parallel_reads
         self._inner = inner
 
+    @property
+    def parts(self) -> Sequence[Store]:
+        return [self._inner]
+
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         return self._inner.lookup(keys)
 

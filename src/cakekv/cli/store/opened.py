@@ -1,0 +1,75 @@
+"""What the commands share: arguments, opening a store, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from cakekv.cli.console import NEWS, RESULTS
+from cakekv.errors import BadInput
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store
+from cakekv.store.maintenance.walking import leave_no_trace
+from cakekv.store.opening import open_store
+
+Url = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as file:///var/cache/kv.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+@contextmanager
+def opened(url: str, *, make: bool = False) -> Iterator[Store]:
+    """Open a store so that looking at its chunks does not count as using them.
+
+    Parameters
+    ----------
+    url : str
+        As on the command line.
+    make : bool
+        Whether a folder that does not exist is made; if not, a mistyped path is an error and not a new store.
+    """
+    place = unquote(url.partition("?")[0].removeprefix("file://"))
+    if place.startswith("memory://"):
+        open_store(url).close()  # for what it says of a malformed one
+        raise BadInput("a memory store ends with its process: there is none to look into here")
+    if not make and "://" not in place and not Path(place).expanduser().is_dir():
+        raise BadInput(f"there is no store {place}")
+    with open_store(url) as store:
+        leave_no_trace(store)
+        yield store
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields what is told of bytes. `total` is None if it is not known."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=NEWS) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def say(text: str) -> None:
+    """A line of the result, as it is."""
+    RESULTS.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_corrupt(corrupt: Mapping[ChunkKey, str]) -> None:
+    """Each chunk that cannot be trusted, with the reason."""
+    for key, reason in corrupt.items():
+        say(f"{key.hex()}: {reason}")
+
+
+def counted(**numbers: int) -> str:
+    """Those of the numbers that are not 0, in words: "3 moved, 1 vanished"."""
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items() if number) or "nothing"
+
+
+def corrupt_json(corrupt: Mapping[ChunkKey, str]) -> list[dict[str, str]]:
+    """For `--json`."""
+    return [{"key": key.hex(), "reason": reason} for key, reason in corrupt.items()]

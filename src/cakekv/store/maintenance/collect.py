@@ -1,0 +1,118 @@
+"""What goes from a store that is too large, or holds what nobody has asked for in a long time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from cakekv.chunk import PEEK_BYTES, peek_place
+from cakekv.errors import CorruptChunk, MissingChunk
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store, StoredChunk
+from cakekv.store.disk import DiskStore
+from cakekv.store.eviction.base import Candidate, Eviction
+from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, unwrapped, walk
+from cakekv.store.memory import MemoryStore
+
+_BATCH = 256
+
+
+class Garbage(NamedTuple):
+    """What is to go."""
+
+    old: list[StoredChunk]
+    """Not used for too long."""
+    surplus: list[StoredChunk]
+    """Of the others, those that the store is too large by; the first to go first."""
+    undated: int
+    """Chunks of which the tier does not know when they were used; they do not count as old."""
+    kept_bytes: int
+    """Of what stays."""
+
+
+def policy_of(store: Store) -> Eviction:
+    """By which a store evicts; the least recently used first where a server decides."""
+    for part in walk(store):
+        if isinstance(part, DiskStore | MemoryStore):
+            return part.policy
+    return LeastRecentlyUsed()
+
+
+def garbage(
+    store: Store,
+    now: float,
+    *,
+    capacity: int | None = None,
+    older_than_s: float | None = None,
+    policy: Eviction | None = None,
+) -> Garbage:
+    """Choose what is to go; nothing is removed.
+
+    Which model a chunk belongs to cannot be known: its key is a digest, and its header names no model. Chunks that no
+    model asks for any more are found by their age.
+
+    Parameters
+    ----------
+    store : Store
+        Any. In a tiered store each chunk counts once.
+    now : float
+        Seconds since the epoch.
+    capacity : int or None
+        Bytes that may stay.
+    older_than_s : float or None
+        Chunks go that were last used longer ago than so many seconds. Object stores know only when a chunk was written.
+    policy : Eviction or None
+        In whose order chunks go for the capacity; None: `policy_of`.
+
+    Raises
+    ------
+    StoreError
+        The store failed.
+    """
+    chunks = list(unwrapped(store))  # in their true sizes, also if they are sealed
+    old = [chunk for chunk in chunks if older_than_s is not None and 0 < chunk.used_at < now - older_than_s]
+    gone = {chunk.key for chunk in old}
+    rest = [chunk for chunk in chunks if chunk.key not in gone]
+    left = sum(chunk.size for chunk in rest)
+    surplus: list[StoredChunk] = []
+    if capacity is not None and left > capacity:
+        for chunk in _ordered(store, rest, now, policy or policy_of(store)):
+            if left <= capacity:
+                break
+            surplus.append(chunk)
+            left -= chunk.size
+    return Garbage(old, surplus, sum(not chunk.used_at for chunk in chunks), left)
+
+
+def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = ignore) -> int:
+    """Remove chunks, a few at a time. Returns how many were there.
+
+    Raises
+    ------
+    StoreError
+        The store failed; some are gone, some are not.
+    """
+    deleted = 0
+    for start in range(0, len(chunks), _BATCH):
+        batch = chunks[start : start + _BATCH]
+        deleted += store.delete([chunk.key for chunk in batch])
+        on_bytes(sum(chunk.size for chunk in batch))
+    return deleted
+
+
+def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Eviction) -> list[StoredChunk]:
+    places = [(0, 1)] * len(chunks)
+    if policy.needs_position:
+        keys = [chunk.key for chunk in chunks]
+        places = [place for _, place in in_order(lambda key: _place(store, key), keys, store.parallel_reads)]
+    candidates = [Candidate(*chunk, 0, *place) for chunk, place in zip(chunks, places, strict=True)]
+    return [StoredChunk(*candidate[:3]) for candidate in policy.order(candidates, now)]
+
+
+def _place(store: Store, key: ChunkKey) -> tuple[int, int]:
+    head = memoryview(bytearray(PEEK_BYTES))
+    with suppress(MissingChunk, CorruptChunk), store.open(key) as reader:
+        reader.read_into(head, 0)
+    return peek_place(head)

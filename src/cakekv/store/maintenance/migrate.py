@@ -1,0 +1,139 @@
+"""Rewriting what a store holds in a former arrangement: under older keys, in the open, in other folders.
+
+There is nothing to rewrite between versions of the chunk format: both that exist, aligned and packed, are current, and
+the version is part of every key, so that chunks of another one would be asked for by nobody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cakekv.errors import CorruptChunk, MissingChunk, UnknownKey
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store, StoredChunk
+from cakekv.store.maintenance.reading import read_chunk
+from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, walk
+from cakekv.store.striped import StripedStore
+
+if TYPE_CHECKING:
+    from cakekv.store.encrypted import EncryptedStore
+
+MOVED, RESEALED, DECLINED, VANISHED = "moved", "resealed", "declined", "vanished"
+
+
+@dataclass
+class Migrated:
+    """What became of the chunks that were not as they should be."""
+
+    fates: Counter[str] = field(default_factory=Counter)
+    """How many were `moved` from a folder in which nobody looks for them; `resealed` with the newest key; `declined`,
+    because they do not fit where they should go; `vanished`, evicted or deleted meanwhile."""
+    corrupt: dict[ChunkKey, str] = field(default_factory=dict)
+    """Those that stay as they were, because they cannot be trusted, or not be opened."""
+
+
+def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) -> Migrated:
+    """Bring all chunks into the arrangement that the store's options ask for.
+
+    A striped store moves chunks into the folders in which it looks for them, after one was added. An encrypted one
+    seals anew what is sealed with another key than the newest, and what is not sealed. The oldest are rewritten first,
+    which keeps their order of use.
+
+    Parameters
+    ----------
+    store : Store
+        Any.
+    on_bytes : callable
+        Told of progress.
+    dry_run : bool
+        Whether to count only what would be moved and resealed.
+
+    Raises
+    ------
+    StoreError
+        The store failed, or is full. What was done is done; the rest is as it was.
+    """
+    migrated = Migrated()
+    for striped in [part for part in walk(store) if isinstance(part, StripedStore)]:
+        for folder in striped.parts:
+            astray = [chunk for chunk in folder if striped.place_of(chunk.key) is not folder]
+            if dry_run:
+                migrated.fates[MOVED] += len(astray)
+            else:
+                _rewrite(astray, partial(_move, striped, folder), folder.parallel_reads, migrated, on_bytes)
+    for encrypted in _encrypted(store):
+        [inner] = encrypted.parts
+        asked = in_order(partial(_is_current, encrypted), list(inner), inner.parallel_reads)
+        outdated = [chunk for chunk, current in asked if not current]
+        if dry_run:
+            migrated.fates[RESEALED] += len(outdated)
+        else:
+            _rewrite(outdated, partial(_reseal, encrypted, inner), inner.parallel_reads, migrated, on_bytes)
+    return migrated
+
+
+def _encrypted(store: Store) -> list[EncryptedStore]:
+    try:
+        from cakekv.store.encrypted import EncryptedStore
+    except ImportError:  # what it needs is not installed, so there is none
+        return []
+    return [part for part in walk(store) if isinstance(part, EncryptedStore)]
+
+
+def _rewrite(
+    chunks: Iterable[StoredChunk],
+    work: Callable[[ChunkKey], str],
+    workers: int,
+    migrated: Migrated,
+    on_bytes: OnBytes,
+) -> None:
+    def attempt(chunk: StoredChunk) -> str | CorruptChunk | UnknownKey:
+        try:
+            return work(chunk.key)
+        except MissingChunk:
+            return VANISHED
+        except (CorruptChunk, UnknownKey) as error:
+            return error
+
+    oldest_first: Sequence[StoredChunk] = sorted(chunks, key=lambda chunk: chunk.used_at)
+    for chunk, outcome in in_order(attempt, oldest_first, workers):
+        on_bytes(chunk.size)
+        if isinstance(outcome, str):
+            migrated.fates[outcome] += 1
+        else:
+            migrated.corrupt[chunk.key] = str(outcome)
+
+
+def _move(striped: StripedStore, former: Store, key: ChunkKey) -> str:
+    """Move a chunk as it is: whoever reads it will check it."""
+    present = striped.place_of(key)
+    if present.lookup([key])[0] is None:
+        with former.open(key) as reader:
+            data = memoryview(bytearray(reader.size))
+            data = data[: reader.read_into(data, 0)]
+        if not present.write(key, data):
+            return DECLINED
+    former.delete([key])
+    return MOVED
+
+
+def _is_current(encrypted: EncryptedStore, chunk: StoredChunk) -> bool:
+    try:
+        return encrypted.is_current(chunk.key)
+    except MissingChunk:
+        return True
+
+
+def _reseal(encrypted: EncryptedStore, inner: Store, key: ChunkKey) -> str:
+    try:
+        data = read_chunk(encrypted, key)
+    except CorruptChunk as sealed:
+        try:
+            data = read_chunk(inner, key)  # it may lie in the open
+        except CorruptChunk:
+            raise sealed from None
+    return RESEALED if encrypted.write(key, data) else DECLINED

@@ -1,0 +1,132 @@
+"""Reading every chunk of a store, and removing what cannot be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cakekv.errors import CorruptChunk, MissingChunk, StoreError, UnknownKey
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store, StoredChunk
+from cakekv.store.maintenance.reading import read_chunk
+from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, separate_tiers, unwrapped
+
+
+@dataclass
+class Condition:
+    """What was found in one tier."""
+
+    tier: str
+    chunks: int = 0
+    """Those that could be read, sound or not."""
+    bytes: int = 0
+    """Of those."""
+    corrupt: dict[ChunkKey, str] = field(default_factory=dict)
+    """What is wrong with each."""
+    unopenable: list[ChunkKey] = field(default_factory=list)
+    """Sealed with a key that is not in the keyring; whether they are sound cannot be told."""
+    vanished: int = 0
+    """Evicted or deleted meanwhile."""
+    error: str | None = None
+    """Why the tier could not be asked, or not to the end."""
+
+
+@dataclass
+class Repair:
+    """What was done to one tier."""
+
+    found: Condition
+    deleted: int = 0
+    """Chunks."""
+    tidied: list[str] = field(default_factory=list)
+    """What was found and done beside the chunks, in sentences."""
+
+
+def verify(store: Store, on_bytes: OnBytes = ignore) -> list[Condition]:
+    """Read every chunk of every tier, and check every byte.
+
+    Parameters
+    ----------
+    store : Store
+        Any.
+    on_bytes : callable
+        Told of progress.
+
+    Returns
+    -------
+    list of Condition
+        One for each tier: of a tiered store several, else one.
+
+    Raises
+    ------
+    StoreError
+        The store failed. A failing tier of a tiered store is noted in its `error` instead.
+    """
+    tiers = separate_tiers(store)
+    return [_verify(tier, on_bytes, alone=len(tiers) == 1) for tier in tiers]
+
+
+def repair(store: Store, on_bytes: OnBytes = ignore, *, drop_unopenable: bool = False) -> list[Repair]:
+    """Remove what dead writers left, then what cannot be trusted of every tier.
+
+    Parameters
+    ----------
+    store, on_bytes
+        As in `verify`.
+    drop_unopenable : bool
+        Whether chunks that are sealed with keys that are not given are removed, too.
+
+    Raises
+    ------
+    StoreError
+        As in `verify`.
+    """
+    repairs = []
+    tiers = separate_tiers(store)
+    for tier in tiers:
+        try:
+            tidied = tier.tidy()
+        except StoreError as error:
+            if len(tiers) == 1:
+                raise
+            repairs.append(Repair(Condition(tier.name, error=str(error))))
+            continue
+        done = Repair(_verify(tier, on_bytes, alone=len(tiers) == 1), tidied=tidied)
+        repairs.append(done)
+        removed = [*done.found.corrupt, *(done.found.unopenable if drop_unopenable else ())]
+        try:
+            done.deleted = tier.delete(removed)
+        except StoreError as error:
+            if len(tiers) == 1:
+                raise
+            done.found.error = str(error)
+    return repairs
+
+
+def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
+    condition = Condition(tier.name)
+    try:
+        chunks = list(unwrapped(tier))  # also those of which an encrypted store sees that they are none
+        for chunk, trouble in in_order(lambda chunk: _trouble(tier, chunk), chunks, tier.parallel_reads):
+            on_bytes(chunk.size)
+            if isinstance(trouble, MissingChunk):
+                condition.vanished += 1
+                continue
+            condition.chunks += 1
+            condition.bytes += chunk.size
+            if isinstance(trouble, UnknownKey):
+                condition.unopenable.append(chunk.key)
+            elif trouble is not None:
+                condition.corrupt[chunk.key] = str(trouble)
+    except StoreError as error:
+        if alone:
+            raise
+        condition.error = str(error)
+    return condition
+
+
+def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | MissingChunk | UnknownKey | None:
+    try:
+        read_chunk(tier, chunk.key)
+    except (CorruptChunk, MissingChunk, UnknownKey) as error:
+        return error
+    return None
