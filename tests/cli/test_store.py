@@ -61,21 +61,44 @@ def test_ls(folder: Path) -> None:
     assert "and 3 more" in out
 
 
-def test_verify_finds_what_is_corrupt_and_deletes_it_only_on_request(folder: Path) -> None:
+def test_verify_finds_what_is_corrupt_and_repair_deletes_it(folder: Path) -> None:
     assert run_json("verify", folder)["corrupt"] == []
     damage(folder, 3)
     found = run_json("verify", folder, code=1)
-    assert [chunk["key"] for chunk in found["corrupt"]] == [key_of(3).hex()]
+    assert [(chunk["tier"], chunk["key"]) for chunk in found["corrupt"]] == [("disk", key_of(3).hex())]
     assert "checksum" in found["corrupt"][0]["reason"]
     assert run_json("stats", folder)["chunks"] == 5
-    assert run_json("verify", folder, "--delete-corrupt")["deleted"] == 1
+    code, out, _ = run("verify", folder)
+    assert (code, key_of(3).hex() in out, "1 corrupt" in out) == (1, True, True)
+    assert run_json("repair", folder)["deleted"] == 1
     assert run_json("verify", folder) == {
         "chunks": 4,
         "bytes": 4 * SIZE,
         "corrupt": [],
+        "unopenable": [],
         "vanished": 0,
-        "deleted": 0,
+        "failed": {},
     }
+
+
+def test_repair_says_what_it_removed_and_what_it_left_alone(folder: Path) -> None:
+    (folder / "incoming" / f"{SIZE}-0123456789abcdef.tmp").write_text("half a chunk")
+    (folder / "thesis.txt").write_text("years of work")
+    damage(folder, 0)
+    code, out, _ = run("repair", folder)
+    assert code == 0
+    assert "Removed 1 temporary file(s)" in out
+    assert "'thesis.txt'" in out
+    assert "Deleted 1 chunk(s)." in out
+    assert run_json("repair", folder)["tidied"] == ["Left alone 1 thing(s) that no store puts here: 'thesis.txt'."]
+
+
+def test_looking_does_not_count_as_using(folder: Path) -> None:
+    before = run_json("ls", folder)
+    for command in ("verify", "repair", "stats"):
+        run_json(command, folder)
+    run_json("cp", folder, folder.parent / "copy")
+    assert run_json("ls", folder) == before
 
 
 def test_verify_finds_a_sound_chunk_under_anothers_name(folder: Path) -> None:
@@ -104,9 +127,10 @@ def test_rm_refuses_to_guess(folder: Path, arguments: tuple[str, ...]) -> None:
     assert run_json("stats", folder)["chunks"] == 5
 
 
-@pytest.mark.parametrize("url", ["{}/absent", "file://{}/absent", "memory://?capacity=none", "ftp://x"])
-def test_no_command_makes_a_store(tmp_path: Path, url: str) -> None:
-    code, _, err = run("stats", url.format(tmp_path))
+@pytest.mark.parametrize("command", ["stats", "repair", "migrate"])
+@pytest.mark.parametrize("url", ["{}/absent", "file://{}/absent", "memory://", "memory://?capacity=none", "ftp://x"])
+def test_no_command_that_looks_makes_a_store(tmp_path: Path, command: str, url: str) -> None:
+    code, _, err = run(command, url.format(tmp_path))
     assert code == 2
     assert "error: " in err
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -121,7 +121,7 @@ class RedisStore(Store):
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._explained("look for chunks"):
-            sizes = [size or None for size in self._sizes([self._name(key) for key in keys])]
+            sizes = [size or None for size in self._sizes([self._name(key) for key in keys], use=self.marks_use)]
         self._found.note(keys, sizes)
         return sizes
 
@@ -129,7 +129,7 @@ class RedisStore(Store):
         size = self._found.take(key)
         if size is None:
             with self._explained(f"open chunk {key.short}…"):
-                size = self._client.strlen(self._name(key))
+                [size] = self._sizes([self._name(key)], use=self.marks_use)
         if not size:
             raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
         return _RedisReader(self, key, size)
@@ -167,7 +167,7 @@ class RedisStore(Store):
                         pipeline.object("IDLETIME", name)
                     idle = pipeline.execute(raise_on_error=False)
                 now = time.time()
-                for key, idle_s, size in zip(keys, idle, self._sizes(names), strict=True):
+                for key, idle_s, size in zip(keys, idle, self._sizes(names, use=False), strict=True):
                     if size:
                         yield StoredChunk(key, size, now - idle_s if isinstance(idle_s, int) else 0.0)
 
@@ -175,7 +175,7 @@ class RedisStore(Store):
         with self._explained("count the chunks"):
             chunks = size = 0
             for keys in self._scan():
-                sizes = [size for size in self._sizes([self._name(key) for key in keys]) if size]
+                sizes = [size for size in self._sizes([self._name(key) for key in keys], use=False) if size]
                 chunks += len(sizes)
                 size += sum(sizes)
             return StoreStats(chunks, size, None)
@@ -206,6 +206,10 @@ class RedisStore(Store):
         name, end = self._name(key), offset + len(buffer) - 1
         with self._explained(f"read chunk {key.short}…"):
             with self._connection(name) as connection:
+                if not self.marks_use:
+                    connection.send_command("CLIENT", "NO-TOUCH", "ON")
+                    with suppress(exceptions.ResponseError):  # servers before 7.2 count this as a use
+                        connection.read_response()
                 connection.send_command("GETRANGE", name, offset, end)
                 received = _receive(connection, buffer, time.monotonic() + self._timeout_s)
                 if not received:  # another answer: redis-py knows what it means
@@ -219,14 +223,27 @@ class RedisStore(Store):
     def _name(self, key: ChunkKey) -> str:
         return f"{self._prefix}chunk:{key.hex()}"
 
-    def _sizes(self, names: Sequence[str]) -> list[int]:
-        """Length of each string, 0 where there is none, in one round trip."""
+    def _sizes(self, names: Sequence[str], *, use: bool) -> list[int]:
+        """Length of each string, 0 where there is none, in one round trip; if not for use, no idle time ends by it.
+
+        Only servers from 7.2 on can be asked so, and no clusters.
+        """
         if not names:
             return []
+        quietly = not use and not self._is_cluster
         with self._client.pipeline(transaction=False) as pipeline:
+            if quietly:
+                pipeline.execute_command("CLIENT NO-TOUCH", "ON")
             for name in names:
                 pipeline.strlen(name)
-            return list(pipeline.execute())
+            if quietly:
+                pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
+            answers = list(pipeline.execute(raise_on_error=not quietly))
+        sizes = answers[1:-1] if quietly else answers
+        for size in sizes:
+            if isinstance(size, Exception):
+                raise size
+        return sizes
 
     def _scan(self) -> Iterator[list[ChunkKey]]:
         """The keys of all chunks, each once, in batches."""

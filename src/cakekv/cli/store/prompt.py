@@ -88,9 +88,12 @@ def read_tokens(file: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the tokens in {file}: {error}") from error
     try:
-        return [int(token) for token in text.strip().strip("[]").replace(",", " ").split()]
+        token_ids = [int(token) for token in text.strip().strip("[]").replace(",", " ").split()]
     except ValueError as error:
         raise BadInput(f"{file} should hold token ids, such as 1, 15, 7; {error}") from error
+    if not token_ids:
+        raise BadInput(f"there are no tokens in {file}")
+    return token_ids
 
 
 def _document_tokens(tokenizer: object, document: str | None, question: str | None) -> list[int]:

@@ -4,8 +4,8 @@
     identities/ROOT.json    whose chunks these are
     chunks/KEY              a chunk, by its key in hexadecimal; those used last come last
 
-Only the plainest headers of tar are written and read (USTAR, regular files). Nothing in a file decides where anything is
-written: chunks go into a store under keys, after their names, lengths and bytes have been checked.
+Only the plainest headers of tar are written and read (USTAR, regular files). Nothing in a file decides where anything
+is written: chunks go into a store under keys, after their names, lengths and bytes have been checked.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) 
 
     A striped store moves chunks into the folders in which it looks for them, after one was added. An encrypted one
     seals anew what is sealed with another key than the newest, and what is not sealed. The oldest are rewritten first,
-    which keeps their order of use.
+    which keeps their order of use, but for the few that are written at once.
 
     Parameters
     ----------

@@ -36,16 +36,17 @@ def read_chunk(store: Store, key: ChunkKey) -> memoryview:
 
 
 def read_anywhere(store: Store, key: ChunkKey) -> memoryview:
-    """As `read_chunk`, of a tiered store out of the first tier that has it sound."""
-    trouble: CorruptChunk | StoreError | None = None
+    """As `read_chunk`, of a tiered store out of the first tier that has it sound; some tiers may be down."""
+    corrupt: CorruptChunk | None = None
+    failed: StoreError | None = None
     for tier in separate_tiers(store):
         try:
             return read_chunk(tier, key)
-        except MissingChunk:
-            continue
-        except (CorruptChunk, StoreError) as error:
-            trouble = trouble or error
-    raise trouble or MissingChunk(f"chunk {key.short}… is not stored any more")
+        except CorruptChunk as error:
+            corrupt = corrupt or error
+        except StoreError as error:
+            failed = error if failed is None or isinstance(error, MissingChunk) else failed
+    raise corrupt or failed or MissingChunk(f"chunk {key.short}… is not stored any more")
 
 
 def check_chunk(key: ChunkKey, data: memoryview) -> None:

@@ -1,0 +1,145 @@
+"""Verifying and repairing: tiers apart, sealed chunks, lengths that are lies."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from cakekv.errors import CorruptChunk, StoreError
+from cakekv.store.base import ChunkReader
+from cakekv.store.disk import DiskStore
+from cakekv.store.encrypted import EncryptedStore
+from cakekv.store.keyring import Keyring
+from cakekv.store.maintenance.reading import MAX_CHUNK_BYTES, read_anywhere, read_chunk
+from cakekv.store.maintenance.verify import repair, verify
+from cakekv.store.member import Member
+from cakekv.store.memory import MemoryStore
+from cakekv.store.tiered import TieredStore, TierPlan
+from cakekv.store.wrapper import WrappedStore
+from tests.store.chunks import SIZE, chunk_of, key_of, read
+
+KEYS = [bytes([number]) * 32 for number in range(2)]
+
+
+class Liar(WrappedStore):
+    """Says that its chunks are longer than they are."""
+
+    def __init__(self, inner, size):
+        super().__init__(inner)
+        self.size = size
+        self.asked = []
+
+    def open(self, key):
+        store, reader = self, self._inner.open(key)
+
+        class Lying(ChunkReader):
+            size = store.size
+
+            def read_into(self, buffer, offset):
+                store.asked.append(len(buffer))
+                return reader.read_into(buffer, offset)
+
+        return Lying()
+
+
+def open_failing():
+    raise StoreError("nobody answers")
+
+
+@pytest.fixture
+def tiered(tmp_path):
+    """A tier that is down, and two that each hold two chunks."""
+    stores = [MemoryStore(), DiskStore(tmp_path / "kv")]
+    for store in stores:
+        for number in range(2):
+            store.write(key_of(number), chunk_of(number))
+    openers = [open_failing, *(lambda store=store: store for store in stores)]
+    with TieredStore([TierPlan(Member(opener, "tier")) for opener in openers]) as tiered:
+        yield tiered, *stores
+
+
+def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(tiered):
+    store, memory, disk = tiered
+    memory.write(key_of(0), chunk_of(5))
+    (disk.path / "incoming" / f"{SIZE}-0123456789abcdef.tmp").write_text("half")
+    down, front, back = repair(store)
+    assert "nobody answers" in down.found.error
+    assert (front.deleted, list(front.found.corrupt)) == (1, [key_of(0)])
+    assert (back.deleted, back.found.corrupt) == (0, {})
+    assert back.tidied == ["Removed 1 temporary file(s) of writers that died."]
+    assert memory.lookup([key_of(0)]) == [None]
+    assert read(disk, key_of(0)) == chunk_of(0)
+
+
+def test_a_sound_copy_is_found_behind_a_corrupt_one(tiered):
+    store, memory, disk = tiered
+    memory.write(key_of(0), chunk_of(5))
+    assert read_anywhere(store, key_of(0)) == chunk_of(0)
+    disk.write(key_of(0), chunk_of(6))
+    with pytest.raises(CorruptChunk):
+        read_anywhere(store, key_of(0))
+
+
+def test_a_store_that_fails_is_an_error():
+    class Failing(WrappedStore):
+        def open(self, key):
+            raise StoreError("no luck")
+
+    inner = MemoryStore()
+    inner.write(key_of(0), chunk_of(0))
+    for work in (verify, repair):
+        with pytest.raises(StoreError, match="no luck"):
+            work(Failing(inner))
+    assert inner.lookup([key_of(0)]) == [SIZE]
+
+
+def test_what_cannot_be_opened_is_not_called_corrupt():
+    inner = MemoryStore()
+    EncryptedStore(inner, Keyring(KEYS[:1])).write(key_of(0), chunk_of(0))
+    other = EncryptedStore(inner, Keyring(KEYS[1:]))
+    other.write(key_of(1), chunk_of(1))
+    [done] = repair(other)
+    assert (done.found.unopenable, done.found.corrupt, done.deleted) == ([key_of(0)], {}, 0)
+    [done] = repair(other, drop_unopenable=True)
+    assert done.deleted == 1
+    assert [chunk.key for chunk in inner] == [key_of(1)]
+
+
+@pytest.mark.parametrize("cut", [1, 4096, SIZE])
+def test_a_sealed_chunk_that_was_cut_is_found(cut):
+    """Whatever length is left, also one that no sealed chunk has, and that the store itself passes over."""
+    inner = MemoryStore()
+    store = EncryptedStore(inner, Keyring(KEYS))
+    store.write(key_of(0), chunk_of(0))
+    inner.write(key_of(0), memoryview(read(inner, key_of(0)))[:-cut])
+    [done] = repair(store)
+    assert list(done.found.corrupt) == [key_of(0)]
+    assert list(inner) == []
+
+
+def test_a_large_thing_is_looked_at_before_memory_is_set_aside():
+    inner = MemoryStore()
+    inner.write(key_of(0), chunk_of(0))
+    for size in (MAX_CHUNK_BYTES - 1, MAX_CHUNK_BYTES + 1, 1 << 60):
+        liar = Liar(inner, size)
+        with pytest.raises(CorruptChunk):
+            read_chunk(liar, key_of(0))
+        assert max(liar.asked, default=0) <= 8192
+
+
+def test_no_threads_are_left_when_one_fails(tmp_path):
+    store = DiskStore(tmp_path / "kv")
+    for number in range(50):
+        store.write(key_of(number), chunk_of(number))
+
+    class FailingOnce(WrappedStore):
+        def open(self, key):
+            if key == key_of(7):
+                raise StoreError("no luck")
+            return super().open(key)
+
+    before = threading.active_count()
+    with pytest.raises(StoreError):
+        verify(FailingOnce(store))
+    assert threading.active_count() == before
