@@ -80,12 +80,23 @@ def test_what_is_no_bandwidth_is_refused_with_examples(text):
         parse_bandwidth(text)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("2ms", 0.002), ("0.5s", 0.5), ("150 us", 150e-6), ("0s", 0)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2ms", 0.002),
+        ("0.5s", 0.5),
+        ("150 us", 150e-6),
+        ("0s", 0),
+        ("10min", 600),
+        ("12h", 43_200),
+        ("30 d", 2_592_000),
+    ],
+)
 def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "2", "soon", "-2ms", "nan s", "inf s"])
+@pytest.mark.parametrize("text", ["", "2", "soon", "-2ms", "nan s", "inf s", "2m", "30days"])
 def test_what_is_no_duration_is_refused_with_examples(text):
     with pytest.raises(BadInput, match='such as "2ms"'):
         parse_duration(text)

@@ -27,6 +27,7 @@ from cakekv.keys import FORMAT_VERSION, ChunkKey
 __all__ = [
     "ALIGNMENT",
     "FORMAT_VERSION",
+    "MAX_CHUNK_BYTES",
     "ChunkHeader",
     "ChunkShape",
     "header_bytes_of",
@@ -42,6 +43,8 @@ ALIGNMENT = 4096
 PACKING = 64
 """Bytes. What the segments of a packed chunk are rounded up to."""
 PACKED_VERSION = 2
+MAX_CHUNK_BYTES = 4 << 30
+"""What is longer is not read as a chunk where nothing else says how long it should be."""
 MAGIC = b"\x89CAKEKV\n"
 MAX_LAYERS = 2**16
 MAX_TOKENS = 2**32

@@ -77,7 +77,7 @@ def test_verify_finds_what_is_corrupt_and_repair_deletes_it(folder: Path) -> Non
         "corrupt": [],
         "unopenable": [],
         "vanished": 0,
-        "failed": {},
+        "failed": [],
     }
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
+from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
@@ -190,6 +191,8 @@ class TieredStore(Store):
         for member in self._members:
             if member is not to:
                 with suppress(StoreError, CorruptChunk), member.open(key) as reader:
+                    if reader.size > MAX_CHUNK_BYTES:
+                        continue
                     buffer = memoryview(bytearray(reader.size))
                     if reader.read_into(buffer, 0) == reader.size:
                         return buffer

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import BadInput
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.maintenance.archive import MARKER, export, import_archive
-from cakekv.store.maintenance.reading import MAX_CHUNK_BYTES
 from cakekv.store.memory import MemoryStore
 from tests.store.chunks import SIZE, chunk_of, key_of, read
 

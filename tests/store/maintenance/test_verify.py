@@ -6,12 +6,13 @@ import threading
 
 import pytest
 
+from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import CorruptChunk, StoreError
 from cakekv.store.base import ChunkReader
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
-from cakekv.store.maintenance.reading import MAX_CHUNK_BYTES, read_anywhere, read_chunk
+from cakekv.store.maintenance.reading import read_anywhere, read_chunk
 from cakekv.store.maintenance.verify import repair, verify
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore

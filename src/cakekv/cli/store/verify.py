@@ -103,5 +103,5 @@ def _as_json(conditions: list[Condition]) -> dict[str, Any]:
         ],
         "unopenable": [{"tier": one.tier, "key": key.hex()} for one in conditions for key in one.unopenable],
         "vanished": sum(one.vanished for one in conditions),
-        "failed": {one.tier: one.error for one in conditions if one.error is not None},
+        "failed": [{"tier": one.tier, "error": one.error} for one in conditions if one.error is not None],
     }

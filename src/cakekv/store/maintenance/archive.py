@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import BadInput, CorruptChunk, MissingChunk, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 from cakekv.store.maintenance.copying import Copied
-from cakekv.store.maintenance.reading import MAX_CHUNK_BYTES, check_chunk, read_anywhere
+from cakekv.store.maintenance.reading import check_chunk, read_anywhere
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order
 
 ARCHIVE_VERSION = 1

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from cakekv.chunk import ALIGNMENT, header_bytes_of, read_header, verify_chunk
+from cakekv.chunk import ALIGNMENT, MAX_CHUNK_BYTES, header_bytes_of, read_header, verify_chunk
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store
 from cakekv.store.maintenance.walking import separate_tiers
 
-MAX_CHUNK_BYTES = 4 << 30
-"""What is longer is not taken for a chunk, whatever its header says."""
 _WITHOUT_A_LOOK = 64 << 20
 """Of what is longer, the header is checked before memory is set aside for the whole."""
 
