@@ -8,7 +8,7 @@ Every reader reads whole chunks, several at a time, in slices, as the loader doe
 - Redis or Valkey: GETs of whole chunks over bare sockets, as many at a time, each into one buffer.
 - S3: obstore's own range reads of the same size, as many at a time.
 
-A tier without its server or program is left out, with the reason.
+Servers that are not named are started here. A tier without its server or program is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,6 +34,7 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.machine import describe_machine
+from cakekv.bench.servers import seaweedfs_behind, valkey_behind
 from cakekv.cli.console import write_json
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
@@ -55,10 +57,10 @@ def main(
     total: Annotated[str, typer.Option(help="Bytes per tier.")] = "1GiB",
     repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Make files in here, on the disk to be measured.")] = None,
-    redis: Annotated[str | None, typer.Option(help="redis://HOST:PORT of a server to fill and empty.")] = None,
-    s3: Annotated[str | None, typer.Option(help="s3://BUCKET?endpoint=… of a bucket to fill and empty.")] = None,
+    redis: Annotated[str | None, typer.Option(help="redis://HOST:PORT to fill and empty; by default new.")] = None,
+    s3: Annotated[str | None, typer.Option(help="s3://BUCKET?endpoint=… to fill and empty; by default new.")] = None,
 ) -> None:
-    """Measure the disk tier, and the others whose servers are named."""
+    """Measure the disk tier, Valkey and S3, on servers that are named or started here."""
     size = parse_bytes(chunk)
     count = max(1, parse_bytes(total) // size)
     data: dict[str, Any] = {
@@ -69,12 +71,15 @@ def main(
         "tiers": {},
         "left_out": {},
     }
-    for name, url, measure in (("disk", folder, disk), ("redis", redis, valkey), ("s3", s3, bucket)):
-        if name != "disk" and url is None:
-            data["left_out"][name] = "no server was named"
-            continue
+    at: dict[str, AbstractContextManager[Any]] = {
+        "disk": nullcontext(folder),
+        "redis": nullcontext(redis) if redis else valkey_behind(),
+        "s3": nullcontext(s3) if s3 else seaweedfs_behind(folder=folder),
+    }
+    for name, measure in (("disk", disk), ("redis", valkey), ("s3", bucket)):
         try:
-            result = data["tiers"][name] = measure(url, size, count, repeats)
+            with at[name] as place:
+                result = data["tiers"][name] = measure(place, size, count, repeats)
         except CakeError as error:
             data["left_out"][name] = str(error)
             continue
@@ -137,18 +142,7 @@ def valkey(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
                 while done < len(part):
                     done += connections.stream.recv_into(part[done:])
 
-        try:
-            parallel = store.parallel_reads
-            return compare(
-                lambda: rate(reader(store, keys), size, count, parallel),
-                lambda: rate(get, size, count, parallel),
-                "plain GETs",
-                repeats,
-                store,
-                slice_of(store, keys[0]),
-            )
-        finally:
-            store.delete(keys)
+        return beside(get, "plain GETs", store, keys, size, repeats)
 
 
 def bucket(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
@@ -169,18 +163,23 @@ def bucket(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
                 length = min(slice_bytes, size - start)
                 obstore.get_range(backend, f"chunks/{keys[number].hex()}", start=start, length=length)
 
-        try:
-            parallel = store.parallel_reads
-            return compare(
-                lambda: rate(reader(store, keys), size, count, parallel),
-                lambda: rate(ranges, size, count, parallel),
-                "obstore's range reads",
-                repeats,
-                store,
-                slice_bytes,
-            )
-        finally:
-            store.delete(keys)
+        return beside(ranges, "obstore's range reads", store, keys, size, repeats)
+
+
+def beside(other: Read, name: str, store: Store, keys: Sequence[ChunkKey], size: int, repeats: int) -> dict[str, Any]:
+    """A store beside another way to read the same chunks, which are deleted in the end."""
+    parallel = store.parallel_reads
+    try:
+        return compare(
+            lambda: rate(reader(store, keys), size, len(keys), parallel),
+            lambda: rate(other, size, len(keys), parallel),
+            name,
+            repeats,
+            store,
+            slice_of(store, keys[0]),
+        )
+    finally:
+        store.delete(keys)
 
 
 def compare(
@@ -218,6 +217,7 @@ def reader(store: Store, keys: Sequence[ChunkKey]) -> Read:
 
     def read(number: int, buffer: memoryview) -> None:
         with store.open(keys[number]) as opened:
+            opened.announce(0, opened.size)
             for start in range(0, opened.size, opened.slice_bytes):
                 opened.read_into(buffer[start : min(start + opened.slice_bytes, opened.size)], start)
 

@@ -27,7 +27,7 @@ from cakekv.bench.bound import clairvoyant_bound
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_machine
 from cakekv.bench.picture import bench_picture
-from cakekv.bench.valkey import VALKEY_PORT, valkey_behind
+from cakekv.bench.servers import valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
@@ -64,8 +64,7 @@ def main(
         link = stack.enter_context(ShapedLink()) if network else None
         url = f"{folder}/store"
         if link is not None:
-            stack.enter_context(valkey_behind(link))
-            url = f"redis://{link.far_address}:{VALKEY_PORT}?timeout=60s"
+            url = f"{stack.enter_context(valkey_behind(link))}?timeout=60s"
         log = json_file.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         folder_of_model = model or demo_model()
