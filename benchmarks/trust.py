@@ -2,7 +2,7 @@
 
     python benchmarks/trust.py --json benchmarks/trust.json
 
-checksums     A stored prefix is loaded, all of it, from a disk and through a link at the balanced bandwidth; in turn with
+checksums     A stored prefix is loaded whole, from a disk and through a link at the balanced bandwidth; in turn with
               and without looking at the checksums of its segments (which only this program can leave out).
 write_behind  A prompt is computed; in turn with and without saving it to a disk.
 """
