@@ -59,7 +59,7 @@ class RedisReader(ChunkReader):
                 self._stream = _Stream(store, name, offset, end, whole=end - offset == self.size)
             stream, self._stream = self._stream, None
             if stream.receive(buffer, deadline):
-                self._stream = stream
+                self._stream = None if stream.has_ended else stream
                 return
             data = store.getrange(name, offset, offset + len(buffer) - 1)  # redis-py knows what the answer means
             if len(data) != len(buffer):
@@ -85,6 +85,11 @@ class _Stream:
             self.abandon()
             raise
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of the answer was received."""
+        return self.position == self._end
+
     def receive(self, buffer: memoryview, deadline: float) -> bool:
         """Receive the next bytes. False if the answer is another than was expected; the stream is over then."""
         try:
@@ -94,7 +99,7 @@ class _Stream:
             self._expected = b""
             self._fill(buffer, deadline)
             self.position += len(buffer)
-            if self.position == self._end:
+            if self.has_ended:
                 self._fill(memoryview(bytearray(2)), deadline)
                 self._pool.release(self._connection)
                 self._connection = None
