@@ -3,8 +3,9 @@
     python benchmarks/vllm_restore.py --json out/bench_vllm.json --picture out/bench_vllm.png
 
 Bandwidths are multiples of the balanced one, at which loading the prefix takes as long as computing it. The store is a
-Valkey server behind a link that the kernel slows down (Linux, as root, with iproute2); nothing in cakekv is slowed down.
-Where that cannot be had, or with `--link software`, it is a folder that is slowed down in software; the results say so.
+Valkey server behind a link that the kernel slows down (Linux, as root, with iproute2); nothing in cakekv is slowed
+down. Where that cannot be had, or with `--link software`, it is a folder that is slowed down in software, and the
+results say so.
 
 Each time is what a client sees: from sending the request to the first token. Plain vLLM is a server of its own, beside
 the one with the plug-in; they are asked in turn. `bound_s` is the clairvoyant bound, from the spans and loads of runs
