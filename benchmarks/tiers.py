@@ -97,10 +97,17 @@ def disk(folder: Path | None, size: int, count: int, repeats: int) -> dict[str, 
     """The disk tier beside fio."""
     if shutil.which("fio") is None:
         raise CakeError("there is no fio: install it (Debian: apt install fio)")
-    with tempfile.TemporaryDirectory(prefix="cakekv-tiers-", dir=folder) as scratch, DiskStore(scratch) as store:
+    with (
+        tempfile.TemporaryDirectory(prefix="cakekv-tiers-", dir=folder) as scratch,
+        tempfile.TemporaryDirectory() as links,
+        DiskStore(scratch) as store,
+    ):
         keys = fill(store, size, count)
         files = [Folder(Path(scratch)).file(key) for key in keys]
         slice_bytes = slice_of(store, keys[0])
+        names = [str(number) for number in range(count)]  # short ones: fio takes no more than 4096 bytes of them
+        for name, file in zip(names, files, strict=True):
+            Path(links, name).symlink_to(file)
 
         def ours() -> float:
             drop_from_cache(files)
@@ -108,15 +115,15 @@ def disk(folder: Path | None, size: int, count: int, repeats: int) -> dict[str, 
 
         def fio() -> float:
             drop_from_cache(files)
-            shares = [files[job :: store.parallel_reads] for job in range(store.parallel_reads)]
+            shares = [names[job :: store.parallel_reads] for job in range(store.parallel_reads)]
             jobs = [
                 line
                 for number, share in enumerate(filter(None, shares))
-                for line in (f"--name=job{number}", f"--filename={':'.join(map(str, share))}")
+                for line in (f"--name=job{number}", f"--filename={':'.join(share)}")
             ]
             common = f"--rw=read --direct=1 --ioengine=psync --thread --file_service_type=sequential --bs={slice_bytes}"
             command = ["fio", *common.split(), "--group_reporting", "--output-format=json", *jobs]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=links)
             if done.returncode:
                 raise CakeError(f"fio failed: {done.stderr.strip()}")
             return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])

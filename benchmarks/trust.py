@@ -65,7 +65,8 @@ def main(
                 disk.delete([chunk.key for chunk in disk])
                 take(f"compute_{'saving' if saving else 'not_saving'}", near, mode="compute", save=saving)
                 near.wait_saved()
-            fill(Cake(loaded.engine, None, disk, **options), prompt[:prefix])
+            near.prefill(prompt, mode="compute")
+            near.wait_saved()
     medians = {f"{name}_s": median(taken[1:]) for name, taken in times.items()}
     ratios = {
         "checksums_disk": medians["load_disk_checked_s"] / medians["load_disk_unchecked_s"],

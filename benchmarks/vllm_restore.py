@@ -119,26 +119,21 @@ def _link(stack: ExitStack, kind: str) -> ShapedLink | None:
 def _measure(
     plain: Server, server: Server, prompt: list[int], prefix: int, ratio: float, bandwidth: float, repeats: int
 ) -> dict[str, Any]:
-    """One bandwidth: a round to warm up, so that costs are known, then the measured ones."""
+    """One bandwidth: a round to warm up, so that costs are known, and to compare answers; then the measured ones."""
 
-    def once() -> dict[str, Answer]:
+    def once(tokens: int = 1) -> dict[str, Answer]:
         return {
-            "compute": ask(plain, prompt),
-            "load": ask(server, prompt, mode="load", report=True),
-            "both": ask(server, prompt, mode="both", report=True),
-            "compute_with_plug_in": ask(server, prompt, mode="compute", report=True),
+            "compute": ask(plain, prompt, tokens),
+            "load": ask(server, prompt, tokens, mode="load", report=True),
+            "both": ask(server, prompt, tokens, mode="both", report=True),
+            "compute_with_plug_in": ask(server, prompt, tokens, mode="compute", report=True),
         }
 
     cold_s = ask(server, prompt, mode="both").ttft_s
-    once()
+    shown = [answer.token_ids for answer in once(SHOWN_TOKENS).values()]
     rounds = [once() for _ in range(repeats)]
     times = {name: [answers[name].ttft_s for answers in rounds] for name in rounds[0]}
     times["bound"] = [_bound(answers, prefix) for answers in rounds]
-    shown = [
-        ask(plain, prompt, SHOWN_TOKENS).token_ids,
-        ask(server, prompt, SHOWN_TOKENS, mode="load").token_ids,
-        ask(server, prompt, SHOWN_TOKENS, mode="both").token_ids,
-    ]
     medians = {f"{name}_s": median(taken) for name, taken in times.items()}
     both = [answers["both"].report or {} for answers in rounds]
     return {
