@@ -105,7 +105,7 @@ def test_collecting(store):
 
 def test_looking_at_a_chunk_leaves_no_trace(store):
     if store.name == "redis":
-        for name in [store._name(key_of(number)) for number in range(3)]:
+        for name in [store.name_of(key_of(number)) for number in range(3)]:
             store._client.restore(name, 0, store._client.dump(name), replace=True, idletime=1000)
     before = {chunk.key: chunk.used_at for chunk in store}
     verify(store)
