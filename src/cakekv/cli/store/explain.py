@@ -79,6 +79,8 @@ def explain(
         say("Nothing of this identity was ever saved here. It differs from others that were:")
     for other in explained.others[:_NAMED]:
         say(_sentence(other))
+    if prompt.window:
+        say(f"Among a prompt's newest {prompt.window:,} tokens, chunks in the codec's form are not used.")
     for note in explained.notes:
         say(note)
 

@@ -39,6 +39,8 @@ class Prompt(NamedTuple):
     token_ids: list[int]
     root: bytes
     fields: Mapping[str, str]
+    window: int = 0
+    """Newest tokens of a prompt whose chunks are not used in the codec's lossy form."""
 
 
 def find_prompt(
@@ -72,7 +74,7 @@ def find_prompt(
 
     with load_cake(model, None, tenant, codec, chunk_tokens) as cake:
         token_ids = read_tokens(tokens) if tokens is not None else _document_tokens(cake.tokenizer, document, question)
-        return Prompt(token_ids, cake.identity.root, cake.identity.fields())
+        return Prompt(token_ids, cake.identity.root, cake.identity.fields(), cake.codec.window)
 
 
 def read_tokens(file: Path) -> list[int]:
