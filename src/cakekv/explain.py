@@ -179,7 +179,7 @@ def _reasons(missing: Sequence[ChunkKey], tiers: Sequence[Store], notes: list[st
 
 
 def _sentence(tier: str, removal: Removal) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(removal.at))
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(removal.at))
     how = "evicted from" if removal.reason == "capacity" else "deleted on request from"
     return f"{how} {tier} at {when}"
 

@@ -83,7 +83,7 @@ def gc(
         chunks = [*going.old, *going.surplus]
         size = sum(chunk.size for chunk in chunks)
         deleted = 0
-        if not dry_run:
+        if chunks and not dry_run:
             with bar("deleting", size) as on_bytes:
                 deleted = delete(unwrapped(found), chunks, on_bytes)
     if as_json:

@@ -77,6 +77,8 @@ def explain(
         say("The store has no note of any identity: nothing was ever saved here.")
     elif not explained.known:
         say("Nothing of this identity was ever saved here. It differs from others that were:")
+    elif explained.others:
+        say("Chunks of this prompt are stored under other identities, too:")
     for other in explained.others[:_NAMED]:
         say(_sentence(other))
     if prompt.window:
@@ -102,7 +104,7 @@ def _where(chunk: Whereabouts) -> str:
 
 def _sentence(other: OtherIdentity) -> str:
     differs = "; ".join(
-        f"{name} is {_cut(mine)}, there {_cut(theirs or 'not known')}" for name, (mine, theirs) in other.differs.items()
+        f"{name} is {_cut(mine)}, there {_cut(theirs)}" for name, (mine, theirs) in other.differs.items()
     )
     if other.chunks is None:
         stored = " (Whether it has this prompt cannot be told: its keys are made by vLLM.)"
@@ -111,7 +113,9 @@ def _sentence(other: OtherIdentity) -> str:
     return f"- identity {other.root[:12]}…: {differs or 'no field that is known differs'}.{stored}"
 
 
-def _cut(value: str) -> str:
+def _cut(value: str | None) -> str:
+    if value is None:
+        return "not known"
     shown = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
     return shown or "empty"
 
