@@ -82,8 +82,8 @@ class Flights:
         return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
-        """Whether every worker of the source hangs in a load that was given up."""
-        return self._stuck[source] >= self._sources[source].depth
+        """Whether every worker of the source hangs in a load that was given up, or one does and none ever returned."""
+        return self._stuck[source] >= (self._sources[source].depth if self._sources[source].cost.known else 1)
 
     def begin(self, load: Load) -> None:
         """A load was handed out; it queues if the source is busy with as many as it serves at a time."""

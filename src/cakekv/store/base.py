@@ -29,6 +29,13 @@ class StoreStats(NamedTuple):
     """Bytes it may hold, or None if it is not bounded."""
 
 
+class Evicted(NamedTuple):
+    """What a tier has evicted to make room."""
+
+    chunks: int = 0
+    bytes: int = 0
+
+
 class ChunkReader(ABC):
     """An open chunk. Its bytes stay readable until `close`, even if the chunk is evicted meanwhile."""
 
@@ -82,6 +89,14 @@ class Store(ABC):
     """How many chunks to read at a time to keep the tier busy."""
     url: str | None = None
     """Where it is, as far as that decides how fast it is, without user and password; set by `open_store`."""
+
+    counts_cheaply: bool = False
+    """Whether `stats` costs so little that it may be asked for every few seconds."""
+
+    @property
+    def evicted(self) -> Evicted:
+        """What this process has evicted, since it opened the tier; nothing if that is a server's business."""
+        return Evicted()
 
     @property
     def tiers(self) -> Sequence[Store]:

@@ -19,11 +19,12 @@ from pathlib import Path
 from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import Candidate, Eviction, Victims
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.evictions import Evictions
 from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, Counts, Folder
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 
@@ -66,6 +67,7 @@ class DiskStore(Store):
     """
 
     name = "disk"
+    counts_cheaply = True
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class DiskStore(Store):
         self._folder = Folder(self.path)
         self._victims = Victims(evict or LeastRecentlyUsed())  # only touched under the folder's lock
         self._uses: Counter[ChunkKey] = Counter()
+        self._evictions = Evictions(self.name)
         with self._explained("open the store"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.claim()
@@ -90,6 +93,10 @@ class DiskStore(Store):
                 reserved = self._folder.reserved()
                 if capacity is not None:
                     self._evict(counts, down_to=max(0, capacity - reserved))
+
+    @property
+    def evicted(self) -> Evicted:
+        return self._evictions.total
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._explained("look for chunks"):
@@ -210,6 +217,7 @@ class DiskStore(Store):
                 if os.lstat(self._folder.file(victim.key)).st_mtime == victim.used_at:
                     self._folder.remove(victim.key, counts)
                     del self._uses[victim.key]
+                    self._evictions.add(victim.size)
 
     def _count_use(self, key: ChunkKey) -> None:
         if len(self._uses) >= _MOST_USES:  # most are of chunks that other processes have evicted
