@@ -21,7 +21,15 @@ def test_soak(tmp_path: Path, long: bool) -> None:
     settled = [one for one in samples if one.done > 0.4 * seconds]
     print(f"seed {seed}: {figures}; {settled[0]} to {settled[-1]}")
     assert figures["wrong outputs"] == 0, f"seed {seed}"
-    for kind in ("answers", "aborted", "evicted", "saved chunks", "loads placed", "loads corrupt", "loads store failed"):
+    for kind in (
+        "answers",
+        "aborted",
+        "evicted",
+        "saved chunks",
+        "loads placed",
+        "loads corrupt",
+        "loads store failed",
+    ):
         assert figures.get(kind, 0) > 0, f"no {kind}: no test of that; {figures}"
     assert len(settled) > 10
     assert not leaks(settled), f"seed {seed}: {leaks(settled)}"

@@ -67,10 +67,12 @@ class Flights:
         self._deadline_s = deadline_s
         self._wanted: dict[tuple[int, int | None], Load] = {}
         """Loads that were neither answered nor cancelled, by chunk and group."""
+        self._flying: dict[Load, None] = {}
+        """Loads that were not answered yet, cancelled ones included."""
         self._outstanding = [0] * len(sources)
-        """Loads per source that were not answered yet, cancelled ones included."""
+        """How many of them each source has."""
         self._stuck = [0] * len(sources)
-        """Loads per source that were given up as late and not answered yet."""
+        """How many of them are late."""
 
     def has_room(self, source: int, ahead: int = 0) -> bool:
         """Whether the source should be given another load, if `ahead` may queue.
@@ -92,6 +94,7 @@ class Flights:
         load.alone = not self._outstanding[load.source]
         load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
         self._wanted[load.chunk, load.group] = load
+        self._flying[load] = None
         self._outstanding[load.source] += 1
 
     def wanted(self, source: int) -> list[Load]:
@@ -114,6 +117,7 @@ class Flights:
 
     def answered(self, load: Load, size: int, now: float) -> bool:
         """The source is through with the load, after `size` bytes. Returns whether its speed was unknown before."""
+        self._flying.pop(load, None)
         self._outstanding[load.source] -= 1
         if load.late:
             self._stuck[load.source] -= 1
@@ -127,13 +131,18 @@ class Flights:
         self._wanted.pop((load.chunk, load.group), None)
 
     def give_up_late(self, now: float) -> list[Load]:
-        """Cancel the loads that have been waited for long enough, and return them."""
-        late = [load for load in self._wanted.values() if now >= self._deadline(load)]
+        """Cancel the loads that have been waited for long enough, and return those that were still wanted.
+
+        Others, which nobody waits for, keep their source from what is wanted; so they are counted as late as well.
+        """
+        late = [load for load in self._flying if not load.late and now >= self._deadline(load)]
+        wanted = [load for load in late if self._wanted.get((load.chunk, load.group)) is load]
         for load in late:
-            self.cancel(load)
             load.late = True
             self._stuck[load.source] += 1
-        return late
+        for load in wanted:
+            self.cancel(load)
+        return wanted
 
     def next_look(self, now: float) -> float:
         """When a wait should be thought over: a while after the next load should have ended, or must have."""
