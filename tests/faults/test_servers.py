@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.valkey import VALKEY_PORT, valkey_behind
+from cakekv.bench.servers import VALKEY_PORT, valkey_behind
 from cakekv.cake import Cake, Progress
 from cakekv.errors import CakeError
 from cakekv.store.opening import open_store

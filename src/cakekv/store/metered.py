@@ -79,6 +79,9 @@ class _MeteredReader(ChunkReader):
         self._bytes = 0
         self._over = False
 
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         began = monotonic()
         try:
