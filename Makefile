@@ -49,7 +49,7 @@ types: $(STAMP)
 unit: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-# The tests of faults at full length: about half an hour. Those of a cut link and of a full disk need root.
+# The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults --long -s
 

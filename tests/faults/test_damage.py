@@ -20,7 +20,7 @@ from cakekv.store.keyring import Keyring
 from cakekv.store.memory import MemoryStore
 from store.chunks import read
 
-DAMAGES = 10_000
+DAMAGES, LONG_DAMAGES = 4_000, 10_000
 KEY, POSITION = ChunkKey(bytes(range(32))), 128
 LAYOUT = KVLayout(tuple(LayerLayout((PlaneLayout(2, 16, 4), PlaneLayout(2, 16, 4))) for _ in range(3)))
 
@@ -83,15 +83,15 @@ def damage(chunk: bytes, choose: random.Random) -> tuple[bytes, str]:
 
 
 @pytest.mark.timeout(300)
-def test_every_damage_is_found() -> None:
-    seed = random.randrange(10**6)
+def test_every_damage_is_found(long: bool) -> None:
+    seed, damages = random.randrange(10**6), LONG_DAMAGES if long else DAMAGES
     choose = random.Random(seed)
     chunks = dict(forms())
     for name, chunk in chunks.items():
         assert not is_found(name, chunk), f"{name}: the undamaged chunk is sound"
     small = [name for name, chunk in chunks.items() if len(chunk) < 200_000]
     missed, done = [], Counter[str]()
-    for number in range(DAMAGES):
+    for number in range(damages):
         name = choose.choice(list(chunks) if number % 20 == 0 else small)
         damaged, what = damage(chunks[name], choose)
         done[name] += 1
@@ -99,4 +99,4 @@ def test_every_damage_is_found() -> None:
             missed.append((name, what))
     print(f"seed {seed}: {dict(done)}")
     assert set(done) == set(chunks)
-    assert not missed, f"seed {seed}: {len(missed)} of {DAMAGES} were not found, such as {missed[:5]}"
+    assert not missed, f"seed {seed}: {len(missed)} of {damages} were not found, such as {missed[:5]}"

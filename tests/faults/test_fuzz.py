@@ -13,7 +13,7 @@ from cakekv.chunk import ALIGNMENT, ChunkShape, header_bytes_of, peek_place, rea
 from cakekv.errors import CorruptChunk
 from cakekv.keys import ChunkKey
 
-INPUTS, LONG_INPUTS = 100_000, 1_000_000
+INPUTS, LONG_INPUTS = 50_000, 1_000_000
 
 SHAPES = [
     ChunkShape(1, (1, 1)),

@@ -14,7 +14,7 @@ from faults.processes import printed, running
 
 @pytest.mark.timeout(1200)
 def test_soak(tmp_path: Path, long: bool) -> None:
-    seconds, seed = 600 if long else 20, random.randrange(10**6)
+    seconds, seed = 600 if long else 14, random.randrange(10**6)
     with running(f"faults.soaking.main({str(tmp_path)!r}, {seconds}, {seed})") as process:
         found = json.loads(printed(process))
     figures, samples = found["figures"], [Sample(*one) for one in found["samples"]]
