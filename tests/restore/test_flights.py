@@ -41,9 +41,14 @@ def test_a_source_that_does_not_answer_is_stalled_after_the_deadline(known: bool
     assert flying.has_room(0)
 
 
-def test_one_load_that_hangs_stalls_a_source_that_never_answered_and_no_other() -> None:
-    for known in (False, True):
-        flying = flights(known=known)
-        flying.begin(load(0))
-        flying.give_up_late(1.0 + DEADLINE_S)
-        assert flying.stalled(0) is not known
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_one_load_that_hangs_stalls_a_source_unless_others_came_meanwhile(known: bool, moves: bool) -> None:
+    flying = flights(known=known)
+    flying.begin(load(0))
+    if moves:
+        flying.begin(other := load(1, began=1.1))
+        flying.answered(other, 1000, 1.2)
+        flying.land(other)
+    flying.give_up_late(1.0 + DEADLINE_S)
+    assert flying.stalled(0) is not moves

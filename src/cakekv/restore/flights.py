@@ -84,8 +84,10 @@ class Flights:
         return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
-        """Whether every worker of the source hangs in a load that was given up, or one does and none ever returned."""
-        return self._stuck[source] >= (self._sources[source].depth if self._sources[source].cost.known else 1)
+        """Whether the source hangs: all of its workers do, in loads that are late, or nothing came since one began."""
+        began = [load.began for load in self._flying if load.late and load.source == source]
+        last = self._sources[source].cost.last_completed
+        return len(began) >= self._sources[source].depth or (bool(began) and (last is None or last <= min(began)))
 
     def begin(self, load: Load) -> None:
         """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
