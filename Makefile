@@ -10,7 +10,7 @@ VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
 
-.PHONY: demo test lint types unit test-vllm bench bench-vllm install install-vllm clean
+.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm install install-vllm clean
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 
@@ -48,6 +48,10 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
+test-long: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults --long -s
 
 # One part of the suite alone, e.g. `make unit-store`.
 unit-%: $(STAMP)

@@ -198,6 +198,7 @@ def test_what_cannot_be_sealed_is_refused(attempt):
         (lambda c: c[:4096] + bytes(len(c) - 4096), ChunkFault.SEGMENT_CHECKSUM),
         (lambda c: c[:300] + b"\1" + c[301:], ChunkFault.HEADER_CHECKSUM),
         (lambda c: c[:-1] + b"\1", ChunkFault.DIRTY_PADDING),
+        (lambda c: change(c[:3000] + b"\1" + c[3001:]), ChunkFault.DIRTY_PADDING),
     ],
 )
 def test_every_fault_has_its_name(damage, fault):

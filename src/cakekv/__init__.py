@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["BadInput", "Cake", "CakeError", "RestoreReport", "Store", "StoreError", "UnsupportedModel", "open_store"]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, until the application says otherwise
 
 if TYPE_CHECKING:
     from cakekv.cake import Cake

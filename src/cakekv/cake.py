@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cakekv.arbiter import Request
 from cakekv.calibration import KnownCosts
@@ -20,8 +20,10 @@ from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
 from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
 from cakekv.options import Options
+from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode, Span
 from cakekv.restore.priority import Policy, open_policy
@@ -32,10 +34,16 @@ from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 
+if TYPE_CHECKING:
+    from cakekv.metrics import Metrics
+
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
 Prompt = str | Sequence[int]
 Stores = Store | str | Sequence[Store | str] | None
+
+LOOKUP_DEADLINE_S = 2.0
+"""Seconds that a tier may take to say what it holds of a prompt."""
 
 
 class Cake:
@@ -63,9 +71,14 @@ class Cake:
         Who goes first when several requests are open: a key of `cakekv.restore.priority.POLICIES`, or such an object.
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
+    deadline_s : float
+        Seconds that a tier may take for one chunk: one that has not arrived by then is computed, and a tier that has
+        not taken one by then is not waited for. Look-ups get no more than 2 s.
     calibration : path or None
         A file that keeps between processes what this model costs on this machine, and the stores that were opened by
         URL or path; written by `close`.
+    metrics : cakekv.metrics.Metrics or None
+        What counts restores and saves, and the operations of the stores that were given as URL or path.
 
     Examples
     --------
@@ -86,17 +99,21 @@ class Cake:
         codec: str | Codec = "raw",
         policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
+        deadline_s: float = 30.0,
         calibration: str | os.PathLike[str] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         if chunk_tokens < 1 or max_span_tokens < chunk_tokens:
             raise BadInput(
                 f"chunk_tokens must be at least 1 and max_span_tokens at least chunk_tokens; "
                 f"got {chunk_tokens} and {max_span_tokens}"
             )
+        if not deadline_s > 0:
+            raise BadInput(f"deadline_s is more than 0 s, not {deadline_s}")
         self.engine = engine
         self.tokenizer = tokenizer
         given = [store] if isinstance(store, Store | str) else list(store or ())
-        stores = [open_store(one) if isinstance(one, str) else one for one in given]
+        stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
         self.tiers = [tier for given in stores for tier in given.tiers]
         self._target = stores[0] if stores else None
@@ -118,7 +135,11 @@ class Cake:
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
-        self._saver = Saver(self._target, coder, staging) if self._target else None
+        self._metrics = metrics
+        on_save = metrics.add_save if metrics is not None else None
+        self._saver = None
+        if self._target is not None:
+            self._saver = Saver(self._target, coder, staging, deadline_s=deadline_s, on_save=on_save)
         self._arms = Arms.of(
             engine,
             open_policy(policy) if isinstance(policy, str) else policy,
@@ -129,7 +150,9 @@ class Cake:
             staging,
             max_span_tokens=max_span_tokens,
             layered_finish=layered_finish,
+            deadline_s=deadline_s,
         )
+        self._ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
         self._tokenizing = threading.Lock()
         """Tokenizers are not made for several threads."""
         self._introduced = False
@@ -354,7 +377,7 @@ class Cake:
         stored, sizes = self._lookup(keys, len(token_ids), notes)
         lookup_s = monotonic() - looked_up
         if self.tiers and not any(stored) and not notes and not self._introduced:  # a question more, so asked rarely
-            notes += why_nothing_is_stored(self.identity, self.tiers)
+            notes += why_nothing_is_stored(self.identity, self.tiers, self._ask.identities())
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._save, cache, keys if save else [])
         restorer = Restorer(
@@ -376,6 +399,9 @@ class Cake:
         report.ttft_s, report.lookup_s, report.codec = ttft_s, lookup_s, self.codec.name
         report.notes += notes
         self.last_report = report
+        log_restore(report)
+        if self._metrics is not None:
+            self._metrics.add_restore(report)
         return Prefill(token_ids, cache, logits, report)
 
     def _lookup(
@@ -384,14 +410,9 @@ class Cake:
         """Per chunk, which tiers hold it in a form that will do; and the bytes of those chunks."""
         found: list[int] = []
         holders: list[tuple[int, ...]] = [()] * len(keys)
-        for index, tier in enumerate(self.tiers):
-            if self._arms.hangs(index):
-                notes.append(f"The {tier.name} tier is not asked: none of its reads has come back for a while.")
-                continue
-            try:
-                sizes = tier.lookup(keys)
-            except StoreError as error:
-                notes.append(f"The {tier.name} tier could not be asked what it holds: {error}")
+        for index, (tier, sizes) in enumerate(zip(self.tiers, self._ask.sizes(keys), strict=True)):
+            if isinstance(sizes, StoreError):
+                notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
                 continue
             for chunk, size in enumerate(sizes):
                 if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, prompt_tokens)):
@@ -418,10 +439,9 @@ class Cake:
 
     def _introduce(self) -> None:
         """Leave this model's identity in the store once, so that misses can be explained later."""
-        if self._target is not None and not self._introduced:
+        if self._saver is not None and not self._introduced:
             self._introduced = True
-            with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
-                self._target.remember_identity(self.identity.root.hex(), self.identity.fields())
+            self._saver.introduce(self.identity.root.hex(), self.identity.fields())
 
 
 def _check_mode(mode: str) -> None:

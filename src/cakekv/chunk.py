@@ -279,7 +279,10 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
     _, version, layers, _, total_bytes, key, position, tokens = _FIXED.unpack_from(head)
     if not 1 <= tokens < MAX_TOKENS or position >= MAX_POSITION:
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{tokens} tokens at position {position}")
-    table = list(_ENTRY.iter_unpack(head[_TABLE_OFFSET : _TABLE_OFFSET + layers * _ENTRY.size]))
+    table_end = _TABLE_OFFSET + layers * _ENTRY.size
+    if bytes(head[table_end:]) != bytes(header_bytes - table_end):
+        _fail(ChunkFault.DIRTY_PADDING, "in the header")
+    table = list(_ENTRY.iter_unpack(head[_TABLE_OFFSET:table_end]))
     if not any(length for _, length, _ in table):
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, "every segment is empty")
     shape = ChunkShape(tokens, tuple(length for _, length, _ in table), _PACKED[version])

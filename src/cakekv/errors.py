@@ -61,7 +61,7 @@ class ChunkFault(Enum):
     SEGMENT_CHECKSUM = "a segment does not match its checksum"
     SEAL = "the encrypted chunk does not match its seal"
     UNDECODABLE = "a segment is not what its codec writes"
-    DIRTY_PADDING = "the bytes between two segments are not zero"
+    DIRTY_PADDING = "bytes between two segments, or behind the header, are not zero"
 
 
 class CorruptChunk(CakeError):

@@ -18,7 +18,9 @@ from cakekv.store.tail_only import TailOnlyStore
 _MOST_OTHERS = 16
 
 
-def why_nothing_is_stored(identity: Identity, tiers: Sequence[Store]) -> list[str]:
+def why_nothing_is_stored(
+    identity: Identity, tiers: Sequence[Store], found: Sequence[dict[str, dict[str, str]] | StoreError]
+) -> list[str]:
     """One sentence per tier that holds chunks, none of which this model may use for any prompt.
 
     Parameters
@@ -27,14 +29,14 @@ def why_nothing_is_stored(identity: Identity, tiers: Sequence[Store]) -> list[st
         Who asks.
     tiers : sequence of Store
         Where nothing was found.
+    found : sequence
+        The identities noted in each, or why it could not be asked.
     """
     sentences = []
     mine = identity.fields()
-    for tier in tiers:
-        try:
-            others = tier.identities()
-        except StoreError as error:
-            sentences.append(f"The {tier.name} tier could not be asked whose chunks it holds: {error}")
+    for tier, others in zip(tiers, found, strict=True):
+        if isinstance(others, StoreError):
+            sentences.append(f"The {tier.name} tier could not be asked whose chunks it holds: {others}")
             continue
         if not others or identity.root.hex() in others:
             continue

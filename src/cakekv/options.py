@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from cakekv.codec.base import Codec
 from cakekv.restore.priority import Policy
+
+if TYPE_CHECKING:
+    from cakekv.metrics import Metrics
 
 
 class Options(TypedDict, total=False):
@@ -18,4 +21,6 @@ class Options(TypedDict, total=False):
     codec: str | Codec
     policy: str | Policy
     layered_finish: bool
+    deadline_s: float
     calibration: str | os.PathLike[str] | None
+    metrics: Metrics | None

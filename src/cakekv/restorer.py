@@ -71,7 +71,7 @@ class Arms(Generic[Cache, Logits]):
         What spans cost; learns.
     sources : list of Source
         The planner's view of the tiers.
-    max_span_tokens : int
+    max_span_tokens, deadline_s
         As in `Restore`.
     """
 
@@ -83,6 +83,7 @@ class Arms(Generic[Cache, Logits]):
     compute_cost: ComputeCost
     sources: list[Source]
     max_span_tokens: int
+    deadline_s: float
 
     @classmethod
     def of(
@@ -97,13 +98,14 @@ class Arms(Generic[Cache, Logits]):
         *,
         max_span_tokens: int,
         layered_finish: bool,
+        deadline_s: float,
     ) -> Self:
         """Make what is missing; `load_costs` are those of `tiers`, `staging` has buffers for exact chunks."""
         arbiter = Arbiter(policy)
         groups = layer_groups(coder.expected([]), coder.layers) if layered_finish else []
         loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging)
         sources = [Source(tier.name, cost, tier.parallel_reads) for tier, cost in zip(tiers, load_costs, strict=True)]
-        return cls(engine, arbiter, loader, coder, groups, compute_cost, sources, max_span_tokens)
+        return cls(engine, arbiter, loader, coder, groups, compute_cost, sources, max_span_tokens, deadline_s)
 
     def hangs(self, source: int) -> bool:
         """Whether a tier does not answer any more."""
@@ -183,6 +185,8 @@ class Restorer(Generic[Cache, Logits]):
             groups=groups,
             mode=mode,
             max_span_tokens=arms.max_span_tokens,
+            patience_s=arms.deadline_s,
+            deadline_s=arms.deadline_s,
             now=request.arrived_s,
         )
         self._loading = Loading(

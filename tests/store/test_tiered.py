@@ -298,7 +298,7 @@ def test_a_tier_in_trouble_is_nobody_elses(tiered):
     assert read(store, key_of(0)) == chunk_of(0)
     assert store.stats() == StoreStats(1, SIZE, None)
     assert store.delete([key_of(0)]) == 1
-    with pytest.raises(MissingChunk if store._members[0].is_up else StoreError):
+    with pytest.raises(MissingChunk if store.members[0].is_up else StoreError):
         store.open(key_of(0))
 
 

@@ -96,6 +96,14 @@ class ShapedLink:
             shape = ["tbf", "rate", f"{8 * bandwidth:.0f}bit", "burst", f"{burst}b", "latency", _QUEUE]
             _run("tc", *place, "qdisc", "replace", "dev", device, "root", *shape)
 
+    def cut(self) -> None:
+        """Let nothing through any more, in silence, as when a cable is pulled further on; `mend` undoes it."""
+        _run("ip", "-n", self._namespace, "link", "set", self._far, "down")
+
+    def mend(self) -> None:
+        """Let everything through again."""
+        _run("ip", "-n", self._namespace, "link", "set", self._far, "up")
+
     def close(self) -> None:
         """Remove the link and the namespace; processes on the far side lose their network."""
         subprocess.run(["ip", "netns", "del", self._namespace], capture_output=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cakekv import __version__
+from cakekv import __version__, logs
 from cakekv.cli import ask, bench, demo, quality, simulate, simulate_cluster, store, vllm_args
 from cakekv.cli.console import Commands
 
@@ -50,6 +50,7 @@ def cakekv(
     # The libraries underneath draw bars and give advice of their own; ours say what there is to say.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logs.configure()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -16,12 +17,15 @@ from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.pieces import byte_ranges
 from cakekv.load.staging import StagingPool
+from cakekv.logs import emit
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore
 from cakekv.store.base import ChunkReader, Store
 
 Place = Callable[[int, int, list[memoryview | None]], int]
 """(first position, tokens, segment per layer or None) to bytes copied."""
+
+_LOG = logging.getLogger(__name__)
 
 _STUCK_S = 2.0
 """A cancelled load is given up between two slices; if it is still there after this long, its worker is stuck."""
@@ -180,8 +184,13 @@ class Loader:
 
     def check_late(self, now: float) -> None:
         """Let every open restore give up what it has waited for long enough: others may wait for those workers."""
+        waited_for = [load for loads in self._in_flight for load in loads if not load.late]
         for loading in self._open.values():
             loading.restore.check_late(now)
+        for load in waited_for:
+            if load.late:
+                tier, waited_s = self._tiers[load.source].name, round(now - load.began, 3)
+                emit(_LOG, logging.WARNING, "deadline_missed", tier=tier, operation="load", waited_s=waited_s)
         self.wake()
 
     def hangs(self, source: int) -> bool:
@@ -267,6 +276,7 @@ class Loader:
                 return
             except (CorruptChunk, MissingChunk, StoreError) as error:
                 reason = failure_reason(error)
+                self._log_failure(load, loading.keys[load.chunk], error)
                 self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))
                 return
             with self._lock:
@@ -286,6 +296,14 @@ class Loader:
                     loading.first_lossy = load.chunk if first is None else min(first, load.chunk)
 
             self._report(loading, placed)
+
+    def _log_failure(self, load: Load, key: ChunkKey, error: Exception) -> None:
+        tier = self._tiers[load.source].name
+        if isinstance(error, CorruptChunk):
+            fault, detail = error.fault.name.lower(), error.detail
+            emit(_LOG, logging.WARNING, "chunk_corrupt", tier=tier, chunk=key.short, fault=fault, detail=detail)
+        else:  # one by one these may be many; `restore_finished` counts them
+            emit(_LOG, logging.DEBUG, "load_failed", tier=tier, chunk=key.short, reason=str(error))
 
     def _report(self, loading: Loading, event: Callable[[float], None]) -> None:
         with self._lock:

@@ -67,10 +67,12 @@ class Flights:
         self._deadline_s = deadline_s
         self._wanted: dict[tuple[int, int | None], Load] = {}
         """Loads that were neither answered nor cancelled, by chunk and group."""
+        self._flying: dict[Load, None] = {}
+        """Loads that were not answered yet, cancelled ones included."""
         self._outstanding = [0] * len(sources)
-        """Loads per source that were not answered yet, cancelled ones included."""
+        """How many of them each source has."""
         self._stuck = [0] * len(sources)
-        """Loads per source that were given up as late and not answered yet."""
+        """How many of them are late."""
 
     def has_room(self, source: int, ahead: int = 0) -> bool:
         """Whether the source should be given another load, if `ahead` may queue.
@@ -82,8 +84,10 @@ class Flights:
         return self._outstanding[source] < self._sources[source].depth + ahead
 
     def stalled(self, source: int) -> bool:
-        """Whether every worker of the source hangs in a load that was given up."""
-        return self._stuck[source] >= self._sources[source].depth
+        """Whether the source hangs: all of its workers do, in loads that are late, or nothing came since one began."""
+        began = [load.began for load in self._flying if load.late and load.source == source]
+        last = self._sources[source].cost.last_completed
+        return len(began) >= self._sources[source].depth or (bool(began) and (last is None or last <= min(began)))
 
     def begin(self, load: Load) -> None:
         """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
@@ -92,6 +96,7 @@ class Flights:
         load.alone = not self._outstanding[load.source]
         load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
         self._wanted[load.chunk, load.group] = load
+        self._flying[load] = None
         self._outstanding[load.source] += 1
 
     def wanted(self, source: int) -> list[Load]:
@@ -114,6 +119,7 @@ class Flights:
 
     def answered(self, load: Load, size: int, now: float) -> bool:
         """The source is through with the load, after `size` bytes. Returns whether its speed was unknown before."""
+        self._flying.pop(load, None)
         self._outstanding[load.source] -= 1
         if load.late:
             self._stuck[load.source] -= 1
@@ -127,13 +133,18 @@ class Flights:
         self._wanted.pop((load.chunk, load.group), None)
 
     def give_up_late(self, now: float) -> list[Load]:
-        """Cancel the loads that have been waited for long enough, and return them."""
-        late = [load for load in self._wanted.values() if now >= self._deadline(load)]
+        """Cancel the loads that have been waited for long enough, and return those that were still wanted.
+
+        Others, which nobody waits for, keep their source from what is wanted; so they are counted as late as well.
+        """
+        late = [load for load in self._flying if not load.late and now >= self._deadline(load)]
+        wanted = [load for load in late if self._wanted.get((load.chunk, load.group)) is load]
         for load in late:
-            self.cancel(load)
             load.late = True
             self._stuck[load.source] += 1
-        return late
+        for load in wanted:
+            self.cancel(load)
+        return wanted
 
     def next_look(self, now: float) -> float:
         """When a wait should be thought over: a while after the next load should have ended, or must have."""

@@ -70,6 +70,11 @@ class LayeredFinish:
         """What `source` should load next."""
         return self._pending[source].popleft() if self._pending[source] else None
 
+    @property
+    def asked(self) -> list[int]:
+        """The sources that are yet to be asked for pieces."""
+        return [source for source, pending in enumerate(self._pending) if pending]
+
     def placed(self, chunk: int, group: int, size: int) -> bool:
         """A piece is in the cache. Returns whether its chunk is complete."""
         self._missing[group] -= 1

@@ -484,6 +484,8 @@ class Restore:
             again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
             self.coverage.late.add(load.chunk)
             self._lose(load, "late", again)
+        if self._layered is not None and any(map(self._flights.stalled, self._layered.asked)):
+            self._layered.broken = True
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""

@@ -38,6 +38,13 @@ class Removal(NamedTuple):
     """"capacity": it was evicted to make room; "request": someone deleted it."""
 
 
+class Evicted(NamedTuple):
+    """What a tier has evicted to make room."""
+
+    chunks: int = 0
+    bytes: int = 0
+
+
 class ChunkReader(ABC):
     """An open chunk. Its bytes stay readable until `close`, even if the chunk is evicted meanwhile."""
 
@@ -102,6 +109,14 @@ class Store(ABC):
     def parts(self) -> Sequence[Store]:
         """The stores it is made of; none if it holds its chunks itself."""
         return []
+
+    counts_cheaply: bool = False
+    """Whether `stats` costs so little that it may be asked for every few seconds."""
+
+    @property
+    def evicted(self) -> Evicted:
+        """What this process has evicted, since it opened the tier; nothing if that is a server's business."""
+        return Evicted()
 
     @property
     def tiers(self) -> Sequence[Store]:

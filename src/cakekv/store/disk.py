@@ -19,11 +19,12 @@ from pathlib import Path
 from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Removal, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import Candidate, Eviction, Victims
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.evictions import Evictions
 from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
 from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
@@ -68,6 +69,7 @@ class DiskStore(Store):
     """
 
     name = "disk"
+    counts_cheaply = True
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class DiskStore(Store):
         self._victims = Victims(evict or LeastRecentlyUsed())  # only touched under the folder's lock
         self._uses: Counter[ChunkKey] = Counter()
         self._removals = RemovalLog(self.path / REMOVALS)
+        self._evictions = Evictions(self.name)
         with self._explained("open the store"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.claim()
@@ -98,6 +101,10 @@ class DiskStore(Store):
     def policy(self) -> Eviction:
         """What goes first when room is needed."""
         return self._victims.policy
+
+    @property
+    def evicted(self) -> Evicted:
+        return self._evictions.total
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._explained("look for chunks"):
@@ -229,6 +236,7 @@ class DiskStore(Store):
                     self._folder.remove(victim.key, counts)
                     del self._uses[victim.key]
                     evicted.append(victim.key)
+                    self._evictions.add(victim.size)
         self._removals.note(evicted, CAPACITY)
 
     def _mark_use(self, key: ChunkKey, descriptor: int) -> None:

@@ -131,6 +131,9 @@ class _EncryptedReader(ChunkReader):
         if self._start > len(head):
             self._tags = memoryview(bytearray(self._start))
             inner.read_into(self._tags, 0)
+        used = _PROLOGUE.size + -(-self.size // self._block_bytes) * _TAG_BYTES
+        if bytes(self._tags[used : self._start]) != bytes(self._start - used):
+            raise _damaged(key, "the bytes behind its tags are not zero")
         self._kept: tuple[int, memoryview] | None = None
 
     def announce(self, start: int, end: int) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as DeadlinePassed
+from time import monotonic
 from typing import TypeVar
 
 from cakekv.errors import MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.logs import emit
+from cakekv.store.asking import Asker
+from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 
 Result = TypeVar("Result")
+
+_LOG = logging.getLogger(__name__)
 
 DEADLINE_S = 1.0
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 FAILURES = 3
 """So many failed operations in a row mean that a tier is down; a look-up that fails means so at once."""
 
+_MOST_OVERDUE = 4
+"""Look-ups that may hang in a tier, from times at which it was down, while it is asked again."""
 _PROBE = ChunkKey(bytes(ChunkKey.LENGTH))
 
 
@@ -50,14 +56,15 @@ class Member(Store):
     ) -> None:
         self.name = name
         self._open_inner = open_inner
-        self._deadline_s = deadline_s
+        self._asker = Asker(deadline_s, most_overdue=_MOST_OVERDUE)
         self._first_retry_s = first_retry_s
         self._inner: Store | None = None
         self._reason: str | None = None
         self._failures = 0
+        self.retry_s = 0.0
+        """The pause before it is asked again, in seconds; 0 while it is up."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix=f"cakekv-ask-{name}")
         try:
             self._opened()
         except StoreError as error:
@@ -72,15 +79,14 @@ class Member(Store):
         """Whether it is in use."""
         return self._reason is None
 
+    @property
+    def evicted(self) -> Evicted:
+        return Evicted() if self._inner is None else self._inner.evicted
+
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        answer = self._pool.submit(self._up().lookup, keys)
+        inner = self._up()
         try:
-            return answer.result(self._deadline_s)
-        except DeadlinePassed:
-            answer.cancel()
-            late = StoreError(f"no answer within {self._deadline_s:g} s")
-            self._go_down(late)
-            raise late from None
+            return self._asker.ask(lambda: inner.lookup(keys)).answer()
         except StoreError as error:
             self._go_down(error)
             raise
@@ -111,7 +117,6 @@ class Member(Store):
 
     def close(self) -> None:
         self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             inner, self._inner = self._inner, None
             self._reason = self._reason or "it is closed"
@@ -154,18 +159,22 @@ class Member(Store):
         with self._lock:
             if self._reason is None and not self._closed.is_set():
                 self._reason = str(error)
+                self.retry_s = self._first_retry_s
+                emit(_LOG, logging.WARNING, "tier_down", tier=self.name, reason=self._reason)
                 threading.Thread(target=self._recover, name=f"cakekv-retry-{self.name}", daemon=True).start()
 
     def _recover(self) -> None:
-        pause_s = self._first_retry_s
-        while not self._closed.wait(pause_s):
+        down_at = monotonic()
+        while not self._closed.wait(self.retry_s):
             try:
                 self._opened().lookup([_PROBE])
             except StoreError as error:
                 self._reason = str(error)
-                pause_s = min(2 * pause_s, LAST_RETRY_S)
+                self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
             else:
                 self._failures = 0
+                self.retry_s = 0.0
+                emit(_LOG, logging.INFO, "tier_up", tier=self.name, down_s=round(monotonic() - down_at, 3))
                 self._reason = None
                 return
 

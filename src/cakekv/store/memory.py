@@ -12,9 +12,10 @@ from itertools import islice
 from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Removal, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.eviction.base import Candidate, Eviction, Victims
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.evictions import Evictions
 from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals
 
 EVICTION_BATCH = 4096
@@ -47,6 +48,7 @@ class MemoryStore(Store):
     """
 
     name = "memory"
+    counts_cheaply = True
 
     def __init__(self, capacity: int | None = None, evict: Eviction | None = None) -> None:
         if capacity is not None and capacity <= 0:
@@ -55,6 +57,7 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
         self._chunks: OrderedDict[ChunkKey, _Entry] = OrderedDict()  # least recently used first
         self._victims = Victims(evict or LeastRecentlyUsed())
+        self._evictions = Evictions(self.name)
         self._bytes = 0
         self._identities: dict[str, dict[str, str]] = {}
         self._removals = RecentRemovals()
@@ -63,6 +66,10 @@ class MemoryStore(Store):
     def policy(self) -> Eviction:
         """What goes first when room is needed."""
         return self._victims.policy
+
+    @property
+    def evicted(self) -> Evicted:
+        return self._evictions.total
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._lock:
@@ -133,6 +140,7 @@ class MemoryStore(Store):
         elif (entry := self._chunks.get(victim.key)) and entry.used_at == victim.used_at:
             self._drop(victim.key)
             self._removals.note([victim.key], CAPACITY)
+            self._evictions.add(len(entry.data))
 
 
 def _candidate(key: ChunkKey, entry: _Entry) -> Candidate:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from cakekv.errors import BadInput, StoreError
@@ -25,6 +25,9 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
+
+if TYPE_CHECKING:
+    from cakekv.metrics import Metrics
 
 Options = dict[str, Callable[[str], Any]]
 
@@ -57,10 +60,13 @@ def _open_file(location: str, **options: Any) -> Store:
     return StripedStore([DiskStore(folder, **options) for folder in folders])
 
 
-def _open_tiered(location: str) -> Store:
+def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
     if not location.startswith("/"):
         raise BadInput(f"tiered://{location} is not absolute: write tiered:///a/file.toml")
-    return read_composition(Path(unquote(location)), open_store)
+    store = read_composition(Path(unquote(location)), partial(open_store, metrics=metrics))
+    if metrics is not None:
+        metrics.watch(store.members)
+    return store
 
 
 def _parse_folders(text: str) -> list[str]:
@@ -151,7 +157,7 @@ COMMON: Options = {
 the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, metrics: Metrics | None = None) -> Store:
     """Open a store.
 
     Parameters
@@ -159,6 +165,8 @@ def open_store(url: str) -> Store:
     url : str
         `memory://` or `file:///absolute/path`, then options, such as `?capacity=10GB&bandwidth=50MB/s&latency=2ms`.
         A plain path, absolute or not, is a file store's.
+    metrics : cakekv.metrics.Metrics or None
+        What counts and times its operations; of a tiered store, those of each of its tiers.
 
     Raises
     ------
@@ -175,6 +183,8 @@ def open_store(url: str) -> Store:
         with _extra("encryption"):
             from cakekv.store.encrypted import EncryptedStore
         keyring = read_keyring(keys)
+    if scheme == "tiered":
+        options["metrics"], metrics = metrics, None
     store = TIERS[scheme].open(location, **options)
     if keys is not None:
         store = EncryptedStore(store, keyring)
@@ -184,6 +194,8 @@ def open_store(url: str) -> Store:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
     if faults is not None:
         store = FaultyStore(store, faults)
+    if metrics is not None:
+        store = metrics.meter(store)
     place = unquote(location) if scheme == "file" else location.rpartition("@")[2]  # a folder's name may hold an "@"
     store.url = f"{scheme}://{place}?bandwidth={bandwidth}&latency={latency}"
     return store

@@ -8,7 +8,7 @@ from xxhash import xxh3_64_intdigest
 
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 
 
 class StripedStore(Store):
@@ -33,11 +33,16 @@ class StripedStore(Store):
             raise BadInput("a striped store needs at least one store to put chunks into")
         self.name = stores[0].name
         self.parallel_reads = sum(store.parallel_reads for store in stores)
+        self.counts_cheaply = all(store.counts_cheaply for store in stores)
         self._stores = list(stores)
 
     @property
     def parts(self) -> Sequence[Store]:
         return self._stores
+
+    @property
+    def evicted(self) -> Evicted:
+        return Evicted(*map(sum, zip(*(store.evicted for store in self._stores), strict=True)))
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         sizes: dict[ChunkKey, int | None] = {}

@@ -23,6 +23,8 @@ QUEUE_CHUNKS = 1 << 16
 """Chunks that may wait to be copied to a tier. More than that are not copied, and counted."""
 PROMOTIONS = 64
 """Chunks that may wait in memory to be copied to a faster tier. More than that are not."""
+HANG_S = 30.0
+"""Seconds after which a copy that does not end is not waited for when the store is closed."""
 _LOOK_S = 0.02
 
 
@@ -68,13 +70,13 @@ class TieredStore(Store):
         if not any(tier.write is Writing.THROUGH for tier in plan):
             raise BadInput("a tiered store needs a tier that is written through, to write to and to copy from")
         self._plan = list(plan)
-        self._members = [tier.member for tier in plan]
+        self.members = [tier.member for tier in plan]
         self._copiers = [_Copier(tier.member, self._read) for tier in plan]
         self._promoting = [
             [copier for tier, copier in zip(plan[:index], self._copiers, strict=False) if tier.promote]
             for index in range(len(plan))
         ]
-        self.parallel_reads = sum(member.parallel_reads for member in self._members)
+        self.parallel_reads = sum(member.parallel_reads for member in self.members)
 
     @property
     def parts(self) -> Sequence[Store]:
@@ -87,7 +89,7 @@ class TieredStore(Store):
 
     @property
     def tiers(self) -> Sequence[Store]:
-        return [_Promoting(*pair) for pair in zip(self._members, self._promoting, strict=True)]
+        return [_Promoting(*pair) for pair in zip(self.members, self._promoting, strict=True)]
 
     @property
     def uncopied(self) -> int:
@@ -171,13 +173,13 @@ class TieredStore(Store):
         """Finish copying, and close the tiers."""
         for copier in self._copiers:
             copier.close()
-        for member in self._members:
+        for member in self.members:
             member.close()
 
     def _each(self, operation: Callable[[Member], Answer]) -> list[Answer]:
         """The answers of those tiers that give one; raises what the last one said if none does."""
         answers, trouble = [], None
-        for member in self._members:
+        for member in self.members:
             try:
                 answers.append(operation(member))
             except StoreError as error:
@@ -188,7 +190,7 @@ class TieredStore(Store):
 
     def _read(self, key: ChunkKey, to: Member) -> memoryview | None:
         """A chunk's bytes, from the first tier but one that has it; None if none does."""
-        for member in self._members:
+        for member in self.members:
             if member is not to:
                 with suppress(StoreError, CorruptChunk), member.open(key) as reader:
                     if reader.size > MAX_CHUNK_BYTES:
@@ -255,6 +257,7 @@ class _Copier:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = False
+        self._copying_since: float | None = None
         self.uncopied = 0
 
     @property
@@ -281,8 +284,12 @@ class _Copier:
         """Finish what can be done, and stop."""
         self._closing = True
         self._put(None)
-        if self._thread is not None:
-            self._thread.join()
+        while self._thread is not None and self._thread.is_alive() and not self._hangs():
+            self._thread.join(_LOOK_S)
+
+    def _hangs(self) -> bool:
+        since = self._copying_since
+        return since is not None and time.monotonic() - since > HANG_S
 
     def _put(self, job: tuple[ChunkKey, bytes | None] | None) -> None:
         with self._lock:
@@ -302,17 +309,20 @@ class _Copier:
             except (StoreError, CorruptChunk):
                 self.uncopied += 1
             finally:
+                self._copying_since = None
                 self._queue.task_done()
 
     def _perform(self, key: ChunkKey, data: bytes | None) -> None:
         if data is not None:
             with self._lock:
                 self._promotions -= 1
+            self._copying_since = time.monotonic()
             if self._member.lookup([key])[0] is None:
                 self._member.write(key, memoryview(data))
             return
         while not self._member.is_up and not self._closing:
             time.sleep(_LOOK_S)
+        self._copying_since = time.monotonic()
         if self._member.lookup([key])[0] is None:
             found = self._read(key, self._member)
             if found is None or not self._member.write(key, found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 
 
 class WrappedStore(Store):
@@ -20,11 +20,16 @@ class WrappedStore(Store):
     def __init__(self, inner: Store) -> None:
         self.name = inner.name
         self.parallel_reads = inner.parallel_reads
+        self.counts_cheaply = inner.counts_cheaply
         self._inner = inner
 
     @property
     def parts(self) -> Sequence[Store]:
         return [self._inner]
+
+    @property
+    def evicted(self) -> Evicted:
+        return self._inner.evicted
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         return self._inner.lookup(keys)

@@ -1,0 +1,37 @@
+"""Programs of these tests, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = str(Path(__file__).parent.parent)
+
+
+@contextmanager
+def running(call: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs `call`, such as "faults.killing.main('/tmp', 5)"; killed at the end of the block."""
+    module = call.partition("(")[0].rpartition(".")[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import {module}; {call}"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *filter(None, sys.path)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def printed(process: subprocess.Popen[str]) -> str:
+    """What a process has printed in the end; it must have ended well."""
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    return out
