@@ -34,6 +34,10 @@ METRICS: dict[str, Metric] = {
     "cakekv:computed_tokens": Metric("counter", "Tokens of restored prompts that were computed."),
     "cakekv:loaded_tokens": Metric("counter", "Tokens of restored prompts that were loaded."),
     "cakekv:recomputed_tokens": Metric("counter", "Tokens computed although a chunk was stored for them."),
+    "cakekv:lossy_tokens": Metric("counter", "Tokens of restored prompts that were loaded, and are not exact."),
+    "cakekv:after_lossy_tokens": Metric(
+        "counter", "Tokens of restored prompts that were computed behind such, and are not saved."
+    ),
     "cakekv:missed_tokens": Metric("counter", "Tokens that could not be loaded, by why.", "reason"),
     "cakekv:failed_loads": Metric("counter", "Loads of a chunk that failed, by why.", "reason"),
     "cakekv:wasted_bytes": Metric("counter", "Bytes that were read in vain."),
@@ -90,6 +94,8 @@ class CakeStats(KVConnectorStats):  # type: ignore[misc, unused-ignore]
         self.add("cakekv:computed_tokens", report.computed_tokens)
         self.add("cakekv:loaded_tokens", report.loaded_tokens)
         self.add("cakekv:recomputed_tokens", report.recomputed_tokens)
+        self.add("cakekv:lossy_tokens", report.lossy_tokens)
+        self.add("cakekv:after_lossy_tokens", report.after_lossy_tokens)
         self.add("cakekv:wasted_bytes", report.wasted_bytes)
         self.add("cakekv:lookup_seconds", report.lookup_s)
         self.add("cakekv:restore_seconds", report.ttft_s)
