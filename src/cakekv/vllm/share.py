@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from cakekv.chunk import ChunkHeader, read_header, seal, segments
 from cakekv.codec.coder import ChunkCoder
@@ -13,8 +14,10 @@ from cakekv.load.pieces import byte_ranges
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.paged_cache import PagedCache
-from cakekv.vllm.paged_cache.order import BlockOrder
 from cakekv.vllm.shard_key import shard_key
+
+if TYPE_CHECKING:
+    from cakekv.vllm.paged_cache.order import BlockOrder
 
 
 class Share:
