@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_layered_finish import take_loads_for
 from tiny_engine import BLOCK, ScriptedStore, TinyEngine, closing, prompt, sampling, scripted
 
 from cakekv.chunk import read_header, segments
 from cakekv.keys import ChunkKey
+from cakekv.restore.costs import ComputeCost, ComputeShape
 
 CHUNKS = 7
 CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS}
@@ -178,35 +180,61 @@ def test_a_damaged_chunk_is_computed_and_counted(coded: TinyEngine) -> None:
     store.inner.write(own, memoryview(content))
 
 
-def test_what_is_in_the_window_is_never_lossy(model: Path, plain: dict[int, list[int]]) -> None:
+def test_what_is_in_the_window_is_never_lossy(coded: TinyEngine) -> None:
     """A shorter prompt whose newest tokens lie in the lossy part of a longer one, shared and stored."""
-    store = scripted("window")
-    with closing(TinyEngine(model, {"store": "scripted://window", "codec": "kivi", "mode": "load"})) as engine:
-        exact_bytes = engine.worker.shares[0].coder.exact.total_bytes
-        engine.run(prompt(1000))
+    window = bool(coded.half.lossy.codec.window)
+    store = emptied(coded, "load")
+    exact_bytes = coded.worker.shares[0].coder.exact.total_bytes
+
+    def exact_chunks() -> int:
+        return sum(chunk.size == exact_bytes for chunk in store)
+
+    stored = exact_chunks()
+    coded.run(prompt(1000))
+    coded.settle()
+    # vLLM has the first seven blocks, but with a window, chunk 4 of this one has to be exact.
+    request = coded.add(prompt(1000)[:700])
+    coded.finish(request)
+    assert coded.outputs[request].num_cached_tokens == (4 if window else 5) * BLOCK
+    coded.settle()
+    assert exact_chunks() == stored
+    # Nor is it loaded; and as it is computed behind exact tokens now, it is stored again, exactly.
+    emptied(coded, "compute")
+    coded.half.saves.start_anew()
+    coded.run(prompt(1000)[:700])
+    coded.settle()
+    assert exact_chunks() == stored + window
+    emptied(coded, "load")
+    coded.run(prompt(1000)[:700])
+    coded.settle()
+    report = coded.report()
+    assert (report.loaded_tokens, report.lossy_tokens) == (5 * BLOCK, (4 if window else 5) * BLOCK)
+
+
+def test_layer_by_layer(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks long enough to be worth it: pieces are decoded as they come, and the suffix is not saved."""
+    ids = prompt(1100)
+    options = {"store": "scripted://pieces", "codec": "int8", "chunk_tokens": 512, "layered_finish": True}
+    with closing(TinyEngine(model, options)) as engine:
+        engine.run(ids)
+        engine.store = scripted("pieces")
+        emptied(engine, "load")
+        expected = engine.run(ids, sampling(500))
+        emptied(engine, "auto")
+        compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)  # so that all is loaded but the suffix
+        monkeypatch.setattr(engine.half.costs, "cost", compute)
+        monkeypatch.setattr(compute, "observe", lambda *observed: None)
+        take_loads_for(engine, 0.05)
+        engine.store.gate.clear()
+        wait = engine.worker._loads.wait
+        monkeypatch.setattr(engine.worker._loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
+        assert engine.run(ids, sampling(500)) == expected
         engine.settle()
-        engine.core.reset_prefix_cache()
-        engine.run(prompt(1000))
-        engine.settle()
-        assert engine.report().lossy_tokens == 6 * BLOCK
-        # vLLM has the first seven blocks, but chunk 4 of this one has to be exact.
-        request = engine.add(prompt(1000)[:700])
-        engine.finish(request)
-        assert engine.outputs[request].num_cached_tokens == 4 * BLOCK
-        engine.settle()
-        assert sum(chunk.size == exact_bytes for chunk in store) == 1
-        # Nor is it loaded; and as it is computed behind exact tokens now, it is stored again, exactly.
-        engine.core.reset_prefix_cache()
-        engine.half.saves.start_anew()
-        engine.set(mode="compute")
-        engine.run(prompt(1000)[:700])
-        engine.settle()
-        assert sum(chunk.size == exact_bytes for chunk in store) == 2
-        engine.core.reset_prefix_cache()
-        engine.set(mode="load")
-        engine.run(prompt(1000)[:700])
-        engine.settle()
-        assert (engine.report().loaded_tokens, engine.report().lossy_tokens) == (5 * BLOCK, 4 * BLOCK)
+        report = engine.report()
+        assert any(load.group is not None for load in report.loads)
+        assert report.spans[0].began_s < min(load.ended_s for load in report.loads)
+        assert (report.loaded_tokens, report.lossy_tokens, report.after_lossy_tokens) == (1024, 1024, 76)
+        assert len(list(engine.store)) == 2, "a third chunk was completed, behind lossy ones"
         engine.assert_nothing_leaked()
 
 

@@ -157,6 +157,6 @@ def test_engines_of_several_sizes_share_chunks(ranks: int, options: dict[str, An
     assert both["computed_tokens"] + both["loaded_tokens"] == 1000
     with closing(open_store(str(store))) as files:
         assert len(list(files)) == 2 * 7 * options["shards"]
-    with closing(TinyEngine(model, options)) as engine:
-        assert lossy or load(engine, ids[::-1]) == other
-        assert load(engine, ids[::-1])
+    if not lossy:
+        with closing(TinyEngine(model, options)) as engine:
+            assert load(engine, ids[::-1]) == other

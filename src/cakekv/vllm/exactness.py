@@ -39,8 +39,10 @@ class LossyBlocks:
 
     def concerns(self, request_id: str, start: int, end: int) -> bool:
         """Whether `computed` has to be told of these tokens: they may be behind lossy ones, and begin a block."""
+        if not self._blocks:
+            return False
         within = start % self._block_tokens and -(-end // self._block_tokens) == -(-start // self._block_tokens)
-        return bool(self._blocks) and not (within and request_id in self._seen)
+        return not (within and request_id in self._seen)
 
     def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int) -> bool:
         """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones."""
