@@ -1,4 +1,7 @@
-"""Encoded chunks in a real engine: what lies in the cache afterwards, bit for bit, and what may not be saved."""
+"""Encoded chunks in a real engine: what lies in the cache afterwards, bit for bit, and what may not be saved.
+
+Tests with an engine of their own come first: there is room for one at a time.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,56 @@ def recoded(engine: TinyEngine, blocks: list[bytes]) -> list[bytes]:
     return found
 
 
+def emptied(engine: TinyEngine, mode: str) -> ScriptedStore:
+    """The engine's store; nothing is in the cache."""
+    engine.settle()
+    assert engine.core.reset_prefix_cache()
+    for layer in engine.worker.shares[0].cache._layers:
+        layer[:] = 0
+    engine.set(mode=mode)
+    engine.store.recover_now()
+    return engine.store
+
+
+def test_layer_by_layer(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks long enough to be worth it: pieces are decoded as they come, and the suffix is not saved."""
+    ids = prompt(1100)
+    options = {"store": "scripted://pieces", "codec": "int8", "chunk_tokens": 512, "layered_finish": True}
+    with closing(TinyEngine(model, options)) as engine:
+        engine.run(ids)
+        engine.store = scripted("pieces")
+        emptied(engine, "load")
+        expected = engine.run(ids, sampling(500))
+        emptied(engine, "auto")
+        compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)  # so that all is loaded but the suffix
+        monkeypatch.setattr(engine.half.costs, "cost", compute)
+        monkeypatch.setattr(compute, "observe", lambda *observed: None)
+        take_loads_for(engine, 0.05)
+        engine.store.gate.clear()
+        wait = engine.worker._loads.wait
+        monkeypatch.setattr(engine.worker._loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
+        assert engine.run(ids, sampling(500)) == expected
+        engine.settle()
+        report = engine.report()
+        assert any(load.group is not None for load in report.loads)
+        assert report.spans[0].began_s < min(load.ended_s for load in report.loads)
+        assert (report.loaded_tokens, report.lossy_tokens, report.after_lossy_tokens) == (1024, 1024, 76)
+        assert len(list(engine.store)) == 2, "a third chunk was completed, behind lossy ones"
+        engine.assert_nothing_leaked()
+
+
+def test_an_element_type_that_the_codec_does_not_know_is_refused(model: Path) -> None:
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from cakekv.errors import BadOption
+
+    try:
+        with pytest.raises(BadOption, match="option codec is 'int8'"):
+            TinyEngine(model, {"store": "scripted://refused", "codec": "int8"}, kv_cache_dtype="fp8")
+    finally:
+        ensure_kv_transfer_shutdown()
+
+
 @pytest.fixture(scope="module", params=CODECS)
 def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
     """An engine per codec; a prompt of 1000 tokens is stored."""
@@ -69,17 +122,6 @@ def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int
         store.recover_now()
         engine.settle()
         engine.assert_nothing_leaked()
-
-
-def emptied(engine: TinyEngine, mode: str) -> ScriptedStore:
-    """The engine's store; nothing is in the cache."""
-    engine.settle()
-    assert engine.core.reset_prefix_cache()
-    for layer in engine.worker.shares[0].cache._layers:
-        layer[:] = 0
-    engine.set(mode=mode)
-    engine.store.recover_now()
-    return engine.store
 
 
 def test_stored_are_the_encoded_planes_and_the_newest_tokens_as_they_are(coded: TinyEngine) -> None:
@@ -209,42 +251,3 @@ def test_what_is_in_the_window_is_never_lossy(coded: TinyEngine) -> None:
     coded.settle()
     report = coded.report()
     assert (report.loaded_tokens, report.lossy_tokens) == (5 * BLOCK, (4 if window else 5) * BLOCK)
-
-
-def test_layer_by_layer(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With chunks long enough to be worth it: pieces are decoded as they come, and the suffix is not saved."""
-    ids = prompt(1100)
-    options = {"store": "scripted://pieces", "codec": "int8", "chunk_tokens": 512, "layered_finish": True}
-    with closing(TinyEngine(model, options)) as engine:
-        engine.run(ids)
-        engine.store = scripted("pieces")
-        emptied(engine, "load")
-        expected = engine.run(ids, sampling(500))
-        emptied(engine, "auto")
-        compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)  # so that all is loaded but the suffix
-        monkeypatch.setattr(engine.half.costs, "cost", compute)
-        monkeypatch.setattr(compute, "observe", lambda *observed: None)
-        take_loads_for(engine, 0.05)
-        engine.store.gate.clear()
-        wait = engine.worker._loads.wait
-        monkeypatch.setattr(engine.worker._loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
-        assert engine.run(ids, sampling(500)) == expected
-        engine.settle()
-        report = engine.report()
-        assert any(load.group is not None for load in report.loads)
-        assert report.spans[0].began_s < min(load.ended_s for load in report.loads)
-        assert (report.loaded_tokens, report.lossy_tokens, report.after_lossy_tokens) == (1024, 1024, 76)
-        assert len(list(engine.store)) == 2, "a third chunk was completed, behind lossy ones"
-        engine.assert_nothing_leaked()
-
-
-def test_an_element_type_that_the_codec_does_not_know_is_refused(model: Path) -> None:
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-
-    from cakekv.errors import BadOption
-
-    try:
-        with pytest.raises(BadOption, match="option codec is 'int8'"):
-            TinyEngine(model, {"store": "scripted://refused", "codec": "int8"}, kv_cache_dtype="fp8")
-    finally:
-        ensure_kv_transfer_shutdown()
