@@ -292,6 +292,7 @@ class TinyEngine:
             assert not self.half.keyring._keys
             assert not self.half.lookup._questions
             assert not self.half.saves._next
+            assert not self.half.lossy._seen
 
     def close(self) -> None:
         """Shut the engine down, so that another can be started in this process."""

@@ -70,7 +70,7 @@ class SaveDesk:
         if self._lossy.concerns(request_id, start, start + tokens):
             lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens)
             if lossy and restoration is not None:
-                restoration.after_lossy_tokens += min(tokens, restoration.restore.prompt_tokens - start)
+                restoration.after_lossy_tokens += max(0, min(tokens, restoration.restore.prompt_tokens - start))
 
     def _block_ids(self, request_id: str) -> list[int]:
         block_ids: list[int] = self._scheduler.kv_cache_manager.get_block_ids(request_id)[0]
