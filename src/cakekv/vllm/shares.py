@@ -153,7 +153,7 @@ class Shares:
                 every[:, first:last] = plane.transpose(0, 1)
                 written.append(every.to(tensor.device))
             with torch.inference_mode():
-                layer.impl.do_kv_cache_update(layer, *written, tensor, slots)
+                layer.impl.do_kv_cache_update(layer, *written, layer.kv_cache, slots)
 
         def read() -> memoryview:
             cache.gather([0], buffers)()
