@@ -10,7 +10,7 @@ from cakekv.errors import BadInput, StoreError
 from cakekv.store import opening
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
-from cakekv.store.opening import check_url, open_store
+from cakekv.store.opening import check_urls, open_store
 from cakekv.store.throttled import ThrottledStore
 
 
@@ -96,7 +96,7 @@ def test_its_url_names_what_decides_its_speed_and_no_secret(tmp_path: Path, monk
 
 
 def test_a_url_is_checked_without_opening(tmp_path):
-    check_url(f"{tmp_path}/new?capacity=1GB")
+    check_urls([f"{tmp_path}/new?capacity=1GB"])
     assert not (tmp_path / "new").exists()
     with pytest.raises(BadInput, match="unknown option 'size'"):
-        check_url(f"{tmp_path}/new?size=1GB")
+        check_urls([f"{tmp_path}/new?size=1GB"])

@@ -88,5 +88,5 @@ if HAVE_VLLM:
         scripted("main").recover_now()
         shared_engine.settle()
         shared_engine.assert_nothing_leaked()
-        shared_engine.half.options = options
+        shared_engine.set(**dict(options))
         assert shared_engine.core.reset_prefix_cache()

@@ -35,7 +35,7 @@ def shared_engine(request: pytest.FixtureRequest, model: Path, plain: dict[int, 
         "scheduler_cls": f"cakekv.vllm.Cake{'Async' if request.param == 'asynchronous' else ''}Scheduler",
     }
     engine = TinyEngine(model, options, **ON_GPU, **scheduling)
-    assert type(engine.worker.cache).__name__ == "CudaPagedCache"
+    assert type(engine.worker.shares[0].cache).__name__ == "CudaPagedCache"
     yield engine
     engine.close()
 

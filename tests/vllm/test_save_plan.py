@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from cakekv.codec.raw import Raw
 from cakekv.keys import ChunkKey
+from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.save_plan import SavePlan
 
 KEYS = [ChunkKey(bytes([number]) * 32) for number in range(4)]
 NOTHING: list[tuple[int, ...]] = [()] * 4
+
+
+def new_plan(lossy: LossyBlocks | None = None) -> SavePlan:
+    """Chunks of two blocks of 16 tokens."""
+    return SavePlan(32, 16, lossy or LossyBlocks(Raw(), 16))
 
 
 def saved(
@@ -21,13 +28,14 @@ def saved(
     request: str = "r",
 ) -> list[int]:
     """Numbers of the chunks that are to be saved."""
-    orders = plan.orders(request, end, KEYS, list(range(8)), stored, again, asked, now)
+    orders = plan.orders(request, end, KEYS, list(range(8)), stored, again, 3, asked, now)
+    assert all(order.exact == (order.start >= 96) for order in orders)
     assert all(order.block_ids == (order.start // 16, order.start // 16 + 1) for order in orders)
     return [order.start // 32 for order in orders]
 
 
 def test_each_chunk_once_as_soon_as_it_is_complete() -> None:
-    plan = SavePlan(32, 16)
+    plan = new_plan()
     assert [plan.due("r", end) for end in (31, 32)] == [False, True]
     assert saved(plan, 31) == []
     assert saved(plan, 70) == [0, 1]
@@ -36,23 +44,23 @@ def test_each_chunk_once_as_soon_as_it_is_complete() -> None:
 
 
 def test_what_is_stored_is_saved_only_if_it_could_not_be_had() -> None:
-    assert saved(SavePlan(32, 16), 128, stored=[(0,), (0,), (), ()], again={1}) == [1, 2, 3]
+    assert saved(new_plan(), 128, stored=[(0,), (0,), (), ()], again={1}) == [1, 2, 3]
 
 
 def test_two_requests_at_once_save_a_chunk_once() -> None:
-    plan = SavePlan(32, 16)
+    plan = new_plan()
     assert saved(plan, 64) == [0, 1]
     assert saved(plan, 96, request="twin", asked=1.0, now=2.0) == [2]
 
 
 def test_an_evicted_chunk_is_saved_again() -> None:
-    plan = SavePlan(32, 16)
+    plan = new_plan()
     assert saved(plan, 64) == [0, 1]
     assert saved(plan, 64, request="later", asked=1000.0, now=1000.0) == [0, 1]
 
 
 def test_what_a_worker_could_not_save_may_be_tried_again() -> None:
-    plan = SavePlan(32, 16)
+    plan = new_plan()
     assert saved(plan, 64) == [0, 1]
     plan.unsaved([KEYS[1]])
     assert saved(plan, 64, request="twin", asked=1.0, now=2.0) == [1]

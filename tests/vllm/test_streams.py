@@ -13,7 +13,7 @@ from lazy_streams import LazyDevice
 from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
 
 import cakekv.vllm.paged_cache.cuda as cuda
-import cakekv.vllm.worker_half as worker_half
+import cakekv.vllm.shares as shares
 from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import LoadOrder, StepOrders
 from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
@@ -196,7 +196,7 @@ def test_a_whole_engine(model: Path, plain: dict[int, list[int]], monkeypatch: p
         cache.layout = open_paged_cache(*arguments).layout
         return cache
 
-    monkeypatch.setattr(worker_half, "open_paged_cache", opened)
+    monkeypatch.setattr(shares, "open_paged_cache", opened)
     store: ScriptedStore = scripted("streams")
     with closing(TinyEngine(model, {"store": "scripted://streams", "load_deadline": 20.0})) as engine:
         assert engine.run(prompt(1000)) == plain[1000]
@@ -204,7 +204,7 @@ def test_a_whole_engine(model: Path, plain: dict[int, list[int]], monkeypatch: p
         assert len(list(store)) == 7
         for mode in ("load", "both"):
             assert engine.core.reset_prefix_cache()
-            for layer in engine.worker.cache._layers:
+            for layer in engine.worker.shares[0].cache._layers:
                 layer[:] = 0
             engine.set(mode=mode)
             assert engine.run(prompt(1000)) == plain[1000]

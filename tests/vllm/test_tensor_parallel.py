@@ -19,16 +19,18 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 def main():
-    model, ranks, store = sys.argv[1:]
+    model, ranks, options = sys.argv[1:]
     ids = json.loads(sys.stdin.read())
     llm = LLM(model=model, tensor_parallel_size=int(ranks), skip_tokenizer_init=True, dtype="float32",
         enforce_eager=True, max_model_len=2048, max_num_batched_tokens=256, enable_prefix_caching=False,
         distributed_executor_backend="mp", scheduler_cls="cakekv.vllm.CakeScheduler",
         kv_transfer_config=dict(
             kv_connector="CakeConnector", kv_connector_module_path="cakekv.vllm", kv_role="kv_both",
-            kv_connector_extra_config=dict(store=store, chunk_tokens=128),
+            kv_connector_extra_config=dict(chunk_tokens=128) | json.loads(options),
         ))
-    for mode in ("compute", "load", "both"):
+    for mode in ("compute", "load", "both", "other"):
+        if mode == "other":
+            ids, mode = ids[::-1], "compute"
         extra = {"kv_transfer_params": {"cakekv": {"mode": mode, "report": True}}}
         params = SamplingParams(max_tokens=6, min_tokens=6, temperature=0, detokenize=False, extra_args=extra)
         output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
@@ -122,21 +124,39 @@ def run_program(
     return lines, done.stderr[-5000:]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_worker_restores_its_share(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(2, {"shards": 2, "codec": "int8"}), (3, {"shards": 6})], ids=["coded", "raw"]
+)
+def test_engines_of_several_sizes_share_chunks(ranks: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """What one worker saved, several load; what those save, one loads."""
     model = save_model(
         tmp_path / "model", heads=6, kv_heads=6, intermediate_size=384, vocab_size=576
     )  # divisible by 64, 2 and 3
-    ids = prompt(1000)
-    with closing(TinyEngine(model)) as engine:
-        expected = engine.run(ids)
-    store = tmp_path / "store"
-    results, errors = run_program(_PROGRAM, ids, "1", model, ranks, store)
-    reports = {mode: report for mode, tokens, report in results if tokens == expected}
-    assert list(reports) == ["compute", "load", "both"], (results, errors)
-    assert reports["load"]["loaded_tokens"] == 896
-    assert reports["both"]["computed_tokens"] > 104
-    assert reports["both"]["computed_tokens"] + reports["both"]["loaded_tokens"] == 1000
+    ids, store = prompt(1000), tmp_path / "store"
+    options |= {"store": str(store)}
+    lossy = 896 if "codec" in options else 0
+
+    def load(engine: TinyEngine, token_ids: list[int]) -> list[int]:
+        engine.settle()
+        engine.core.reset_prefix_cache()
+        engine.set(mode="load")
+        answer = engine.run(token_ids)
+        engine.settle()
+        assert (engine.report().loaded_tokens, engine.report().lossy_tokens) == (896, lossy)
+        return answer
+
+    with closing(TinyEngine(model, options)) as engine:
+        computed, loaded = engine.run(ids), load(engine, ids)
+        assert lossy or computed == loaded
+    found, errors = run_program(_PROGRAM, ids, "1", model, ranks, json.dumps(options))
+    assert [mode for mode, _, _ in found] == ["compute", "load", "both", "compute"], (found, errors)
+    (_, first, _), (_, second, report), (_, _, both), (_, other, _) = found
+    assert (first, second) == (computed, loaded)
+    assert (report["loaded_tokens"], report["lossy_tokens"]) == (896, lossy)
+    assert both["computed_tokens"] > 104
+    assert both["computed_tokens"] + both["loaded_tokens"] == 1000
     with closing(open_store(str(store))) as files:
-        chunks = list(files)
-    assert len(chunks) == 7 * ranks
+        assert len(list(files)) == 2 * 7 * options["shards"]
+    if not lossy:
+        with closing(TinyEngine(model, options)) as engine:
+            assert load(engine, ids[::-1]) == other

@@ -12,7 +12,7 @@ from cakekv.vllm.shard_key import shard_key
 def share_keys(engine: TinyEngine, request: str) -> list[ChunkKey]:
     """The keys in the store of a request that goes on."""
     keys = engine.half.keyring.keys(engine.internal(request))
-    return [shard_key(key, engine.worker.description.tag) for key in keys]
+    return [shard_key(key, engine.worker.shares[0].tag) for key in keys]
 
 
 def stopped_in_mid_load(engine: TinyEngine, store: ScriptedStore, token_ids: list[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ class ScriptedStore(Store):
         Reads wait for it.
     answers : threading.Event
         Look-ups wait for it.
+    takes : threading.Event
+        Writes wait for it.
     broken : set of ChunkKey or None
         Chunks that cannot be opened: their tier fails; None: no look-up, read or write works.
     """
@@ -58,6 +61,8 @@ class ScriptedStore(Store):
         self.gate.set()
         self.answers = threading.Event()
         self.answers.set()
+        self.takes = threading.Event()
+        self.takes.set()
         self.broken: set[ChunkKey] | None = set()
         self.opened: list[ChunkKey] = []
         self.let_through = 0
@@ -68,6 +73,7 @@ class ScriptedStore(Store):
         """Let go of whoever waits, too."""
         self.gate.set()
         self.answers.set()
+        self.takes.set()
         self.recover()
 
     def empty(self) -> None:
@@ -91,6 +97,7 @@ class ScriptedStore(Store):
         return self.inner.open(key)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
+        self.takes.wait()
         if self.broken is None:
             raise StoreError("it is dead")
         self.writes += 1
@@ -201,6 +208,10 @@ class TinyEngine:
                     "kv_connector_extra_config": {"chunk_tokens": BLOCK} | cake,
                 },
             }
+        if "llvmlite.binding.ffi" in sys.modules:
+            # vLLM looks into whatever all modules hold when an engine starts on a CPU, and trips over this object of
+            # numba's. So a process that has used numba, as codecs and some of vLLM's proposers do, starts no other.
+            sys.modules["llvmlite.binding.ffi"].lib._fntab.setdefault("__dict__", {})
         self.llm = LLM(**(options | engine))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
@@ -266,7 +277,7 @@ class TinyEngine:
 
     def set(self, **options: Any) -> None:
         """Change options of the plug-in."""
-        self.half.options = self.half.options.model_copy(update=options)
+        self.half.options = self.half.admission.options = self.half.options.model_copy(update=options)
 
     def assert_nothing_leaked(self) -> None:
         """Every block is free, no fence is left, nobody is remembered."""
@@ -277,10 +288,11 @@ class TinyEngine:
         if hasattr(self, "half"):
             assert not self.half.restorations
             assert not self.half._fences
-            assert not self.half._matched
+            assert not self.half.admission._matched
             assert not self.half.keyring._keys
             assert not self.half.lookup._questions
             assert not self.half.saves._next
+            assert not self.half.lossy._seen
 
     def close(self) -> None:
         """Shut the engine down, so that another can be started in this process."""

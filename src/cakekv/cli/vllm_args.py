@@ -16,10 +16,15 @@ from cakekv.restore.planner import MODES
 def vllm_args(
     store: Annotated[
         list[str] | None,
-        typer.Option(help="Where chunks are: a folder or a store's URL. Repeat it for several; the first is saved to."),
+        typer.Option(help="Where chunks are: a folder or a store's URL. Repeat it for several, the fastest first."),
     ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens that are stored and loaded together: a multiple of vLLM's --block-size.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help='How stored chunks are encoded, such as "int8".')] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="Parts that chunks are stored in, for engines of several TP sizes to share."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help=f"Which arms work: {', '.join(MODES)}.")] = None,
     load_deadline: Annotated[
@@ -49,6 +54,8 @@ def vllm_args(
     given: dict[str, Any] = {
         "store": store and (_anywhere(store[0]) if len(store) == 1 else [_anywhere(url) for url in store]),
         "chunk_tokens": chunk_tokens,
+        "codec": codec,
+        "shards": shards,
         "mode": mode,
         "load_deadline": load_deadline,
         "save": None if save else False,

@@ -34,6 +34,10 @@ METRICS: dict[str, Metric] = {
     "cakekv:computed_tokens": Metric("counter", "Tokens of restored prompts that were computed."),
     "cakekv:loaded_tokens": Metric("counter", "Tokens of restored prompts that were loaded."),
     "cakekv:recomputed_tokens": Metric("counter", "Tokens computed although a chunk was stored for them."),
+    "cakekv:lossy_tokens": Metric("counter", "Tokens of restored prompts that were loaded, and are not exact."),
+    "cakekv:after_lossy_tokens": Metric(
+        "counter", "Tokens of restored prompts that were computed behind such, and are not saved."
+    ),
     "cakekv:missed_tokens": Metric("counter", "Tokens that could not be loaded, by why.", "reason"),
     "cakekv:failed_loads": Metric("counter", "Loads of a chunk that failed, by why.", "reason"),
     "cakekv:wasted_bytes": Metric("counter", "Bytes that were read in vain."),
@@ -59,6 +63,8 @@ def figures(report: RestoreReport) -> Iterator[Figure]:
     yield Figure("cakekv:computed_tokens", report.computed_tokens)
     yield Figure("cakekv:loaded_tokens", report.loaded_tokens)
     yield Figure("cakekv:recomputed_tokens", report.recomputed_tokens)
+    yield Figure("cakekv:lossy_tokens", report.lossy_tokens)
+    yield Figure("cakekv:after_lossy_tokens", report.after_lossy_tokens)
     yield Figure("cakekv:wasted_bytes", report.wasted_bytes)
     yield Figure("cakekv:lookup_seconds", report.lookup_s)
     yield Figure("cakekv:restore_seconds", report.ttft_s)

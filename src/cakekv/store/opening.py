@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import policy_named
 from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.keyring import read_keyring
+from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
+from cakekv.store.tiered import TieredStore, TierPlan
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -201,9 +203,29 @@ def open_store(url: str, metrics: Metrics | None = None) -> Store:
     return store
 
 
-def check_url(url: str) -> None:
-    """Raise what `open_store` would raise about the URL itself, without opening anything."""
-    _parse_url(url)
+def open_stores(urls: Sequence[str]) -> Store:
+    """Open several stores as one, the fastest first: all are loaded from at once, and all are written to.
+
+    A single one is that store itself. Of several, one that is down is no error: it is tried again later.
+
+    Raises
+    ------
+    BadInput
+        As `open_store`; or a tiered store is among several.
+    StoreError
+        The only store cannot be opened.
+    """
+    if len(urls) == 1:
+        return open_store(urls[0])
+    check_urls(urls)
+    return TieredStore([TierPlan(Member(partial(open_store, url), _parse_url(url)[0])) for url in urls])
+
+
+def check_urls(urls: Sequence[str]) -> None:
+    """Raise what `open_stores` would raise about the URLs themselves, without opening anything."""
+    for url in urls:
+        if _parse_url(url)[0] == "tiered" and len(urls) > 1:
+            raise BadInput(f"{shown(url)!r} is a tiered store: name it alone, or list the others among its tiers")
 
 
 def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:

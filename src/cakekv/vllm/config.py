@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
+from cakekv.codec import codec_named
 from cakekv.errors import BadOption
 from cakekv.quantities import parse_bytes, parse_duration
 from cakekv.restore.planner import MODES, Mode
-from cakekv.store.opening import check_url
+from cakekv.store.opening import check_urls
 
 DEFAULT_STORE = "~/.cache/cakekv/vllm?capacity=20GB"
 """Where chunks go unless told otherwise: a folder of the user who runs vLLM, of at most 20 GB."""
+
+NO_MEMORY = (
+    "memory:// lives in one process, but vLLM's scheduler and workers are several, and it would be empty after a "
+    "restart; a folder in RAM does both: file:///dev/shm/kv?capacity=10GB"
+)
 
 
 def _stores(value: object) -> object:
@@ -23,13 +29,9 @@ def _stores(value: object) -> object:
         raise ValueError("write a store's URL, such as file:///var/cache/kv?capacity=100GB, or a list of them")
     if len(set(urls)) < len(urls):
         raise ValueError("a store is named twice")
-    for url in urls:
-        if url.startswith("memory:"):
-            raise ValueError(
-                "memory:// lives in one process, but vLLM's scheduler and workers are several, and it would be empty "
-                "after a restart; a folder in RAM does both: file:///dev/shm/kv?capacity=10GB"
-            )
-        check_url(url)
+    if any(url.startswith("memory:") for url in urls):
+        raise ValueError(NO_MEMORY)
+    check_urls(urls)
     return urls
 
 
@@ -47,16 +49,26 @@ def _mode(value: object) -> object:
     return value
 
 
+def _codec(value: str) -> str:
+    codec_named(value)
+    return value
+
+
 class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     """The options of the plug-in, each with its default.
 
     Attributes
     ----------
     store : tuple of str
-        Stores' URLs, nearest first; a single one may be given as a string. All are loaded from, the first is saved to.
+        Stores' URLs, fastest first; a single one may be given as a string. All are loaded from at once and saved to.
         Default: a folder of the user who runs vLLM, of at most 20 GB (`DEFAULT_STORE`).
     chunk_tokens : int
         Tokens that are stored and loaded together: a multiple of vLLM's block size (see `check_block_size`).
+    codec : str
+        How stored chunks are encoded, such as "int8" or "kivi:bits=2" (see `cakekv.codec`); part of every key.
+    shards : int
+        Into how many parts, of equally many KV heads, every chunk is cut; engines of all `--tensor-parallel-size`s that
+        divide it share chunks. 0: one per worker.
     mode : {"auto", "compute", "load", "both"}
         As in `Restore`: which arms work on a prompt whose beginning is stored.
     load_deadline : float
@@ -80,6 +92,8 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
 
     store: Annotated[tuple[str, ...], BeforeValidator(_stores)] = (DEFAULT_STORE,)
     chunk_tokens: Annotated[int, Field(ge=1)] = 256
+    codec: Annotated[str, AfterValidator(_codec)] = "raw"
+    shards: Annotated[int, Field(ge=0, le=1024)] = 0
     mode: Annotated[Mode, BeforeValidator(_mode)] = "auto"
     load_deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)] = 30.0
     save: bool = True

@@ -60,6 +60,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "get_computed_blocks": "self, request",
         "pop_blocks_for_free": "self, request",
         "prefix_cache_lookup_enabled": "self, request",
+        "truncate_computed_blocks": "self, blocks, num_computed_tokens",
     },
     "vllm.v1.core.block_pool:BlockPool": {
         "free_blocks": "self, ordered_blocks",

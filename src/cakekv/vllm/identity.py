@@ -13,7 +13,6 @@ from blake3 import blake3
 
 from cakekv.errors import BadInput, UnsupportedEngine
 from cakekv.keys import ChunkKey, Identity, canonical, fingerprint_files
-from cakekv.vllm.messages import ShardDescription
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -50,10 +49,12 @@ class Keyring:
         The engine's.
     chunk_tokens, hash_tokens : int
         Tokens per chunk, and per hash of vLLM's.
-    shard : ShardDescription
-        What a worker says of its share.
+    layout : str
+        Order of the bytes in a share, `canonical`.
     tenant : str
         As in the options.
+    recipe : str
+        The codec's fingerprint.
 
     Raises
     ------
@@ -62,22 +63,29 @@ class Keyring:
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, chunk_tokens: int, hash_tokens: int, shard: ShardDescription, tenant: str
+        self,
+        vllm_config: VllmConfig,
+        chunk_tokens: int,
+        hash_tokens: int,
+        layout: str,
+        tenant: str,
+        recipe: str,
     ) -> None:
         self._chunk_hashes = chunk_tokens // hash_tokens
         model = vllm_config.model_config
-        layout = {
+        order = {
             "engine": "vllm",
-            "worker": shard.layout,
+            "worker": layout,
             "hash": [vllm_config.cache_config.prefix_caching_hash_algo, hash_tokens, os.environ.get("PYTHONHASHSEED")],
         }
         self.identity = Identity(
             weights=_weights(model, vllm_config.load_config.load_format),
             architecture=_architecture(model),
             dtype=f"{model.dtype} {vllm_config.cache_config.cache_dtype}",
-            layout=canonical(layout),
+            layout=canonical(order),
             chunk_tokens=chunk_tokens,
             tenant=tenant,
+            recipe=recipe,
         )
         self._epoch = b""
         self._roots: dict[str, bytes] = {}

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkShape
-from cakekv.load.pieces import group_bytes, layer_groups
 from cakekv.restore.layered import LayerGroups
 from cakekv.vllm.messages import ShardDescription
 
@@ -56,16 +54,10 @@ def may_be_discarded(request: Request) -> bool:
     )
 
 
-def groups_of(shards: Collection[ShardDescription], chunk_tokens: int) -> LayerGroups | None:
+def groups_of(shards: Collection[ShardDescription]) -> LayerGroups | None:
     """Bytes of each group of layers, of all workers together; None if they cannot be cut alike."""
-    shapes = {ChunkShape(chunk_tokens, shard.segment_bytes) for shard in shards}
-    if len(shapes) > 1:
+    sizes = {shard.group_bytes for shard in shards}
+    if len(sizes) > 1:
         return None
-    (shape,) = shapes
-    groups = layer_groups(shape)
-    if len(groups) < 2:
-        return None
-    sizes = group_bytes(shape, groups, range(len(shape.segment_bytes)))
-    return LayerGroups(
-        tuple(size * len(shards) for size in sizes.bytes), tuple(size * len(shards) for size in sizes.unwindowed_bytes)
-    )
+    total = tuple(size * len(shards) for size in sizes.pop())
+    return LayerGroups(total, total) if len(total) > 1 else None

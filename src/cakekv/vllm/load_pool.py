@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from time import monotonic
 
-from cakekv.chunk import ChunkHeader, ChunkShape, read_header, segments
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
-from cakekv.keys import ChunkKey
-from cakekv.load.loader import Abandoned, Progress, failure_reason, fill
-from cakekv.load.pieces import byte_ranges
-from cakekv.load.staging import StagingPool
+from cakekv.load.loader import Abandoned, Progress, failure_reason
 from cakekv.store.base import Store
 from cakekv.vllm.messages import LoadOrder, LoadResult
+from cakekv.vllm.share import Share
 from cakekv.vllm.threads import start_thread
 
 _LOG = logging.getLogger("vllm.cakekv")
-
-Place = Callable[[Sequence[int], Sequence[memoryview | None]], None]
-"""(block ids, segment per layer or None) Copies a chunk, or some of its layers, into the paged cache."""
 
 
 class _Job:
@@ -45,42 +40,24 @@ class LoadPool:
         One per source of the orders.
     threads : sequence of int
         Per tier, how many chunks to read at a time.
-    shape : ChunkShape
-        What this worker's share of a chunk looks like.
-    shard : callable
-        From a chunk's key to that of this worker's share.
+    shares : sequence of Share
+        What this worker has of a chunk.
     groups : sequence of range
         The layers of each group of a layered finish.
-    place : callable
-        Copies a chunk into the paged cache.
-    staging : StagingPool
-        Buffers of at least `shape.total_bytes`.
     """
 
     def __init__(
-        self,
-        tiers: Sequence[Store],
-        threads: Sequence[int],
-        shape: ChunkShape,
-        shard: Callable[[ChunkKey], ChunkKey],
-        groups: Sequence[range],
-        place: Place,
-        staging: StagingPool,
+        self, tiers: Sequence[Store], threads: Sequence[int], shares: Sequence[Share], groups: Sequence[range]
     ) -> None:
         self._tiers = tiers
-        self._shape = shape
-        self._shard = shard
+        self._shares = shares
         self._groups = groups
-        self._place = place
-        self._staging = staging
         self._changed = threading.Condition()
         self._queues: list[deque[_Job]] = [deque() for _ in tiers]
         self._jobs: dict[int, _Job] = {}
         """Loads that were not reported as ended, by number."""
         self._begun: dict[int, float] = {}
-        self._ended: dict[int, tuple[bool, str, int, float, float]] = {}
-        self._headers: dict[tuple[ChunkKey, int], ChunkHeader] = {}
-        """By chunk and source: pieces after the first do not read the header again."""
+        self._ended: dict[int, tuple[bool, str, Progress, float, float]] = {}
         self._closed = False
         for source, (tier, count) in enumerate(zip(tiers, threads, strict=True)):
             for number in range(count):
@@ -102,7 +79,7 @@ class LoadPool:
                 job.cancelled = True
                 if job.began is None:
                     self._queues[job.order.source].remove(job)
-                    self._end(job, False, "", 0)
+                    self._end(job, False, "", Progress())
             self._changed.wait_for(lambda: not any(job.placing for job in jobs))
 
     def wait(self, numbers: Sequence[int], until: float) -> bool:
@@ -126,8 +103,8 @@ class LoadPool:
             now = monotonic()
             begun = {number: now - began for number, began in self._begun.items()}
             ended = {
-                number: LoadResult(placed, reason, size, now - began_at, now - ended_at)
-                for number, (placed, reason, size, began_at, ended_at) in self._ended.items()
+                number: LoadResult(placed, reason, progress.bytes, now - began_at, now - ended_at, progress.coded)
+                for number, (placed, reason, progress, began_at, ended_at) in self._ended.items()
             }
             self._begun.clear()
             self._ended.clear()
@@ -154,7 +131,7 @@ class LoadPool:
                 _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
                 reason = f"crashed: {error!r}"
             with self._changed:
-                self._end(job, placed, reason, progress.bytes)
+                self._end(job, placed, reason, progress)
                 self._changed.notify_all()
 
     def _next(self, source: int) -> _Job | None:
@@ -169,36 +146,24 @@ class LoadPool:
 
     def _load(self, job: _Job, progress: Progress) -> bool:
         """Read, verify and place a chunk; False if it was cancelled at the last moment."""
-        order, shape = job.order, self._shape
-        key = self._shard(order.key)
-        with self._staging.buffer() as buffer:
-            with self._tiers[order.source].open(key) as reader:
-                layers = self._groups[order.group] if order.group is not None else range(len(shape.segment_bytes))
-                header = self._headers.get((order.key, order.source)) if order.group is not None else None
-                for start, end in byte_ranges(shape, layers, with_header=header is None):
-                    fill(reader, buffer, start, end, job, progress)
-                if header is None:
-                    header = read_header(buffer[: min(shape.header_bytes, reader.size)], reader.size)
-            header.expect(shape, key, order.start)
-            if order.group is not None:
-                self._headers[order.key, order.source] = header
-            segment_views = segments(shape, buffer)
-            views: list[memoryview | None] = [None] * len(segment_views)
-            for layer in layers:
-                header.verify(layer, segment_views[layer])
-                views[layer] = segment_views[layer]
+        order, tier = job.order, self._tiers[job.order.source]
+        layers = self._groups[order.group] if order.group is not None else None
+        with ExitStack() as stack:
+            parts = [share.read(tier, order.key, order.start, layers, job, progress, stack) for share in self._shares]
             with self._changed:
                 if job.cancelled:
                     return False
                 job.placing = True
-            self._place(order.block_ids, views)
+            for share, segments in zip(self._shares, parts, strict=True):
+                share.cache.place(order.block_ids, segments)
         return True
 
-    def _end(self, job: _Job, placed: bool, reason: str, size: int) -> None:
+    def _end(self, job: _Job, placed: bool, reason: str, progress: Progress) -> None:
         """Note how a load ended; called with `_changed` held."""
         job.placing = False
         del self._jobs[job.order.number]
         if not self._jobs:
-            self._headers.clear()
+            for share in self._shares:
+                share.forget_headers()
         now = monotonic()
-        self._ended[job.order.number] = (placed, reason, size, job.began or now, now)
+        self._ended[job.order.number] = (placed, reason, progress, job.began or now, now)

@@ -21,7 +21,11 @@ class _Question:
     """Which tiers hold the chunks of one request?"""
 
     keys: list[ChunkKey]
+    exact_from: int
+    """From this chunk on, only exact ones will do."""
     asked: float
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of the chunks found."""
     answers: dict[int, list[bool]] = field(default_factory=dict)
     """By tier, as far as they have answered."""
     known: float | None = None
@@ -39,28 +43,37 @@ class Lookup:
         Whom to ask.
     shards : sequence of callable
         From a chunk's key to those of the workers' shares; it is stored if all of them are.
+    exact_bytes : int
+        Of a share that is stored exactly; encoded ones are smaller.
     patience_s : float
         A tier that has not answered after so many seconds is taken to hold nothing; as long as it owes that answer,
         nobody waits for it.
     """
 
     def __init__(
-        self, tiers: Sequence[Store], shards: Sequence[Callable[[ChunkKey], ChunkKey]], patience_s: float
+        self,
+        tiers: Sequence[Store],
+        shards: Sequence[Callable[[ChunkKey], ChunkKey]],
+        exact_bytes: int,
+        patience_s: float,
     ) -> None:
         self._tiers = tiers
         self._shards = shards
+        self._exact_bytes = exact_bytes
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._questions: dict[str, _Question] = {}
         self._waiting: list[list[_Question]] = [[] for _ in tiers]
         self._busy_since: list[float | None] = [None for _ in tiers]
         self._closed = False
+        self._complaints = [""] * len(tiers)
+        """What each tier last said instead of an answer."""
         for source, tier in enumerate(tiers):
             start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
 
-    def ask(self, request_id: str, keys: list[ChunkKey]) -> None:
-        """Find out where these chunks are; replaces what was asked for the request before."""
-        question = _Question(keys, monotonic())
+    def ask(self, request_id: str, keys: list[ChunkKey], exact_from: int) -> None:
+        """Find out where these chunks are, from `exact_from` on in exact form; replaces what was asked before."""
+        question = _Question(keys, exact_from, monotonic())
         with self._changed:
             self._questions[request_id] = question
             if keys:
@@ -102,6 +115,11 @@ class Lookup:
         question = self._questions.get(request_id)
         return 0.0 if question is None or question.known is None else question.known - question.asked
 
+    def chunk_bytes(self, request_id: str) -> int | None:
+        """Bytes of the request's stored chunks, on average; None if there are none."""
+        question = self._questions.get(request_id)
+        return sum(question.sizes) // len(question.sizes) if question is not None and question.sizes else None
+
     def forget(self, request_id: str) -> None:
         """The request is gone."""
         with self._changed:
@@ -129,16 +147,30 @@ class Lookup:
                 self._busy_since[source] = monotonic()
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:
-                found = [size is not None for size in tier.lookup(keys)]
+                found = tier.lookup(keys)
             except CakeError as error:
-                _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
-                found = [False] * len(keys)
+                if str(error) != self._complaints[source]:
+                    self._complaints[source] = str(error)
+                    _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
+                found = [None] * len(keys)
             except Exception:
                 _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
-                found = [False] * len(keys)
-            step = len(self._shards)
-            held = [all(found[first : first + step]) for first in range(0, len(found), step)]
+                found = [None] * len(keys)
             with self._changed:
                 self._busy_since[source] = None
                 for question in batch:
-                    question.answers[source], held = held[: len(question.keys)], held[len(question.keys) :]
+                    count = len(question.keys) * len(self._shards)
+                    question.answers[source] = self._held(question, found[:count])
+                    found = found[count:]
+
+    def _held(self, question: _Question, found: Sequence[int | None]) -> list[bool]:
+        """Which of a question's chunks a tier has in a form that will do; `found` are the sizes of all shares."""
+        held = []
+        for chunk in range(len(question.keys)):
+            sizes = found[chunk * len(self._shards) : (chunk + 1) * len(self._shards)]
+            stored = [size for size in sizes if size is not None]
+            whole = len(stored) == len(sizes)
+            held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))
+            if held[-1]:
+                question.sizes.append(sum(stored))
+        return held

@@ -34,6 +34,8 @@ class SaveOrder(NamedTuple):
     key: ChunkKey
     start: int
     block_ids: tuple[int, ...]
+    exact: bool
+    """Whether it is to be stored as it is, whatever the codec."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class LoadResult(NamedTuple):
     """Bytes read."""
     began_ago_s: float
     ended_ago_s: float
+    coded: bool
+    """Whether what was read had been encoded."""
 
 
 @dataclass
@@ -103,9 +107,13 @@ class StepReport(KVConnectorWorkerMetadata):
 class ShardDescription(KVConnectorHandshakeMetadata):
     """What a worker keeps of every chunk, told to the scheduler once."""
 
-    tag: str
-    """Part of the keys of this worker's chunks: which share of the model it holds."""
+    tags: tuple[str, ...]
+    """Parts of the keys of this worker's chunks: which shares it has."""
     layout: str
-    """Order of the bytes in a block, `canonical`."""
-    segment_bytes: tuple[int, ...]
-    """Per layer."""
+    """Order of the bytes in a share, `canonical`."""
+    exact_bytes: int
+    """Of a share that is stored as it is; one that is encoded is smaller."""
+    chunk_bytes: int
+    """To read for a chunk, all shares together, as far as that is known beforehand."""
+    group_bytes: tuple[int, ...]
+    """The same per group of layers, for a layered finish."""

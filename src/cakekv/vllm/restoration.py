@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
 from cakekv.restore.contention import SharedLoad
+from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore, Span
+from cakekv.restore.report import RestoreReport
+from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.step_costs import Piece, SharedCost
 
@@ -41,6 +44,8 @@ class Restoration:
         Tokens per block.
     local_tokens : int
         Tokens that vLLM's own prefix cache had.
+    lossy : LossyBlocks
+        Told of what is loaded.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Restoration:
         block_ids: Sequence[int],
         block_tokens: int,
         local_tokens: int,
+        lossy: LossyBlocks,
     ) -> None:
         self.request = request
         self.restore = restore
@@ -62,6 +68,11 @@ class Restoration:
         self.local_tokens = local_tokens
         self.queried_tokens = request.num_tokens - local_tokens
         """Tokens that vLLM asked about."""
+        self._lossy = lossy
+        self._lossy_chunks: set[int] = set()
+        """Chunks that were placed and are not exact."""
+        self.after_lossy_tokens = 0
+        """Computed tokens that attend to inexact ones."""
         self.began = monotonic()
         self.parked = True
         """Whether vLLM still holds it to be loading, so that it computes nothing."""
@@ -190,8 +201,10 @@ class Restoration:
         if load is None:
             return None
         self._loads[number] = load
-        blocks = self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks]
-        return LoadOrder(number, source, self.keys[load.chunk], load.start, tuple(blocks), load.group)
+        return LoadOrder(number, source, self.keys[load.chunk], load.start, self._blocks_of(load), load.group)
+
+    def _blocks_of(self, load: Load) -> tuple[int, ...]:
+        return tuple(self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks])
 
     def load(self, number: int) -> Load:
         """The planner's side of a load that was ordered."""
@@ -229,11 +242,25 @@ class Restoration:
             return True
         load.began = now - max(result.began_ago_s for result in results.values())
         at = now - min(result.ended_ago_s for result in results.values())
+        coded = any(result.coded for result in results.values())
+        if coded:
+            load.size = sum(result.size for result in results.values())
         if not all(result.placed for result in results.values()):
             self.restore.abandoned(load, sum(result.size for result in results.values()), at)
         elif self.restore.arrived(load, at):
             self.restore.placed(load, at)
+            if self._lossy.loaded(self._blocks_of(load), coded):
+                self._lossy_chunks.add(load.chunk)
         return True
+
+    def report(self) -> RestoreReport:
+        """What happened, as it stands."""
+        report, state = self.restore.report, self.restore.coverage.state
+        report.ttft_s = monotonic() - self.began
+        report.codec = self._lossy.codec.name
+        lossy = sum(state[chunk] is State.LOADED for chunk in self._lossy_chunks)
+        report.lossy_tokens, report.after_lossy_tokens = lossy * self.restore.chunk_tokens, self.after_lossy_tokens
+        return report
 
     def give_up(self) -> None:
         """No load is needed any more."""

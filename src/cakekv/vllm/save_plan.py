@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
+from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.messages import SaveOrder
 
 if TYPE_CHECKING:
@@ -33,10 +34,13 @@ class SavePlan:
     ----------
     chunk_tokens, block_tokens : int
         Tokens per chunk and per block of vLLM's cache.
+    lossy : LossyBlocks
+        What is not saved.
     """
 
-    def __init__(self, chunk_tokens: int, block_tokens: int) -> None:
+    def __init__(self, chunk_tokens: int, block_tokens: int, lossy: LossyBlocks) -> None:
         self._chunk_tokens = chunk_tokens
+        self._lossy = lossy
         self._chunk_blocks = chunk_tokens // block_tokens
         self._next: dict[str, int] = {}
         """Per request, the first chunk that was not looked at."""
@@ -55,6 +59,7 @@ class SavePlan:
         block_ids: Sequence[int],
         stored: Sequence[tuple[int, ...]],
         again: Container[int],
+        exact_from: int,
         asked: float,
         now: float,
     ) -> list[SaveOrder]:
@@ -74,6 +79,8 @@ class SavePlan:
             Per chunk, who held it when the request came.
         again : container of int
             Chunks to save although they were stored: they could not be had.
+        exact_from : int
+            The first chunk to save as it is, whatever the codec.
         asked, now : float
             When the stores were asked about the request, and the time, in seconds on any one clock. A chunk that was
             handed over long before and is not stored was evicted, or never written.
@@ -87,12 +94,12 @@ class SavePlan:
             known = (chunk < len(stored) and stored[chunk]) or self._handed_over.get(
                 key, -math.inf
             ) > asked - _WRITING_S
-            if known and chunk not in again:
+            blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
+            if (known and chunk not in again) or self._lossy.any_of(blocks):
                 continue
             self._handed_over[key] = now
             self._handed_over.move_to_end(key)
-            blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
-            orders.append(SaveOrder(key, chunk * self._chunk_tokens, tuple(blocks)))
+            orders.append(SaveOrder(key, chunk * self._chunk_tokens, tuple(blocks), chunk >= exact_from))
         while len(self._handed_over) > _REMEMBERED:
             self._handed_over.popitem(last=False)
         return orders

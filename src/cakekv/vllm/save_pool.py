@@ -6,21 +6,20 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from time import monotonic
 
-from cakekv.chunk import ChunkShape, seal, segments
-from cakekv.errors import CakeError
+from cakekv.errors import CakeError, CannotEncode
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.vllm.messages import SaveOrder
 from cakekv.vllm.metrics import CakeStats
+from cakekv.vllm.share import Share
 from cakekv.vllm.threads import start_thread
 
 _LOG = logging.getLogger("vllm.cakekv")
 
 _WRITERS = 2
-Gather = Callable[[Sequence[int], Sequence[memoryview]], Callable[[], None]]
-"""(block ids, segment per layer) Copies a chunk out of the paged cache; what it returns waits until that is done."""
 
 
 class SavePool:
@@ -34,38 +33,24 @@ class SavePool:
     ----------
     store : Store
         Where to.
-    shape : ChunkShape
-        What this worker's share of a chunk looks like.
-    shard : callable
-        From a chunk's key to that of this worker's share.
-    gather : callable
-        Copies a chunk out of the paged cache.
-    allocate : callable
-        (bytes) to a writable buffer.
+    shares : sequence of Share
+        What this worker has of a chunk.
     capacity : int
         Bytes that may wait to be written; at least one chunk may.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        shape: ChunkShape,
-        shard: Callable[[ChunkKey], ChunkKey],
-        gather: Gather,
-        allocate: Callable[[int], memoryview],
-        capacity: int,
-    ) -> None:
+    def __init__(self, store: Store, shares: Sequence[Share], capacity: int) -> None:
         self._store = store
-        self._shape = shape
-        self._shard = shard
-        self._gather = gather
-        self._allocate = allocate
+        self._shares = shares
+        self._sizes = [share.coder.exact.total_bytes for share in shares]
         self.pending = 0
         """Chunks taken over and not written yet."""
-        self._room = max(1, capacity // shape.total_bytes)
+        self._room = max(1, capacity // sum(self._sizes))
         """Buffers that may still be allocated."""
         self._free: list[memoryview] = []
-        self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[SaveOrder, memoryview, list[Callable[[], None]]] | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._unsaved: list[ChunkKey] = []
         self._stats = CakeStats()
@@ -80,7 +65,7 @@ class SavePool:
                 self._lost(order.key, "store too slow")
                 continue
             try:
-                copied = self._gather(order.block_ids, segments(self._shape, buffer))
+                waits = [share.gather(order.block_ids, part) for share, part in self._cut(buffer)]
             except Exception:  # a GPU may be out of memory for the moment; the request goes on
                 _LOG.exception("cakekv: a chunk could not be copied out of the KV cache; it is not saved")
                 self._lost(order.key, "crashed")
@@ -89,7 +74,7 @@ class SavePool:
                 continue
             with self._lock:
                 self.pending += 1
-            self._queue.put((order, buffer, copied))
+            self._queue.put((order, buffer, waits))
 
     def take_unsaved(self) -> list[ChunkKey]:
         """Chunks that could not be saved since the last call."""
@@ -105,10 +90,11 @@ class SavePool:
 
     def close(self, timeout_s: float) -> None:
         """Write what is queued, as far as that takes no longer than `timeout_s` seconds."""
+        until = monotonic() + timeout_s
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, until - monotonic()))
 
     def _buffer(self) -> memoryview | None:
         with self._lock:
@@ -117,18 +103,27 @@ class SavePool:
             if not self._room:
                 return None
             self._room -= 1
-        return self._allocate(self._shape.total_bytes)
+        return self._shares[0].cache.allocate(sum(self._sizes))
+
+    def _cut(self, buffer: memoryview) -> list[tuple[Share, memoryview]]:
+        """Each share with its part of a buffer."""
+        ends = list(accumulate(self._sizes, initial=0))
+        return [(share, buffer[begin:end]) for share, begin, end in zip(self._shares, ends, ends[1:], strict=False)]
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            order, buffer, copied = job
-            reason = "declined by the store"
+            order, buffer, waits = job
+            reason, kept, size = "declined by the store", True, 0
             try:
-                copied()
+                for wait in waits:
+                    wait()
                 began = monotonic()
-                key = self._shard(order.key)
-                seal(self._shape, buffer, key, order.start)
-                kept = self._store.write(key, buffer[: self._shape.total_bytes])
+                for share, part in self._cut(buffer):
+                    written = share.write(self._store, order.key, order.start, part, order.exact)
+                    kept, size = kept and written > 0, size + written
+            except CannotEncode as error:
+                kept, reason = False, "cannot be encoded"
+                self._complain(str(error))
             except CakeError as error:
                 kept, reason = False, "store failed"
                 self._complain(str(error))
@@ -142,7 +137,7 @@ class SavePool:
                 self._free.append(buffer)
                 if kept:
                     self._stats.add("cakekv:saved_chunks", 1)
-                    self._stats.add("cakekv:saved_bytes", self._shape.total_bytes)
+                    self._stats.add("cakekv:saved_bytes", size)
                     self._stats.add("cakekv:save_seconds", monotonic() - began)
 
     def _lost(self, key: ChunkKey, reason: str) -> None:

@@ -99,7 +99,7 @@ class CakeSchedulerMixin(Scheduler):
         """Have the policy share out the step's tokens; returns the plain requests among those that wait."""
         self._granted = {}
         restorations = self._half.restorations
-        if not restorations and not any(self._half.unadmitted(request) for request in self.waiting):
+        if not restorations and not any(self._half.admission.unadmitted(request) for request in self.waiting):
             return set()
         states: list[RequestState] = []
         waiting_plain: set[str] = set()
@@ -109,7 +109,7 @@ class CakeSchedulerMixin(Scheduler):
             for request in queue:
                 restoration = restorations.get(request.request_id)
                 state = self._state_of(request, restoration)
-                if restoration is None and self._half.unadmitted(request):
+                if restoration is None and self._half.admission.unadmitted(request):
                     state = state._replace(kind=Kind.STORED_PREFILL, admitted=False)
                 elif restoration is None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
                     if self._nobody_admitted:
@@ -165,8 +165,13 @@ class CakeSchedulerMixin(Scheduler):
         if request.request_id in self._half.restorations:
             self._looked_again.append(request)
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
-        hit: tuple[KVCacheBlocks, int, int, bool] = super()._get_local_prefix_cache_hit(request)
-        return hit
+        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        lossy = self._half.lossy
+        if tokens and lossy.codec.window:
+            usable = lossy.usable_tokens(blocks.get_block_ids()[0], request.num_tokens)
+            if usable < tokens:
+                blocks, tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, usable), usable
+        return blocks, tokens, boundary, diverged
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from cakekv.chunk import ChunkShape
-from cakekv.errors import UnsupportedEngine
+from cakekv.codec import codec_named
+from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
-from cakekv.store.opening import open_store
 from cakekv.vllm import layered_step
-from cakekv.vllm.asked import Asked, answer
+from cakekv.vllm.admission import Admission
+from cakekv.vllm.asked import answer
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.identity import Keyring, make_hashes_stable
 from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
 from cakekv.vllm.outcomes import Outcomes
 from cakekv.vllm.restoration import Restoration
-from cakekv.vllm.save_plan import SavePlan, new_blocks
+from cakekv.vllm.save_desk import SaveDesk
+from cakekv.vllm.save_plan import SavePlan
 from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.step_clock import StepClock
 from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts
+from cakekv.vllm.stores import close_store, open_tiers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,16 +43,9 @@ if TYPE_CHECKING:
 
     from cakekv.vllm.scheduler import CakeSchedulerMixin
 
-_LOG = logging.getLogger("vllm.cakekv")
 _LOOKUP_PATIENCE_S = 2.0
-
-
-class _Match(NamedTuple):
-    """What a request was told that it may load."""
-
-    stored: list[tuple[int, ...]]
-    prefix_tokens: int
-    local_tokens: int
+_CLOSING_S = 2.0
+"""Seconds that a store may take to be closed: here, nothing is written to it."""
 
 
 class SchedulerHalf:
@@ -73,12 +69,12 @@ class SchedulerHalf:
         self.outcomes = Outcomes(options.log_requests)
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._tiers = [open_store(url) for url in options.store]
+        self._store, self._tiers = open_tiers(options)
+        self._codec = codec_named(options.codec)
+        self.lossy = LossyBlocks(self._codec, self._block_tokens)
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
         sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
         self._desk = LoadDesk(sources, self.policy)
-        self._matched: dict[str, _Match] = {}
-        self._asked: dict[str, Asked] = {}
         self._sequence = 0
         self._groups: LayerGroups | None = None
         """How chunks are cut for a layered finish; None: this engine cannot have layers wait."""
@@ -106,63 +102,57 @@ class SchedulerHalf:
         options = self.options
         first = shards[min(shards)]
         self.keyring = Keyring(
-            self._vllm_config, options.chunk_tokens, self._scheduler.hash_block_size, first, options.tenant
+            self._vllm_config,
+            options.chunk_tokens,
+            self._scheduler.hash_block_size,
+            first.layout,
+            options.tenant,
+            self._codec.fingerprint,
         )
-        self._desk.chunk_bytes = sum(
-            ChunkShape(options.chunk_tokens, shard.segment_bytes).total_bytes for shard in shards.values()
-        )
-        if layered_step.is_possible(self._vllm_config):
-            self._groups = layered_step.groups_of(shards.values(), options.chunk_tokens)
-        tags = sorted({shard.tag for shard in shards.values()})
+        self._desk.chunk_bytes = sum(shard.chunk_bytes for shard in shards.values())
+        if layered_step.is_possible(self._vllm_config) and self._codec.fixed:
+            self._groups = layered_step.groups_of(shards.values())
+        tags = sorted({tag for shard in shards.values() for tag in shard.tags})
+        self._copies = sum(len(shard.tags) for shard in shards.values()) // len(tags)
         patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
-        self.lookup = Lookup(self._tiers, [partial(shard_key, tag=tag) for tag in tags], patience_s)
-        self.saves = SavePlan(options.chunk_tokens, self._block_tokens)
+        shares = [partial(shard_key, tag=tag) for tag in tags]
+        self.lookup = Lookup(self._tiers, shares, first.exact_bytes, patience_s)
+        self.saves = SavePlan(options.chunk_tokens, self._block_tokens, self.lossy)
+        shares_blocks = self._vllm_config.cache_config.enable_prefix_caching
+        self.admission = Admission(
+            options, self.keyring, self.lookup, self._codec.window, shares_blocks, self._desk.alive
+        )
+        self._save_desk = SaveDesk(self._scheduler, self.admission, self.saves, self.lossy)
         identity = self.keyring.identity
-        for tier in self._tiers:
-            tier.remember_identity(identity.root.hex(), identity.fields())
+        with suppress(StoreError):  # it only serves to explain misses
+            self._store.remember_identity(identity.root.hex(), identity.fields())
 
     # ----------------------------------------------------------------- requests
 
     def arrived(self, request: Request) -> None:
         """A request came, or has to begin again: see what is stored of it."""
-        asked = Asked.of(request.kv_transfer_params, self.options)
         self.saves.forget(request.request_id)
-        try:
-            keys = list(self.keyring.keys(request))
-        except UnsupportedEngine as error:
-            _LOG.warning("cakekv: a request is neither restored nor saved: %s", error)
-            keys, asked = [], asked._replace(mode="compute", save=False)
-        if request.resumable:
-            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
-        self._asked[request.request_id] = asked
-        self.lookup.ask(request.request_id, keys)
+        self.lossy.forget(request.request_id)
+        self.admission.arrived(request)
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
-        if request.request_id in self.restorations or not self._readable(request):
+        if request.request_id in self.restorations:
             return 0, False
-        stored = self.lookup.answer(request.request_id)
-        if stored is None:
-            return None, False
-        alive = self._desk.alive()
-        stored = [tuple(source for source in holders if source in alive) for holders in stored]
-        prefix = self._prefix_tokens(request, stored, local_tokens)
-        if prefix <= local_tokens:
-            return 0, False
-        if self._twin(request, local_tokens):
-            return None, False
-        self._matched[request.request_id] = _Match(stored, prefix, local_tokens)
-        return prefix - local_tokens, True
+        return self.admission.match(request, local_tokens, self.restorations.values())
 
     def start(self, request: Request, block_ids: list[int], external_tokens: int) -> None:
         """The request's blocks are there: begin to restore."""
         if not external_tokens or request.request_id in self.restorations:
             return
-        stored, prefix, local_tokens = self._matched.pop(request.request_id)
+        stored, prefix, local_tokens = self.admission.take(request.request_id)
         assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs)
         load_costs = [SharedLoad(source.cost) for source in self._desk.sources]
+        found_bytes = self.lookup.chunk_bytes(request.request_id)
+        if found_bytes is not None and not self._codec.fixed:
+            self._desk.chunk_bytes = found_bytes * self._copies
         restore = Restore(
             request.num_tokens,
             self.options.chunk_tokens,
@@ -171,7 +161,7 @@ class SchedulerHalf:
             cost,
             chunk_bytes=self._desk.chunk_bytes,
             groups=self._groups_for(request, prefix),
-            mode=self._asked[request.request_id].mode,
+            mode=self.admission.asked(request.request_id).mode,
             max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
             patience_s=self.options.load_deadline,
             deadline_s=self.options.load_deadline,
@@ -179,7 +169,15 @@ class SchedulerHalf:
             now=now,
         )
         self.restorations[request.request_id] = Restoration(
-            request, restore, cost, load_costs, self.keyring.keys(request), block_ids, self._block_tokens, local_tokens
+            request,
+            restore,
+            cost,
+            load_costs,
+            self.keyring.keys(request),
+            block_ids,
+            self._block_tokens,
+            local_tokens,
+            self.lossy,
         )
 
     def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
@@ -187,12 +185,6 @@ class SchedulerHalf:
         fits = request.num_tokens - prefix <= self._scheduler.max_num_scheduled_tokens
         wanted = self.options.layered_finish and fits and layered_step.may_be_discarded(request)
         return self._groups if wanted else None
-
-    def unadmitted(self, request: Request) -> bool:
-        """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
-        if request.num_computed_tokens or not self._readable(request):
-            return False
-        return self.lookup.promising(request.request_id)
 
     def finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """The request is over.
@@ -221,18 +213,15 @@ class SchedulerHalf:
         restoration.give_up()
         self._desk.adopt(restoration)
         self._scheduler.count_hits(restoration)
-        report = restoration.restore.report
-        report.ttft_s = monotonic() - restoration.began
+        report = restoration.report()
         report.lookup_s = self.lookup.seconds(request.request_id)
-        self.outcomes.ended(request.request_id, report, self._asked[request.request_id].report)
+        self.outcomes.ended(request.request_id, report, self.admission.asked(request.request_id).report)
         return restoration.loading
 
     def _forget(self, request: Request) -> None:
-        self._matched.pop(request.request_id, None)
-        self._asked.pop(request.request_id, None)
-        self.lookup.forget(request.request_id)
-        self.keyring.forget(request.request_id)
+        self.admission.forget(request.request_id)
         self.saves.forget(request.request_id)
+        self.lossy.forget(request.request_id)
 
     def when_safe(self, action: Callable[[], None]) -> None:
         """Do something once no worker writes for any load that was given up until now."""
@@ -246,45 +235,6 @@ class SchedulerHalf:
     def waiting_for_workers(self) -> bool:
         """Whether blocks will be freed as soon as workers have answered."""
         return bool(self._fences)
-
-    def _readable(self, request: Request) -> bool:
-        """Whether the request is restored. Computing all of it is a restore, too, if a report was asked for."""
-        asked = self._asked[request.request_id]
-        if asked.mode == "compute" and not asked.report:
-            return False
-        return not request.skip_reading_prefix_cache and not self._must_not_be_cut(request)
-
-    @staticmethod
-    def _must_not_be_cut(request: Request) -> bool:
-        """Whether vLLM would die of computing the prompt in several parts.
-
-        Its V1 runner rewinds a request's random generator after every part but the last; CPU generators cannot do that.
-        """
-        from vllm.platforms import current_platform
-
-        return (
-            current_platform.is_cpu()
-            and request.sampling_params is not None
-            and request.sampling_params.seed is not None
-        )
-
-    def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
-        """End of the last chunk worth loading: behind what vLLM has, before the last token."""
-        tokens = self.options.chunk_tokens
-        first = -(-local_tokens // tokens)
-        last = min(len(stored), (request.num_tokens - 1) // tokens)
-        return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
-
-    def _twin(self, request: Request, local_tokens: int) -> bool:
-        """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""
-        if not self._vllm_config.cache_config.enable_prefix_caching:
-            return False
-        chunk = -(-local_tokens // self.options.chunk_tokens)
-        key = self.keyring.keys(request)[chunk]
-        return any(
-            chunk < len(other.keys) and other.keys[chunk] == key and not other.joined
-            for other in self.restorations.values()
-        )
 
     # -------------------------------------------------------------------- steps
 
@@ -338,9 +288,7 @@ class SchedulerHalf:
         for restoration in self.restorations.values():
             if restoration.unsure:
                 self._await_layers(orders, restoration)
-        if self.options.save:
-            orders.new_blocks = new_blocks(output)
-            self._order_saves(orders, output.num_scheduled_tokens)
+        self._save_desk.order(orders, output, self.restorations)
         return orders
 
     def _await_layers(self, orders: StepOrders, restoration: Restoration) -> None:
@@ -376,21 +324,6 @@ class SchedulerHalf:
                 restoration.cost.shared(Piece(0, 0), pieces)
         return pieces
 
-    def _order_saves(self, orders: StepOrders, scheduled: Mapping[str, int]) -> None:
-        requests, manager = self._scheduler.requests, self._scheduler.kv_cache_manager
-        for request_id, tokens in scheduled.items():
-            request, restoration = requests[request_id], self.restorations.get(request_id)
-            if restoration is not None and restoration.unsure:
-                continue  # with the next step, if it was not in vain
-            end = min(request.num_computed_tokens + tokens, request.num_tokens)
-            if not self.saves.due(request_id, end) or not self._asked[request_id].save:
-                continue
-            block_ids = manager.get_block_ids(request_id)[0]
-            stored = self.lookup.answer(request_id) or []
-            again = restoration.lost if restoration is not None else ()
-            keys, asked = self.keyring.keys(request), self.lookup.asked(request_id)
-            orders.saves += self.saves.orders(request_id, end, keys, block_ids, stored, again, asked, monotonic())
-
     def layered_step_ended(self, report: object) -> Restoration | None:
         """If a step's layers waited, listen to its report before its output is used; returns whose output is void."""
         restoration = next((each for each in self.restorations.values() if each.unsure), None)
@@ -404,6 +337,8 @@ class SchedulerHalf:
         if not restoration.confirm(waited, monotonic()):
             return restoration
         self._scheduler.count_prefill(restoration)
+        prefix, prompt = restoration.restore.prefix_tokens, restoration.restore.prompt_tokens
+        self._save_desk.note(restoration.request_id, prefix, prompt - prefix, restoration)
         return None
 
     def ended(self, orders: StepOrders) -> None:
@@ -437,5 +372,4 @@ class SchedulerHalf:
         """Stop looking things up."""
         if self._desk.ranks:
             self.lookup.close()
-        for tier in self._tiers:
-            tier.close()
+        close_store(self._store, _CLOSING_S)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkShape
 from cakekv.errors import UnsupportedEngine
-from cakekv.load.pieces import layer_groups
-from cakekv.load.staging import StagingPool
-from cakekv.store.opening import open_store
+from cakekv.load.pieces import group_bytes, layer_groups, load_bytes
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.layer_gate import LayerGate
 from cakekv.vllm.load_pool import LoadPool
 from cakekv.vllm.messages import ShardDescription, ShardReport, StepOrders, StepReport
 from cakekv.vllm.metrics import CakeStats
-from cakekv.vllm.paged_cache import open_paged_cache
 from cakekv.vllm.save_pool import SavePool
-from cakekv.vllm.shard_key import shard_key
+from cakekv.vllm.shares import Shares
+from cakekv.vllm.stores import close_store, open_tiers
 from cakekv.vllm.support import check_device
 
 if TYPE_CHECKING:
@@ -59,34 +57,43 @@ class WorkerHalf:
         ------
         UnsupportedEngine
             They are on a device that is not supported, or not cut into blocks as expected.
+        BadOption
+            An option does not go with the model's cache.
         StoreError
             A store cannot be opened.
         """
         from vllm.distributed.parallel_state import get_tp_group
 
-        group = get_tp_group()
-        self._rank = group.rank_in_group
-        replicas = self._kv_cache_config.kv_tp_replicas
-        tag = f"{self._rank // replicas} of {group.world_size // replicas}"
-        name, tensor = next(iter(kv_caches.items()))
-        check_device(tensor.device.type, log=self._rank == 0)
-        config = self._kv_cache_config
-        self.cache = open_paged_cache(kv_caches, config.num_blocks, self._kernel(name), config.needs_kv_cache_zeroing)
-        blocks = self._options.chunk_tokens // self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        segment_bytes = tuple(blocks * size for size in self.cache.segment_bytes_per_block)
-        shape = ChunkShape(self._options.chunk_tokens, segment_bytes)
-        self.description = ShardDescription(tag, self.cache.layout, segment_bytes)
-        self._tiers = [open_store(url) for url in self._options.store]
-        key_of_share = partial(shard_key, tag=tag)
-        threads = [self._options.load_threads or tier.parallel_reads for tier in self._tiers]
-        staging = StagingPool(self.cache.allocate, shape.total_bytes)
-        groups = layer_groups(shape)
+        group, config = get_tp_group(), self._kv_cache_config
+        self._rank, replicas = group.rank_in_group, config.kv_tp_replicas
+        check_device(next(iter(kv_caches.values())).device.type, log=self._rank == 0)
+        opener = Shares(
+            self._options,
+            self._vllm_config,
+            config,
+            kv_caches,
+            self._rank // replicas,
+            group.world_size // replicas,
+        )
+        self.shares = shares = opener.open()
+        coder = shares[0].coder
+        shape = coder.expected([])
+        groups = layer_groups(shape, coder.layers)
         self._group_of = [number for number, group in enumerate(groups) for _ in group]
-        self._loads = LoadPool(self._tiers, threads, shape, key_of_share, groups, self.cache.place, staging)
+        of_layers = partial(coder.segments_of, shape)
+        sizes = group_bytes(shape, groups, range(coder.layers), of_layers).bytes
+        self.description = ShardDescription(
+            tuple(share.tag for share in shares),
+            opener.layout(shares[0]),
+            coder.exact.total_bytes,
+            len(shares) * load_bytes(shape, of_layers(range(coder.layers))),
+            tuple(len(shares) * size for size in sizes),
+        )
+        self._store, tiers = open_tiers(self._options)
+        threads = [self._options.load_threads or tier.parallel_reads for tier in tiers]
+        self._loads = LoadPool(tiers, threads, shares, groups)
         if self._options.save and self._rank % replicas == 0:
-            self._saves = SavePool(
-                self._tiers[0], shape, key_of_share, self.cache.gather, self.cache.allocate, self._options.save_queue
-            )
+            self._saves = SavePool(self._store, shares, self._options.save_queue)
 
     def begin_step(self, orders: StepOrders) -> None:
         """Take in the scheduler's orders, before the forward pass."""
@@ -95,7 +102,8 @@ class WorkerHalf:
         self._orders = orders
         if orders.cancels:
             self._loads.cancel(orders.cancels)
-        self.cache.begin_step(orders)
+        for share in self.shares:
+            share.cache.begin_step(orders)
         if orders.loads:
             self._loads.submit(orders.loads)
         self._gate = None
@@ -105,7 +113,7 @@ class WorkerHalf:
     def wait_for_layer(self, name: str) -> None:
         """Before this layer attends: wait until its part of the prefix is in place, if it still comes."""
         if self._gate is not None:
-            self._gate.wait(self._group_of[self.cache.segment_of.get(name, -1)])
+            self._gate.wait(self._group_of[self.shares[0].cache.segment_of.get(name, -1)])
 
     def end_forward(self) -> None:
         """The forward pass is done: copy out what is to be saved."""
@@ -132,19 +140,12 @@ class WorkerHalf:
         return self._saves.take_stats() if self._saves is not None else None
 
     def shutdown(self) -> None:
-        """Stop loading, finish saving."""
+        """Stop loading, finish saving, as far as that takes no longer than `_LAST_WRITES_S`."""
         if self._loads is not None:
+            until = monotonic() + _LAST_WRITES_S
             self._loads.close()
             self._loads = None
             if self._saves is not None:
                 self._saves.close(_LAST_WRITES_S)
                 self._saves = None
-            for tier in self._tiers:
-                tier.close()
-
-    def _kernel(self, layer_name: str) -> str:
-        """What decides about the order of the bytes in a block, beside the tensor's shape."""
-        layer = self._vllm_config.compilation_config.static_forward_context.get(layer_name)
-        backend = getattr(layer, "attn_backend", None)
-        name = backend.get_name() if backend is not None else ""
-        return f"{name} {getattr(layer, 'isa', '')} {self._kv_cache_config.kv_cache_layout}"
+            close_store(self._store, max(0.1, until - monotonic()))

@@ -1,0 +1,154 @@
+"""Which requests are restored, and from what: asks the stores about every request as it comes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+from cakekv.errors import UnsupportedEngine
+from cakekv.vllm.asked import Asked
+from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.exactness import first_exact_chunk
+from cakekv.vllm.identity import Keyring
+from cakekv.vllm.lookup import Lookup
+from cakekv.vllm.restoration import Restoration
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+_LOG = logging.getLogger("vllm.cakekv")
+
+
+class Match(NamedTuple):
+    """What a request was told that it may load."""
+
+    stored: list[tuple[int, ...]]
+    prefix_tokens: int
+    local_tokens: int
+
+
+class Admission:
+    """Answers vLLM's question how much of a prompt could come from elsewhere.
+
+    Parameters
+    ----------
+    options : VllmOptions
+        The plug-in's.
+    keyring : Keyring
+        Names the requests' chunks.
+    lookup : Lookup
+        Asks the stores.
+    window : int
+        How many of a prompt's newest tokens have to be exact.
+    shares_blocks : bool
+        Whether vLLM's own prefix cache is on.
+    alive : callable
+        The sources that have a reader left.
+    """
+
+    def __init__(
+        self,
+        options: VllmOptions,
+        keyring: Keyring,
+        lookup: Lookup,
+        window: int,
+        shares_blocks: bool,
+        alive: Callable[[], Collection[int]],
+    ) -> None:
+        self.options = options
+        self.keyring = keyring
+        self.lookup = lookup
+        self._window = window
+        self._shares_blocks = shares_blocks
+        self._alive = alive
+        self._matched: dict[str, Match] = {}
+        self._asked: dict[str, Asked] = {}
+
+    def arrived(self, request: Request) -> None:
+        """A request came, or has to begin again: see what is stored of it."""
+        asked = Asked.of(request.kv_transfer_params, self.options)
+        try:
+            keys = list(self.keyring.keys(request))
+        except UnsupportedEngine as error:
+            _LOG.warning("cakekv: a request is neither restored nor saved: %s", error)
+            keys, asked = [], asked._replace(mode="compute", save=False)
+        if request.resumable:
+            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
+        self._asked[request.request_id] = asked
+        exact_from = first_exact_chunk(request.num_tokens, self._window, self.options.chunk_tokens)
+        self.lookup.ask(request.request_id, keys, exact_from)
+
+    def asked(self, request_id: str) -> Asked:
+        """What a request asked for."""
+        return self._asked[request_id]
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        self._matched.pop(request_id, None)
+        self._asked.pop(request_id, None)
+        self.lookup.forget(request_id)
+        self.keyring.forget(request_id)
+
+    def match(
+        self, request: Request, local_tokens: int, restorations: Collection[Restoration]
+    ) -> tuple[int | None, bool]:
+        """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
+        if not self.readable(request):
+            return 0, False
+        stored = self.lookup.answer(request.request_id)
+        if stored is None:
+            return None, False
+        alive = self._alive()
+        stored = [tuple(source for source in holders if source in alive) for holders in stored]
+        prefix = self._prefix_tokens(request, stored, local_tokens)
+        if prefix <= local_tokens:
+            return 0, False
+        if self._twin(request, local_tokens, restorations):
+            return None, False
+        self._matched[request.request_id] = Match(stored, prefix, local_tokens)
+        return prefix - local_tokens, True
+
+    def take(self, request_id: str) -> Match:
+        """What a request that is admitted was told."""
+        return self._matched.pop(request_id)
+
+    def unadmitted(self, request: Request) -> bool:
+        """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
+        if request.num_computed_tokens or not self.readable(request):
+            return False
+        return self.lookup.promising(request.request_id)
+
+    def readable(self, request: Request) -> bool:
+        """Whether the request is restored. Computing all of it is a restore, too, if a report was asked for."""
+        asked = self._asked[request.request_id]
+        if asked.mode == "compute" and not asked.report:
+            return False
+        return not request.skip_reading_prefix_cache and not _must_not_be_cut(request)
+
+    def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
+        """End of the last chunk worth loading: behind what vLLM has, before the last token."""
+        tokens = self.options.chunk_tokens
+        first = -(-local_tokens // tokens)
+        last = min(len(stored), (request.num_tokens - 1) // tokens)
+        return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
+
+    def _twin(self, request: Request, local_tokens: int, restorations: Collection[Restoration]) -> bool:
+        """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""
+        if not self._shares_blocks:
+            return False
+        chunk = -(-local_tokens // self.options.chunk_tokens)
+        key = self.keyring.keys(request)[chunk]
+        return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.joined for other in restorations)
+
+
+def _must_not_be_cut(request: Request) -> bool:
+    """Whether vLLM would die of computing the prompt in several parts.
+
+    Its V1 runner rewinds a request's random generator after every part but the last; CPU generators cannot do that.
+    """
+    from vllm.platforms import current_platform
+
+    return (
+        current_platform.is_cpu() and request.sampling_params is not None and request.sampling_params.seed is not None
+    )

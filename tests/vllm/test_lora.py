@@ -1,0 +1,65 @@
+"""Adapters: chunks of one are never another's, and each is restored exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny_engine import TinyEngine, closing, prompt, sampling, scripted
+
+
+def save_adapter(folder: Path, seed: int) -> Path:
+    """A small adapter with random weights, in the form that PEFT writes."""
+    import torch
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(seed)
+    outputs = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    tensors = {}
+    for layer in range(3):
+        for module, size in outputs.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, 128, generator=random)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(size, 8, generator=random) / 10
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": list(outputs)}))
+    return folder
+
+
+def test_every_adapter_has_chunks_of_its_own(model: Path, plain: dict[int, list[int]], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    adapters = [
+        None,
+        *(
+            LoRARequest(name, number, str(save_adapter(tmp_path / name, number)))
+            for number, name in ((1, "a"), (2, "b"))
+        ),
+    ]
+    store = scripted("adapters")
+    options = {"store": "scripted://adapters", "mode": "load"}
+    with closing(TinyEngine(model, options, enable_lora=True, max_loras=2, max_lora_rank=8)) as engine:
+
+        def answer(adapter: LoRARequest | None) -> list[int]:
+            engine._number += 1
+            name = f"r{engine._number}"
+            tokens = {"prompt_token_ids": prompt(1000)}
+            engine.llm.llm_engine.add_request(name, tokens, sampling(), lora_request=adapter)
+            return engine.finish(name)[0]
+
+        computed = []
+        for count, adapter in enumerate(adapters, 1):
+            computed.append(answer(adapter))
+            engine.settle()
+            assert len(list(store)) == 7 * count
+        assert not engine.half.outcomes.latest, "nobody's chunks were taken for another's"
+        assert computed[0] == plain[1000]
+        assert len({tuple(tokens) for tokens in computed}) == 3
+        for adapter, expected in zip(adapters, computed, strict=True):
+            engine.core.reset_prefix_cache()
+            assert answer(adapter) == expected
+            engine.settle()
+            assert engine.report().loaded_tokens == 896
+        engine.assert_nothing_leaked()
