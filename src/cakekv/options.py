@@ -18,4 +18,6 @@ class Options(TypedDict, total=False):
     codec: str | Codec
     policy: str | Policy
     layered_finish: bool
+    ttft_target_s: float
+    quality_floor: int
     calibration: str | os.PathLike[str] | None

@@ -61,7 +61,7 @@ class Saver:
     """
 
     def __init__(self, store: Store, coder: ChunkCoder, staging: StagingPool, limit: int = 256) -> None:
-        self._store = store
+        self.store = store
         self._coder = coder
         self._staging = staging
         self._queue: queue.Queue[tuple[ChunkKey, int, Gather, bool] | None] = queue.Queue(limit)
@@ -123,7 +123,7 @@ class Saver:
                 if chunk is None:
                     seal(coder.exact, buffer, key, position)
                     chunk = buffer[: coder.exact.total_bytes]
-                kept = self._store.write(key, chunk)
+                kept = self.store.write(key, chunk)
             except (StoreFull, StoreError, CannotEncode) as error:
                 self.report.failed_chunks += 1
                 self.report.error = self.report.error or str(error)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from cakekv.keys import ChunkKey
 from cakekv.restore.contention import SharedLoad
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.planner import Span
+from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.step_costs import Piece, SharedCost
 
@@ -27,7 +28,7 @@ class Restoration:
     ----------
     request
         vLLM's request.
-    restore : Restore
+    restore : StepwiseRestore
         Its planner.
     cost : SharedCost
         The planner's idea of compute.
@@ -46,7 +47,7 @@ class Restoration:
     def __init__(
         self,
         request: Request,
-        restore: Restore,
+        restore: StepwiseRestore,
         cost: SharedCost,
         load_costs: Sequence[SharedLoad],
         keys: Sequence[ChunkKey],

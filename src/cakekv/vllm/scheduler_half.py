@@ -15,8 +15,8 @@ from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
+from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.store.opening import open_store
 from cakekv.vllm import layered_step
 from cakekv.vllm.asked import Asked, answer
@@ -163,7 +163,7 @@ class SchedulerHalf:
         now = monotonic()
         cost = SharedCost(self.costs)
         load_costs = [SharedLoad(source.cost) for source in self._desk.sources]
-        restore = Restore(
+        restore = StepwiseRestore(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],

@@ -1,0 +1,108 @@
+"""What the tiers hold of prompts, and what of prompts is saved to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import Any
+
+from cakekv.codec.coder import ChunkCoder
+from cakekv.engine.base import Engine
+from cakekv.errors import StoreError
+from cakekv.explain import why_nothing_is_stored
+from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.restore.planner import Span
+from cakekv.restorer import Arms, Restorer
+from cakekv.save.saver import Saver
+from cakekv.store.base import Store
+
+
+class StoredPrefixes:
+    """Finds the chunks of prompts, and saves those that are missing.
+
+    Parameters
+    ----------
+    engine : Engine
+        The model.
+    identity : Identity
+        Whose chunks.
+    coder : ChunkCoder
+        What they look like.
+    arms : Arms
+        Knows which tiers hang.
+    tiers : sequence of Store
+        Where chunks may be.
+    saver : Saver or None
+        Saves chunks; None: they are not saved.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any, Any],
+        identity: Identity,
+        coder: ChunkCoder,
+        arms: Arms[Any, Any],
+        tiers: Sequence[Store],
+        saver: Saver | None,
+    ) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._coder = coder
+        self._arms = arms
+        self._tiers = tiers
+        self._saver = saver
+        self._introduced = False
+
+    def keys(self, token_ids: Sequence[int]) -> list[ChunkKey]:
+        """Keys of the prompt's full chunks; none if there is no tier."""
+        return chunk_keys(self._identity, token_ids) if self._tiers else []
+
+    def lookup(
+        self, keys: list[ChunkKey], prompt_tokens: int, notes: list[str]
+    ) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Per chunk, which tiers hold it in a form that will do; and the bytes of those chunks. Trouble is noted."""
+        found: list[int] = []
+        holders: list[tuple[int, ...]] = [()] * len(keys)
+        for index, tier in enumerate(self._tiers):
+            if self._arms.hangs(index):
+                notes.append(f"The {tier.name} tier is not asked: none of its reads has come back for a while.")
+                continue
+            try:
+                sizes = tier.lookup(keys)
+            except StoreError as error:
+                notes.append(f"The {tier.name} tier could not be asked what it holds: {error}")
+                continue
+            for chunk, size in enumerate(sizes):
+                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, prompt_tokens)):
+                    holders[chunk] += (index,)
+                    found.append(size)
+        return holders, found
+
+    def why_nothing(self) -> list[str]:
+        """Why nothing was found, as far as the tiers tell; asked of them only until something was saved."""
+        return why_nothing_is_stored(self._identity, self._tiers) if self._tiers and not self._introduced else []
+
+    def save(self, cache: Any, keys: list[ChunkKey], restorer: Restorer[Any, Any], span: Span) -> None:
+        """Save the chunks that a computed span completes and that are not stored, if what it attends to is exact."""
+        if self._saver is None or not keys or restorer.saw_lossy(span.start):
+            return
+        self._introduce(self._saver.store)
+        tokens = self._coder.exact.tokens
+        for chunk in range(span.start // tokens, min((span.start + span.tokens) // tokens, len(keys))):
+            if restorer.is_missing(chunk):
+                start = chunk * tokens
+                with restorer.lent() if self._saver.full else nullcontext():
+                    gather = partial(self._engine.gather, cache, start, tokens)
+                    self._saver.save(keys[chunk], start, gather, exact=self._is_recent(chunk, restorer.prompt_tokens))
+
+    def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
+        """Whether tokens of the chunk are in the window that the codec keeps exact."""
+        return (chunk + 1) * self._coder.exact.tokens > prompt_tokens - self._coder.codec.window
+
+    def _introduce(self, store: Store) -> None:
+        """Leave this model's identity in the store once, so that misses can be explained later."""
+        if not self._introduced:
+            self._introduced = True
+            with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
+                store.remember_identity(self._identity.root.hex(), self._identity.fields())
