@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from time import monotonic
 from types import TracebackType
@@ -17,15 +17,14 @@ from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
-from cakekv.errors import BadInput, StoreError
-from cakekv.explain import why_nothing_is_stored
-from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.errors import BadInput
+from cakekv.keys import ChunkKey, Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
 from cakekv.options import Options
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.planner import MODES, Mode, Span
+from cakekv.restore.planner import MODES, Mode
 from cakekv.restore.priority import Policy, open_policy
 from cakekv.restore.report import RestoreReport
 from cakekv.restorer import Arms, OnProgress, Progress, Restorer
@@ -33,6 +32,7 @@ from cakekv.results import Generation, Prefill
 from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
+from cakekv.stored import StoredPrefixes
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -74,6 +74,12 @@ class Cake:
     deadline_s : float
         Seconds that a tier may take for one chunk: one that has not arrived by then is computed, and a tier that has
         not taken one by then is not waited for. Look-ups get no more than 2 s.
+    ttft_target_s : float
+        Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
+        "two_plane"), each load reads as many of them as that allows, given the bandwidth at that moment: all if there
+        is no target; 0.0 for as few as help. What was read is in the report's `level_tokens`.
+    quality_floor : int
+        The fewest parts to read, whatever the target.
     calibration : path or None
         A file that keeps between processes what this model costs on this machine, and the stores that were opened by
         URL or path; written by `close`.
@@ -100,6 +106,8 @@ class Cake:
         policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
         deadline_s: float = 30.0,
+        ttft_target_s: float = math.inf,
+        quality_floor: int = 1,
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -116,11 +124,19 @@ class Cake:
         stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
         self.tiers = [tier for given in stores for tier in given.tiers]
-        self._target = stores[0] if stores else None
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
         self.layered_finish = layered_finish
+        self.ttft_target_s = ttft_target_s
+        self.quality_floor = quality_floor
         self.codec = codec_named(codec) if isinstance(codec, str) else codec
+        if not ttft_target_s >= 0:
+            raise BadInput(f"ttft_target_s is a number of seconds from 0 on, not {ttft_target_s}")
+        if not 1 <= quality_floor <= self.codec.parts_read:
+            raise BadInput(
+                f"quality_floor is {quality_floor}, but of codec {self.codec.name} 1 to {self.codec.parts_read} parts "
+                "are read"
+            )
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
         self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype)
@@ -137,9 +153,7 @@ class Cake:
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
         self._metrics = metrics
         on_save = metrics.add_save if metrics is not None else None
-        self._saver = None
-        if self._target is not None:
-            self._saver = Saver(self._target, coder, staging, deadline_s=deadline_s, on_save=on_save)
+        self._saver = Saver(stores[0], coder, staging, deadline_s=deadline_s, on_save=on_save) if stores else None
         self._arms = Arms.of(
             engine,
             open_policy(policy) if isinstance(policy, str) else policy,
@@ -152,10 +166,10 @@ class Cake:
             layered_finish=layered_finish,
             deadline_s=deadline_s,
         )
-        self._ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
+        ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
+        self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
         self._tokenizing = threading.Lock()
         """Tokenizers are not made for several threads."""
-        self._introduced = False
 
     @classmethod
     def from_pretrained(
@@ -282,10 +296,9 @@ class Cake:
         request = self._arms.arbiter.request(monotonic())
         token_ids = self._tokens(prompt)
         _check_mode(mode)
-        keys = chunk_keys(self.identity, token_ids) if self.tiers else []
-        cache = self.engine.new_cache(1)
-        stored, sizes = self._lookup(keys, len(token_ids), [])
-        return Restorer(self._arms, request, cache, token_ids, keys, stored, sizes=sizes, mode=mode).explain()
+        keys = self._stored.keys(token_ids)
+        stored, sizes = self._stored.lookup(keys, len(token_ids), [])
+        return self._restorer(request, self.engine.new_cache(1), token_ids, keys, stored, sizes, mode).explain()
 
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`."""
@@ -312,6 +325,31 @@ class Cake:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _restorer(
+        self,
+        request: Request,
+        cache: Any,
+        token_ids: list[int],
+        keys: list[ChunkKey],
+        stored: list[tuple[int, ...]],
+        sizes: list[int],
+        mode: Mode,
+        **callbacks: Any,
+    ) -> Restorer[Any, Any]:
+        return Restorer(
+            self._arms,
+            request,
+            cache,
+            token_ids,
+            keys,
+            stored,
+            sizes=sizes,
+            mode=mode,
+            ttft_target_s=self.ttft_target_s,
+            quality_floor=self.quality_floor,
+            **callbacks,
+        )
 
     def _generate(
         self,
@@ -373,24 +411,15 @@ class Cake:
         _check_mode(mode)
         notes: list[str] = []
         looked_up = monotonic()
-        keys = chunk_keys(self.identity, token_ids) if self.tiers else []
-        stored, sizes = self._lookup(keys, len(token_ids), notes)
+        keys = self._stored.keys(token_ids)
+        stored, sizes = self._stored.lookup(keys, len(token_ids), notes)
         lookup_s = monotonic() - looked_up
-        if self.tiers and not any(stored) and not notes and not self._introduced:  # a question more, so asked rarely
-            notes += why_nothing_is_stored(self.identity, self.tiers, self._ask.identities())
+        if not any(stored) and not notes:
+            notes += self._stored.why_nothing()
         cache = self.engine.new_cache(capacity)
-        on_span = partial(self._save, cache, keys if save else [])
-        restorer = Restorer(
-            self._arms,
-            request,
-            cache,
-            token_ids,
-            keys,
-            stored,
-            sizes=sizes,
-            mode=mode,
-            on_span=on_span,
-            on_progress=on_progress,
+        on_span = partial(self._stored.save, cache, keys if save else [])
+        restorer = self._restorer(
+            request, cache, token_ids, keys, stored, sizes, mode, on_span=on_span, on_progress=on_progress
         )
         logits = restorer.run()
         ttft_s = monotonic() - request.arrived_s
@@ -403,45 +432,6 @@ class Cake:
         if self._metrics is not None:
             self._metrics.add_restore(report)
         return Prefill(token_ids, cache, logits, report)
-
-    def _lookup(
-        self, keys: list[ChunkKey], prompt_tokens: int, notes: list[str]
-    ) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Per chunk, which tiers hold it in a form that will do; and the bytes of those chunks."""
-        found: list[int] = []
-        holders: list[tuple[int, ...]] = [()] * len(keys)
-        for index, (tier, sizes) in enumerate(zip(self.tiers, self._ask.sizes(keys), strict=True)):
-            if isinstance(sizes, StoreError):
-                notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
-                continue
-            for chunk, size in enumerate(sizes):
-                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, prompt_tokens)):
-                    holders[chunk] += (index,)
-                    found.append(size)
-        return holders, found
-
-    def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
-        """Whether tokens of the chunk are in the window that the codec keeps exact."""
-        return (chunk + 1) * self.chunk_tokens > prompt_tokens - self.codec.window
-
-    def _save(self, cache: Any, keys: list[ChunkKey], restorer: Restorer[Any, Any], span: Span) -> None:
-        if self._saver is None or not keys or restorer.saw_lossy(span.start):
-            return
-        self._introduce()
-        first = span.start // self.chunk_tokens
-        end = min((span.start + span.tokens) // self.chunk_tokens, len(keys))
-        for chunk in range(first, end):
-            if restorer.is_missing(chunk):
-                start = chunk * self.chunk_tokens
-                with restorer.lent() if self._saver.full else nullcontext():
-                    gather = partial(self.engine.gather, cache, start, self.chunk_tokens)
-                    self._saver.save(keys[chunk], start, gather, exact=self._is_recent(chunk, restorer.prompt_tokens))
-
-    def _introduce(self) -> None:
-        """Leave this model's identity in the store once, so that misses can be explained later."""
-        if self._saver is not None and not self._introduced:
-            self._introduced = True
-            self._saver.introduce(self.identity.root.hex(), self.identity.fields())
 
 
 def _check_mode(mode: str) -> None:

@@ -22,5 +22,7 @@ class Options(TypedDict, total=False):
     policy: str | Policy
     layered_finish: bool
     deadline_s: float
+    ttft_target_s: float
+    quality_floor: int
     calibration: str | os.PathLike[str] | None
     metrics: Metrics | None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
 from typing import Generic, NamedTuple, Self
 
@@ -14,7 +15,7 @@ from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Cache, Engine, Logits
 from cakekv.keys import ChunkKey
 from cakekv.load.loader import Loader, Loading
-from cakekv.load.pieces import group_bytes, layer_groups, load_bytes
+from cakekv.load.pieces import layer_groups, levels_of
 from cakekv.load.staging import StagingPool
 from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
 from cakekv.restore.costs import ComputeCost, LoadCost
@@ -134,6 +135,10 @@ class Restorer(Generic[Cache, Logits]):
         Bytes of the stored chunks, to plan with.
     mode : str
         As in `Restore`.
+    ttft_target_s : float
+        As in `Restore`.
+    quality_floor : int
+        The fewest parts of a coded chunk that are read.
     on_span : callable
         (restorer, span) Told of every computed span, in order, while it is this request's turn.
     on_progress : callable or None
@@ -151,11 +156,13 @@ class Restorer(Generic[Cache, Logits]):
         *,
         sizes: Sequence[int] = (),
         mode: Mode,
+        ttft_target_s: float = math.inf,
+        quality_floor: int = 1,
         on_span: Callable[[Restorer[Cache, Logits], Span], None] = lambda restorer, span: None,
         on_progress: OnProgress | None = None,
     ) -> None:
         engine, coder, shape = arms.engine, arms.coder, arms.coder.expected(sizes)
-        unwindowed = coder.segments_of(shape, engine.layout.unwindowed)
+        *coarser, best = levels_of(coder, shape, engine.layout.unwindowed, arms.groups, quality_floor)
         self._arms = arms
         self._arbiter = arms.arbiter
         self._request = request
@@ -165,24 +172,23 @@ class Restorer(Generic[Cache, Logits]):
         self._on_span = on_span
         self._on_progress = on_progress
         self._loads = any(stored) and mode != "compute"
-        self._chunk_bytes = chunk_bytes = load_bytes(shape, coder.segments_of(shape, range(coder.layers)))
+        self._chunk_bytes = best.chunk_bytes
         self._compute_cost = SharedCompute(arms.compute_cost)
         self._load_costs = [SharedLoad(source.cost) for source in arms.sources]
         for load_cost in self._load_costs:
-            load_cost.doubt(chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
-        groups = None
-        if len(arms.groups) > 1:
-            groups = group_bytes(shape, arms.groups, engine.layout.unwindowed, partial(coder.segments_of, shape))
+            load_cost.doubt(best.chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
         self._restore = Restore(
             len(token_ids),
             shape.tokens,
             stored,
             [source._replace(cost=cost) for source, cost in zip(arms.sources, self._load_costs, strict=True)],
             self._compute_cost,
-            chunk_bytes=chunk_bytes,
-            unwindowed_chunk_bytes=load_bytes(shape, unwindowed),
+            chunk_bytes=best.chunk_bytes,
+            unwindowed_chunk_bytes=best.unwindowed_chunk_bytes,
+            coarser=coarser,
+            ttft_target_s=ttft_target_s,
             window=engine.layout.window,
-            groups=groups,
+            groups=best.groups,
             mode=mode,
             max_span_tokens=arms.max_span_tokens,
             patience_s=arms.deadline_s,
@@ -250,7 +256,8 @@ class Restorer(Generic[Cache, Logits]):
         with self._arbiter.lock:
             self._restore.computed(span, monotonic(), self._waited_s)
             chunk_tokens = self._arms.coder.exact.tokens
-            self._loading.lossy -= set(range(span.start // chunk_tokens, (span.start + span.tokens) // chunk_tokens))
+            for chunk in range(span.start // chunk_tokens, (span.start + span.tokens) // chunk_tokens):
+                self._loading.parts.pop(chunk, None)
             self._tell()
             self._arms.loader.wake()
         self._on_span(self, span)
@@ -299,7 +306,11 @@ class Restorer(Generic[Cache, Logits]):
             self._loading.join(timeout_s=1.0)
             report = self._restore.report
             report.placed_bytes = self._loading.placed_bytes
-            report.lossy_tokens = len(self._loading.lossy) * self._arms.coder.exact.tokens
+            chunk_tokens, codec = self._arms.coder.exact.tokens, self._arms.coder.codec
+            chunks = Counter(self._loading.parts.values())
+            report.lossy_tokens = (chunks.total() - chunks[0]) * chunk_tokens if codec.lossy else 0
+            names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(chunks)}
+            report.level_tokens = {name: chunks[parts] * chunk_tokens for parts, name in names.items()}
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self.saw_lossy(span.start))
             return report
 

@@ -20,9 +20,20 @@ def test_figures_and_their_intervals_are_written(tiny_model: Path, tmp_path: Pat
     assert data["ratio"] > 1
     assert len(data["documents"]) == 3
     assert "int8" in result.stdout
-    both = CliRunner().invoke(app, [str(one) for one in [*common, "--recipe", "int8", "--recipe", "raw"]])
+    two = ["--recipe", "int8", "--recipe", "raw", "--json", file]
+    both = CliRunner().invoke(app, [str(one) for one in [*common, *two]])
     assert both.exit_code == 0
     assert "raw" in both.stdout
+    data = json.loads(file.read_text())
+    (pair,) = data["paired"]
+    assert (pair["a"], pair["b"]) == ("int8", "raw")
+    assert pair["kl"] == data["recipes"][0]["kl"] > 0
+    assert pair["kl_ratio"] is None  # raw has none
+    halves = ["--recipe", "int8", "--computed", "0", "--computed", "0.5", "--json", file]
+    assert CliRunner().invoke(app, [str(one) for one in [*common, *halves]]).exit_code == 0
+    data = json.loads(file.read_text())
+    assert [one["computed"] for one in data["recipes"]] == [0.0, 0.5]
+    assert data["paired"][0]["b"] == "int8, 0.5 computed"
 
 
 def test_bad_input_is_refused(tiny_model: Path) -> None:

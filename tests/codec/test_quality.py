@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 from cakekv.bench.quality.documents import KINDS, Document, Needle, make_documents
 from cakekv.bench.quality.intervals import interval
-from cakekv.bench.quality.judge import Judge, summary
+from cakekv.bench.quality.judge import Judge, Judgement, paired, summary
 from cakekv.codec import codec_named
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
@@ -31,19 +32,26 @@ def documents(engine: TransformersEngine) -> list[Document]:
 
     made = []
     for _ in range(3):
-        context, question = tokens(300), tokens(6)
-        cache = engine.new_cache(310)
-        answer = int(engine.compute(cache, [*context, *question], 0).argmax())
-        needles = [Needle(tuple(question), (answer,)), Needle(tuple(question), ((answer + 1) % 211,))]
-        made.append(Document("text", context, tokens(40), needles))
+        document = Document("text", tokens(300), tokens(40), [])
+        for wrong in (0, 1):
+            question = tokens(6)
+            asked = [*document.context, *document.tail, *question]
+            answer = int(engine.compute(engine.new_cache(len(asked)), asked, 0).argmax())
+            document.needles.append(Needle(tuple(question), ((answer + wrong) % 211,)))
+        made.append(document)
     return made
 
 
-def judged(engine: TransformersEngine, documents: list[Document], recipes: list[str], **options: Any) -> dict[str, Any]:
-    judge = Judge(engine, 32, **options)
+def judgements(engine: TransformersEngine, documents: list[Document], recipes: list[str]) -> dict[str, list[Judgement]]:
+    judge = Judge(engine, 32)
     codecs = [codec_named(recipe) for recipe in recipes]
     columns = zip(*(judge.judge(document, codecs) for document in documents), strict=True)
-    return {r: summary(r, c, ones) for r, c, ones in zip(recipes, codecs, columns, strict=True)}
+    return {recipe: list(ones) for recipe, ones in zip(recipes, columns, strict=True)}
+
+
+def judged(engine: TransformersEngine, documents: list[Document], recipes: list[str]) -> dict[str, Any]:
+    ones = judgements(engine, documents, recipes)
+    return {recipe: summary(recipe, codec_named(recipe), ones[recipe]) for recipe in recipes}
 
 
 def test_worse_codecs_are_judged_worse(engine: TransformersEngine, documents: list[Document]) -> None:
@@ -62,8 +70,13 @@ def test_worse_codecs_are_judged_worse(engine: TransformersEngine, documents: li
 
 
 def test_a_computed_front_helps(engine: TransformersEngine, documents: list[Document]) -> None:
-    kl = [judged(engine, documents, ["kivi:window=0"], computed=part)["kivi:window=0"]["kl"] for part in (0.0, 0.8)]
-    assert kl[1] < kl[0]
+    codecs = [codec_named("kivi:window=0"), codec_named("raw")]
+    kivi, raw, kivi_half, raw_half = Judge(engine, 32).judge(documents[0], codecs, [0.0, 0.8])
+    assert 0 < kivi_half.kl < kivi.kl
+    assert raw.kl == raw_half.kl == 0
+    assert (kivi.tokens, kivi_half.tokens) == (288, 64)
+    with pytest.raises(BadInput, match="share"):
+        Judge(engine, 32).judge(documents[0], codecs, [1.0])
 
 
 def test_bytes_are_those_of_the_store(engine: TransformersEngine, documents: list[Document]) -> None:
@@ -73,6 +86,18 @@ def test_bytes_are_those_of_the_store(engine: TransformersEngine, documents: lis
     assert document["coded_tokens"] == 7 * 32  # 236 tokens are older than the newest 64
     assert one["bytes_per_token"] == document["stored_bytes"] / 288
     assert one["ratio"] == document["exact_bytes"] / document["stored_bytes"]
+
+
+def test_differences_are_of_the_same_documents(engine: TransformersEngine, documents: list[Document]) -> None:
+    ones = judgements(engine, documents, ["raw", "kivi:window=0", "kivi:window=0,keys=token"])
+    pairs = paired(ones)
+    assert [(pair["a"], pair["b"]) for pair in pairs] == list(combinations(ones, 2))
+    for pair in pairs:
+        first, second = ([one.kl for one in ones[pair[name]]] for name in "ab")
+        assert pair["kl"] == pytest.approx((sum(first) - sum(second)) / 3)
+        assert pair["kl_ratio"] == pytest.approx(sum(first) / sum(second))
+        each = [x - y for x, y in zip(first, second, strict=True)]
+        assert pair["intervals"]["kl"] == pytest.approx([min(each), max(each)])  # of three documents 1 draw in 27
 
 
 class Words:

@@ -20,34 +20,41 @@ def quality(
     continuation: Annotated[int, typer.Option(min=8, help="Tokens behind it that are predicted.")] = 128,
     texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 64,
-    computed: Annotated[float, typer.Option(help="Share of each document, from its front, that is computed.")] = 0.0,
+    computed: Annotated[
+        list[float] | None, typer.Option(help="Share of each document, from its front, that is computed; repeatable.")
+    ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
 ) -> None:
     """Judge codecs: what they do to a model's answers, against the exact cache, and what they save.
 
     Each document's keys and values are encoded, decoded and put back; then the model goes on. kl is the divergence of
     its next-token distribution, in nats; agreement the share of positions with the same likeliest token; retrieval the
-    share of needles found, of those that the exact cache finds. Intervals are 95 % bootstrap intervals over documents.
+    share of needles found, of those that the exact cache finds. Intervals are 95 % bootstrap intervals over documents;
+    of several recipes the JSON file has the differences of every two, too, on the same documents, under "paired".
     GB/s are of the exact cache, on one thread, while nothing else should run.
 
     Examples:
 
         cakekv quality --recipe int8 --json int8.json
 
-        cakekv quality --recipe int4 --recipe kivi --documents 6 --tokens 512
+        cakekv quality --recipe kivi --recipe kivi:window=0 --recipe kivi:keys=token --json kivi.json
+
+        cakekv quality --recipe kivi:window=0 --computed 0 --computed 0.5 --json both-arms.json
     """
     from rich.progress import track
 
     from cakekv.bench.machine import describe_machine
     from cakekv.bench.quality.documents import make_documents
-    from cakekv.bench.quality.judge import Judge, Judgement, summary
+    from cakekv.bench.quality.judge import Judge, Judgement, paired, summary
     from cakekv.cli.model import load_cake
     from cakekv.codec import codec_named
 
+    recipe = list(dict.fromkeys(recipe))
     codecs = [codec_named(one) for one in recipe]
+    shares = list(dict.fromkeys(computed or [0.0]))
     cake = load_cake(model, None)
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
-    judge = Judge(cake.engine, chunk_tokens, computed)  # type: ignore[arg-type]  # load_cake makes transformers engines
+    judge = Judge(cake.engine, chunk_tokens)  # type: ignore[arg-type]  # load_cake makes transformers engines
     settings = {
         "command": shlex.join(["cakekv", *sys.argv[1:]]),
         "machine": describe_machine(),
@@ -55,20 +62,25 @@ def quality(
         "context_tokens": tokens,
         "continuation_tokens": continuation,
         "chunk_tokens": chunk_tokens,
-        "computed": computed,
     }
-    judgements: list[list[Judgement]] = [[] for _ in codecs]
+    variants = {
+        f"{one}, {share:g} computed" if share else one: (one, codec, share)
+        for share in shares
+        for one, codec in zip(recipe, codecs, strict=True)
+    }
+    judged: dict[str, list[Judgement]] = {name: [] for name in variants}
     figures: list[dict[str, Any]] = []
     for document in track(made, "Judging", console=NEWS, transient=True):
-        for kept, one in zip(judgements, judge.judge(document, codecs), strict=True):
+        for kept, one in zip(judged.values(), judge.judge(document, codecs, shares), strict=True):
             kept.append(one)
-        figures = [summary(*each) for each in zip(recipe, codecs, judgements, strict=True)]
+        figures = [summary(each, codec, judged[name], share) for name, (each, codec, share) in variants.items()]
         if json_file is not None:  # so that an interrupted run leaves what it has
-            write_json(json_file, settings | (figures[0] if len(figures) == 1 else {"recipes": figures}))
-    RESULTS.print(_table(figures))
+            several = {"recipes": figures, "paired": paired(judged)}
+            write_json(json_file, settings | (figures[0] if len(figures) == 1 else several))
+    RESULTS.print(_table(dict(zip(variants, figures, strict=True))))
 
 
-def _table(figures: list[dict[str, Any]]) -> Any:
+def _table(figures: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table()
@@ -85,7 +97,7 @@ def _table(figures: list[dict[str, Any]]) -> Any:
     }
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    for one in figures:
+    for variant, one in figures.items():
         cells = []
         for name, form in columns.items():
             value = one.get(name)
@@ -96,5 +108,5 @@ def _table(figures: list[dict[str, Any]]) -> Any:
                 cells.append(f"{value:{form}} [{low:{form}}, {high:{form}}]")
             else:
                 cells.append(f"{value:{form}}")
-        table.add_row(one["recipe"], *cells)
+        table.add_row(variant, *cells)
     return table

@@ -15,6 +15,7 @@ CODECS = {
     "int4": "cakekv.codec.int4:Int4",
     "kivi": "cakekv.codec.kivi:Kivi",
     "two_plane": "cakekv.codec.two_plane:TwoPlane",
+    "ladder": "cakekv.codec.ladder:Ladder",
     "think": "cakekv.codec.think:Think",
     "nuq3": "cakekv.codec.nuq3:Nuq3",
     "cachegen": "cakekv.codec.cachegen:CacheGen",

@@ -118,11 +118,11 @@ class ChunkCoder:
         header.expect(shape, key, position)
         return coded
 
-    def segments_of(self, shape: ChunkShape, layers: Sequence[int]) -> Sequence[int]:
-        """The segments of a chunk that hold these layers, as far as the codec wants to read."""
+    def segments_of(self, shape: ChunkShape, layers: Sequence[int], parts: int | None = None) -> Sequence[int]:
+        """The segments of a chunk that hold these layers, so many parts of them; None: as many as the codec reads."""
         if not shape.packed:
             return layers
-        return [part * self.layers + layer for part in range(self.codec.parts_read) for layer in layers]
+        return [part * self.layers + layer for part in range(parts or self.codec.parts_read) for layer in layers]
 
     def encode(self, exact: memoryview, coded: memoryview, key: ChunkKey, position: int) -> memoryview | None:
         """Make the coded form of a chunk.

@@ -55,8 +55,8 @@ class Loading:
     ----------
     placed_bytes : int
         Copied into the cache.
-    lossy : set of int
-        Chunks placed, whole or in pieces, that are not exactly what was encoded.
+    parts : dict of int to int
+        For the chunks placed, whole or in pieces, how many parts of them were read; 0 for those in the exact form.
     first_lossy : int or None
         The first chunk that ever was; what was computed behind it attended to it.
     crash : BaseException or None
@@ -80,7 +80,7 @@ class Loading:
         """By chunk and source: pieces after the first do not read the header again."""
         self.in_flight = 0
         self.placed_bytes = 0
-        self.lossy: set[int] = set()
+        self.parts: dict[int, int] = {}
         self.first_lossy: int | None = None
         self.crash: BaseException | None = None
 
@@ -290,8 +290,9 @@ class Loader:
             def placed(now: float) -> None:
                 restore.placed(load, now)
                 loading.placed_bytes += copied
-                if progress.coded and self._coder.codec.lossy:
-                    loading.lossy.add(load.chunk)
+                codec = self._coder.codec
+                loading.parts[load.chunk] = (load.parts or codec.parts_read) if progress.coded else 0
+                if progress.coded and codec.lossy:
                     first = loading.first_lossy
                     loading.first_lossy = load.chunk if first is None else min(first, load.chunk)
 
@@ -320,7 +321,7 @@ class Loader:
         with self._tiers[load.source].open(key) as reader:
             shape = coder.shape_of(reader.size) if header is None else header.shape
             if shape is not None:
-                ranges = byte_ranges(shape, coder.segments_of(shape, layers), with_header=header is None)
+                ranges = byte_ranges(shape, coder.segments_of(shape, layers, load.parts), with_header=header is None)
             else:  # only the header tells where the layers are
                 ranges = [(0, reader.size if len(layers) == coder.layers else coder.longest.header_bytes)]
             for start, end in ranges:
@@ -333,7 +334,7 @@ class Loader:
             assert header is not None
             if shape is None and len(layers) < coder.layers:
                 shape = header.shape
-                for start, end in byte_ranges(shape, coder.segments_of(shape, layers), with_header=False):
+                for start, end in byte_ranges(shape, coder.segments_of(shape, layers, load.parts), with_header=False):
                     fill(reader, buffer, start, end, load, progress)
         views = segments(header.shape, buffer)
         progress.coded = coded = header.shape.packed
@@ -341,7 +342,7 @@ class Loader:
         for layer in layers:
             if load.cancelled and coded:
                 raise Abandoned
-            indices = coder.segments_of(header.shape, [layer])
+            indices = coder.segments_of(header.shape, [layer], load.parts)
             for index in indices:
                 header.verify(index, views[index])
             parts[layer] = views[layer]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cakekv.chunk import ALIGNMENT, ChunkShape
+from cakekv.codec.coder import ChunkCoder
 from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import Level
 
 _MOST_GROUPS = 16
 _LEAST_READ_BYTES = 1 << 16
@@ -34,6 +37,25 @@ def group_bytes(
     whole = [size(number, group) for number, group in enumerate(groups)]
     part = [size(number, [layer for layer in group if layer in unwindowed]) for number, group in enumerate(groups)]
     return LayerGroups(tuple(whole), tuple(part))
+
+
+def levels_of(
+    coder: ChunkCoder, shape: ChunkShape, unwindowed: Sequence[int], groups: Sequence[range], least_parts: int
+) -> list[Level]:
+    """The ways to read chunks of this shape, from `least_parts` parts of what the codec wrote to as many as it says."""
+    most = coder.codec.parts_read
+    levels = []
+    for parts in range(min(least_parts, most) if shape.packed else most, most + 1):
+        segments_of = partial(coder.segments_of, shape, parts=parts)
+        levels.append(
+            Level(
+                parts,
+                load_bytes(shape, segments_of(range(coder.layers))),
+                load_bytes(shape, segments_of(unwindowed)),
+                group_bytes(shape, groups, unwindowed, segments_of) if len(groups) > 1 else None,
+            )
+        )
+    return levels
 
 
 def load_bytes(shape: ChunkShape, indices: Sequence[int], with_header: bool = True) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
-from cakekv.restore.outlook import Outlook
+from cakekv.restore.level_choice import Level, best_level
+from cakekv.restore.outlook import Outlook, Plan
 
 _PROBE_TOKENS = 128
 """First span while the speed of an arm is unknown: long enough to learn from, short enough to regret; then doubled."""
@@ -19,8 +21,17 @@ class CurrentPlan:
 
     Parameters
     ----------
-    coverage, flights, sources, compute, chunk_bytes, max_span_chunks, mode
+    coverage, flights, sources, compute, max_span_chunks, mode
         The restore's.
+    levels : sequence of Level
+        How chunks can be read, the best last.
+    due : float
+        When everything should be covered, on the driver's clock.
+
+    Attributes
+    ----------
+    level : Level
+        How chunks are read now.
     """
 
     def __init__(
@@ -29,18 +40,22 @@ class CurrentPlan:
         flights: Flights,
         sources: Sequence[Source],
         compute: ComputeCost,
-        chunk_bytes: int,
+        levels: Sequence[Level],
         max_span_chunks: int,
         mode: str,
+        due: float,
     ) -> None:
         loadable = [chunk for chunk in coverage.uncovered if coverage.holders[chunk]]
         reserved = loadable[0] if mode == "both" and len(loadable) > 1 else None
-        self._outlook = Outlook(coverage, flights, sources, compute, chunk_bytes, max_span_chunks, mode, reserved)
+        self._outlook = Outlook(coverage, flights, sources, compute, max_span_chunks, mode, reserved)
         self._coverage = coverage
         self._flights = flights
         self._sources = sources
         self._compute = compute
-        self._chunk_bytes = chunk_bytes
+        self._levels = levels if due < math.inf else levels[-1:]
+        self._due = due
+        self.level = levels[-1]
+        self._outlook.chunk_bytes = self.level.chunk_bytes
         self._longest = max_span_chunks
         self._mode = mode
         self._plan: dict[int, int] = {}
@@ -64,7 +79,12 @@ class CurrentPlan:
 
     @property
     def stale(self) -> bool:
-        """Whether to plan again. Far from the end that is worth doing only after so many changes."""
+        """Whether to plan again. Far from the end that is worth doing only after so many changes.
+
+        Where there are levels to choose from, every load is worth a thought.
+        """
+        if len(self._levels) > 1:
+            return self.changed
         return self._changes * 8 > len(self._coverage.uncovered)
 
     def note(self, chunks: int) -> None:
@@ -76,11 +96,22 @@ class CurrentPlan:
         self._changes = self._coverage.chunks
 
     def make(self, now: float, busy_s: float, finish_s: float) -> None:
-        """Decide again which chunks to load; parameters as in `Outlook.plan`."""
+        """Decide again which chunks to load, and how much of them; parameters as in `Outlook.plan`."""
         self._changes = 0
         if self._mode == "compute":
             return
-        self._plan, self._queues, self._deadlines = self._outlook.plan(now, busy_s, finish_s, self._plan)
+        outlook, plans = self._outlook, dict[int, Plan]()
+        chooses = len(self._levels) > 1 and outlook.foresees
+
+        def ends_s(level: int) -> float:
+            outlook.chunk_bytes = self._levels[level].chunk_bytes
+            plan = plans[level] = outlook.plan(now, busy_s, finish_s, self._plan)
+            return outlook.seconds(plan.sources, now, busy_s, finish_s) if chooses else 0.0
+
+        level = best_level(len(self._levels) if chooses else 1, ends_s, self._due - now)
+        self.level = self._levels[level]
+        outlook.chunk_bytes = self.level.chunk_bytes
+        self._plan, self._queues, self._deadlines = plans[level]
         for source in range(len(self._sources)):
             for load in self._flights.wanted(source):
                 if load.group is None and self._plan.get(load.chunk, source) != source:
@@ -118,7 +149,7 @@ class CurrentPlan:
 
     def _held_back(self, source: int, chunk: int) -> bool:
         """Whether loading the chunk now would only slow down loads that are due sooner."""
-        if not self._sources[source].cost.is_shared(self._chunk_bytes):
+        if not self._sources[source].cost.is_shared(self.level.chunk_bytes):
             return False
         due = bisect_right(self._deadlines, chunk)
         return any(bisect_right(self._deadlines, load.chunk) < due for load in self._flights.wanted(source))

@@ -35,6 +35,8 @@ class Load:
     """When it was handed out; of one that had to queue, once that is known, when its source began with it."""
     group: int | None = None
     """Load only this group of layers (see `layered`); None: all that are needed."""
+    parts: int | None = None
+    """Read only so many parts of it (see `level_choice`); None: as many as the codec says."""
     queued: bool = False
     """Whether the source has not begun with it yet."""
     cancelled: bool = False
@@ -160,11 +162,15 @@ class Flights:
         """
         cost = self._sources[source].cost
         expected = self._usual_seconds(source, size, unknown_s)
-        waiting = [load.began for load in self._wanted.values() if load.source == source]
+        waiting = self.wanted(source)
         if not waiting:
             return expected
-        silent_s = now - max(min(waiting), cost.last_completed or min(waiting))
-        return max(expected, silent_s - max(expected, cost.duration(size)))
+        since = min(load.began for load in waiting)
+        silent_s = now - max(since, cost.last_completed or since)
+        longest = max(load.size for load in waiting)
+        usual_s = self._usual_seconds(source, longest, unknown_s)
+        overdue_s = silent_s - max(usual_s, cost.duration(longest))
+        return expected * max(1.0, overdue_s / usual_s) if usual_s else max(0.0, overdue_s)
 
     def _usual_seconds(self, source: int, size: int, unknown_s: float) -> float:
         cost = self._sources[source].cost

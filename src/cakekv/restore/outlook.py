@@ -42,14 +42,17 @@ class Outlook:
     ----------
     coverage, flights, sources, compute
         The restore's.
-    chunk_bytes : int
-        Bytes to read for a chunk.
     max_span_chunks : int
         Chunks in the longest span.
     mode : str
         As in `Restore`.
     reserved : int or None
         A stored chunk that is to be computed all the same.
+
+    Attributes
+    ----------
+    chunk_bytes : int
+        Bytes to read for a chunk; whoever asks sets it.
     """
 
     def __init__(
@@ -58,7 +61,6 @@ class Outlook:
         flights: Flights,
         sources: Sequence[Source],
         compute: ComputeCost,
-        chunk_bytes: int,
         max_span_chunks: int,
         mode: str,
         reserved: int | None,
@@ -67,10 +69,10 @@ class Outlook:
         self._flights = flights
         self._sources = sources
         self._compute = compute
-        self._chunk_bytes = chunk_bytes
         self._max_span_chunks = max_span_chunks
         self._mode = mode
         self._reserved = reserved
+        self.chunk_bytes = 0
 
     def plan(self, now: float, busy_s: float, finish_s: float, before: Mapping[int, int]) -> Plan:
         """Decide which chunks to load.
@@ -86,7 +88,7 @@ class Outlook:
         before : mapping of int to int
             The plan so far, chunk to source.
         """
-        coverage, sources, size = self._coverage, len(self._sources), self._chunk_bytes
+        coverage, sources, size = self._coverage, len(self._sources), self.chunk_bytes
         uncharged, ends_s = self.candidates(now)
         candidates = uncharged
         lag_s = [0.0] * sources
@@ -117,32 +119,48 @@ class Outlook:
         finish_s: float,
     ) -> dict[int, int]:
         """The better of the new plan and the one before, with what small changes make better."""
+        forecast = self._forecast(candidates, now, busy_s, finish_s)
+        usable = {chunk: source for chunk, _, load_s in candidates if (source := before.get(chunk, -1)) in load_s}
+        starts = [forecast.labels(usable), forecast.labels(plan)]
+        if len(self._sources) > 1:
+            starts += [forecast.balanced(labels) for labels in starts]
+        return forecast.plan(forecast.best(starts, _TRIES))
+
+    @property
+    def foresees(self) -> bool:
+        """Whether what is left to do is of known speed."""
+        if not self._compute.known and self._mode != "load":
+            return False
+        holders = {source for chunk in self._coverage.uncovered for source in self._coverage.holders[chunk]}
+        return all(self._sources[source].cost.known for source in holders)
+
+    def seconds(self, plan: Mapping[int, int], now: float, busy_s: float, finish_s: float) -> float:
+        """Seconds until everything would be covered under a plan."""
+        forecast = self._forecast(self.candidates(now, as_it_is=True)[0], now, busy_s, finish_s)
+        return forecast.seconds(forecast.labels(plan))
+
+    def _forecast(self, candidates: list[Candidate], now: float, busy_s: float, finish_s: float) -> Forecast:
         compute = self._compute
         shared_s = compute.shape.fixed / self._max_span_chunks
         each_s = [
-            self._flights.busy_seconds(source, self._chunk_bytes, 0.0, now) for source in range(len(self._sources))
+            self._flights.busy_seconds(source, self.chunk_bytes, 0.0, now) for source in range(len(self._sources))
         ]
         in_flight = {}
         for chunk, left_s in self._flights.remaining_seconds(0.0, now)[0].items():
             load = self._flights.of_chunk(chunk)
             if load is not None and not load.queued:
                 in_flight[chunk] = (load.source, left_s)
-        forecast = Forecast(
+        return Forecast(
             [(chunk, compute_s - shared_s, load_s) for chunk, compute_s, load_s in candidates],
             compute.shape.fixed,
             self._max_span_chunks,
             each_s,
             [source.depth for source in self._sources],
-            [source.cost.is_shared(self._chunk_bytes) for source in self._sources],
+            [source.cost.is_shared(self.chunk_bytes) for source in self._sources],
             in_flight,
             busy_s,
             finish_s,
         )
-        usable = {chunk: source for chunk, _, load_s in candidates if (source := before.get(chunk, -1)) in load_s}
-        starts = [forecast.labels(usable), forecast.labels(plan)]
-        if len(self._sources) > 1:
-            starts += [forecast.balanced(labels) for labels in starts]
-        return forecast.plan(forecast.best(starts, _TRIES))
 
     @property
     def is_played(self) -> bool:
@@ -168,18 +186,20 @@ class Outlook:
                 busy_s[plan[chunk]] += load_s[plan[chunk]]
         return max(busy_s)
 
-    def candidates(self, now: float) -> tuple[list[Candidate], dict[int, float]]:
-        """The uncovered chunks with what each would cost either way, and when those in flight should be in place."""
+    def candidates(self, now: float, as_it_is: bool = False) -> tuple[list[Candidate], dict[int, float]]:
+        """The uncovered chunks with what each would cost either way, and when those in flight should be in place.
+
+        Where chunks are only to be loaded, computing is taken to be very dear, unless `as_it_is`.
+        """
         coverage, shape = self._coverage, self._compute.shape
         tokens = coverage.chunk_tokens
         fixed = shape.fixed / self._max_span_chunks + tokens * (shape.linear + 0.5 * tokens * shape.quadratic)
         slope = tokens * shape.quadratic * tokens
         unknown_s = self._compute.seconds(0, tokens)
         pending_s = [
-            self._flights.busy_seconds(source, self._chunk_bytes, unknown_s, now)
-            for source in range(len(self._sources))
+            self._flights.busy_seconds(source, self.chunk_bytes, unknown_s, now) for source in range(len(self._sources))
         ]
-        if self._mode == "load":
+        if self._mode == "load" and not as_it_is:
             fixed, slope = _LAST_RESORT_S, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
         by_holders: dict[tuple[int, ...], Mapping[int, float]] = {(): {}}

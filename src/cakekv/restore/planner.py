@@ -6,12 +6,9 @@ serialised by the driver.
 
 A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
 A chunk that compute claims while its load is in flight flags that load as `cancelled`; its late arrival is refused.
-A driver that shares out steps of its own (vLLM's scheduler) asks `computable_tokens` instead of `next_compute`, and
-claims with `take` what it has room for: a chunk belongs to compute as soon as a span enters it. Such a driver hears of
-loads only between two steps, so it lets some queue `ahead` at the source and reports with `begun` when they begin.
 A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
-and reports `gave_up` instead of `computed` if one of them turns out to be `lost`. A driver with steps of its own asks
-for it with `layered_tokens`, claims it with `take_layered`, and says with `layered_allowed` whether it could.
+and reports `gave_up` instead of `computed` if one of them turns out to be `lost`. A driver that shares out steps of its
+own uses `stepwise`.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.layered import LayeredFinish, LayerGroups, Piece, cut_into_pieces
+from cakekv.restore.level_choice import RESERVE, Level
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
@@ -73,6 +71,10 @@ class Restore:
         What spans cost; learns from this restore.
     chunk_bytes, unwindowed_chunk_bytes : int
         Bytes to read for a chunk, and for its part of the layers without a sliding window.
+    coarser : sequence of Level
+        Other ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`).
+    ttft_target_s : float
+        Seconds from `now` until everything should be covered: chunks are read as exactly as that allows.
     window : int or None
         Widest sliding window of the model in tokens.
     groups : LayerGroups or None
@@ -103,6 +105,8 @@ class Restore:
         *,
         chunk_bytes: int,
         unwindowed_chunk_bytes: int | None = None,
+        coarser: Sequence[Level] = (),
+        ttft_target_s: float = math.inf,
         window: int | None = None,
         groups: LayerGroups | None = None,
         mode: Mode = "auto",
@@ -126,9 +130,8 @@ class Restore:
         self.coverage.compute(0, covered_chunks)
         self._sources = tuple(sources)
         self._compute = compute
-        self._chunk_bytes = chunk_bytes
-        self._unwindowed_chunk_bytes = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
-        self._groups = groups
+        unwindowed = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
+        levels = [*coarser, Level(None, chunk_bytes, unwindowed, groups)]
         self._layered: LayeredFinish | None = None
         self.placing = 0
         """Pieces that are being placed."""
@@ -138,7 +141,14 @@ class Restore:
         self._span: tuple[Span, float] | None = None
         self._flights = Flights(self._sources, patience_s, deadline_s)
         self._plan = CurrentPlan(
-            self.coverage, self._flights, self._sources, compute, chunk_bytes, self._max_span_chunks, mode
+            self.coverage,
+            self._flights,
+            self._sources,
+            compute,
+            levels,
+            self._max_span_chunks,
+            mode,
+            now + ttft_target_s * (1 - RESERVE),
         )
         self._requested_any = False
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
@@ -169,6 +179,11 @@ class Restore:
         return self._record.report.frontiers[-1]
 
     @property
+    def _level(self) -> Level:
+        """How chunks are read now."""
+        return self._plan.level
+
+    @property
     def done(self) -> bool:
         """Whether every position is covered."""
         return self.coverage.front == self.coverage.chunks
@@ -176,7 +191,7 @@ class Restore:
     def explain(self, now: float) -> list[PlannedRun]:
         """What would be done with everything that is not covered yet, as far as is known now."""
         self._replan(now)
-        return planned_runs(self.coverage, self._plan.sources, self._sources, self._compute, self._chunk_bytes)
+        return planned_runs(self.coverage, self._plan.sources, self._sources, self._compute, self._level.chunk_bytes)
 
     # ------------------------------------------------------------------ compute
 
@@ -205,7 +220,7 @@ class Restore:
                 span = self._claim(first, self._plan.span_chunks(count), now)
                 self._arm_layered(now)
                 return span
-            self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._unwindowed_chunk_bytes)
+            self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._level.unwindowed_chunk_bytes)
             self._plan.upset()
         return None
 
@@ -215,49 +230,6 @@ class Restore:
         if self._span is not None:
             return self._span[0].start + self._span[0].tokens
         return self.coverage.start_of(self.coverage.front) + self._inside
-
-    def computable_tokens(self, now: float) -> int:
-        """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
-        assert self._span is None, "the span before was not reported as computed"
-        self.check_late(now)
-        if self._layered is not None:
-            if self._layered.complete:
-                self._layered = None
-            elif self._layered.broken and not self.placing:
-                self._disband()
-            else:
-                return 0
-        first = self.coverage.front + (self._inside > 0)
-        count = self._plan.computable(first)
-        if self._plan.stale or count < 2 * self._max_span_chunks:
-            self._replan(now)
-            count = self._plan.computable(first)
-        if not count and not self._inside:
-            self._arm_layered(now)
-        return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
-
-    def take(self, tokens: int, now: float) -> Span:
-        """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
-        start = self.position
-        first = self.coverage.front + (self._inside > 0)
-        self._claim(first, -(-(start + tokens) // self.chunk_tokens) - first, now)
-        span = Span(start, tokens)
-        self._span = (span, now)
-        if not self.position % self.chunk_tokens:
-            self._arm_layered(now)
-        return span
-
-    @property
-    def layered_tokens(self) -> int:
-        """How many tokens `take_layered` would claim; 0 if it may not be called now."""
-        if self._layered is None or self._layered.broken or self._span is not None:
-            return 0
-        return self.prompt_tokens - self.prefix_tokens
-
-    def take_layered(self, now: float) -> Span:
-        """Claim the suffix although chunks before it still arrive."""
-        assert self.layered_tokens
-        return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
 
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
@@ -300,16 +272,6 @@ class Restore:
 
     # ----------------------------------------------------------- layered finish
 
-    @property
-    def in_pieces(self) -> bool:
-        """Whether what is left before the suffix is loaded in pieces."""
-        return self._layered is not None
-
-    @property
-    def awaits_pieces(self) -> bool:
-        """Whether anything that a layered span attends to is still to come."""
-        return self._layered is not None and not self._layered.complete
-
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
         return self._layered is None or self._layered.ready(group)
@@ -328,11 +290,12 @@ class Restore:
 
     def _disband(self) -> None:
         """Go back to whole chunks: what arrived in pieces so far was in vain."""
+        groups = self._level.groups
         assert self._layered is not None
-        assert self._groups is not None
+        assert groups is not None
         assert not self.placing, "a piece may still be written where compute would write"
         for chunk in self._layered.incomplete:
-            for group in range(len(self._groups.bytes)):
+            for group in range(len(groups.bytes)):
                 load = self._flights.of_chunk(chunk, group)
                 if load is not None:
                     self._flights.cancel(load)
@@ -347,7 +310,7 @@ class Restore:
         Begun while that last span runs, the first layers are there when the suffix asks for them. But compute cannot
         take over a chunk any more then, so the suffix must be worth that.
         """
-        groups, coverage = self._groups, self.coverage
+        groups, coverage = self._level.groups, self.coverage
         suffix_s = self._finish_s()
         if groups is None or not suffix_s or any(not source.cost.known for source in self._sources):
             return False
@@ -367,10 +330,10 @@ class Restore:
 
     def _finish_s(self) -> float:
         """Seconds that loads may go on while the suffix is computed; 0.0 if they may not."""
-        coverage = self.coverage
+        coverage, groups = self.coverage, self._level.groups
         suffix_chunks = coverage.chunks - self._suffix
         if (
-            self._groups is None
+            groups is None
             or not self.layered_allowed
             or self.mode not in ("auto", "both")
             or (self._span is not None and self._span[0].start >= self.prefix_tokens)
@@ -379,8 +342,8 @@ class Restore:
             or any(coverage.state[chunk] is State.MISSING for chunk in coverage.uncovered if chunk < self._suffix)
         ):
             return 0.0
-        groups = len(self._groups.bytes)
-        return self._compute.seconds(self.prefix_tokens, self.prompt_tokens - self.prefix_tokens) * (1 - 1 / groups)
+        waits = 1 - 1 / len(groups.bytes)
+        return self._compute.seconds(self.prefix_tokens, self.prompt_tokens - self.prefix_tokens) * waits
 
     # -------------------------------------------------------------------- loads
 
@@ -407,11 +370,11 @@ class Restore:
 
     def _begin_load(self, chunk: int, source: int, now: float, piece: Piece | None = None) -> Load:
         windowed = self.coverage.needs_window(chunk)
-        start = self.coverage.start_of(chunk)
-        size, group = self._chunk_bytes if windowed else self._unwindowed_chunk_bytes, None
+        start, level = self.coverage.start_of(chunk), self._level
+        size, group = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes, None
         if piece is not None:
             size, group = piece.size, piece.group
-        load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group)
+        load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group, level.parts)
         self._flights.begin(load)
         self._requested_any = True
         self._plan.note(1)
@@ -427,10 +390,6 @@ class Restore:
             stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
             return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
         return None
-
-    def begun(self, load: Load, now: float) -> None:
-        """The source began with a load that had queued."""
-        load.queued, load.began = False, now
 
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""

@@ -41,7 +41,9 @@ class Recorder:
         report = self.report
         name = self._names[load.source]
         began_s, ended_s = load.began - self._began, ended - self._began
-        report.loads.append(LoadRecord(load.start, load.tokens, name, began_s, ended_s, size, outcome, load.group))
+        report.loads.append(
+            LoadRecord(load.start, load.tokens, name, began_s, ended_s, size, outcome, load.group, load.parts)
+        )
         report.bytes_by_tier[name] += size
         report.loaded_tokens += tokens
         if outcome != "placed":

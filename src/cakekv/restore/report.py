@@ -33,6 +33,8 @@ class LoadRecord(NamedTuple):
     "corrupt: ..."."""
     group: int | None = None
     """The group of layers, if the chunk was loaded in pieces while the suffix was computed."""
+    parts: int | None = None
+    """How many parts of the chunk were asked for, if not as many as the codec says."""
 
 
 class Miss(NamedTuple):
@@ -88,6 +90,8 @@ class RestoreReport:
         What stored chunks are encoded with.
     lossy_tokens : int
         Loaded positions whose keys and values are not exactly what was computed once.
+    level_tokens : dict
+        Loaded positions by what was read of their chunks: "exact", or "2 of 3" parts of what the codec wrote.
     after_lossy_tokens : int
         Computed positions that attend to such. They were not saved.
     misses : list of Miss
@@ -114,6 +118,7 @@ class RestoreReport:
     placed_bytes: int = 0
     codec: str = "raw"
     lossy_tokens: int = 0
+    level_tokens: dict[str, int] = field(default_factory=dict)
     after_lossy_tokens: int = 0
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)

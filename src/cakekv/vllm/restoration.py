@@ -10,8 +10,9 @@ from cakekv.keys import ChunkKey
 from cakekv.restore.contention import SharedLoad
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.planner import Span
 from cakekv.restore.report import RestoreReport
+from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.step_costs import Piece, SharedCost
@@ -30,7 +31,7 @@ class Restoration:
     ----------
     request
         vLLM's request.
-    restore : Restore
+    restore : StepwiseRestore
         Its planner.
     cost : SharedCost
         The planner's idea of compute.
@@ -51,7 +52,7 @@ class Restoration:
     def __init__(
         self,
         request: Request,
-        restore: Restore,
+        restore: StepwiseRestore,
         cost: SharedCost,
         load_costs: Sequence[SharedLoad],
         keys: Sequence[ChunkKey],

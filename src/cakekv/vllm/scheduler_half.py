@@ -15,8 +15,8 @@ from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import Restore
 from cakekv.restore.priority import Kind, RequestState, open_policy
+from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.vllm import layered_step
 from cakekv.vllm.admission import Admission
 from cakekv.vllm.asked import answer
@@ -153,7 +153,7 @@ class SchedulerHalf:
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
             self._desk.chunk_bytes = found_bytes * self._copies
-        restore = Restore(
+        restore = StepwiseRestore(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],

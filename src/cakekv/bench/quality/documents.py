@@ -51,6 +51,11 @@ class Document:
     continuation: list[int]
     needles: list[Needle]
 
+    @property
+    def tail(self) -> list[int]:
+        """What is asked of a model behind the context: the continuation, then all needles with their answers."""
+        return self.continuation + [token for needle in self.needles for token in (*needle.question, *needle.answer)]
+
 
 def make_documents(
     tokenizer: Any, count: int, context_tokens: int, continuation_tokens: int, texts: Path | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 _SAMPLES = 2000
 
@@ -29,8 +31,14 @@ def interval(weighted: Sequence[tuple[float, float]], level: float = 0.95) -> tu
     values, weights = (np.array(column, np.float64) for column in zip(*weighted, strict=True))
     if not weights.sum():
         return (float("nan"),) * 3
-    draws = np.random.default_rng(0).integers(len(values), size=(_SAMPLES, len(values)))
+    times = _times_drawn(len(values))
     with np.errstate(invalid="ignore"):
-        means = (values * weights)[draws].sum(axis=1) / weights[draws].sum(axis=1)
+        means = times @ (values * weights) / (times @ weights)
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
+
+
+@cache
+def _times_drawn(documents: int) -> npt.NDArray[np.float64]:
+    """How often each document is drawn: (samples, documents)."""
+    return np.random.default_rng(0).multinomial(documents, [1 / documents] * documents, _SAMPLES).astype(np.float64)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations, product
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
-from cakekv.bench.quality.documents import Document, Needle
+from cakekv.bench.quality.documents import Document
 from cakekv.bench.quality.intervals import interval
 from cakekv.chunk import read_header, seal, segments
 from cakekv.codec.base import Codec
@@ -83,66 +84,71 @@ class Judge:
         The model.
     chunk_tokens : int
         Tokens per chunk.
-    computed : float
-        The share of the context, from its front, that is computed; the rest is loaded. 0: all is loaded.
     """
 
-    def __init__(self, engine: TransformersEngine, chunk_tokens: int = 64, computed: float = 0.0) -> None:
-        if not 0.0 <= computed < 1.0:
-            raise BadInput(f"the computed share is from 0 to below 1, not {computed}")
+    def __init__(self, engine: TransformersEngine, chunk_tokens: int = 64) -> None:
         self._engine = engine
         self._chunk_tokens = chunk_tokens
-        self._computed = computed
         self._dtype = engine.identity(chunk_tokens).dtype
 
-    def judge(self, document: Document, codecs: Sequence[Codec]) -> list[Judgement]:
-        """Judge each codec on a document whose context is computed once."""
+    def judge(self, document: Document, codecs: Sequence[Codec], computed: Sequence[float] = (0.0,)) -> list[Judgement]:
+        """Judge codecs on a document, whose context is computed once for all.
+
+        Parameters
+        ----------
+        document : Document
+            What is read and what is asked.
+        codecs : sequence of Codec
+            What chunks are encoded with.
+        computed : sequence of float
+            Shares of the context, from its front, that are computed; the rest is loaded. 0: all is loaded.
+
+        Returns
+        -------
+        list of Judgement
+            Every codec at the first share, then every codec at the next.
+        """
+        for share in computed:
+            if not 0.0 <= share < 1.0:
+                raise BadInput(f"the computed share is from 0 to below 1, not {share}")
         engine, context = self._engine, document.context
-        tails = [document.continuation, *([*needle.question, *needle.answer] for needle in document.needles)]
-        capacity = len(context) + max(map(len, tails))
-        exact = engine.new_cache(capacity)
+        exact, cache = (engine.new_cache(len(context) + len(document.tail)) for _ in range(2))
         for start in range(0, len(context), _SPAN):
             engine.compute(exact, context[start : start + _SPAN], start)
-        before = context[-1]
-        reference = self._follow(exact, len(context), before, document.continuation)
-        known = [self._finds(exact, context, needle) for needle in document.needles]
-        return [self._one(document, codec, exact, reference, known, capacity) for codec in codecs]
+        reference = follow(engine, exact, document)
+        return [
+            self._one(document, codec, share, exact, cache, reference) for share, codec in product(computed, codecs)
+        ]
 
     def _one(
         self,
         document: Document,
         codec: Codec,
+        computed: float,
         exact: TwoEndedCache,
+        cache: TwoEndedCache,
         reference: torch.Tensor,
-        known: list[bool],
-        capacity: int,
     ) -> Judgement:
-        end = len(document.context)
-        cache = self._engine.new_cache(capacity)
+        end, predicted = len(document.context), len(document.continuation)
         for theirs, ours in zip(exact.stored, cache.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, :end] = source[:, :end]
-        stored = self._transcode(cache, end, codec)
-        logits = self._follow(cache, end, document.context[-1], document.continuation)
-        expected = torch.log_softmax(reference, -1)
-        kl = (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
-        same = reference.argmax(-1) == logits.argmax(-1)
-        found = [
-            self._finds(cache, document.context, needle)
-            for needle, asked in zip(document.needles, known, strict=True)
-            if asked
-        ]
-        return Judgement(document.kind, float(kl.mean()), float(same.float().mean()), len(found), sum(found), *stored)
+        stored = self._transcode(cache, int(computed * end) // self._chunk_tokens * self._chunk_tokens, end, codec)
+        logits = follow(self._engine, cache, document)
+        kl, agreement = divergence(reference[:predicted], logits[:predicted])
+        asked = _answers(document, reference.argmax(-1))
+        found = [one for one, known in zip(_answers(document, logits.argmax(-1)), asked, strict=True) if known]
+        return Judgement(document.kind, kl, agreement, len(found), sum(found), *stored)
 
-    def _transcode(self, cache: TwoEndedCache, end: int, codec: Codec) -> _Stored:
-        """Encode and decode the context's chunks in place, as saving and loading them would."""
+    def _transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> _Stored:
+        """Encode and decode the context's chunks from `first` on in place, as saving and loading them would."""
         engine, tokens = self._engine, self._chunk_tokens
         coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
         coder.warm_up()
         stored = coded = coded_tokens = count = 0
         speeds = []
         source, room, target = (engine.staging(coder.exact.total_bytes) for _ in range(3))
-        for start in range(int(self._computed * end) // tokens * tokens, end - tokens + 1, tokens):
+        for start in range(first, end - tokens + 1, tokens):
             engine.gather(cache, start, tokens, segments(coder.exact, source))
             count += 1
             began = perf_counter()
@@ -169,31 +175,43 @@ class Judge:
         encode, decode = (median(column) for column in zip(*speeds, strict=True)) if speeds else (math.nan, math.nan)
         return _Stored(stored, coded, count * coder.exact.total_bytes, count * tokens, coded_tokens, encode, decode)
 
-    def _follow(self, cache: TwoEndedCache, start: int, before: int, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits that predict each of `tokens`, which begin at `start` behind the token `before`: (tokens, vocabulary).
 
-        The token before is computed anew, over what the cache holds before it.
-        """
-        engine = self._engine
-        kept = [[region[:, start - 1 : start].clone() for region in layer.regions] for layer in cache.stored]
-        cache.set_length(start - 1)
-        with torch.inference_mode():
-            ids = torch.tensor([[before, *tokens[:-1]]], device=engine.device)
-            output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
-            logits: torch.Tensor = output.logits[0].to("cpu", torch.float32)
-        for layer, regions in zip(cache.stored, kept, strict=True):
-            for region, one in zip(layer.regions, regions, strict=True):
-                region[:, start - 1 : start] = one
-        return logits
+def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document) -> torch.Tensor:
+    """Logits that predict each token of the document's tail: (tokens, vocabulary).
 
-    def _finds(self, cache: TwoEndedCache, context: Sequence[int], needle: Needle) -> bool:
-        """Whether greedy decoding answers the needle's question."""
-        logits = self._follow(cache, len(context), context[-1], [*needle.question, *needle.answer])
-        answers = logits[len(needle.question) :].argmax(-1)
-        return answers.tolist() == list(needle.answer)
+    The context's last token is computed anew, over what the cache holds before it; the cache stays as it was there.
+    """
+    start = len(document.context)
+    kept = [[region[:, start - 1 : start].clone() for region in layer.regions] for layer in cache.stored]
+    cache.set_length(start - 1)
+    with torch.inference_mode():
+        ids = torch.tensor([[document.context[-1], *document.tail[:-1]]], device=engine.device)
+        output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+        logits: torch.Tensor = output.logits[0].to("cpu", torch.float32)
+    for layer, regions in zip(cache.stored, kept, strict=True):
+        for region, one in zip(layer.regions, regions, strict=True):
+            region[:, start - 1 : start] = one
+    return logits
 
 
-def summary(recipe: str, codec: Codec, judgements: Sequence[Judgement]) -> dict[str, Any]:
+def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
+    """Mean KL divergence from the reference's distributions, in nats, and the share with the same likeliest token."""
+    expected = torch.log_softmax(reference, -1)
+    kl = (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
+    return float(kl.mean()), float((reference.argmax(-1) == logits.argmax(-1)).float().mean())
+
+
+def _answers(document: Document, said: torch.Tensor) -> list[bool]:
+    """Which needles are found by a model that says so behind each token of the tail."""
+    found, at = [], len(document.continuation)
+    for needle in document.needles:
+        at += len(needle.question)
+        found.append(said[at : at + len(needle.answer)].tolist() == list(needle.answer))
+        at += len(needle.answer)
+    return found
+
+
+def summary(recipe: str, codec: Codec, judgements: Sequence[Judgement], computed: float = 0.0) -> dict[str, Any]:
     """A recipe's figures over all documents, with 95 % intervals, and each document's; NaN becomes None."""
     ones = list(judgements)
     columns: dict[str, list[tuple[float, float]]] = {
@@ -210,17 +228,50 @@ def summary(recipe: str, codec: Codec, judgements: Sequence[Judgement]) -> dict[
         ]
         columns["encode_gbps"] = [(one.encode_gbps, 1.0) for one in coded]
         columns["decode_gbps"] = [(one.decode_gbps, 1.0) for one in coded]
-    figures: dict[str, Any] = {"recipe": recipe, "fingerprint": codec.fingerprint}
+    figures: dict[str, Any] = {"recipe": recipe, "computed": computed, "fingerprint": codec.fingerprint}
     figures |= dict.fromkeys(("coded_ratio", "encode_gbps", "decode_gbps"))
+    figures |= _figures(columns)
+    figures["needles_asked"] = sum(one.asked for one in ones)
+    figures["documents"] = [{name: _number(value) for name, value in asdict(one).items()} for one in ones]
+    return figures
+
+
+def paired(judged: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
+    """How recipes differ on the same documents: for every two of them, the first less the second.
+
+    Parameters
+    ----------
+    judged : mapping of str to sequence of Judgement
+        By recipe; the same documents, in the same order.
+
+    Returns
+    -------
+    list of dict
+        `a`, `b`, the differences `kl`, `agreement` and `retrieval`, `kl_ratio` (of `a`'s mean to `b`'s), and their 95 %
+        `intervals`.
+    """
+    pairs = []
+    for (a, ones), (b, others) in combinations(judged.items(), 2):
+        both = list(zip(ones, others, strict=True))
+        columns = {
+            "kl": [(x.kl - y.kl, 1.0) for x, y in both],
+            "kl_ratio": [(x.kl / y.kl if y.kl else 0.0, y.kl) for x, y in both],
+            "agreement": [(x.agreement - y.agreement, 1.0) for x, y in both],
+            "retrieval": [((x.found - y.found) / max(x.asked, 1), float(x.asked)) for x, y in both],
+        }
+        pairs.append({"a": a, "b": b, **_figures(columns)})
+    return pairs
+
+
+def _figures(columns: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """The mean of each column, and `intervals` by name."""
+    figures: dict[str, Any] = {}
     intervals: dict[str, list[float | None]] = {}
     for name, column in columns.items():
         mean, low, high = interval(column)
         figures[name] = _number(mean)
         intervals[name] = [_number(low), _number(high)]
-    figures["intervals"] = intervals
-    figures["needles_asked"] = sum(one.asked for one in ones)
-    figures["documents"] = [{name: _number(value) for name, value in asdict(one).items()} for one in ones]
-    return figures
+    return figures | {"intervals": intervals}
 
 
 def _number(value: Any) -> Any:
