@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
+from cakekv.store.unread_heads import UnreadHeadsStore
 
 Options = dict[str, Callable[[str], Any]]
 
@@ -54,7 +56,8 @@ def _open_file(location: str, **options: Any) -> Store:
         return DiskStore(folders[0], **options)
     if "capacity" in options:
         options["capacity"] = max(1, options["capacity"] // len(folders))
-    return StripedStore([DiskStore(folder, **options) for folder in folders])
+    # Each has a policy of its own, which knows its chunks.
+    return StripedStore([DiskStore(folder, **deepcopy(options)) for folder in folders])
 
 
 def _open_tiered(location: str) -> Store:
@@ -68,6 +71,10 @@ def _parse_folders(text: str) -> list[str]:
     if not all(folder.startswith("/") for folder in folders):
         raise BadInput(f"{text!r} are not absolute paths with commas between them, such as /b/kv,/c/kv")
     return folders
+
+
+def _parse_head(text: str) -> int | str:
+    return text if text == "auto" else parse_count(text)
 
 
 def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
@@ -144,7 +151,7 @@ COMMON: Options = {
     "bandwidth": parse_bandwidth,
     "latency": parse_duration,
     "faults": parse_faults,
-    "skip_head": parse_count,
+    "skip_head": _parse_head,
     "encrypt": str,
 }
 """Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
@@ -178,7 +185,9 @@ def open_store(url: str) -> Store:
     store = TIERS[scheme].open(location, **options)
     if keys is not None:
         store = EncryptedStore(store, keyring)
-    if skip_head:
+    if skip_head == "auto":
+        store = UnreadHeadsStore(store)
+    elif skip_head:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
