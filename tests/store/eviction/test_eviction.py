@@ -18,7 +18,7 @@ from cakekv.store.eviction import POLICIES, policy_named
 from cakekv.store.eviction.base import Held
 from cakekv.store.eviction.keep_the_tail import KeepTheTail
 from cakekv.store.eviction.prompts_seen import PromptsSeen
-from cakekv.store.eviction.read_rates import ReadRates
+from cakekv.store.eviction.return_rates import ReturnRates
 from cakekv.store.eviction.sampled import SAMPLE
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
@@ -385,21 +385,21 @@ def test_chunks_that_nobody_looked_up_go_by_position():
 
 
 def test_rates_tell_classes_apart_although_one_is_evicted_young():
-    """Judged by reads alone, what is evicted before anybody could come back would seem not to be read."""
-    rates = ReadRates(kinds=1)
+    """Judged by returns alone, what is evicted before anybody could come back would seem not to be wanted."""
+    rates = ReturnRates(kinds=1)
     for _ in range(4000):
-        rates.observe(100.0, (0,), read=True)  # of class 0, all are read at an age of 100 s
-        rates.observe(1.0, (1,), read=False)  # class 1 has always gone by then
-        rates.observe(200.0, (2,), read=False)  # class 2 is not read
+        rates.observe(100.0, (0,), returned=True)  # of class 0, all come back after 100 s
+        rates.observe(1.0, (1,), returned=False)  # class 1 has always gone by then
+        rates.observe(200.0, (2,), returned=False)  # class 2 is not wanted
     assert rates.rate(10.0, (0,)) > 5 * rates.rate(10.0, (2,))
     assert rates.rate(10.0, (1,)) > 5 * rates.rate(10.0, (2,))
 
 
 def test_a_chunk_is_worth_waiting_for_until_its_time_has_passed():
-    rates = ReadRates(kinds=1)
+    rates = ReturnRates(kinds=1)
     for step in range(4000):
-        rates.observe(60.0 + step % 60, (0,), read=step % 4 == 0)
-        rates.observe(400.0 + step % 100, (0,), read=False)
+        rates.observe(60.0 + step % 60, (0,), returned=step % 4 == 0)
+        rates.observe(400.0 + step % 100, (0,), returned=False)
     assert rates.rate(50.0, (0,)) > rates.rate(5.0, (0,)) > rates.rate(200.0, (0,))
     assert rates.rate(5.0, (7,)) == pytest.approx(rates.rate(5.0, (0,))), "of a class never seen nothing is assumed"
 

@@ -189,7 +189,7 @@ def table(rows: Sequence[Row], ratio: float) -> Table:
             f"{row.saved_share:.1%}",
             f"{row.saved_s_per_gb:.2f}",
             f"{compared['times_baseline']:.2f}" if compared["times_baseline"] is not None else "",
-            "more than tried" if needs is None else f"{needs / 1e9:,.0f} GB",
+            "more" if needs is None else f"{needs / 1e9:,.0f} GB",
             f"{row.found_share:.1%}",
             f"{row.loaded_share:.1%}",
             f"{row.written_bytes / 1e12:.1f}",

@@ -10,7 +10,7 @@ from cakekv.keys import ChunkKey
 from cakekv.restore.costs import ComputeShape
 from cakekv.store.eviction.base import Held
 from cakekv.store.eviction.prompts_seen import Place, PromptsSeen
-from cakekv.store.eviction.read_rates import ReadRates
+from cakekv.store.eviction.return_rates import ReturnRates
 from cakekv.store.eviction.sampled import Sampled
 
 ON_A_GPU = ComputeShape(fixed=0.0, linear=1.0, quadratic=1.0 / 16384)
@@ -49,7 +49,7 @@ class KeepTheTail(Sampled):
         super().__init__()
         self._cost = cost
         self._seen = PromptsSeen()
-        self._rates = ReadRates(kinds=3)
+        self._rates = ReturnRates(kinds=3)
         self._kept: dict[ChunkKey, _Kept] = {}
 
     def saved_s_per_byte(self, chunk: Held) -> float:
@@ -81,7 +81,7 @@ class KeepTheTail(Sampled):
             self._came_back(kept, self._seen.place(chunk.key), chunk, now)
 
     def _came_back(self, kept: _Kept, place: Place | None, chunk: Held, now: float) -> None:
-        self._rates.observe(now - kept.seen_at, kept.classes, read=True)
+        self._rates.observe(now - kept.seen_at, kept.classes, returned=True)
         kept.seen_at = max(kept.seen_at, now)
         kept.returns += 1
         kept.classify(chunk, place)
@@ -89,7 +89,7 @@ class KeepTheTail(Sampled):
     def _victim(self, now: float) -> Held:
         chunk = super()._victim(now)
         kept = self._kept[chunk.key]
-        self._rates.observe(now - kept.seen_at, kept.classes, read=False)
+        self._rates.observe(now - kept.seen_at, kept.classes, returned=False)
         return chunk
 
     def _went(self, chunk: Held) -> None:
