@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cakekv import __version__, logs
-from cakekv.cli import ask, bench, demo, quality, simulate, simulate_cluster, store, vllm_args
+from cakekv.cli import ask, bench, demo, quality, simulate, simulate_cluster, simulate_retention, store, vllm_args
 from cakekv.cli.console import Commands
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(quality.quality)
 app.command()(vllm_args.vllm_args)
 app.add_typer(store.app, name="store")
 simulate.app.command()(simulate_cluster.cluster)
+simulate.app.command()(simulate_retention.retention)
 app.add_typer(simulate.app, name="simulate")
 
 

@@ -9,20 +9,21 @@ import errno
 import heapq
 import os
 import stat
+import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 
+from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
-from cakekv.store.eviction.base import Candidate, Eviction, Victims
+from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.evictions import Evictions
 from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
@@ -30,10 +31,12 @@ from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
 from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
 
-EVICTION_BATCH = 16384
-"""Among how many of the least recently used chunks the policy chooses."""
+FOUND_AT_A_TIME = 16384
+"""How many of the least recently used chunks that the policy does not know of yet it is told of at a time."""
 
-_MOST_USES = 1 << 18
+_SAME_TIME_S = 1e-3
+_SEARCHED_AT_ONCE = 1024
+"""A folder of no more chunks is searched whenever one is missing; a larger one in its time."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ADVICE = {
     errno.EACCES: "Give a folder that this user may write to, or change its permissions.",
@@ -56,7 +59,8 @@ class DiskStore(Store):
         Bytes that the chunks, with those being written, may take; None: no bound. A process that opens the folder
         with a smaller capacity than others evicts down to it.
     evict : Eviction or None
-        What goes first when that is not enough; None: the least recently used. Each process goes by its own.
+        What goes first when that is not enough, of its own; None: the least recently used. Each process goes by its
+        own, and finds from time to time what others have written, read and removed.
     direct : bool
         Whether chunks that are not in the page cache are read past it (`FileReader`).
 
@@ -85,8 +89,9 @@ class DiskStore(Store):
         self.capacity = capacity
         self.direct = direct
         self._folder = Folder(self.path)
-        self._victims = Victims(evict or LeastRecentlyUsed())  # only touched under the folder's lock
-        self._uses: Counter[ChunkKey] = Counter()
+        self._policy = LeastRecentlyUsed() if evict is None else evict
+        self._policy_lock = threading.Lock()  # taken after the folder's
+        self._evictions_until_search = 0
         self._removals = RemovalLog(self.path / REMOVALS)
         self._evictions = Evictions(self.name)
         with self._explained("open the store"):
@@ -100,13 +105,15 @@ class DiskStore(Store):
     @property
     def policy(self) -> Eviction:
         """What goes first when room is needed."""
-        return self._victims.policy
+        return self._policy
 
     @property
     def evicted(self) -> Evicted:
         return self._evictions.total
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        with self._policy_lock:
+            self._policy.asked(keys, time.time())
         with self._explained("look for chunks"):
             return [self._folder.size(key) for key in keys]
 
@@ -123,7 +130,11 @@ class DiskStore(Store):
                 os.close(descriptor)
                 raise MissingChunk(f"chunk {key.short}… in {self.path} is not a file")
             if self.marks_use:
-                self._mark_use(key, descriptor)
+                now = time.time_ns()  # finer than the clock the kernel would stamp with
+                with suppress(OSError):  # another user's chunk is read all the same
+                    os.utime(descriptor, ns=(now, now))
+                with self._policy_lock:
+                    self._policy.read(key, now / 1e9)
             return FileReader(descriptor, status.st_size, self.direct)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
@@ -142,6 +153,9 @@ class DiskStore(Store):
                     replaced = self._folder.publish(temporary, key)
                     counts.chunks += replaced is None
                     counts.bytes += size - (replaced or 0)
+                    if self.capacity is not None:
+                        with self._policy_lock:
+                            self._policy.wrote(Held(key, size, now / 1e9, *peek_place(data)))
             except BaseException:
                 with suppress(OSError):
                     temporary.unlink()
@@ -158,6 +172,9 @@ class DiskStore(Store):
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         with self._explained("delete chunks"), self._folder.locked() as counts:
             removed = [key for key in keys if self._folder.remove(key, counts)]
+            with self._policy_lock:
+                for key in keys:
+                    self._policy.removed(key)
             self._removals.note(removed, REQUEST)
             return len(removed)
 
@@ -225,28 +242,46 @@ class DiskStore(Store):
         """Remove chunks until no more than `down_to` bytes are stored."""
         evicted: list[ChunkKey] = []
         while counts.bytes > down_to:
-            victim = self._victims.next()
+            self._evictions_until_search -= 1
+            with self._policy_lock:
+                victim = self._policy.evict(time.time()) if self._evictions_until_search >= 0 else None
             if victim is None:
-                oldest = heapq.nsmallest(EVICTION_BATCH, self._folder.counted(counts), key=attrgetter("used_at"))
-                self._victims.refill(map(self._candidate, oldest), time.time())
+                self._search(counts)
                 continue
-            with suppress(FileNotFoundError):  # evicted by another process
-                # One that was used since has to be judged anew.
-                if os.lstat(self._folder.file(victim.key)).st_mtime == victim.used_at:
-                    self._folder.remove(victim.key, counts)
-                    del self._uses[victim.key]
-                    evicted.append(victim.key)
-                    self._evictions.add(victim.size)
+            try:
+                used_at = os.lstat(self._folder.file(victim.key)).st_mtime
+            except FileNotFoundError:  # evicted by another process, or removed by hand: then the counts are wrong
+                if len(self._policy) <= _SEARCHED_AT_ONCE:
+                    self._evictions_until_search = 0
+                continue
+            if used_at > victim.used_at + _SAME_TIME_S:  # another process has read it
+                with self._policy_lock:
+                    self._policy.wrote(victim)
+                    self._policy.read(victim.key, used_at)
+            else:
+                self._folder.remove(victim.key, counts)
+                evicted.append(victim.key)
+                self._evictions.add(victim.size)
         self._removals.note(evicted, CAPACITY)
 
-    def _mark_use(self, key: ChunkKey, descriptor: int) -> None:
-        with suppress(OSError):  # another user's chunk is read all the same
-            now = time.time_ns()  # finer than the clock the kernel would stamp with
-            os.utime(descriptor, ns=(now, now))
-        if len(self._uses) >= _MOST_USES:  # most are of chunks that other processes have evicted
-            self._uses.clear()
-        self._uses[key] += 1
-
-    def _candidate(self, chunk: StoredChunk) -> Candidate:
-        place = self._folder.peek_place(chunk.key) if self._victims.policy.needs_position else (0, 1)
-        return Candidate(*chunk, self._uses[chunk.key], *place)
+    def _search(self, counts: Counts) -> None:
+        """Tell the policy what happened in the folder without it."""
+        stored = {chunk.key: chunk for chunk in self._folder.counted(counts)}
+        unknown = []
+        with self._policy_lock:
+            for held in list(self._policy.chunks()):
+                if held.key not in stored:
+                    self._policy.removed(held.key)
+            for chunk in stored.values():
+                known = self._policy.get(chunk.key)
+                if known is None:
+                    unknown.append(chunk)
+                elif chunk.used_at > known.used_at + _SAME_TIME_S:
+                    self._policy.read(chunk.key, chunk.used_at)
+        for chunk in heapq.nsmallest(FOUND_AT_A_TIME, unknown, key=attrgetter("used_at")):
+            place = self._folder.peek_place(chunk.key) if self._policy.needs_position else (0, 1)
+            with self._policy_lock:
+                self._policy.wrote(Held(*chunk, *place))
+        # Often enough that what is unknown is not spared for long, seldom enough that each eviction pays for a few
+        # chunks of the search only.
+        self._evictions_until_search = min(max(len(self._policy) // 8, 64), FOUND_AT_A_TIME // 2)

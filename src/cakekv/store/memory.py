@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
-from cakekv.store.eviction.base import Candidate, Eviction, Victims
+from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.evictions import Evictions
-from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals
-
-EVICTION_BATCH = 4096
-"""Among how many of the least recently used chunks the policy chooses."""
-
-
-@dataclass(slots=True)
-class _Entry:
-    data: bytes
-    used_at: float
-    uses: int = 0
+from cakekv.store.removals import REQUEST, RecentRemovals
 
 
 class MemoryStore(Store):
@@ -38,8 +25,11 @@ class MemoryStore(Store):
     ----------
     capacity : int or None
         Bytes it may hold; None: no bound.
-    evict : Eviction
-        What goes first when that is not enough.
+    evict : Eviction or None
+        What goes first when that is not enough, of its own; None: the least recently used.
+
+    clock : callable
+        Seconds since the epoch.
 
     Raises
     ------
@@ -50,14 +40,20 @@ class MemoryStore(Store):
     name = "memory"
     counts_cheaply = True
 
-    def __init__(self, capacity: int | None = None, evict: Eviction | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int | None = None,
+        evict: Eviction | None = None,
+        clock: Callable[[], float] = lambda: time.time(),
+    ) -> None:
         if capacity is not None and capacity <= 0:
             raise BadInput(f"a store's capacity is at least one byte, not {capacity}")
         self.capacity = capacity
         self._lock = threading.Lock()
-        self._chunks: OrderedDict[ChunkKey, _Entry] = OrderedDict()  # least recently used first
-        self._victims = Victims(evict or LeastRecentlyUsed())
+        self._chunks: dict[ChunkKey, bytes] = {}
+        self._policy = LeastRecentlyUsed() if evict is None else evict
         self._evictions = Evictions(self.name)
+        self._clock = clock
         self._bytes = 0
         self._identities: dict[str, dict[str, str]] = {}
         self._removals = RecentRemovals()
@@ -65,7 +61,7 @@ class MemoryStore(Store):
     @property
     def policy(self) -> Eviction:
         """What goes first when room is needed."""
-        return self._victims.policy
+        return self._policy
 
     @property
     def evicted(self) -> Evicted:
@@ -73,27 +69,32 @@ class MemoryStore(Store):
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._lock:
-            return [len(self._chunks[key].data) if key in self._chunks else None for key in keys]
+            self._policy.asked(keys, self._clock())
+            return [len(self._chunks[key]) if key in self._chunks else None for key in keys]
 
     def open(self, key: ChunkKey) -> ChunkReader:
         with self._lock:
             if key not in self._chunks:
                 raise MissingChunk(f"chunk {key.short}… is not in memory")
-            entry = self._chunks[key]
             if self.marks_use:
-                entry.used_at, entry.uses = time.time(), entry.uses + 1
-                self._chunks.move_to_end(key)
-        return _MemoryReader(entry.data)
+                self._policy.read(key, self._clock())
+            return _MemoryReader(self._chunks[key])
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         with self._lock:
             if self.capacity is not None and len(data) > self.capacity:
                 return False
             self._drop(key)
+            now = self._clock()
             while self.capacity is not None and self._bytes + len(data) > self.capacity:
-                self._evict()
-            self._chunks[key] = _Entry(bytes(data), time.time())
+                victim = self._policy.evict(now)
+                assert victim is not None, "the policy knows every chunk"
+                self._bytes -= len(self._chunks.pop(victim.key))
+                self._removals.note([victim.key], CAPACITY)
+                self._evictions.add(victim.size)
+            self._chunks[key] = bytes(data)
             self._bytes += len(data)
+            self._policy.wrote(Held(key, len(data), now, *peek_place(data)))
             return True
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
@@ -104,7 +105,7 @@ class MemoryStore(Store):
 
     def __iter__(self) -> Iterator[StoredChunk]:
         with self._lock:
-            chunks = [StoredChunk(key, len(entry.data), entry.used_at) for key, entry in self._chunks.items()]
+            chunks = [StoredChunk(chunk.key, chunk.size, chunk.used_at) for chunk in self._policy.chunks()]
         return iter(chunks)
 
     def stats(self) -> StoreStats:
@@ -125,26 +126,12 @@ class MemoryStore(Store):
             return self._removals.find(keys)
 
     def _drop(self, key: ChunkKey) -> bool:
-        entry = self._chunks.pop(key, None)
-        if entry is None:
+        data = self._chunks.pop(key, None)
+        if data is None:
             return False
-        self._bytes -= len(entry.data)
+        self._bytes -= len(data)
+        self._policy.removed(key)
         return True
-
-    def _evict(self) -> None:
-        """Drop the chunk that is to go next."""
-        victim = self._victims.next()
-        if victim is None:
-            oldest = islice(self._chunks.items(), EVICTION_BATCH)
-            self._victims.refill((_candidate(key, entry) for key, entry in oldest), time.time())
-        elif (entry := self._chunks.get(victim.key)) and entry.used_at == victim.used_at:
-            self._drop(victim.key)
-            self._removals.note([victim.key], CAPACITY)
-            self._evictions.add(len(entry.data))
-
-
-def _candidate(key: ChunkKey, entry: _Entry) -> Candidate:
-    return Candidate(key, len(entry.data), entry.used_at, entry.uses, *peek_place(entry.data))
 
 
 class _MemoryReader(ChunkReader):

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
 from cakekv.store.tiered import TieredStore, TierPlan
+from cakekv.store.unread_heads import UnreadHeadsStore
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -59,7 +61,8 @@ def _open_file(location: str, **options: Any) -> Store:
         return DiskStore(folders[0], **options)
     if "capacity" in options:
         options["capacity"] = max(1, options["capacity"] // len(folders))
-    return StripedStore([DiskStore(folder, **options) for folder in folders])
+    # Each has a policy of its own, which knows its chunks.
+    return StripedStore([DiskStore(folder, **deepcopy(options)) for folder in folders])
 
 
 def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
@@ -76,6 +79,10 @@ def _parse_folders(text: str) -> list[str]:
     if not all(folder.startswith("/") for folder in folders):
         raise BadInput(f"{text!r} are not absolute paths with commas between them, such as /b/kv,/c/kv")
     return folders
+
+
+def _parse_head(text: str) -> int | str:
+    return text if text == "auto" else parse_count(text)
 
 
 def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
@@ -152,7 +159,7 @@ COMMON: Options = {
     "bandwidth": parse_bandwidth,
     "latency": parse_duration,
     "faults": parse_faults,
-    "skip_head": parse_count,
+    "skip_head": _parse_head,
     "encrypt": str,
 }
 """Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
@@ -190,7 +197,9 @@ def open_store(url: str, metrics: Metrics | None = None) -> Store:
     store = TIERS[scheme].open(location, **options)
     if keys is not None:
         store = EncryptedStore(store, keyring)
-    if skip_head:
+    if skip_head == "auto":
+        store = UnreadHeadsStore(store)
+    elif skip_head:
         store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)

@@ -1,84 +1,103 @@
-"""The contract of an eviction policy: which chunks go first when room is needed. It has no clock and no state."""
+"""The contract of an eviction policy: told what becomes of every chunk of a tier, it says which one goes next.
+
+A policy is pure: no I/O, no clock, no threads. Its store tells it the time and serialises the calls.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cakekv.keys import ChunkKey
 
 
-class Candidate(NamedTuple):
-    """A chunk that might go."""
+@dataclass(slots=True, eq=False)
+class Held:
+    """A chunk that the tier holds, as its policy sees it."""
 
     key: ChunkKey
     size: int
     """Bytes."""
     used_at: float
     """Seconds since the epoch at which it was last written or read."""
-    uses: int = 0
-    """How often it was read; on disk, how often by this process."""
     position: int = 0
     """Tokens of the prompt before it; 0 if that is not known."""
     tokens: int = 1
     """Tokens in it."""
+    uses: int = 0
+    """How often it was read, as far as this process knows."""
 
 
 class Eviction(ABC):
-    """A policy."""
+    """A policy: an index of one tier's chunks, with its own idea of which goes first."""
 
     name: str
     """As in `evict=NAME`."""
     needs_position: bool = False
-    """Whether it looks at `position` and `tokens`, which a disk has to read out of the chunk."""
+    """Whether it looks at `position` and `tokens`, which a disk has to read out of chunks that it finds."""
 
-    lasting: bool = False
-    """Whether an order stays right as time passes and chunks come, but for the chunks that are used meanwhile."""
+    def __init__(self) -> None:
+        self._held: dict[ChunkKey, Held] = {}
 
-    @abstractmethod
-    def order(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
-        """All candidates, the first to go first.
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: ChunkKey) -> Held | None:
+        """What is known of a chunk; None if nothing is."""
+        return self._held.get(key)
+
+    def chunks(self) -> Iterator[Held]:
+        """All chunks that it knows of, in no particular order."""
+        return iter(self._held.values())
+
+    def asked(self, keys: Sequence[ChunkKey], now: float) -> None:  # noqa: B027 - only some policies want to know
+        """These were looked up, stored or not: usually the chunks of one prompt, in order. That is no use of them."""
+
+    def wrote(self, chunk: Held) -> None:
+        """A chunk was written, or found in the tier. What was known under its key is forgotten."""
+        self.removed(chunk.key)
+        self._held[chunk.key] = chunk
+        self._came(chunk)
+
+    def read(self, key: ChunkKey, now: float) -> None:
+        """A chunk is read; one that is not known is passed over."""
+        chunk = self._held.get(key)
+        if chunk is not None:
+            self._before_read(chunk, now)
+            chunk.used_at = max(chunk.used_at, now)
+            chunk.uses += 1
+
+    def removed(self, key: ChunkKey) -> None:
+        """A chunk is gone, whoever removed it; one that is not known is passed over."""
+        chunk = self._held.pop(key, None)
+        if chunk is not None:
+            self._went(chunk)
+
+    def evict(self, now: float) -> Held | None:
+        """The chunk that is to go next, which the policy forgets; None if it knows of none.
 
         Parameters
         ----------
-        candidates : iterable of Candidate
-            In any order.
         now : float
-            Seconds since the epoch; no candidate was used later.
+            Seconds since the epoch.
         """
+        if not self._held:
+            return None
+        chunk = self._victim(now)
+        del self._held[chunk.key]
+        self._went(chunk)
+        return chunk
 
+    @abstractmethod
+    def _victim(self, now: float) -> Held:
+        """The chunk that is to go next; there is at least one."""
 
-SAME_S = 10.0
-"""Chunks that were used within about so many seconds of each other, such as those of one prompt, are equally old."""
+    def _came(self, chunk: Held) -> None:  # noqa: B027
+        """A chunk is in the index now."""
 
+    def _before_read(self, chunk: Held, now: float) -> None:  # noqa: B027
+        """A chunk is about to be marked as read."""
 
-def ages(candidates: Iterable[Candidate], now: float) -> list[tuple[Candidate, float]]:
-    """Each candidate with its age in seconds, at least `SAME_S`, the least recently used first."""
-    ordered = sorted(candidates, key=lambda candidate: candidate.used_at)
-    return [(candidate, max(now - candidate.used_at, 0.0) + SAME_S) for candidate in ordered]
-
-
-class Victims:
-    """The chunks to evict next. A store asks for them one by one, and gathers candidates when there are none left.
-
-    Ordering all chunks for each eviction would be slow, and an order goes stale as chunks come and are used; so only
-    the first part of it is kept (unless it lasts), and chunks that were used since are for the store to pass over.
-    """
-
-    SHARE = 8
-    """Only the first of so many parts of an order is kept."""
-
-    def __init__(self, policy: Eviction) -> None:
-        self.policy = policy
-        self._queue: deque[Candidate] = deque()
-
-    def refill(self, candidates: Iterable[Candidate], now: float) -> None:
-        """Choose among these from now on."""
-        ordered = self.policy.order(candidates, now)
-        self._queue = deque(ordered if self.policy.lasting else ordered[: -(-len(ordered) // self.SHARE)])
-
-    def next(self) -> Candidate | None:
-        """The next one; None if candidates have to be gathered."""
-        return self._queue.popleft() if self._queue else None
+    def _went(self, chunk: Held) -> None:  # noqa: B027
+        """A chunk is not in the index any more."""

@@ -1,20 +1,40 @@
-"""Early chunks go before late ones, because they are cheap to compute again."""
+"""What saves the fewest seconds of compute per byte goes first: the heads of prompts, and what nobody comes back to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cakekv.restore.costs import TYPICAL, ComputeShape
-from cakekv.store.eviction.base import Candidate, Eviction, ages
+from cakekv.keys import ChunkKey
+from cakekv.restore.costs import ComputeShape
+from cakekv.store.eviction.base import Held
+from cakekv.store.eviction.prompts_seen import Place, PromptsSeen
+from cakekv.store.eviction.return_rates import ReturnRates
+from cakekv.store.eviction.sampled import Sampled
+
+ON_A_GPU = ComputeShape(fixed=0.0, linear=1.0, quadratic=1.0 / 16384)
+"""Attention costs as much as the rest at 16k tokens of context; with 100M parameters it does at 4k, with 1B at 20k,
+with 70B at 50k."""
+_MOST_RETURNS = 4
+_MOST_TURNS = 6
+_ONE_RETURN_S = 30.0
+"""A chunk that is read within so many seconds of being looked up has come back once, not twice."""
+_LEAST = 0.01
+"""What a part that was never needed is worth, against one that always is: of two such, the dearer one stays."""
 
 
-class KeepTheTail(Eviction):
-    """By the seconds of compute that a stored byte saves, over the time since it was last of use.
+class KeepTheTail(Sampled):
+    """By the seconds of compute that a stored byte is expected to save per second for which it is kept.
 
-    A late chunk attends to more tokens and costs more to compute; its bytes are as many as an early one's. And a
-    restore from both ends computes the head anyway. The idea of pricing chunks by position is Pensieve's (arXiv
-    2312.05516) and AsymCache's (arXiv 2606.02964); dividing by age is hyperbolic caching (Blankstein et al., USENIX ATC
-    2017).
+    That is the price of computing it (a late chunk attends to more tokens; its bytes are as many as an early one's),
+    times the share of such chunks that restores need (compute covers the head before it could be loaded, however
+    popular the prompt), times the rate at which prompts like its own come back. How far the head reaches depends on
+    how fast compute and tier are, which the policy need not know: share and rate are learned from what is looked up
+    and read. Of chunks that nobody looks up through this store (vLLM's workers do not) the rate at which they are read
+    is learned by position.
+
+    Pricing chunks by position is Pensieve's idea (arXiv 2312.05516) and AsymCache's (arXiv 2606.02964).
 
     Parameters
     ----------
@@ -25,14 +45,74 @@ class KeepTheTail(Eviction):
     name = "keep_the_tail"
     needs_position = True
 
-    def __init__(self, cost: ComputeShape = TYPICAL) -> None:
+    def __init__(self, cost: ComputeShape = ON_A_GPU) -> None:
+        super().__init__()
         self._cost = cost
+        self._seen = PromptsSeen()
+        self._rates = ReturnRates(kinds=3)
+        self._kept: dict[ChunkKey, _Kept] = {}
 
-    def saved_s_per_byte(self, candidate: Candidate) -> float:
-        """Seconds of compute saved per byte stored, up to a common factor."""
-        seconds = self._cost.seconds(candidate.position, candidate.tokens) - self._cost.fixed
-        return seconds / max(candidate.size, 1)
+    def saved_s_per_byte(self, chunk: Held) -> float:
+        """Seconds of compute saved per byte loaded, up to a common factor."""
+        seconds = self._cost.seconds(chunk.position, chunk.tokens) - self._cost.fixed
+        return seconds / max(chunk.size, 1)
 
-    def order(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
-        aged = sorted(ages(candidates, now), key=lambda aged: self.saved_s_per_byte(aged[0]) / aged[1])
-        return [candidate for candidate, _ in aged]
+    def worth(self, chunk: Held, now: float) -> float:
+        kept = self._kept[chunk.key]
+        needed = 1.0 if kept.part is None else max(self._seen.needed(kept.part), _LEAST)
+        return kept.saved_s_per_byte * needed * self._rates.rate(now - kept.seen_at, kept.classes)
+
+    def asked(self, keys: Sequence[ChunkKey], now: float) -> None:
+        held = [key in self._held for key in keys]
+        self._seen.asked(keys, held)
+        for key, is_held in zip(keys, held, strict=True):
+            if is_held and (place := self._seen.place(key)) is not None:
+                self._came_back(self._kept[key], place, self._held[key], now)
+
+    def _came(self, chunk: Held) -> None:
+        super()._came(chunk)
+        kept = self._kept[chunk.key] = _Kept(self.saved_s_per_byte(chunk), chunk.used_at)
+        kept.classify(chunk, self._seen.place(chunk.key))
+
+    def _before_read(self, chunk: Held, now: float) -> None:
+        self._seen.read(chunk.key)
+        kept = self._kept[chunk.key]
+        if kept.part is None or now - kept.seen_at > _ONE_RETURN_S:
+            self._came_back(kept, self._seen.place(chunk.key), chunk, now)
+
+    def _came_back(self, kept: _Kept, place: Place | None, chunk: Held, now: float) -> None:
+        self._rates.observe(now - kept.seen_at, kept.classes, returned=True)
+        kept.seen_at = max(kept.seen_at, now)
+        kept.returns += 1
+        kept.classify(chunk, place)
+
+    def _victim(self, now: float) -> Held:
+        chunk = super()._victim(now)
+        kept = self._kept[chunk.key]
+        self._rates.observe(now - kept.seen_at, kept.classes, returned=False)
+        return chunk
+
+    def _went(self, chunk: Held) -> None:
+        super()._went(chunk)
+        del self._kept[chunk.key]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is known of a chunk besides."""
+
+    saved_s_per_byte: float
+    seen_at: float
+    """When it was last written, read, or looked up as part of a prompt."""
+    returns: int = 0
+    part: int | None = None
+    classes: tuple[int, int, int] = (0, 0, 0)
+    """Its position if it was never looked up; the turn of its conversation if it was; how often it came back."""
+
+    def classify(self, chunk: Held, place: Place | None) -> None:
+        returns = min(self.returns, _MOST_RETURNS)
+        if place is None:
+            self.classes = (1 + int(2.0 * math.log2(chunk.position + 1.0)), 0, returns)
+        else:
+            self.part = place.part
+            self.classes = (0, min(place.turn, _MOST_TURNS), returns)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 
-from cakekv.store.eviction.base import Candidate, Eviction
+from cakekv.store.eviction.base import Eviction, Held
 
 
 class LeastRecentlyUsed(Eviction):
-    """By the time of the last use alone."""
+    """By the time of the last use alone.
+
+    A heap by last use, in which a chunk that was read since stands where it was until it comes to the top; so a disk's
+    chunks may be found in any order.
+    """
 
     name = "lru"
-    lasting = True
 
-    def order(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
-        return sorted(candidates, key=lambda candidate: candidate.used_at)
+    def __init__(self) -> None:
+        super().__init__()
+        self._heap: list[tuple[float, int, Held]] = []
+        self._counter = count()
+
+    def _came(self, chunk: Held) -> None:
+        heappush(self._heap, self._entry(chunk))
+        if len(self._heap) > 2 * len(self._held) + 64:  # most are of chunks that were removed
+            self._heap = [self._entry(held) for held in self._held.values()]
+            heapify(self._heap)
+
+    def _victim(self, now: float) -> Held:
+        while True:
+            used_at, _, chunk = self._heap[0]
+            if self._held.get(chunk.key) is not chunk:
+                heappop(self._heap)
+            elif chunk.used_at > used_at:
+                heapreplace(self._heap, self._entry(chunk))
+            else:
+                heappop(self._heap)
+                return chunk
+
+    def _entry(self, chunk: Held) -> tuple[float, int, Held]:
+        return chunk.used_at, next(self._counter), chunk

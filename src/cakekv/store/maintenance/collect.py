@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
+from operator import attrgetter
 from typing import NamedTuple
 
 from cakekv.chunk import PEEK_BYTES, peek_place
@@ -11,7 +13,7 @@ from cakekv.errors import CorruptChunk, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.disk import DiskStore
-from cakekv.store.eviction.base import Candidate, Eviction
+from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, unwrapped, walk
 from cakekv.store.memory import MemoryStore
@@ -102,13 +104,21 @@ def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = igno
     return deleted
 
 
-def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Eviction) -> list[StoredChunk]:
-    places = [(0, 1)] * len(chunks)
-    if policy.needs_position:
-        keys = [chunk.key for chunk in chunks]
+def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Eviction) -> Iterator[StoredChunk]:
+    """Chunks as the policy would let them go; the store's own is not asked, but one that knows as much."""
+    judge, stored = deepcopy(policy), {chunk.key: chunk for chunk in chunks}
+    for held in list(judge.chunks()):
+        if held.key not in stored:
+            judge.removed(held.key)
+    unknown = [chunk for chunk in sorted(chunks, key=attrgetter("used_at")) if judge.get(chunk.key) is None]
+    places = [(0, 1)] * len(unknown)
+    if judge.needs_position:
+        keys = [chunk.key for chunk in unknown]
         places = [place for _, place in in_order(lambda key: _place(store, key), keys, store.parallel_reads)]
-    candidates = [Candidate(*chunk, 0, *place) for chunk, place in zip(chunks, places, strict=True)]
-    return [StoredChunk(*candidate[:3]) for candidate in policy.order(candidates, now)]
+    for chunk, place in zip(unknown, places, strict=True):
+        judge.wrote(Held(*chunk, *place))
+    while (held := judge.evict(now)) is not None:
+        yield stored[held.key]
 
 
 def _place(store: Store, key: ChunkKey) -> tuple[int, int]:

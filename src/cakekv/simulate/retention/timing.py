@@ -1,0 +1,112 @@
+"""What a restore with holes takes, from the planner's own choice of chunks, in one pass instead of event by event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
+from cakekv.restore.flights import Source
+from cakekv.restore.plan import Candidate, assign_loads
+from cakekv.restore.planner import Restore
+from cakekv.simulate.machine import VirtualTier, constant, run_restore
+
+DEPTH = 2
+"""Loads in flight at a time, where the planner itself is run."""
+
+
+class Timing(NamedTuple):
+    """What comes of one prompt."""
+
+    seconds: float
+    """To the first token."""
+    loads: Sequence[int]
+    """The chunks that are loaded, in the order in which they are."""
+
+
+class Timer:
+    """One machine and one tier, whose speeds are constant and known.
+
+    Parameters
+    ----------
+    shape : ComputeShape
+        What a span costs.
+    chunk_tokens : int
+        Tokens of a chunk; a span takes no more.
+    tokens_per_s : float
+        What the tier delivers.
+    """
+
+    def __init__(self, shape: ComputeShape, chunk_tokens: int, tokens_per_s: float) -> None:
+        self.shape = shape
+        self.chunk_tokens = chunk_tokens
+        self.load_s = chunk_tokens / tokens_per_s
+        self._compute_s: list[float] = []
+        self._until_s = [0.0]
+
+    def whole_chunks(self, prompt_tokens: int) -> int:
+        """Chunks of a prompt that can be of use: its last token is computed in any case."""
+        return (prompt_tokens - 1) // self.chunk_tokens
+
+    def computed(self, prompt_tokens: int) -> float:
+        """Seconds if nothing is stored."""
+        chunks = self.whole_chunks(prompt_tokens)
+        self._extend(chunks)
+        return self._until_s[chunks] + self._suffix_s(prompt_tokens, chunks)
+
+    def restored(self, prompt_tokens: int, stored: Sequence[bool]) -> Timing:
+        """What comes of a prompt of which chunk i is stored if `stored[i]`; those past the end of it are not."""
+        chunks = self.whole_chunks(prompt_tokens)
+        if not any(stored[:chunks]):
+            return Timing(self.computed(prompt_tokens), ())
+        self._extend(chunks)
+        held: dict[int, float] = {0: self.load_s}
+        missing: dict[int, float] = {}
+        candidates: list[Candidate] = [
+            (chunk, self._compute_s[chunk], held if chunk < len(stored) and stored[chunk] else missing)
+            for chunk in range(chunks)
+        ]
+        candidates.append((chunks, self._suffix_s(prompt_tokens, chunks), missing))
+        chosen = assign_loads(candidates, 1)
+        loads: list[int] = []
+        group: list[int] = []
+        seconds = 0.0
+        for chunk, compute_s, _ in candidates:
+            if chunk in chosen:
+                group.append(chunk)
+                continue
+            if group:  # the loads due first come first, those of one deadline from behind
+                loads += reversed(group)
+                group = []
+                seconds = max(seconds, len(loads) * self.load_s)
+            seconds += compute_s
+        return Timing(seconds, loads)
+
+    def _suffix_s(self, prompt_tokens: int, chunks: int) -> float:
+        start = chunks * self.chunk_tokens
+        return self.shape.seconds(start, prompt_tokens - start)
+
+    def _extend(self, chunks: int) -> None:
+        for chunk in range(len(self._compute_s), chunks):
+            self._compute_s.append(self.shape.seconds(chunk * self.chunk_tokens, self.chunk_tokens))
+            self._until_s.append(self._until_s[-1] + self._compute_s[-1])
+
+
+def planned_seconds(timer: Timer, prompt_tokens: int, stored: Sequence[bool]) -> float:
+    """The same time as `Timer.restored` gives, from the planner that ships, on a virtual clock."""
+    size = 1 << 20
+    rate = size / timer.load_s
+    cost = LoadCost(DEPTH)
+    cost.observe(size, 0.0, size / rate)
+    restore = Restore(
+        prompt_tokens,
+        timer.chunk_tokens,
+        [(0,) if held else () for held in stored[: timer.whole_chunks(prompt_tokens)]],
+        [Source("tier", cost, DEPTH)],
+        ComputeCost(timer.shape, trusted=True),
+        chunk_bytes=size,
+        max_span_tokens=timer.chunk_tokens,
+    )
+    return run_restore(
+        restore, lambda span, now: timer.shape.seconds(span.start, span.tokens), [VirtualTier(constant(rate))]
+    )
