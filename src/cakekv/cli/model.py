@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cakekv.cake import Cake
 
 
-def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "raw") -> Cake:
+def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "raw", dtype: str = "auto") -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
     Raises
@@ -30,5 +30,5 @@ def load_cake(model: str, store: Store | None, tenant: str = "", codec: str = "r
             model = str(demo_model())
         status.update("Loading the model …")
         return Cake.from_pretrained(
-            model, store, tenant=tenant, codec=codec, calibration=cache_folder() / "calibration.json"
+            model, store, tenant=tenant, codec=codec, dtype=dtype, calibration=cache_folder() / "calibration.json"
         )
