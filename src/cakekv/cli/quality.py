@@ -24,7 +24,9 @@ def quality(
         list[float] | None, typer.Option(help="Share of each document, from its front, that is computed; repeatable.")
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
-    dtype: Annotated[str, typer.Option(help="What to run it in, such as float32; auto: what it was saved in.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What to run it in, such as float32; auto: what it was saved in.")
+    ] = "auto",
 ) -> None:
     """Judge codecs: what they do to a model's answers, against the exact cache, and what they save.
 
