@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def load_cake(
-    model: str, store: Store | None, tenant: str = "", codec: str = "raw", chunk_tokens: int | None = None
+    model: str,
+    store: Store | None,
+    tenant: str = "",
+    codec: str = "raw",
+    chunk_tokens: int | None = None,
+    dtype: str = "auto",
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -35,4 +40,4 @@ def load_cake(
         options: Options = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens
-        return Cake.from_pretrained(model, store, **options)
+        return Cake.from_pretrained(model, store, dtype=dtype, **options)

@@ -24,6 +24,9 @@ def quality(
         list[float] | None, typer.Option(help="Share of each document, from its front, that is computed; repeatable.")
     ] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+    dtype: Annotated[
+        str, typer.Option(help="What to run it in, such as float32; auto: what it was saved in.")
+    ] = "auto",
 ) -> None:
     """Judge codecs: what they do to a model's answers, against the exact cache, and what they save.
 
@@ -31,7 +34,8 @@ def quality(
     its next-token distribution, in nats; agreement the share of positions with the same likeliest token; retrieval the
     share of needles found, of those that the exact cache finds. Intervals are 95 % bootstrap intervals over documents;
     of several recipes the JSON file has the differences of every two, too, on the same documents, under "paired".
-    GB/s are of the exact cache, on one thread, while nothing else should run.
+    GB/s are of the exact cache, on one thread, while nothing else should run. In sixteen bits the model's own roundings
+    let the slightest change of the cache flip near ties: --dtype float32 shows what is the codec's doing.
 
     Examples:
 
@@ -52,13 +56,14 @@ def quality(
     recipe = list(dict.fromkeys(recipe))
     codecs = [codec_named(one) for one in recipe]
     shares = list(dict.fromkeys(computed or [0.0]))
-    cake = load_cake(model, None)
+    cake = load_cake(model, None, dtype=dtype)
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     judge = Judge(cake.engine, chunk_tokens)  # type: ignore[arg-type]  # load_cake makes transformers engines
     settings = {
         "command": shlex.join(["cakekv", *sys.argv[1:]]),
         "machine": describe_machine(),
         "model": model,
+        "dtype": dtype,
         "context_tokens": tokens,
         "continuation_tokens": continuation,
         "chunk_tokens": chunk_tokens,

@@ -13,7 +13,7 @@ from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk,
 from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.evictions import Evictions
-from cakekv.store.removals import REQUEST, RecentRemovals
+from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals
 
 
 class MemoryStore(Store):
