@@ -80,7 +80,7 @@ class TieredStore(Store):
 
     @property
     def parts(self) -> Sequence[Store]:
-        return self._members
+        return self.members
 
     @property
     def plan(self) -> Sequence[TierPlan]:
@@ -106,7 +106,7 @@ class TieredStore(Store):
 
     def open(self, key: ChunkKey) -> ChunkReader:
         trouble: StoreError | None = None
-        for tier in self.tiers if self.marks_use else self._members:
+        for tier in self.tiers if self.marks_use else self.members:
             try:
                 return tier.open(key)
             except MissingChunk:

@@ -321,7 +321,7 @@ def test_the_price_is_that_of_the_cost_model():
 
 def test_policies_by_url(tmp_path):
     store = open_store("memory://?capacity=1MB&evict=keep_the_tail")
-    assert isinstance(store._evict, KeepTheTail)
+    assert isinstance(store.policy, KeepTheTail)
     with open_store(f"file://{tmp_path}/store?capacity=1MB&evict=keep_the_tail&stripe={tmp_path}/more") as store:
         assert isinstance(store, StripedStore)
         one, other = (part._policy for part in store._stores)

@@ -117,8 +117,8 @@ def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Evicti
         places = [place for _, place in in_order(lambda key: _place(store, key), keys, store.parallel_reads)]
     for chunk, place in zip(unknown, places, strict=True):
         judge.wrote(Held(*chunk, *place))
-    while (held := judge.evict(now)) is not None:
-        yield stored[held.key]
+    while (victim := judge.evict(now)) is not None:
+        yield stored[victim.key]
 
 
 def _place(store: Store, key: ChunkKey) -> tuple[int, int]:
