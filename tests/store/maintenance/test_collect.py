@@ -21,10 +21,10 @@ NOW = 1e9
 
 def dated(times, position=lambda number: 0):
     """A store of chunks that were used at these times; 0: not known."""
-    store = MemoryStore()
-    for number, at in times.items():
+    clock = iter(sorted(times.values()))
+    store = MemoryStore(clock=lambda: next(clock))
+    for number in sorted(times, key=times.__getitem__):
         store.write(key_of(number), chunk_of(number, position(number)))
-        store._chunks[key_of(number)].used_at = at
     return store
 
 
