@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
+
 import pytest
 
 from cakekv.store.disk import DiskStore
@@ -21,7 +23,7 @@ NOW = 1e9
 
 def dated(times, position=lambda number: 0):
     """A store of chunks that were used at these times; 0: not known."""
-    clock = iter(sorted(times.values()))
+    clock = chain(sorted(times.values()), repeat(NOW))
     store = MemoryStore(clock=lambda: next(clock))
     for number in sorted(times, key=times.__getitem__):
         store.write(key_of(number), chunk_of(number, position(number)))

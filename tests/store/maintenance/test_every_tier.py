@@ -122,6 +122,6 @@ def test_the_newest_that_fit():
     store = MemoryStore()
     for number in range(4):
         store.write(key_of(number), chunk_of(number))
-        store._chunks[key_of(number)].used_at = float(number)
+        store.policy.get(key_of(number)).used_at = float(number)
     assert [chunk.key for chunk in newest(store, 2 * SIZE + 1)] == [key_of(3), key_of(2)]
     assert len(newest(store)) == 4
