@@ -83,7 +83,7 @@ class Saver:
         deadline_s: float = 30.0,
         on_save: OnSave | None = None,
     ) -> None:
-        self._store = store
+        self.store = store
         self._coder = coder
         self._staging = staging
         self._deadline_s = deadline_s
@@ -139,7 +139,7 @@ class Saver:
             return
         if self._join():
             self._abandoned = True
-            emit(_LOG, logging.WARNING, "deadline_missed", tier=self._store.name, operation="write")
+            emit(_LOG, logging.WARNING, "deadline_missed", tier=self.store.name, operation="write")
         with suppress(queue.Full):
             self._queue.put_nowait(None)
         if not self._abandoned:
@@ -172,7 +172,7 @@ class Saver:
         return self._deadline_s - (0.0 if since is None else monotonic() - since)
 
     def _silence(self) -> str:
-        return f"the {self._store.name} store has not taken a chunk for more than {self._deadline_s:g} s"
+        return f"the {self.store.name} store has not taken a chunk for more than {self._deadline_s:g} s"
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -197,7 +197,7 @@ class Saver:
 
     def _note(self, root: str, fields: Mapping[str, str]) -> None:
         with suppress(StoreError):  # the chunk that is saved next fails the same way, and is counted
-            self._store.remember_identity(root, fields)
+            self.store.remember_identity(root, fields)
 
     def _write(self, key: ChunkKey, position: int, gather: Gather, exact: bool) -> None:
         coder, began = self._coder, monotonic()
@@ -209,7 +209,7 @@ class Saver:
                 if chunk is None:
                     seal(coder.exact, buffer, key, position)
                     chunk = buffer[: coder.exact.total_bytes]
-                kept = self._store.write(key, chunk)
+                kept = self.store.write(key, chunk)
             except (StoreFull, StoreError, CannotEncode) as error:
                 self._failed(_kind(error), str(error))
                 return
@@ -225,7 +225,7 @@ class Saver:
             self.report.failed_chunks += 1
             first, self.report.error = self.report.error is None, self.report.error or reason
         if first:
-            emit(_LOG, logging.WARNING, "save_failed", tier=self._store.name, reason=reason)
+            emit(_LOG, logging.WARNING, "save_failed", tier=self.store.name, reason=reason)
         self._on_save(kind, 0, 0.0)
 
 
