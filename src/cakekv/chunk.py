@@ -280,8 +280,6 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
     if not 1 <= tokens < MAX_TOKENS or position >= MAX_POSITION:
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{tokens} tokens at position {position}")
     table_end = _TABLE_OFFSET + layers * _ENTRY.size
-    if bytes(head[table_end:]) != bytes(header_bytes - table_end):
-        _fail(ChunkFault.DIRTY_PADDING, "in the header")
     table = list(_ENTRY.iter_unpack(head[_TABLE_OFFSET:table_end]))
     if not any(length for _, length, _ in table):
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, "every segment is empty")
@@ -297,6 +295,8 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
             ChunkFault.SEGMENT_MISPLACED,
             f"the segments end at {shape.total_bytes}, the chunk, as its header says, at {total_bytes}",
         )
+    if bytes(head[table_end:]) != bytes(header_bytes - table_end):
+        _fail(ChunkFault.DIRTY_PADDING, "behind the header's table")
     if size != total_bytes:
         fault = ChunkFault.TRUNCATED if size < total_bytes else ChunkFault.OVERLONG
         _fail(fault, f"it has {size} bytes instead of {total_bytes}")

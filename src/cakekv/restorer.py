@@ -44,6 +44,8 @@ class Progress(NamedTuple):
 
 OnProgress = Callable[[Progress], None]
 
+_LAST_LOADS_S = 0.3
+"""Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
 _LOOK_S = 0.2
 """Seconds after which a layer that waits looks for loads that are late."""
 
@@ -303,7 +305,7 @@ class Restorer(Generic[Cache, Logits]):
     def report(self) -> RestoreReport:
         """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
         with self._arbiter.lock:
-            self._loading.join(timeout_s=1.0)
+            self._loading.join(timeout_s=_LAST_LOADS_S)
             report = self._restore.report
             report.placed_bytes = self._loading.placed_bytes
             chunk_tokens, codec = self._arms.coder.exact.tokens, self._arms.coder.codec
