@@ -122,7 +122,7 @@ def test_all_policies_save_the_same_with_room_for_everything(sample):
 def test_unread_heads_are_not_written(sample):
     everything, _ = measure(sample, "lru", 100 * GB, 1.0)
     thrifty, _ = measure(sample, "lru", 100 * GB, 1.0, "skip_head=auto")
-    assert thrifty.written_bytes < 0.9 * everything.written_bytes
+    assert thrifty.written_bytes < 0.95 * everything.written_bytes
     assert thrifty.saved_s > 0.97 * everything.saved_s
 
 

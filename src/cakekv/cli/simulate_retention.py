@@ -110,6 +110,8 @@ def retention(
             row, kept = measure(workload, name, size, factor, rule, keep_every)
             rows.append(row)
             cases[factor] += kept
+            if json_file:  # as they come, so that an interrupted run leaves what it has
+                json_file.write_text(json.dumps(to_dict(settings, rows, {}), indent=1) + "\n")
         checks = progress.track(cases.items(), description="asking the planner")
         planner = {f"{factor:g}": deviations(kept, workload.timer(factor)) for factor, kept in checks}
         same = progress.track(names, description="in a real store")

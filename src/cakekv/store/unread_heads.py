@@ -11,7 +11,7 @@ from cakekv.store.base import ChunkReader, Store
 from cakekv.store.eviction.prompts_seen import PromptsSeen
 from cakekv.store.wrapper import WrappedStore
 
-_UNREAD = 0.05
+_UNREAD = 0.2
 """A part is declined if less than this share of its chunks that could have been read was."""
 _PROBES = 16
 """One prompt in so many is taken whole: else nobody would notice that the heads are read now."""

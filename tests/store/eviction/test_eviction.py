@@ -10,23 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakekv.chunk import peek_place
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import POLICIES, policy_named
 from cakekv.store.eviction.base import Held
 from cakekv.store.eviction.keep_the_tail import KeepTheTail
-from cakekv.store.eviction.prompts_seen import PromptsSeen
-from cakekv.store.eviction.return_rates import ReturnRates
 from cakekv.store.eviction.sampled import SAMPLE
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 from cakekv.store.striped import StripedStore
-from cakekv.store.tail_only import TailOnlyStore
-from cakekv.store.unread_heads import UnreadHeadsStore
 
-from ..chunks import SHAPE, SIZE, chunk_of, key_of, read
+from ..chunks import SIZE, chunk_of, key_of, read
 
 NOW = 1e9
 TIERS = {"memory": lambda folder, *options: MemoryStore(*options), "disk": DiskStore}
@@ -330,168 +325,3 @@ def test_policies_by_url(tmp_path):
         assert one is not other
     with pytest.raises(BadInput, match="there are keep_the_tail, lfu, lru, s3fifo"):
         open_store("memory://?evict=fifo")
-
-
-# What keep_the_tail learns
-
-
-def serve(policy, prompts, loaded, pause=60.0):
-    """Prompts of ten chunks, each asked for again once; of the second time, `loaded` chunks are read."""
-    for prompt in range(prompts):
-        keys = [key_of((prompt, chunk)) for chunk in range(10)]
-        now = NOW + prompt * 2 * pause
-        policy.asked(keys, now)
-        for key in keys:
-            policy.wrote(Held(key, 1000, now, 512, 512))  # all of one price
-        now += pause
-        policy.asked(keys, now)
-        for chunk in loaded:
-            policy.read(keys[chunk], now)
-        while len(policy) > 20:
-            policy.evict(now)
-    keys = [key_of(("last", chunk)) for chunk in range(10)]
-    policy.asked(keys, now)
-    for key in reversed(keys):
-        policy.wrote(Held(key, 1000, now, 512, 512))
-    return keys, now
-
-
-@pytest.mark.parametrize("loaded", [range(6, 10), range(2, 10), [0, 1]])
-def test_parts_of_prompts_that_are_not_read_go_first(loaded):
-    """Those at the end of what compute covers, wherever that is; here no part costs more to compute than another."""
-    policy = KeepTheTail()
-    keys, now = serve(policy, 200, loaded)
-    last = {key: chunk for chunk, key in enumerate(keys)}
-    order = []
-    while (chunk := policy.evict(now + 5)) is not None:
-        if chunk.key in last:
-            order.append(last[chunk.key])
-    unread = set(range(10)) - set(loaded)
-    assert set(order[: len(unread)]) == unread
-
-
-def test_chunks_that_nobody_looked_up_go_by_position():
-    policy = KeepTheTail(ComputeShape(0.0, 1.0, 0.0))
-    for number in range(600):
-        head, tail = held((number, 0)), held((number, 1), position=8192)
-        for chunk in (head, tail):
-            policy.wrote(chunk)
-        policy.read(tail.key, NOW + 60)
-        while len(policy) > 20:
-            policy.evict(NOW + 60)
-    policy.wrote(held("tail", position=8000))
-    policy.wrote(held("head"))
-    assert policy.worth(policy.get(key_of("tail")), NOW + 60) > 2 * policy.worth(policy.get(key_of("head")), NOW + 60)
-
-
-def test_rates_tell_classes_apart_although_one_is_evicted_young():
-    """Judged by returns alone, what is evicted before anybody could come back would seem not to be wanted."""
-    rates = ReturnRates(kinds=1)
-    for _ in range(4000):
-        rates.observe(100.0, (0,), returned=True)  # of class 0, all come back after 100 s
-        rates.observe(1.0, (1,), returned=False)  # class 1 has always gone by then
-        rates.observe(200.0, (2,), returned=False)  # class 2 is not wanted
-    assert rates.rate(10.0, (0,)) > 5 * rates.rate(10.0, (2,))
-    assert rates.rate(10.0, (1,)) > 5 * rates.rate(10.0, (2,))
-
-
-def test_a_chunk_is_worth_waiting_for_until_its_time_has_passed():
-    rates = ReturnRates(kinds=1)
-    for step in range(4000):
-        rates.observe(60.0 + step % 60, (0,), returned=step % 4 == 0)
-        rates.observe(400.0 + step % 100, (0,), returned=False)
-    assert rates.rate(50.0, (0,)) > rates.rate(5.0, (0,)) > rates.rate(200.0, (0,))
-    assert rates.rate(5.0, (7,)) == pytest.approx(rates.rate(5.0, (0,))), "of a class never seen nothing is assumed"
-
-
-# Not writing heads
-
-
-def test_heads_are_declined():
-    store = open_store("memory://?skip_head=40")
-    assert isinstance(store, TailOnlyStore)
-    kept = [position for position in range(0, 80, 16) if store.write(key_of(position), chunk_of(position, position))]
-    assert kept == [32, 48, 64], "a chunk that ends behind the head is kept"
-    assert store.stats().chunks == 3
-    with pytest.raises(BadInput, match="whole number"):
-        open_store("memory://?skip_head=some")
-    assert isinstance(open_store("memory://?skip_head=auto"), UnreadHeadsStore)
-    with pytest.raises(BadInput, match="at least 0"):
-        TailOnlyStore(MemoryStore(), -1)
-
-
-def test_a_place_is_read_from_headers_only():
-    assert peek_place(chunk_of(0, 512)) == (512, SHAPE.tokens)
-    assert peek_place(b"") == peek_place(bytes(200)) == peek_place(chunk_of(0, 512)[1:]) == (0, 1)
-
-
-def visit(store, prompt, loaded, chunks=20):
-    """Look a prompt up, read some of what is there, write what is not. Returns the chunks that were taken."""
-    keys = [key_of((prompt, chunk)) for chunk in range(chunks)]
-    found = store.lookup(keys)
-    for chunk in loaded:
-        if found[chunk] is not None:
-            store.open(keys[chunk]).close()
-    return [c for c in range(chunks) if found[c] is None and store.write(keys[c], chunk_of(c, 16 * c))]
-
-
-def test_what_restores_do_not_read_is_not_written_any_more():
-    store = UnreadHeadsStore(MemoryStore())
-    head, tail = range(8), range(8, 20)
-    for prompt in range(100):
-        assert visit(store, prompt, tail) == list(range(20)), "until enough is known, everything is written"
-        visit(store, prompt, tail)
-    for prompt in range(100, 200):
-        visit(store, prompt, tail)
-        visit(store, prompt, tail)
-    assert [part for part in range(20) if store.declines(part)] == list(head)
-    taken = [visit(store, prompt, tail) for prompt in range(200, 264)]
-    assert all(set(tail) <= set(chunks) for chunks in taken)
-    assert sum(chunks == list(range(20)) for chunks in taken) == 4, "a few are taken whole, to notice a change"
-    assert sum(chunks == list(tail) for chunks in taken) == 60
-    for prompt in range(300, 1500):  # the tier has become faster: everything there is read
-        visit(store, prompt, range(20))
-        store.lookup([key_of(0), key_of(1)])  # someone else's prompt, so that probes meet first visits, too
-        visit(store, prompt, range(20))
-        if not any(map(store.declines, range(20))):
-            break
-    else:
-        raise AssertionError("it did not notice")
-
-
-def test_chunks_that_were_not_looked_up_are_written():
-    store = UnreadHeadsStore(MemoryStore())
-    for prompt in range(400):
-        visit(store, prompt // 2, range(8, 20))
-    assert store.declines(0)
-    assert all(store.write(key_of(number), chunk_of(number)) for number in range(50))
-    store.lookup([key_of(77)])  # one alone says nothing about a prompt
-    assert store.write(key_of(77), chunk_of(77))
-
-
-def test_only_chunks_with_everything_behind_them_tell_what_is_needed():
-    """With a hole in the tail, more of the head is read in its place."""
-    seen = PromptsSeen()
-    for prompt in range(300):
-        keys = [key_of((prompt, chunk)) for chunk in range(20)]
-        seen.asked(keys, [False] * 20)
-        seen.asked(keys, [chunk not in (12, 19) for chunk in range(20)])  # the last one was never stored
-        for chunk in (3, 17, 18):
-            seen.read(keys[chunk])
-    needed = [seen.needed(part) for part in range(20)]
-    assert needed[:13] == [1.0] * 13, "nothing is known of what is before the hole"
-    assert max(needed[13:17]) < 0.1
-    assert needed[17:] == [1.0] * 3
-
-
-def test_turns_of_a_conversation_are_counted_and_a_shared_beginning_is_none():
-    seen = PromptsSeen()
-    system = [key_of(("system", chunk)) for chunk in range(3)]
-    for user in range(3):
-        first = [*system, *(key_of((user, chunk)) for chunk in range(5))]
-        second = [*first, key_of((user, 5)), key_of((user, 6))]
-        seen.asked(first, [False] * 8)
-        seen.asked(second, [False] * 10)
-        turns = [seen.place(key).turn for key in second]
-        assert set(turns) == {3 if user else 2}, "those who come after the first go on from the system prompt"
-        assert [seen.place(key).part for key in second] == list(range(0, 20, 2))
