@@ -80,7 +80,7 @@ def garbage(
     left = sum(chunk.size for chunk in rest)
     surplus: list[StoredChunk] = []
     if capacity is not None and left > capacity:
-        for chunk in _ordered(store, rest, now, policy or policy_of(store)):
+        for chunk in _ordered(store, rest, now, policy_of(store) if policy is None else policy):
             if left <= capacity:
                 break
             surplus.append(chunk)
