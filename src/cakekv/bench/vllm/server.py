@@ -33,6 +33,13 @@ NAME = "model"
 """What the model is called in requests."""
 
 
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def serve_command() -> list[str]:
     """`vllm serve`, up to the model.
 
@@ -76,9 +83,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = [*serve_command(), str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, *self.arguments]
         command += [] if self.plug_in is None else option_words(dict(self.plug_in))
