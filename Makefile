@@ -78,7 +78,7 @@ test-vllm: $(VLLM_STAMP)
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png --repeats 9,5,2,2
 
-# The plug-in beside plain vLLM; BENCH_VLLM is for options, such as --network for a real link (root).
+# The plug-in beside plain vLLM, over a link shaped by the kernel where it may (root); BENCH_VLLM is for options.
 bench-vllm: $(VLLM_STAMP)
 	$(VLLM_ENV) $(VLLM_BIN)/python benchmarks/vllm_restore.py \
 		--json out/bench_vllm.json --picture out/bench_vllm.png $(BENCH_VLLM)

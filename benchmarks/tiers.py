@@ -8,7 +8,7 @@ Every reader reads whole chunks, several at a time, in slices, as the loader doe
 - Redis or Valkey: GETs of whole chunks over bare sockets, as many at a time, each into one buffer.
 - S3: obstore's own range reads of the same size, as many at a time.
 
-A tier without its server or program is left out, with the reason.
+Servers that are not named are started here. A tier without its server or program is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,6 +34,7 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.machine import describe_machine
+from cakekv.bench.servers import seaweedfs_behind, valkey_behind
 from cakekv.cli.console import write_json
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
@@ -55,10 +57,10 @@ def main(
     total: Annotated[str, typer.Option(help="Bytes per tier.")] = "1GiB",
     repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 5,
     folder: Annotated[Path | None, typer.Option(help="Make files in here, on the disk to be measured.")] = None,
-    redis: Annotated[str | None, typer.Option(help="redis://HOST:PORT of a server to fill and empty.")] = None,
-    s3: Annotated[str | None, typer.Option(help="s3://BUCKET?endpoint=… of a bucket to fill and empty.")] = None,
+    redis: Annotated[str | None, typer.Option(help="redis://HOST:PORT to fill and empty; by default new.")] = None,
+    s3: Annotated[str | None, typer.Option(help="s3://BUCKET?endpoint=… to fill and empty; by default new.")] = None,
 ) -> None:
-    """Measure the disk tier, and the others whose servers are named."""
+    """Measure the disk tier, Valkey and S3, on servers that are named or started here."""
     size = parse_bytes(chunk)
     count = max(1, parse_bytes(total) // size)
     data: dict[str, Any] = {
@@ -69,12 +71,15 @@ def main(
         "tiers": {},
         "left_out": {},
     }
-    for name, url, measure in (("disk", folder, disk), ("redis", redis, valkey), ("s3", s3, bucket)):
-        if name != "disk" and url is None:
-            data["left_out"][name] = "no server was named"
-            continue
+    at: dict[str, AbstractContextManager[Any]] = {
+        "disk": nullcontext(folder),
+        "redis": nullcontext(redis) if redis else valkey_behind(),
+        "s3": nullcontext(s3) if s3 else seaweedfs_behind(folder=folder),
+    }
+    for name, measure in (("disk", disk), ("redis", valkey), ("s3", bucket)):
         try:
-            result = data["tiers"][name] = measure(url, size, count, repeats)
+            with at[name] as place:
+                result = data["tiers"][name] = measure(place, size, count, repeats)
         except CakeError as error:
             data["left_out"][name] = str(error)
             continue
@@ -92,10 +97,17 @@ def disk(folder: Path | None, size: int, count: int, repeats: int) -> dict[str, 
     """The disk tier beside fio."""
     if shutil.which("fio") is None:
         raise CakeError("there is no fio: install it (Debian: apt install fio)")
-    with tempfile.TemporaryDirectory(prefix="cakekv-tiers-", dir=folder) as scratch, DiskStore(scratch) as store:
+    with (
+        tempfile.TemporaryDirectory(prefix="cakekv-tiers-", dir=folder) as scratch,
+        tempfile.TemporaryDirectory() as links,
+        DiskStore(scratch) as store,
+    ):
         keys = fill(store, size, count)
         files = [Folder(Path(scratch)).file(key) for key in keys]
         slice_bytes = slice_of(store, keys[0])
+        names = [str(number) for number in range(count)]  # short ones: fio takes no more than 4096 bytes of them
+        for name, file in zip(names, files, strict=True):
+            Path(links, name).symlink_to(file)
 
         def ours() -> float:
             drop_from_cache(files)
@@ -103,15 +115,15 @@ def disk(folder: Path | None, size: int, count: int, repeats: int) -> dict[str, 
 
         def fio() -> float:
             drop_from_cache(files)
-            shares = [files[job :: store.parallel_reads] for job in range(store.parallel_reads)]
+            shares = [names[job :: store.parallel_reads] for job in range(store.parallel_reads)]
             jobs = [
                 line
                 for number, share in enumerate(filter(None, shares))
-                for line in (f"--name=job{number}", f"--filename={':'.join(map(str, share))}")
+                for line in (f"--name=job{number}", f"--filename={':'.join(share)}")
             ]
             common = f"--rw=read --direct=1 --ioengine=psync --thread --file_service_type=sequential --bs={slice_bytes}"
             command = ["fio", *common.split(), "--group_reporting", "--output-format=json", *jobs]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=links)
             if done.returncode:
                 raise CakeError(f"fio failed: {done.stderr.strip()}")
             return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])
@@ -137,18 +149,7 @@ def valkey(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
                 while done < len(part):
                     done += connections.stream.recv_into(part[done:])
 
-        try:
-            parallel = store.parallel_reads
-            return compare(
-                lambda: rate(reader(store, keys), size, count, parallel),
-                lambda: rate(get, size, count, parallel),
-                "plain GETs",
-                repeats,
-                store,
-                slice_of(store, keys[0]),
-            )
-        finally:
-            store.delete(keys)
+        return beside(get, "plain GETs", store, keys, size, repeats)
 
 
 def bucket(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
@@ -169,18 +170,23 @@ def bucket(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
                 length = min(slice_bytes, size - start)
                 obstore.get_range(backend, f"chunks/{keys[number].hex()}", start=start, length=length)
 
-        try:
-            parallel = store.parallel_reads
-            return compare(
-                lambda: rate(reader(store, keys), size, count, parallel),
-                lambda: rate(ranges, size, count, parallel),
-                "obstore's range reads",
-                repeats,
-                store,
-                slice_bytes,
-            )
-        finally:
-            store.delete(keys)
+        return beside(ranges, "obstore's range reads", store, keys, size, repeats)
+
+
+def beside(other: Read, name: str, store: Store, keys: Sequence[ChunkKey], size: int, repeats: int) -> dict[str, Any]:
+    """A store beside another way to read the same chunks, which are deleted in the end."""
+    parallel = store.parallel_reads
+    try:
+        return compare(
+            lambda: rate(reader(store, keys), size, len(keys), parallel),
+            lambda: rate(other, size, len(keys), parallel),
+            name,
+            repeats,
+            store,
+            slice_of(store, keys[0]),
+        )
+    finally:
+        store.delete(keys)
 
 
 def compare(
@@ -218,6 +224,7 @@ def reader(store: Store, keys: Sequence[ChunkKey]) -> Read:
 
     def read(number: int, buffer: memoryview) -> None:
         with store.open(keys[number]) as opened:
+            opened.announce(0, opened.size)
             for start in range(0, opened.size, opened.slice_bytes):
                 opened.read_into(buffer[start : min(start + opened.slice_bytes, opened.size)], start)
 

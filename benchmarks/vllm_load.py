@@ -3,8 +3,8 @@
     python benchmarks/vllm_load.py --json benchmarks/vllm_load.json
 
 Arrivals are Poisson at shares of the server's capacity, which is measured first: the rate at which plain vLLM works off
-the same requests when all of them are waiting. The three modes run one after the other on the same server (the first,
-besides, on plain vLLM), with the same requests at the same times.
+the same requests when all of them are waiting. Plain vLLM computes everything; the other two are modes of the plug-in,
+one after the other on one server. All get the same requests at the same times.
 """
 
 from __future__ import annotations
@@ -87,7 +87,16 @@ def main(
             _run(asked, waiting, {})  # to warm up
         capacity = calibration_requests / max(answer.came_s[-1] - answer.asked_s for answer in _run(plain, waiting, {}))
         NEWS.print(f"capacity: {capacity:.2f} requests/s", highlight=False, soft_wrap=True)
-        points = []
+        about = {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "model": folder_of_model.name,
+            "prefix_tokens": prefix,
+            "capacity_requests_per_s": capacity,
+            "balanced_bytes_per_s": balanced,
+            "bandwidth_ratio": bandwidth_ratio,
+        }
+        points: list[dict[str, Any]] = []
         for share in loads:
             rate = share * capacity
             requests = plan(max(2, round(60 * minutes * rate)), rate)
@@ -95,7 +104,6 @@ def main(
             tokens_of: dict[str, list[list[int]]] = {}
             for name, asked, own in (
                 ("plain", plain, {}),
-                ("compute", server, {"mode": "compute"}),
                 ("load", server, {"mode": "load"}),
                 ("cake", server, {"mode": "auto"}),
             ):
@@ -110,19 +118,7 @@ def main(
             better = min(point[name]["mean_ttft_s"] for name in ("plain", "load"))
             point["mean_ttft_of_better"] = better / point["cake"]["mean_ttft_s"]
             points.append(point)
-    write_json(
-        json_file,
-        {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
-            "model": folder_of_model.name,
-            "prefix_tokens": prefix,
-            "capacity_requests_per_s": capacity,
-            "balanced_bytes_per_s": balanced,
-            "bandwidth_ratio": bandwidth_ratio,
-            "points": points,
-        },
-    )
+            write_json(json_file, {**about, "points": points})
 
 
 def _run(server: Server, requests: Sequence[Request], own: Mapping[str, str]) -> list[Answer]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -31,7 +32,8 @@ import typer
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_machine
 from cakekv.bench.picture import Line, bench_picture
-from cakekv.bench.valkey import VALKEY_PORT, ValkeyDatabase, valkey_behind
+from cakekv.bench.servers import VALKEY_PORT, valkey_behind
+from cakekv.bench.valkey import ValkeyDatabase
 from cakekv.bench.vllm.asking import Answer, Texts, ask
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.lmcache import LMCacheServer
@@ -107,9 +109,10 @@ def main(
     folder = model or demo_model()
     with ExitStack() as stack:
         link = stack.enter_context(ShapedLink())
-        socket_path = stack.enter_context(valkey_behind(link))
+        socket_path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "valkey.sock")
+        valkey = stack.enter_context(valkey_behind(link, socket_path))
         stores = {name: ValkeyDatabase(socket_path, number) for number, name in enumerate(STORING)}
-        url = f"redis://{link.far_address}:{VALKEY_PORT}/{STORING.index(CAKEKV)}?timeout=60s"
+        url = f"{valkey}/{STORING.index(CAKEKV)}?timeout=60s"
         lmcache = stack.enter_context(LMCacheServer(link.far_address, VALKEY_PORT, chunk_tokens, log))
         plug_in = {"store": url, "chunk_tokens": chunk_tokens, "layered_finish": layered_finish}
         servers = {
@@ -166,10 +169,9 @@ def main(
 def _measure(
     peers: Peers, prompt: list[int], prefix: int, ratio: float, stored_bytes: int, repeats: int
 ) -> dict[str, Any]:
-    """One bandwidth: a round to warm up, so that costs are known, then the measured ones."""
-    warm_up = peers.ask_all(prompt)
-    rounds = [peers.ask_all(prompt, number) for number in range(repeats)]
+    """One bandwidth: a round to warm up, so that costs are known, and to compare answers; then the measured ones."""
     shown = [answer.token_ids for answer, _ in peers.ask_all(prompt, tokens=SHOWN_TOKENS).values()]
+    rounds = [peers.ask_all(prompt, number) for number in range(repeats)]
     for answers in rounds:
         if answers[LMCACHE][1] < 0.99 * stored_bytes:
             raise CakeError(f"LMCache loaded {answers[LMCACHE][1]} of {stored_bytes} bytes: this is not a comparison")
@@ -179,7 +181,6 @@ def _measure(
         "prefix_tokens": prefix,
         "bandwidth_ratio": ratio,
         **medians,
-        **{f"{name}_first_time_s": warm_up[name][0].ttft_s for name in STORING},
         "cakekv_of_lmcache": medians["cakekv_s"] / medians["lmcache_s"],
         "cakekv_of_plain": medians["cakekv_s"] / medians["plain_s"],
         "identical": all(tokens == shown[0] for tokens in shown)

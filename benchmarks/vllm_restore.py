@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_restore.py --json out/bench_vllm.json --picture out/bench_vllm.png
 
-Bandwidths are multiples of the balanced one, at which loading the prefix takes as long as computing it. By default the
-store is a folder behind a link that is slowed down in software. With `--network` it is a Valkey server behind a link
-that the kernel slows down (Linux, as root); nothing in cakekv is slowed down then.
+Bandwidths are multiples of the balanced one, at which loading the prefix takes as long as computing it. The store is a
+Valkey server behind a link that the kernel slows down (Linux, as root, with iproute2); nothing in cakekv is slowed
+down. Where that cannot be had, or with `--link software`, it is a folder that is slowed down in software, and the
+results say so.
 
 Each time is what a client sees: from sending the request to the first token. Plain vLLM is a server of its own, beside
 the one with the plug-in; they are asked in turn. `bound_s` is the clairvoyant bound, from the spans and loads of runs
@@ -27,12 +28,13 @@ from cakekv.bench.bound import clairvoyant_bound
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_machine
 from cakekv.bench.picture import bench_picture
-from cakekv.bench.valkey import VALKEY_PORT, valkey_behind
+from cakekv.bench.servers import valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
 from cakekv.demo.model import demo_model
+from cakekv.errors import BadInput, CakeError
 from cakekv.restore.report import LoadRecord
 
 SHOWN_TOKENS = 32
@@ -45,15 +47,15 @@ def main(
     model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
     prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 4096,
     suffix: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 256,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
     step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
     ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 3,
     layered_finish: Annotated[
         bool, typer.Option("--layered-finish", help="Let the suffix wait in its layers.")
     ] = False,
-    network: Annotated[bool, typer.Option("--network", help="Valkey behind a link shaped by the kernel.")] = False,
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+    link_kind: Annotated[str, typer.Option("--link", help="network, software, or auto.")] = "auto",
+    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype float32",
 ) -> None:
     """Measure plain vLLM, loading only, and both."""
     wanted: list[float] = number_list(ratios, float, "ratios")
@@ -61,11 +63,8 @@ def main(
     options = {"chunk_tokens": chunk_tokens, "mode": "both", "layered_finish": layered_finish}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        link = stack.enter_context(ShapedLink()) if network else None
-        url = f"{folder}/store"
-        if link is not None:
-            stack.enter_context(valkey_behind(link))
-            url = f"redis://{link.far_address}:{VALKEY_PORT}?timeout=60s"
+        link = _link(stack, link_kind)
+        url = f"{stack.enter_context(valkey_behind(link))}?timeout=60s" if link else f"{folder}/store"
         log = json_file.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         folder_of_model = model or demo_model()
@@ -102,29 +101,39 @@ def main(
         bench_picture(points, picture)
 
 
+def _link(stack: ExitStack, kind: str) -> ShapedLink | None:
+    """A link in the kernel, or None for one in software."""
+    if kind not in ("auto", "network", "software"):
+        raise BadInput(f"--link is network, software or auto, not {kind}")
+    if kind == "software":
+        return None
+    try:
+        return stack.enter_context(ShapedLink())
+    except CakeError as error:
+        if kind == "network":
+            raise
+        NEWS.print(f"no link in the kernel ({error}); one in software instead", highlight=False, soft_wrap=True)
+        return None
+
+
 def _measure(
     plain: Server, server: Server, prompt: list[int], prefix: int, ratio: float, bandwidth: float, repeats: int
 ) -> dict[str, Any]:
-    """One bandwidth: a round to warm up, so that costs are known, then the measured ones."""
+    """One bandwidth: a round to warm up, so that costs are known, and to compare answers; then the measured ones."""
 
-    def once() -> dict[str, Answer]:
+    def once(tokens: int = 1) -> dict[str, Answer]:
         return {
-            "compute": ask(plain, prompt),
-            "load": ask(server, prompt, mode="load", report=True),
-            "both": ask(server, prompt, mode="both", report=True),
-            "compute_with_plug_in": ask(server, prompt, mode="compute", report=True),
+            "compute": ask(plain, prompt, tokens),
+            "load": ask(server, prompt, tokens, mode="load", report=True),
+            "both": ask(server, prompt, tokens, mode="both", report=True),
+            "compute_with_plug_in": ask(server, prompt, tokens, mode="compute", report=True),
         }
 
     cold_s = ask(server, prompt, mode="both").ttft_s
-    once()
+    shown = [answer.token_ids for answer in once(SHOWN_TOKENS).values()]
     rounds = [once() for _ in range(repeats)]
     times = {name: [answers[name].ttft_s for answers in rounds] for name in rounds[0]}
     times["bound"] = [_bound(answers, prefix) for answers in rounds]
-    shown = [
-        ask(plain, prompt, SHOWN_TOKENS).token_ids,
-        ask(server, prompt, SHOWN_TOKENS, mode="load").token_ids,
-        ask(server, prompt, SHOWN_TOKENS, mode="both").token_ids,
-    ]
     medians = {f"{name}_s": median(taken) for name, taken in times.items()}
     both = [answers["both"].report or {} for answers in rounds]
     return {

@@ -6,7 +6,8 @@ import pytest
 import redis
 
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.valkey import VALKEY_PORT, ValkeyDatabase, valkey_behind
+from cakekv.bench.servers import VALKEY_PORT, valkey_behind
+from cakekv.bench.valkey import ValkeyDatabase
 from cakekv.errors import CakeError
 
 
@@ -19,8 +20,9 @@ def link():
         pytest.skip(str(error))
 
 
-def test_what_a_database_holds(link):
-    with valkey_behind(link) as socket_path:
+def test_what_a_database_holds(link, tmp_path):
+    socket_path = tmp_path / "valkey.sock"
+    with valkey_behind(link, socket_path):
         databases = [ValkeyDatabase(socket_path, number) for number in (0, 1)]
         client = redis.Redis(link.far_address, VALKEY_PORT, db=1)
         client.mset({"a": bytes(5), "b": bytes(100_000)})

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import pytest
 
+from cakekv.bench.servers import seaweedfs_behind
+
 from . import servers
 
 
@@ -25,13 +27,11 @@ class Servers:
     @cached_property
     def s3(self) -> str:
         """The address of an S3 service with a bucket named "bucket"; credentials are in the environment from now on."""
-        port, _ = self._stack.enter_context(servers.seaweedfs(self._folder))
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("AWS_ACCESS_KEY_ID", servers.S3_USER)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", servers.S3_SECRET)
-        endpoint = f"http://127.0.0.1:{port}"
-        servers.make_bucket(endpoint)
-        return endpoint
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "")  # so that what the server sets is undone
+        url = self._stack.enter_context(seaweedfs_behind(folder=self._folder))
+        return url.partition("endpoint=")[2].partition("&")[0]
 
 
 @pytest.fixture(scope="session")

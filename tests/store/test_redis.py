@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import suppress
@@ -65,6 +66,41 @@ def test_large_chunks_come_in_slices(shared):
         store.write(key_of(0), data)
         assert read(store, key_of(0)) == data
         assert store.lookup([key_of(0)]) == [LARGE + 3]
+
+
+def test_a_chunk_is_one_request_however_it_is_read(shared):
+    client = redis.Redis(port=shared.valkey)
+    data = memoryview(os.urandom(LARGE + 3))
+    with RedisStore("127.0.0.1", shared.valkey, prefix="stream:") as store:
+        store.write(key_of(0), data)
+        buffer = memoryview(bytearray(len(data)))
+        for start, end, command in ((0, len(data), "get"), (5000, LARGE, "getrange")):
+            client.config_resetstat()
+            with store.open(key_of(0)) as reader:
+                reader.announce(start, end)
+                for offset in range(start, end, 300_000):
+                    reader.read_into(buffer[offset : min(offset + 300_000, end)], offset)
+            assert buffer[start:end] == data[start:end]
+            calls = client.info("commandstats")
+            assert calls[f"cmdstat_{command}"]["calls"] == 1
+            assert {"cmdstat_get", "cmdstat_getrange"} & set(calls) == {f"cmdstat_{command}"}
+
+
+def test_a_read_that_is_given_up_leaves_nothing_for_the_next(shared):
+    with RedisStore("127.0.0.1", shared.valkey, prefix="given up:") as store:
+        data = memoryview(os.urandom(LARGE))
+        store.write(key_of(0), data)
+        for leave in (0, 1, 4096, 1 << 20):
+            with store.open(key_of(0)) as reader:
+                reader.announce(0, LARGE)
+                assert reader.read_into(memoryview(bytearray(leave)), 0) == leave
+            assert read(store, key_of(0)) == data
+        with store.open(key_of(0)) as reader:  # elsewhere than was announced
+            reader.announce(0, LARGE)
+            for offset in (0, 4096, 10, 2 << 20):
+                piece = memoryview(bytearray(5000))
+                assert reader.read_into(piece, offset) == 5000
+                assert piece == data[offset : offset + 5000]
 
 
 def test_a_read_does_not_go_through_redis_py(shared, monkeypatch):
@@ -217,7 +253,7 @@ def test_a_server_that_stops_answering(server):
 def test_an_answer_that_trickles_does_not_take_forever():
     def trickle(connection):
         while request := connection.recv(1 << 16):
-            if b"GETRANGE" in request:
+            if b"\r\nGET\r\n" in request:
                 connection.sendall(b"$1000\r\n")
                 for _ in range(1000):
                     connection.sendall(b"x")
@@ -237,7 +273,7 @@ def test_an_answer_that_trickles_does_not_take_forever():
 def test_a_server_killed_in_mid_answer(shared):
     def die(connection):
         while request := connection.recv(1 << 16):
-            if b"GETRANGE" in request:
+            if b"\r\nGET\r\n" in request:
                 connection.sendall(b"$1000\r\nhalf")
                 connection.close()
                 return

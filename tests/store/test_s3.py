@@ -5,6 +5,7 @@ from __future__ import annotations
 import obstore
 import pytest
 
+from cakekv.bench.servers import S3_SECRET, S3_USER
 from cakekv.errors import BadInput, MissingChunk, StoreError
 from cakekv.store import s3
 from cakekv.store.opening import open_store
@@ -34,7 +35,7 @@ def requests(connection):
 
 @pytest.fixture
 def credentials(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.S3_USER)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_USER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
 
 
@@ -147,7 +148,7 @@ def test_credentials_from_a_file(shared, monkeypatch, tmp_path):
     file = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
     monkeypatch.setenv("AWS_PROFILE", "kv")
-    file.write_text(f"[kv]\naws_access_key_id = {servers.S3_USER}\naws_secret_access_key={servers.S3_SECRET}\nx=y\n")
+    file.write_text(f"[kv]\naws_access_key_id = {S3_USER}\naws_secret_access_key={S3_SECRET}\nx=y\n")
     with open_s3("bucket", "file", endpoint=shared.s3, http=True) as store:
         assert list(store) == []
     file.write_text("hush\n[")

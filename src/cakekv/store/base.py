@@ -37,6 +37,9 @@ class ChunkReader(ABC):
     slice_bytes: int
     """How much to ask for at a time, so that an abandoned read stops soon; at least 4096."""
 
+    def announce(self, start: int, end: int) -> None:  # noqa: B027 - fetching ahead is optional
+        """Bytes `start` to `end` of the chunk are read next, in order, so that the tier may fetch ahead."""
+
     @abstractmethod
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` on.

@@ -119,6 +119,10 @@ class _EncryptedReader(ChunkReader):
             inner.read_into(self._tags, 0)
         self._kept: tuple[int, memoryview] | None = None
 
+    def announce(self, start: int, end: int) -> None:
+        first, last = start // self._block_bytes, -(-end // self._block_bytes)
+        self._inner.announce(*(self._start + min(block * self._block_bytes, self.size) for block in (first, last)))
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         end = min(offset + len(buffer), self.size)
         done = offset

@@ -177,6 +177,9 @@ class _FaultyReader(ChunkReader):
         self._key = key
         self._inner = inner
 
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         fault = self._store.suffer("read", bytes(self._key))
         if fault == "vanish":

@@ -172,6 +172,9 @@ class _MemberReader(ChunkReader):
         self._member = member
         self._inner = inner
 
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         return self._member.attempt(lambda _: self._inner.read_into(buffer, offset))
 

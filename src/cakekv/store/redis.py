@@ -1,12 +1,11 @@
 """The Redis tier: chunks in a Redis or Valkey server, or a cluster of them, shared by everyone who can reach it.
 
-    {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GETRANGE
+    {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GET or GETRANGE
     {prefix}identities  a hash: whose chunks these are
 
 How much is kept, and what goes first, is the server's business (`maxmemory`, `maxmemory-policy`).
 
-redis-py connects, authenticates and pools. The bytes of a chunk are received by this file, straight into the buffer
-they are wanted in: redis-py's own replies are copied several times, at a fifth of the speed.
+redis-py connects, authenticates and pools; the bytes of chunks are received by `redis_reader`.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.identities import decode_note, encode_note, is_root
+from cakekv.store.redis_reader import SLICE_BYTES, RedisReader
 from cakekv.store.sizes import FoundSizes
 
 DEFAULT_PORT = 6379
 TIMEOUT_S = 5.0
-_SLICE_BYTES = 1 << 20
 _BATCH = 1000
 """Chunks per round trip when all are listed."""
 
@@ -96,10 +95,10 @@ class RedisStore(Store):
             raise BadInput("a Redis store's timeout is more than 0 s, and its ttl, if any, at least 1 ms")
         if cluster and database:
             raise BadInput(f"a Redis cluster has no database but 0, not {database}")
-        self._where = f"redis{'s' if tls else ''}://{host}:{port}" + (f"/{database}" if database else "")
+        self.where = f"redis{'s' if tls else ''}://{host}:{port}" + (f"/{database}" if database else "")
         self._prefix = prefix
         self._ttl_ms = None if ttl_s is None else int(ttl_s * 1000)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         options: dict[str, Any] = {
             "host": host,
             "port": port,
@@ -115,30 +114,30 @@ class RedisStore(Store):
         self._is_cluster = cluster
         self._found = FoundSizes()
         self._client: Any
-        with self._explained("open the store"):
+        with self.explained("open the store"):
             self._client = RedisCluster(**options) if cluster else redis.Redis(db=database, **options)
             self._client.ping()
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        with self._explained("look for chunks"):
-            sizes = [size or None for size in self._sizes([self._name(key) for key in keys])]
+        with self.explained("look for chunks"):
+            sizes = [size or None for size in self._sizes([self.name_of(key) for key in keys])]
         self._found.note(keys, sizes)
         return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
         size = self._found.take(key)
         if size is None:
-            with self._explained(f"open chunk {key.short}…"):
-                size = self._client.strlen(self._name(key))
+            with self.explained(f"open chunk {key.short}…"):
+                size = self._client.strlen(self.name_of(key))
         if not size:
-            raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
-        return _RedisReader(self, key, size)
+            raise MissingChunk(f"chunk {key.short}… is not in {self.where}")
+        return RedisReader(self, key, size)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
         expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
-        with self._explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
-            name = self._name(key)
+        with self.explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
+            name = self.name_of(key)
             try:
                 with self._connection(name) as connection:
                     packed = connection.pack_command("SET", name, data, *expiry)
@@ -152,16 +151,16 @@ class RedisStore(Store):
         if not keys:
             return 0
         self._found.forget(keys)
-        with self._explained("delete chunks"), self._client.pipeline(transaction=False) as pipeline:
+        with self.explained("delete chunks"), self._client.pipeline(transaction=False) as pipeline:
             for key in keys:
-                pipeline.unlink(self._name(key))
+                pipeline.unlink(self.name_of(key))
             return sum(pipeline.execute())
 
     def __iter__(self) -> Iterator[StoredChunk]:
         """See `Store`; `used_at` is 0 where the server's eviction policy keeps no such time."""
-        with self._explained("list the chunks"):
+        with self.explained("list the chunks"):
             for keys in self._scan():
-                names = [self._name(key) for key in keys]
+                names = [self.name_of(key) for key in keys]
                 with self._client.pipeline(transaction=False) as pipeline:
                     for name in names:
                         pipeline.object("IDLETIME", name)
@@ -172,10 +171,10 @@ class RedisStore(Store):
                         yield StoredChunk(key, size, now - idle_s if isinstance(idle_s, int) else 0.0)
 
     def stats(self) -> StoreStats:
-        with self._explained("count the chunks"):
+        with self.explained("count the chunks"):
             chunks = size = 0
             for keys in self._scan():
-                sizes = [size for size in self._sizes([self._name(key) for key in keys]) if size]
+                sizes = [size for size in self._sizes([self.name_of(key) for key in keys]) if size]
                 chunks += len(sizes)
                 size += sum(sizes)
             return StoreStats(chunks, size, None)
@@ -183,13 +182,13 @@ class RedisStore(Store):
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
         note = encode_note(root, fields)
-        with self._explained("note an identity"):
+        with self.explained("note an identity"):
             self._client.hset(f"{self._prefix}identities", root, note)
 
     def identities(self) -> dict[str, dict[str, str]]:
         """See `Store`; notes that are damaged are left out."""
         found = {}
-        with self._explained("read the identities"):
+        with self.explained("read the identities"):
             for name, note in self._client.hscan_iter(f"{self._prefix}identities"):
                 root, fields = name.decode(errors="replace"), decode_note(note)
                 if fields is not None and is_root(root):
@@ -201,22 +200,20 @@ class RedisStore(Store):
         if not self._is_cluster:
             self._client.connection_pool.disconnect()
 
-    def read_range(self, key: ChunkKey, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` with a chunk's bytes from `offset` on; raises `MissingChunk` if they are not there any more."""
-        name, end = self._name(key), offset + len(buffer) - 1
-        with self._explained(f"read chunk {key.short}…"):
-            with self._connection(name) as connection:
-                connection.send_command("GETRANGE", name, offset, end)
-                received = _receive(connection, buffer, time.monotonic() + self._timeout_s)
-                if not received:  # another answer: redis-py knows what it means
-                    connection.disconnect()
-            if not received:
-                data = self._client.getrange(name, offset, end)
-                if len(data) != len(buffer):
-                    raise MissingChunk(f"chunk {key.short}… was evicted from {self._where}, or replaced, meanwhile")
-                buffer[:] = data
+    def getrange(self, name: str, start: int, end: int) -> bytes:
+        """What redis-py answers to a GETRANGE; `end` is the last byte's."""
+        data: bytes = self._client.getrange(name, start, end)
+        return data
 
-    def _name(self, key: ChunkKey) -> str:
+    def pool_of(self, name: str) -> Any:
+        """The connections to the server that holds `name`."""
+        client = self._client
+        if self._is_cluster:
+            client = client.get_redis_connection(client.get_node_from_key(name))
+        return client.connection_pool
+
+    def name_of(self, key: ChunkKey) -> str:
+        """What a chunk is called in the server."""
         return f"{self._prefix}chunk:{key.hex()}"
 
     def _sizes(self, names: Sequence[str]) -> list[int]:
@@ -249,10 +246,8 @@ class RedisStore(Store):
     @contextmanager
     def _connection(self, name: str) -> Iterator[Any]:
         """A pooled connection to the server that holds `name`; unless the block ends well, it is not used again."""
-        client = self._client
-        if self._is_cluster:
-            client = client.get_redis_connection(client.get_node_from_key(name))
-        connection = client.connection_pool.get_connection()
+        pool = self.pool_of(name)
+        connection = pool.get_connection()
         try:
             yield connection
         except exceptions.ResponseError:
@@ -261,17 +256,17 @@ class RedisStore(Store):
             connection.disconnect()
             raise
         finally:
-            client.connection_pool.release(connection)
+            pool.release(connection)
 
     @contextmanager
-    def _explained(self, action: str) -> Iterator[None]:
+    def explained(self, action: str) -> Iterator[None]:
         """Turn an error of redis-py or the system into the store's own."""
         try:
             yield
         except (exceptions.RedisError, OSError) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
             reason = str(error).rstrip(".") or type(error).__name__
-            raise kind(f"cannot {action} in {self._where}: {reason}. {advice}") from error
+            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error
 
 
 _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
@@ -302,50 +297,8 @@ _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str
 """What to say of an error: the first line that fits."""
 
 
-class _RedisReader(ChunkReader):
-    slice_bytes = _SLICE_BYTES
-
-    def __init__(self, store: RedisStore, key: ChunkKey, size: int) -> None:
-        self.size = size
-        self._store = store
-        self._key = key
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        wanted = max(0, min(len(buffer), self.size - offset))
-        for start in range(0, wanted, _SLICE_BYTES):
-            part = buffer[start : min(start + _SLICE_BYTES, wanted)]
-            self._store.read_range(self._key, part, offset + start)
-        return wanted
-
-
-def _receive(connection: Any, buffer: memoryview, deadline: float) -> bool:
-    """Receive the answer to a GETRANGE into `buffer`. False if it is another answer than that many bytes."""
-    stream = connection._sock  # redis-py has no public way to it
-    expected = b"$%d\r\n" % len(buffer)
-    head = memoryview(bytearray(len(expected)))
-    done = 0
-    while done < len(head):
-        done += _receive_some(stream, head[done:], deadline)
-        if not expected.startswith(head[:done]):
-            return False
-    for part in (buffer, memoryview(bytearray(2))):
-        done = 0
-        while done < len(part):
-            done += _receive_some(stream, part[done:], deadline)
-    return True
-
-
-def _receive_some(stream: Any, buffer: memoryview, deadline: float) -> int:
-    count: int = stream.recv_into(buffer)
-    if not count:
-        raise exceptions.ConnectionError("the server closed the connection in mid-answer")
-    if time.monotonic() > deadline:
-        raise exceptions.TimeoutError("the answer is too slow")
-    return count
-
-
 def _sliced(parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:
     for part in parts:
         view = memoryview(part)
-        for start in range(0, len(view), _SLICE_BYTES):
-            yield view[start : start + _SLICE_BYTES]
+        for start in range(0, len(view), SLICE_BYTES):
+            yield view[start : start + SLICE_BYTES]

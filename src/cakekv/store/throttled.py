@@ -108,6 +108,9 @@ class _ThrottledReader(ChunkReader):
         self._inner = inner
         self._requested = False
 
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         if not self._requested:
             self._requested = True

@@ -215,6 +215,9 @@ class _PromotingReader(ChunkReader):
         self._copiers = copiers
         self._data = bytearray()
 
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         count = self._inner.read_into(buffer, offset)
         if offset == len(self._data):

@@ -47,7 +47,7 @@ def fill(
     """
     ask(server, warm_up, save=False)
     for prompt in prompts:
-        ask(server, prompt)
+        ask(server, prompt[: prefix + 1])
     wait_saved(server, len(prompts) * (prefix // chunk_tokens))
     with open_store(url) as store:
         held = store.stats()

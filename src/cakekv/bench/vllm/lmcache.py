@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cakekv.bench.vllm.server import free_port
+from cakekv.bench.servers import free_port
 from cakekv.errors import CakeError
 
 _START_S, _STOP_S, _FORGET_S = 120.0, 15.0, 30.0

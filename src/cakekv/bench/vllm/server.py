@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from cakekv.bench.servers import free_port
 from cakekv.cli.vllm_args import option_words
 from cakekv.errors import CakeError
 
@@ -31,13 +31,6 @@ _EQUAL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
 leaves none. Servers that are compared must compute on the same number."""
 NAME = "model"
 """What the model is called in requests."""
-
-
-def free_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def serve_command() -> list[str]:
