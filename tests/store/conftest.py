@@ -25,6 +25,15 @@ class Servers:
         return self._stack.enter_context(servers.valkey(self._folder))[0]
 
     @cached_property
+    def mooncake(self) -> servers.Mooncake:
+        """A Mooncake Store, with a client that stays, since to open and close one takes a second."""
+        from cakekv.store.mooncake import MooncakeStore
+
+        pool = self._stack.enter_context(servers.mooncake(self._folder))
+        self._stack.enter_context(MooncakeStore("127.0.0.1", pool.port))
+        return pool
+
+    @cached_property
     def s3(self) -> str:
         """The address of an S3 service with a bucket named "bucket"; credentials are in the environment from now on."""
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())

@@ -7,6 +7,8 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
 
 
 def free_port() -> int:
@@ -48,6 +50,34 @@ def valkey(folder, *options, port=None):
     command = [get_binary_path(), "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", folder, *options]
     with process(list(map(str, command)), port) as server:
         yield port, server
+
+
+class Mooncake(NamedTuple):
+    """A Mooncake Store: its master, and a node with memory."""
+
+    port: int
+    admin_port: int
+    master: subprocess.Popen
+    node: subprocess.Popen
+
+
+@contextmanager
+def mooncake(folder, memory="256 MB", port=None):
+    """Yields a pool of that much memory."""
+    import mooncake
+
+    programs = Path(mooncake.__file__).parent
+    port, admin_port, node_port = port or free_port(), free_port(), free_port()
+    master = [programs / "mooncake_master", f"--rpc_port={port}", f"--metrics_port={admin_port}"]
+    master += ["--rpc_address=127.0.0.1", "--metrics_host=127.0.0.1", "--enable_metric_reporting=false"]
+    node = [programs / "mooncake_client", f"--master_server_address=127.0.0.1:{port}", f"--port={node_port}"]
+    node += ["--host=127.0.0.1", "--metadata_server=P2PHANDSHAKE", f"--global_segment_size={memory}"]
+    logging = ["--logtostderr", "--minloglevel=2"]  # nobody reads what they say, so they must not say much
+    with (
+        process([*map(str, master), *logging], port, cwd=folder) as master,
+        process([*map(str, node), *logging], node_port, cwd=folder) as node,
+    ):
+        yield Mooncake(port, admin_port, master, node)
 
 
 @contextmanager

@@ -51,6 +51,14 @@ def open_redis(folder, capacity, shared):
     return RedisStore("127.0.0.1", shared.valkey, prefix=f"{folder}:[a-z]*\\:")
 
 
+def open_mooncake(folder, capacity, shared):
+    pytest.importorskip("mooncake.store", reason="Mooncake's client is not there, or not for this system")
+    from cakekv.store.mooncake import MooncakeStore
+
+    pool = shared.mooncake
+    return MooncakeStore("127.0.0.1", pool.port, admin_port=pool.admin_port, prefix=f"{folder}:[a-z]*\\:")
+
+
 def open_bucket(folder, capacity, shared):
     return open_s3("bucket", f"{folder}/100% {folder.name}", endpoint=shared.s3, http=True)
 
@@ -77,6 +85,7 @@ TIERS = {
         seals=True,
     ),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
+    "mooncake": Case(open_mooncake, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),
 }
 BOUNDED = [name for name, case in TIERS.items() if case.bounded]

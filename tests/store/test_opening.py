@@ -52,7 +52,7 @@ def test_a_link():
         ("?capacity=1GB", "neither a path nor"),
         ("memory:", "neither a path nor"),
         ("file:/x", "neither a path nor"),
-        ("ftp://host", "unknown kind of store 'ftp'.*there are az, file, gs, memory, redis"),
+        ("ftp://host", "unknown kind of store 'ftp'.*there are az, file, gs, memory, mooncake, redis"),
         ("memory://host", "has no place"),
         ("file://relative/path", "not absolute"),
         ("file://", "not absolute"),

@@ -31,11 +31,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def valkey_behind(link: ShapedLink | None = None) -> Iterator[str]:
-    """A Valkey or Redis server, in memory only, on a link's far side or this machine's loopback; yields its URL."""
+def valkey_behind(link: ShapedLink | None = None, socket_path: Path | None = None) -> Iterator[str]:
+    """A Valkey or Redis server, in memory only, on a link's far side or this machine's loopback; yields its URL.
+
+    It also listens on a socket at `socket_path`: what is asked there does not pass the link.
+    """
     address, port = (link.far_address, VALKEY_PORT) if link else ("127.0.0.1", free_port())
     with tempfile.TemporaryDirectory() as folder:
         options = ["--bind", address, "--port", str(port), "--save", "", "--dir", folder, "--protected-mode", "no"]
+        options += ["--unixsocket", str(socket_path)] if socket_path else []
         with _running([_valkey_command(), *options], address, port, link):
             yield f"redis://{address}:{port}"
 

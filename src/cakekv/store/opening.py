@@ -108,6 +108,20 @@ def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
     )
 
 
+def _open_mooncake(location: str, **options: Any) -> Store:
+    try:
+        place = urlsplit(f"mooncake://{location}")
+        port = place.port
+    except ValueError:
+        place = urlsplit("")
+    if not place.hostname or place.path or place.username or place.password:
+        raise BadInput("write a Mooncake store as mooncake://HOST or mooncake://HOST:PORT, its master's")
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # its client tells all it does on standard error otherwise
+    with _extra("mooncake"):
+        from cakekv.store.mooncake import DEFAULT_PORT, MooncakeStore
+    return MooncakeStore(place.hostname, port or DEFAULT_PORT, **_renamed(options))
+
+
 def _open_bucket(location: str, *, scheme: str, **options: Any) -> Store:
     bucket, _, prefix = unquote(location).partition("/")
     if not bucket or "@" in location:
@@ -133,6 +147,14 @@ _REDIS: Options = {
     "ttl": parse_duration,
     "timeout": parse_duration,
 }
+_MOONCAKE: Options = {
+    "admin_port": parse_count,
+    "metadata": str,
+    "protocol": str,
+    "device": str,
+    "prefix": str,
+    "timeout": parse_duration,
+}
 _S3: Options = {
     "endpoint": str,
     "region": str,
@@ -151,6 +173,7 @@ TIERS: dict[str, Tier] = {
     "valkey": Tier(_open_redis, _REDIS),
     "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "tiered": Tier(_open_tiered, {}),
+    "mooncake": Tier(_open_mooncake, _MOONCAKE),
     "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
     "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
     "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from cakekv.bench.servers import free_port
 from cakekv.cli.vllm_args import option_words
 from cakekv.errors import CakeError
 
@@ -76,9 +76,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = [*serve_command(), str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, *self.arguments]
         command += [] if self.plug_in is None else option_words(dict(self.plug_in))

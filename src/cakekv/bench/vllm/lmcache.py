@@ -1,0 +1,139 @@
+"""LMCache's server as a process of its own, and what makes a vLLM use it: a peer to compare with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cakekv.bench.servers import free_port
+from cakekv.errors import CakeError
+
+_START_S, _STOP_S, _FORGET_S = 120.0, 15.0, 30.0
+_QUIET = {"LMCACHE_TRACK_USAGE": "false"}
+
+
+@dataclass
+class LMCacheServer:
+    """`lmcache server` over a Redis or Valkey server, started by `with` and stopped at its end.
+
+    The way in which LMCache 0.5 works on CPUs: a process beside vLLM with a tier in RAM, and a remote tier behind it.
+
+    Parameters
+    ----------
+    host, port : str, int
+        The Redis or Valkey server.
+    chunk_tokens : int
+        Tokens per chunk.
+    log : Path
+        Where its output goes.
+    ram_gb : int
+        Size of its tier in RAM.
+
+    Raises
+    ------
+    CakeError
+        From `with`: it is not installed, ended, or did not answer in time.
+    """
+
+    host: str
+    port: int
+    chunk_tokens: int
+    log: Path
+    ram_gb: int = 2
+
+    def __enter__(self) -> Self:
+        self._port, self._http_port = free_port(), free_port()
+        remote = {"type": "resp", "host": self.host, "port": self.port}
+        command = [_command(), "server", "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--http-port", str(self._http_port), "--chunk-size", str(self.chunk_tokens)]
+        command += ["--l1-size-gb", str(self.ram_gb), "--eviction-policy", "LRU", "--disable-observability"]
+        command += ["--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(remote)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **_QUIET}, start_new_session=True
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def vllm_arguments(self) -> Sequence[str]:
+        """The words to append to `vllm serve`."""
+        where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self._port}
+        transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": where}
+        return ["--kv-transfer-config", json.dumps(transfer)]
+
+    def forget(self) -> None:
+        """Empty the tier in RAM; what is in the remote tier stays.
+
+        Raises
+        ------
+        CakeError
+            Something stays in it, for instance because a request is still being served.
+        """
+        give_up_at = time.monotonic() + _FORGET_S
+        while True:
+            self._call("/cache/clear", {"tier": "l1", "force": False})
+            held = self._call("/status")["storage_manager"]["l1_manager"]["total_object_count"]
+            if not held:
+                return
+            if time.monotonic() > give_up_at:
+                raise CakeError(f"LMCache still holds {held} chunks in RAM {_FORGET_S:.0f} s later; see {self.log}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End the server, and whatever is left of it by force."""
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._http_port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.loads(response.read())
+
+    def _wait_until_healthy(self) -> None:
+        give_up_at = time.monotonic() + _START_S
+        while time.monotonic() < give_up_at and self._process.poll() is None:
+            with suppress(urllib.error.URLError, OSError):
+                self._call("/healthcheck")
+                return
+            time.sleep(0.25)
+        raise CakeError(f"LMCache's server did not start; see {self.log}")
+
+
+def _command() -> str:
+    beside = Path(sys.executable).with_name("lmcache")
+    if beside.exists():
+        return str(beside)
+    if found := shutil.which("lmcache"):
+        return found
+    raise CakeError("LMCache is not installed in this environment: make install-peers")
