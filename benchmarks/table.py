@@ -1,70 +1,204 @@
-"""Put the measurements of bench.json into README.md: `python benchmarks/table.py`, after `make bench`.
+"""Put measurements into the documentation: `python benchmarks/table.py`, after something was measured.
 
-With --check nothing is written; exit code 1 says that the two disagree.
+Each table stands between two lines, `<!-- NAME table -->` and `<!-- /NAME table -->`, and is made from a JSON file
+beside this program. With --check nothing is written; exit code 1 says that a document and its measurements disagree.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+import typer
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- bench table -->\n", "<!-- /bench table -->"
 
 
-def table(bench: dict[str, Any]) -> str:
-    """The points of a bench as a table in Markdown: a row per prefix, a column per bandwidth."""
-    points = {(point["prefix_tokens"], point["bandwidth_ratio"]): point for point in bench["points"]}
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; all columns but the first to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def bench(data: dict[str, Any]) -> str:
+    """A row per prefix, a column per bandwidth."""
+    points = {(point["prefix_tokens"], point["bandwidth_ratio"]): point for point in data["points"]}
     prefixes, ratios = (sorted(set(values)) for values in zip(*points, strict=True))
+
+    def cell(point: dict[str, Any] | None) -> str:
+        return f"{point['both_of_better']:.2f}× · {point['both_of_bound']:.0%}" if point else ""
+
+    rows = [[f"{prefix:,}", *(cell(points.get((prefix, ratio))) for ratio in ratios)] for prefix in prefixes]
+    shape = f"; suffix of {data['suffix_tokens']} tokens, chunks of {data['chunk_tokens']}"
+    return markdown(["prefix", *(f"{ratio:g}×" for ratio in ratios)], rows) + measured(data, shape)
+
+
+def bench_vllm(data: dict[str, Any]) -> str:
+    """A row per bandwidth."""
+    head = ["bandwidth", "vLLM alone", "loading only", "both", "of the bound", "same answer"]
     rows = [
-        ["prefix", *(f"{ratio:g}×" for ratio in ratios)],
-        ["---:"] * (1 + len(ratios)),
-        *([f"{prefix:,}", *(cell(points.get((prefix, ratio))) for ratio in ratios)] for prefix in prefixes),
-    ]
-    machine = bench["machine"]
-    return "\n".join(
         [
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-            f"Measured by `{bench['command']}` on {machine['processor']}, {machine['cores']} cores, "
-            f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; "
-            f"suffix of {bench['suffix_tokens']} tokens, chunks of {bench['chunk_tokens']}.",
+            f"{point['bandwidth_ratio']:g}×",
+            *(f"{point[f'{name}_s']:.1f} s" for name in ("compute", "load", "both")),
+            f"{point['both_of_bound']:.0%}",
+            "yes" if point["identical"] else "no",
         ]
+        for point in data["points"]
+    ]
+    return markdown(head, rows) + measured(
+        data,
+        f"; {data['prefix_tokens']:,} stored tokens and {data['suffix_tokens']} behind them, chunks of "
+        f"{data['chunk_tokens']}, {data['link']}",
     )
 
 
-def cell(point: dict[str, Any] | None) -> str:
-    """How much faster both arms are than the better one, and how near the bound; empty for what was not measured."""
-    return f"{point['both_of_better']:.2f}× · {point['both_of_bound']:.0%}" if point else ""
+def bench_peers(data: dict[str, Any]) -> str:
+    """A row per bandwidth."""
+    head = ["bandwidth", "vLLM", "vLLM + LMCache", "vLLM + cakekv"]
+    rows = [
+        [f"{point['bandwidth_ratio']:g}×", *(f"{point[f'{name}_s']:.1f} s" for name in ("plain", "lmcache", "cakekv"))]
+        for point in data["points"]
+    ]
+    return markdown(head, rows) + measured(data)
 
 
-def main() -> None:
-    """Rewrite the README, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README and JSON disagree")
-    parser.add_argument("--json", type=Path, default=HERE / "bench.json", help="what `cakekv bench` wrote")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
-    arguments = parser.parse_args()
-    try:
-        bench = json.loads(arguments.json.read_text())
-    except FileNotFoundError:
-        sys.exit(f"there is no {arguments.json}: run `make bench` first")
-    if not bench["points"]:
-        sys.exit(f"{arguments.json} has no points: the bench was interrupted; run `make bench` again")
-    text = arguments.readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"{arguments.readme} must have one line {BEGIN.strip()} and one line {END}")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    fresh = f"{before}{BEGIN}{table(bench)}\n{END}{after}"
-    if not arguments.check:
-        arguments.readme.write_text(fresh)
-    elif fresh != text:
-        sys.exit(f"{arguments.readme} does not show what {arguments.json} says: run `python benchmarks/table.py`")
+def vllm_burst(data: dict[str, Any]) -> str:
+    """A row per system."""
+    names = {
+        "burst_alone": "vLLM, the burst alone",
+        "default": "vLLM",
+        "load": "plug-in, loading only",
+        "cake": "plug-in",
+    }
+    rows = [
+        [
+            title,
+            f"{data['results'][name]['all_done_s']:.1f} s",
+            f"{data['results'][name]['burst_mean_ttft_s']:.1f} s",
+            f"{data['results'][name]['long_ttft_s']:.1f} s" if "long_ttft_s" in data["results"][name] else "",
+        ]
+        for name, title in names.items()
+    ]
+    return markdown(["", "all are done", "burst's mean TTFT", "long one's TTFT"], rows) + measured(data)
+
+
+def vllm_load(data: dict[str, Any]) -> str:
+    """A row per load and system."""
+    head = ["load, of capacity", "", "mean TTFT", "99th percentile", "99th percentile between tokens", "tokens/s"]
+    rows = [
+        [
+            f"{point['share_of_capacity']:g}",
+            title,
+            *(f"{point[name][key]:.2f} s" for key in ("mean_ttft_s", "p99_ttft_s", "p99_gap_s")),
+            f"{point[name]['tokens_per_s']:.1f}",
+        ]
+        for point in data["points"]
+        for name, title in (("plain", "vLLM"), ("load", "loading only"), ("cake", "both"))
+    ]
+    return markdown(head, rows) + measured(data)
+
+
+def vllm_overhead(data: dict[str, Any]) -> str:
+    """A row per kind of step."""
+    rows = [
+        [
+            row["step"],
+            f"{1000 * row['plain_s']:.1f} ms",
+            f"{1000 * row['with_plug_in_s']:.1f} ms",
+            f"{row['ratio']:.3f}",
+        ]
+        for row in data["steps"]
+    ]
+    return markdown(["step", "vLLM", "with the plug-in", "ratio"], rows) + measured(data)
+
+
+def tiers(data: dict[str, Any]) -> str:
+    """A row per tier."""
+    rows = [
+        [
+            name,
+            *(f"{1e-9 * tier[f'{who}_bytes_per_s']:.2f} GB/s" for who in ("cakekv", "other")),
+            f"{tier['share']:.2f}",
+            tier["other"],
+        ]
+        for name, tier in data["tiers"].items()
+    ]
+    return markdown(["tier", "cakekv", "the other", "share", "the other is"], rows) + measured(data)
+
+
+def quality(data: dict[str, Any]) -> str:
+    """A row per recipe."""
+    columns = {
+        "bytes_per_token": ",.0f",
+        "ratio": ".2f",
+        "agreement": ".3f",
+        "kl": ".4f",
+        "retrieval": ".2f",
+        "encode_gbps": ".2f",
+        "decode_gbps": ".2f",
+    }
+
+    def cell(one: dict[str, Any], name: str, form: str) -> str:
+        low, high = one["intervals"].get(name, (None, None))
+        interval = f" ({low:{form}}–{high:{form}})" if name in ("agreement", "kl", "retrieval") else ""
+        return f"{one[name]:{form}}{interval}"
+
+    rows = [
+        [f"`{one['recipe']}`", *(cell(one, name, form) for name, form in columns.items())] for one in data["recipes"]
+    ]
+    titles = ["bytes per token", "smaller by", "agreement", "KL, nats", "retrieval", "encode GB/s", "decode GB/s"]
+    documents = f"; {len(data['recipes'][0]['documents'])} documents of {data['context_tokens']:,} tokens"
+    return markdown(["recipe", *titles], rows) + measured(data, documents)
+
+
+def measured(data: dict[str, Any], more: str = "") -> str:
+    """How, and on what."""
+    machine = data["machine"]
+    return (
+        f"\n\nMeasured by `{data['command']}` on {machine['processor']}, {machine['cores']} cores, "
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}{more}."
+    )
+
+
+class Table(NamedTuple):
+    """Where a table is, and what it shows."""
+
+    document: str
+    make: Callable[[dict[str, Any]], str]
+
+
+TABLES = {
+    "bench": Table("README.md", bench),
+    "bench_vllm": Table("README.md", bench_vllm),
+    "bench_peers": Table("README.md", bench_peers),
+    "vllm_burst": Table("docs/vllm.md", vllm_burst),
+    "vllm_load": Table("docs/vllm.md", vllm_load),
+    "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
+    "tiers": Table("docs/stores.md", tiers),
+    "quality": Table("docs/codecs.md", quality),
+}
+"""By the name of the JSON file and of the lines around the table."""
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if documents and JSON disagree.")] = False,
+) -> None:
+    """Rewrite the tables, or check them."""
+    for name, (document, make) in TABLES.items():
+        data, file = json.loads((HERE / f"{name}.json").read_text()), HERE.parent / document
+        text, begin, end = file.read_text(), f"<!-- {name} table -->\n", f"<!-- /{name} table -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            sys.exit(f"{document} must have one line {begin.strip()} and one line {end}")
+        before, _, rest = text.partition(begin)
+        fresh = f"{before}{begin}{make(data)}\n{end}{rest.partition(end)[2]}"
+        if not check:
+            file.write_text(fresh)
+        elif fresh != text:
+            sys.exit(f"{document} does not show what benchmarks/{name}.json says: run `python benchmarks/table.py`")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
