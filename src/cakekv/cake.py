@@ -118,6 +118,14 @@ class Cake:
             )
         if not deadline_s > 0:
             raise BadInput(f"deadline_s is more than 0 s, not {deadline_s}")
+        self.codec = codec_named(codec) if isinstance(codec, str) else codec
+        if not ttft_target_s >= 0:
+            raise BadInput(f"ttft_target_s is a number of seconds from 0 on, not {ttft_target_s}")
+        if not 1 <= quality_floor <= self.codec.parts_read:
+            raise BadInput(
+                f"quality_floor is {quality_floor}, but of codec {self.codec.name} 1 to {self.codec.parts_read} parts "
+                "are read"
+            )
         self.engine = engine
         self.tokenizer = tokenizer
         given = [store] if isinstance(store, Store | str) else list(store or ())
@@ -129,14 +137,6 @@ class Cake:
         self.layered_finish = layered_finish
         self.ttft_target_s = ttft_target_s
         self.quality_floor = quality_floor
-        self.codec = codec_named(codec) if isinstance(codec, str) else codec
-        if not ttft_target_s >= 0:
-            raise BadInput(f"ttft_target_s is a number of seconds from 0 on, not {ttft_target_s}")
-        if not 1 <= quality_floor <= self.codec.parts_read:
-            raise BadInput(
-                f"quality_floor is {quality_floor}, but of codec {self.codec.name} 1 to {self.codec.parts_read} parts "
-                "are read"
-            )
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
         self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype)
