@@ -108,11 +108,11 @@ def test_a_tier_that_hangs_in_writing_holds_nobody_up(
             assert saved.failed_chunks == CHUNKS
             assert saved.error == f"the memory store has not taken a chunk for more than {DEADLINE_S} s"
             assert restore(cake, prompt).token_ids == expected
+            thread = cake._saver._thread
         assert inner.stats().chunks == 0
-    for thread in threading.enumerate():
-        if thread.name == "cakekv-save":
-            thread.join(10)
-            assert not thread.is_alive(), "once let go it ends, without a store that is closed"
+    assert thread is not None
+    thread.join(10)
+    assert not thread.is_alive(), "once let go it ends, without a store that is closed"
     assert inner.stats().chunks == 0
 
 

@@ -16,7 +16,9 @@ from cakekv.codec.base import Plane
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.results import Prefill
+from cakekv.store.base import Store
 from cakekv.store.memory import MemoryStore
+from cakekv.store.throttled import ThrottledStore
 
 CHUNK = 32
 
@@ -63,7 +65,7 @@ def store(engine: TransformersEngine, prompt: list[int]) -> MemoryStore:
     return store
 
 
-def loaded(engine: TransformersEngine, store: MemoryStore, prompt: list[int], codec: str, **options: Any) -> Prefill:
+def loaded(engine: TransformersEngine, store: Store, prompt: list[int], codec: str, **options: Any) -> Prefill:
     with Cake(engine, store=store, chunk_tokens=CHUNK, codec=codec, **options) as cake:
         return cake.prefill(prompt, mode="load")
 
@@ -72,8 +74,8 @@ def loaded(engine: TransformersEngine, store: MemoryStore, prompt: list[int], co
 def test_without_time_the_floor_is_read(
     engine: TransformersEngine, store: MemoryStore, prompt: list[int], floor: int
 ) -> None:
-    codec = "ladder:window=64"
-    hasty = loaded(engine, store, prompt, codec, ttft_target_s=0.0, quality_floor=floor, layered_finish=False)
+    codec, link = "ladder:window=64", ThrottledStore(store, 1e6)  # where the bytes are what takes the time
+    hasty = loaded(engine, link, prompt, codec, ttft_target_s=0.0, quality_floor=floor, layered_finish=False)
     fixed = loaded(engine, store, prompt, f"{codec},read={floor}")
     for one in (hasty, fixed):
         assert one.report.level_tokens == {"exact": 2 * CHUNK, f"{floor} of 3": 8 * CHUNK}
