@@ -59,7 +59,6 @@ def test_an_adaptive_level_beside_fixed_ones(engine: TransformersEngine, tmp_pat
             loaded = sum(one["level_tokens"].values())
             assert loaded + one["computed_tokens"] == 8 * CHUNK + 20
             assert (one["kl"] > 0) == (one["lossy_share"] > 0)
-    assert any(document[name]["lossy_share"] > 0 for document in data["documents"] for name in adaptive_level.COLOURS)
     assert list(data["variants"]) == list(adaptive_level.COLOURS)
     adaptive_level.draw(data, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
