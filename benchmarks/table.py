@@ -101,20 +101,6 @@ def vllm_load(data: dict[str, Any]) -> str:
     return markdown(head, rows) + measured(data)
 
 
-def vllm_overhead(data: dict[str, Any]) -> str:
-    """A row per kind of step."""
-    rows = [
-        [
-            row["step"],
-            f"{1000 * row['plain_s']:.1f} ms",
-            f"{1000 * row['with_plug_in_s']:.1f} ms",
-            f"{row['ratio']:.3f}",
-        ]
-        for row in data["steps"]
-    ]
-    return markdown(["step", "vLLM", "with the plug-in", "ratio"], rows) + measured(data)
-
-
 def tiers(data: dict[str, Any]) -> str:
     """A row per tier."""
     rows = [
@@ -176,7 +162,6 @@ TABLES = {
     "bench_peers": Table("README.md", bench_peers),
     "vllm_burst": Table("docs/vllm.md", vllm_burst),
     "vllm_load": Table("docs/vllm.md", vllm_load),
-    "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
     "tiers": Table("docs/stores.md", tiers),
     "quality": Table("docs/codecs.md", quality),
 }
