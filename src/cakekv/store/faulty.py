@@ -12,7 +12,7 @@ from cakekv.errors import BadInput, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.quantities import parse_duration
 from cakekv.store.base import ChunkReader, Store
-from cakekv.store.wrapper import WrappedStore
+from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 Operation = Literal["lookup", "open", "read", "write"]
 Fault = Literal["error", "short", "corrupt", "hang", "slow", "vanish"]
@@ -169,16 +169,11 @@ class FaultyStore(WrappedStore):
         raise MissingChunk(f"{self.name}: chunk {key.short} was made to vanish")
 
 
-class _FaultyReader(ChunkReader):
+class _FaultyReader(WrappedReader):
     def __init__(self, store: FaultyStore, key: ChunkKey, inner: ChunkReader) -> None:
-        self.size = inner.size
-        self.slice_bytes = inner.slice_bytes
+        super().__init__(inner)
         self._store = store
         self._key = key
-        self._inner = inner
-
-    def announce(self, start: int, end: int) -> None:
-        self._inner.announce(start, end)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         fault = self._store.suffer("read", bytes(self._key))
@@ -190,9 +185,6 @@ class _FaultyReader(ChunkReader):
         if fault == "corrupt":
             self._store.damage(self._key, buffer[:count])
         return count
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def parse_faults(text: str) -> FaultPlan:

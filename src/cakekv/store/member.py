@@ -13,6 +13,7 @@ from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker
 from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
+from cakekv.store.wrapper import WrappedReader
 
 Result = TypeVar("Result")
 
@@ -179,20 +180,12 @@ class Member(Store):
                 return
 
 
-class _MemberReader(ChunkReader):
+class _MemberReader(WrappedReader):
     """Tells the member when a read fails."""
 
     def __init__(self, member: Member, inner: ChunkReader) -> None:
-        self.size = inner.size
-        self.slice_bytes = inner.slice_bytes
+        super().__init__(inner)
         self._member = member
-        self._inner = inner
-
-    def announce(self, start: int, end: int) -> None:
-        self._inner.announce(start, end)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         return self._member.attempt(lambda _: self._inner.read_into(buffer, offset))
-
-    def close(self) -> None:
-        self._inner.close()

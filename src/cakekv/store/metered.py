@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from cakekv.errors import CorruptChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store
-from cakekv.store.wrapper import WrappedStore
+from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 Operation = Literal["lookup", "read", "write"]
 
@@ -69,18 +69,13 @@ class MeteredStore(WrappedStore):
         super().close()
 
 
-class _MeteredReader(ChunkReader):
+class _MeteredReader(WrappedReader):
     def __init__(self, inner: ChunkReader, meter: Meter, seconds: float) -> None:
-        self.size = inner.size
-        self.slice_bytes = inner.slice_bytes
-        self._inner = inner
+        super().__init__(inner)
         self._meter = meter
         self._seconds = seconds
         self._bytes = 0
         self._over = False
-
-    def announce(self, start: int, end: int) -> None:
-        self._inner.announce(start, end)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         began = monotonic()
@@ -95,7 +90,7 @@ class _MeteredReader(ChunkReader):
         return count
 
     def close(self) -> None:
-        self._inner.close()
+        super().close()
         if not self._over:
             self._over = True
             self._meter.done("read", self._seconds, self._bytes)

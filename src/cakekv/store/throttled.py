@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store
-from cakekv.store.wrapper import WrappedStore
+from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 SLICE_S = 0.01
 """Seconds of the link that are handed out at a time."""
@@ -100,16 +100,12 @@ class ThrottledStore(WrappedStore):
             self._sleep(left)
 
 
-class _ThrottledReader(ChunkReader):
+class _ThrottledReader(WrappedReader):
     def __init__(self, store: ThrottledStore, inner: ChunkReader) -> None:
-        self.size = inner.size
+        super().__init__(inner)
         self.slice_bytes = store.slice_bytes
         self._store = store
-        self._inner = inner
         self._requested = False
-
-    def announce(self, start: int, end: int) -> None:
-        self._inner.announce(start, end)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         if not self._requested:
@@ -126,6 +122,3 @@ class _ThrottledReader(ChunkReader):
             if count < len(part):
                 break
         return done
-
-    def close(self) -> None:
-        self._inner.close()

@@ -15,7 +15,7 @@ from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.member import Member
-from cakekv.store.wrapper import WrappedStore
+from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 Answer = TypeVar("Answer")
 
@@ -218,19 +218,14 @@ class _Promoting(WrappedStore):
         """Nothing: the tiered store closes its tiers."""
 
 
-class _PromotingReader(ChunkReader):
+class _PromotingReader(WrappedReader):
     """Keeps what is read, and hands it on if that is the whole chunk in the end."""
 
     def __init__(self, inner: ChunkReader, key: ChunkKey, copiers: Sequence[_Copier]) -> None:
-        self.size = inner.size
-        self.slice_bytes = inner.slice_bytes
-        self._inner = inner
+        super().__init__(inner)
         self._key = key
         self._copiers = copiers
         self._data = bytearray()
-
-    def announce(self, start: int, end: int) -> None:
-        self._inner.announce(start, end)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         count = self._inner.read_into(buffer, offset)
@@ -239,7 +234,7 @@ class _PromotingReader(ChunkReader):
         return count
 
     def close(self) -> None:
-        self._inner.close()
+        super().close()
         if len(self._data) == self.size:
             for copier in self._copiers:
                 copier.promote(self._key, bytes(self._data))

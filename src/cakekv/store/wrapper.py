@@ -57,3 +57,27 @@ class WrappedStore(Store):
 
     def close(self) -> None:
         self._inner.close()
+
+
+class WrappedReader(ChunkReader):
+    """Another reader, for subclasses that change some of it.
+
+    Parameters
+    ----------
+    inner : ChunkReader
+        The other reader; closed with this one.
+    """
+
+    def __init__(self, inner: ChunkReader) -> None:
+        self.size = inner.size
+        self.slice_bytes = inner.slice_bytes
+        self._inner = inner
+
+    def announce(self, start: int, end: int) -> None:
+        self._inner.announce(start, end)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        return self._inner.read_into(buffer, offset)
+
+    def close(self) -> None:
+        self._inner.close()
