@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import urllib.error
@@ -15,18 +14,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from cakekv.bench.servers import free_port
+from cakekv.bench.vllm.process import ServerProcess
 from cakekv.errors import CakeError
 
-_START_S, _STOP_S, _FORGET_S = 120.0, 15.0, 30.0
+_START_S, _FORGET_S = 120.0, 30.0
 _QUIET = {"LMCACHE_TRACK_USAGE": "false"}
 
 
 @dataclass
-class LMCacheServer:
+class LMCacheServer(ServerProcess):
     """`lmcache server` over a Redis or Valkey server, started by `with` and stopped at its end.
 
     The way in which LMCache 0.5 works on CPUs: a process beside vLLM with a tier in RAM, and a remote tier behind it.
@@ -48,34 +47,23 @@ class LMCacheServer:
         From `with`: it is not installed, ended, or did not answer in time.
     """
 
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    stop_s: ClassVar[float] = 15.0
+
     host: str
     port: int
     chunk_tokens: int
     log: Path
     ram_gb: int = 2
 
-    def __enter__(self) -> Self:
+    def _command(self) -> tuple[list[str], dict[str, str]]:
         self._port, self._http_port = free_port(), free_port()
         remote = {"type": "resp", "host": self.host, "port": self.port}
-        command = [_command(), "server", "--host", "127.0.0.1", "--port", str(self._port)]
+        command = [_program(), "server", "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--http-port", str(self._http_port), "--chunk-size", str(self.chunk_tokens)]
         command += ["--l1-size-gb", str(self.ram_gb), "--eviction-policy", "LRU", "--disable-observability"]
         command += ["--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(remote)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **_QUIET}, start_new_session=True
-            )
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        return command, {**os.environ, **_QUIET}
 
     @property
     def vllm_arguments(self) -> Sequence[str]:
@@ -102,15 +90,6 @@ class LMCacheServer:
                 raise CakeError(f"LMCache still holds {held} chunks in RAM {_FORGET_S:.0f} s later; see {self.log}")
             time.sleep(0.1)
 
-    def stop(self) -> None:
-        """End the server, and whatever is left of it by force."""
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_S)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._http_port}{path}",
@@ -130,7 +109,7 @@ class LMCacheServer:
         raise CakeError(f"LMCache's server did not start; see {self.log}")
 
 
-def _command() -> str:
+def _program() -> str:
     beside = Path(sys.executable).with_name("lmcache")
     if beside.exists():
         return str(beside)

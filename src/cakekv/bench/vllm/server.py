@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cakekv.bench.servers import free_port
+from cakekv.bench.vllm.process import ServerProcess
 from cakekv.cli.vllm_args import option_words
 from cakekv.errors import CakeError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-_START_S, _STOP_S = 300.0, 60.0
+_START_S = 300.0
 _LOG_LINES = 40
 _EQUAL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
 """vLLM for CPUs leaves one core to other threads, and two if there is a KV connector; if there are only two, it then
@@ -47,7 +46,7 @@ def serve_command() -> list[str]:
 
 
 @dataclass
-class Server:
+class Server(ServerProcess):
     """A server that is started by `with` and stopped at its end.
 
     Parameters
@@ -69,33 +68,21 @@ class Server:
         From `with`: the server ended, or did not answer in time. The end of its output is in the message.
     """
 
+    stop_signal: ClassVar[signal.Signals] = signal.SIGINT
+    stop_s: ClassVar[float] = 60.0
+
     model: Path
     log: Path
     plug_in: Mapping[str, Any] | None = None
     arguments: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def __enter__(self) -> Self:
+    def _command(self) -> tuple[list[str], dict[str, str]]:
         self.port = free_port()
         command = [*serve_command(), str(self.model)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", NAME, *self.arguments]
         command += [] if self.plug_in is None else option_words(dict(self.plug_in))
-        environment = {"HF_HUB_OFFLINE": "1", **_EQUAL_CORES, **os.environ, **self.environment}
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        try:
-            self._wait_until_healthy()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        return command, {"HF_HUB_OFFLINE": "1", **_EQUAL_CORES, **os.environ, **self.environment}
 
     @property
     def alive(self) -> bool:
@@ -103,15 +90,6 @@ class Server:
         with suppress(urllib.error.URLError, OSError):
             return bool(self._get("/health") is not None)
         return False
-
-    def stop(self) -> None:
-        """End the server as an operator would, and whatever is left of it by force."""
-        self._process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_S)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
     def client(self, timeout_s: float = 600.0) -> OpenAI:
         """The openai package's client of this server."""
