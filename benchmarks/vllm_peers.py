@@ -70,11 +70,15 @@ class Peers:
             self.lmcache.forget()
         return ask(self.servers[name], prompt, tokens)
 
-    def ask_all(self, prompt: list[int], first: int = 0, tokens: int = 1) -> dict[str, tuple[Answer, int]]:
-        """Ask each of them, and see how many bytes were loaded; who is first changes from round to round."""
+    def in_turn(self, first: int) -> list[str]:
+        """All of them; who is first changes from round to round."""
         names = list(self.servers)
+        return names[first % len(names) :] + names[: first % len(names)]
+
+    def ask_all(self, prompt: list[int], first: int = 0, tokens: int = 1) -> dict[str, tuple[Answer, int]]:
+        """Ask each of them, and see how many bytes were loaded."""
         answers = {}
-        for name in names[first % len(names) :] + names[: first % len(names)]:
+        for name in self.in_turn(first):
             before = self.stores[CAKEKV].sent_bytes()
             answer = self.ask(name, prompt, tokens)
             answers[name] = answer, self.stores[CAKEKV].sent_bytes() - before
@@ -196,8 +200,7 @@ def _store(peers: Peers, prompts: list[list[int]], chunks: int) -> dict[str, Any
     """New prompts, each into an empty store: seconds to the answer, and from it until the server has all chunks."""
     times: dict[str, list[float]] = {}
     for number, prompt in enumerate(prompts):
-        names = list(peers.servers)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in peers.in_turn(number):
             if name in STORING:
                 peers.stores[name].clear()
             answer = peers.ask(name, prompt)
