@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tiny_engine import TinyEngine, prompt, scripted
+from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
 
 import cakekv.vllm.worker_half as worker_half
 
@@ -19,16 +21,44 @@ def our_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("cakekv")}
 
 
-@pytest.mark.parametrize("hanging", ["loads", "writes"])
-def test_shutdown(model: Path, plain: dict[int, list[int]], hanging: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads: one store hangs, the other goes on when the engine is about to end, and a look-up hangs, too."""
-    monkeypatch.setattr(worker_half, "_LAST_WRITES_S", LAST_WRITES_S)
+@pytest.fixture
+def stores() -> list[ScriptedStore]:
+    """Two that answer and hold nothing."""
     stores = [scripted("closed"), scripted("closed-too")]
     for store in stores:
         store.recover_now()
         store.empty()
-    before = our_threads()
-    engine = TinyEngine(model, {"store": ["scripted://closed", "scripted://closed-too"], "mode": "both"})
+    return stores
+
+
+@pytest.fixture
+def before() -> set[threading.Thread]:
+    """The threads before there is an engine."""
+    return our_threads()
+
+
+@pytest.fixture
+def engine(
+    model: Path, plain: dict[int, list[int]], stores: list[ScriptedStore], before: set[threading.Thread]
+) -> Iterator[TinyEngine]:
+    """It computes nothing that is stored, since that would race with the loads for the chunks."""
+    with closing(
+        TinyEngine(model, {"store": ["scripted://closed", "scripted://closed-too"], "mode": "load"})
+    ) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("hanging", ["loads", "writes"])
+def test_shutdown(
+    engine: TinyEngine,
+    plain: dict[int, list[int]],
+    stores: list[ScriptedStore],
+    before: set[threading.Thread],
+    hanging: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loads: one store hangs, the other goes on when the engine is about to end, and a look-up hangs, too."""
+    monkeypatch.setattr(worker_half, "_LAST_WRITES_S", LAST_WRITES_S)
     assert engine.run(prompt(1000)) == plain[1000]
     engine.settle()
     engine.core.reset_prefix_cache()

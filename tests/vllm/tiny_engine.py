@@ -295,7 +295,9 @@ class TinyEngine:
             assert not self.half.lossy._seen
 
     def close(self) -> None:
-        """Shut the engine down, so that another can be started in this process."""
+        """Shut the engine down, so that another can be started in this process. Done twice, it is done once."""
+        if not hasattr(self, "core"):
+            return
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core, self.scheduler
         gc.collect()
