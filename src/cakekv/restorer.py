@@ -24,7 +24,7 @@ from cakekv.restore.flights import Source
 from cakekv.restore.planner import Mode, Restore, Span, Wait
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
-from cakekv.store.base import Store
+from cakekv.store.base import Store, distinct_names
 
 
 class Progress(NamedTuple):
@@ -107,7 +107,10 @@ class Arms(Generic[Cache, Logits]):
         arbiter = Arbiter(policy)
         groups = layer_groups(coder.expected([]), coder.layers) if layered_finish else []
         loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging)
-        sources = [Source(tier.name, cost, tier.parallel_reads) for tier, cost in zip(tiers, load_costs, strict=True)]
+        names = distinct_names(tiers)
+        sources = [
+            Source(name, cost, tier.parallel_reads) for name, tier, cost in zip(names, tiers, load_costs, strict=True)
+        ]
         return cls(engine, arbiter, loader, coder, groups, compute_cost, sources, max_span_tokens, deadline_s)
 
     def hangs(self, source: int) -> bool:

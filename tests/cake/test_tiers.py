@@ -37,6 +37,7 @@ def test_all_tiers_are_loaded_from_and_written_to(engine, prompt, stores, tiered
         stores[1].delete(stored[10:])
         restored = cake.prefill(prompt, mode="load")
         assert restored.report.loaded_tokens == 20 * CHUNK
+        assert {load.source for load in restored.report.loads} == {"memory", "memory-2"}
         assert torch.allclose(restored.logits, exact, atol=1e-4)
         tiered.flush()
         assert stores[0].stats().chunks == 20, "what was loaded from behind is in front now"

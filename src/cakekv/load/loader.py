@@ -8,19 +8,18 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from time import monotonic
-from typing import Protocol
 
 from cakekv.arbiter import Arbiter, Request
-from cakekv.chunk import ChunkHeader, read_header, segments
+from cakekv.chunk import ChunkHeader, segments
 from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
-from cakekv.load.pieces import byte_ranges
+from cakekv.load.reading import Abandoned, Progress, failure_reason, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore
-from cakekv.store.base import ChunkReader, Store
+from cakekv.store.base import Store
 
 Place = Callable[[int, int, list[memoryview | None]], int]
 """(first position, tokens, segment per layer or None) to bytes copied."""
@@ -29,10 +28,6 @@ _LOG = logging.getLogger(__name__)
 
 _STUCK_S = 2.0
 """A cancelled load is given up between two slices; if it is still there after this long, its worker is stuck."""
-
-
-class Abandoned(Exception):
-    """The load was cancelled in mid-read."""
 
 
 class Loading:
@@ -99,13 +94,6 @@ class Loading:
     def release(self) -> None:
         """Let go of the cache. Workers that still hang in a tier will find their loads cancelled."""
         self.place = _nowhere
-
-
-class Cancellable(Protocol):
-    """Something that a reader may be told to give up."""
-
-    @property
-    def cancelled(self) -> bool: ...
 
 
 class Loader:
@@ -319,25 +307,11 @@ class Loader:
         layers = self._layers(load)
         header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
         with self._tiers[load.source].open(key) as reader:
-            shape = coder.shape_of(reader.size) if header is None else header.shape
-            if shape is not None:
-                ranges = byte_ranges(shape, coder.segments_of(shape, layers, load.parts), with_header=header is None)
-            else:  # only the header tells where the layers are
-                ranges = [(0, reader.size if len(layers) == coder.layers else coder.longest.header_bytes)]
-            for start, end in ranges:
-                fill(reader, buffer, start, end, load, progress)
-                if header is None:
-                    header_bytes = (shape or coder.longest).header_bytes
-                    header = read_header(buffer[: min(header_bytes, reader.size)], reader.size)
-                    coder.check(header, key, load.start)
-                    loading.headers[load.chunk, load.source] = header
-            assert header is not None
-            if shape is None and len(layers) < coder.layers:
-                shape = header.shape
-                for start, end in byte_ranges(shape, coder.segments_of(shape, layers, load.parts), with_header=False):
-                    fill(reader, buffer, start, end, load, progress)
+            header = read_chunk(reader, coder, key, load.start, layers, buffer, load, progress, load.parts, header)
+        if load.group is not None:
+            loading.headers[load.chunk, load.source] = header
         views = segments(header.shape, buffer)
-        progress.coded = coded = header.shape.packed
+        coded = progress.coded
         parts: list[memoryview | None] = [None] * coder.layers
         for layer in layers:
             if load.cancelled and coded:
@@ -358,33 +332,3 @@ class Loader:
 
 def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
     raise AssertionError("a load was placed after the end of its restore")
-
-
-class Progress:
-    """Bytes read so far by one load, and whether its chunk is in the coded form."""
-
-    bytes = 0
-    coded = False
-
-
-def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
-    """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
-    offset, end = start, min(end, reader.size)
-    reader.announce(offset, end)
-    while offset < end:
-        if load.cancelled:
-            raise Abandoned
-        count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
-        if count == 0:
-            break
-        progress.bytes += count
-        offset += count
-
-
-def failure_reason(error: Exception) -> str:
-    """Why a load failed, as reports say it."""
-    if isinstance(error, CorruptChunk):
-        return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
-    if isinstance(error, MissingChunk):
-        return "vanished from the store"
-    return f"store failed: {error}"

@@ -208,3 +208,10 @@ class Store(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def distinct_names(tiers: Sequence[Store]) -> list[str]:
+    """What reports call the tiers: by their names, of which the second of a kind is "disk-2"."""
+    names = [tier.name for tier in tiers]
+    before = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, before, strict=True)]

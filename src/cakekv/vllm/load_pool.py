@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from time import monotonic
 
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
-from cakekv.load.loader import Abandoned, Progress, failure_reason
+from cakekv.load.reading import Abandoned, Progress, failure_reason
 from cakekv.store.base import Store
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.share import Share

@@ -17,6 +17,7 @@ from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.store.base import distinct_names
 from cakekv.vllm import layered_step
 from cakekv.vllm.admission import Admission
 from cakekv.vllm.asked import answer
@@ -73,7 +74,8 @@ class SchedulerHalf:
         self._codec = codec_named(options.codec)
         self.lossy = LossyBlocks(self._codec, self._block_tokens)
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
-        sources = [Source(tier.name, LoadCost(depth), depth) for tier, depth in zip(self._tiers, depths, strict=True)]
+        names = distinct_names(self._tiers)
+        sources = [Source(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
         self._desk = LoadDesk(sources, self.policy)
         self._sequence = 0
         self._groups: LayerGroups | None = None

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkHeader, read_header, seal, segments
+from cakekv.chunk import ChunkHeader, seal, segments
 from cakekv.codec.coder import ChunkCoder
 from cakekv.keys import ChunkKey
-from cakekv.load.loader import Abandoned, Cancellable, Progress, fill
-from cakekv.load.pieces import byte_ranges
+from cakekv.load.reading import Abandoned, Cancellable, Progress, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.paged_cache import PagedCache
@@ -76,7 +75,7 @@ class Share:
         layers : sequence of int or None
             Of a piece; None: all.
         load, progress
-            As for `fill`.
+            As for `read_chunk`.
         stack : ExitStack
             Holds the buffers.
 
@@ -95,24 +94,9 @@ class Share:
         buffer = stack.enter_context(self.staging.buffer())
         header = self._headers.get((own, tier)) if piece else None
         with tier.open(own) as reader:
-            shape = coder.shape_of(reader.size) if header is None else header.shape
-            if shape is not None:
-                ranges = byte_ranges(shape, coder.segments_of(shape, layers), with_header=header is None)
-            else:  # only the header tells where the layers are
-                ranges = [(0, coder.longest.header_bytes if piece else reader.size)]
-            for start, end in ranges:
-                fill(reader, buffer, start, end, load, progress)
-                if header is None:
-                    head = (shape or coder.longest).header_bytes
-                    header = read_header(buffer[: min(head, reader.size)], reader.size)
-                    coder.check(header, own, position)
-            assert header is not None
-            if shape is None and piece:
-                for start, end in byte_ranges(header.shape, coder.segments_of(header.shape, layers), with_header=False):
-                    fill(reader, buffer, start, end, load, progress)
+            header = read_chunk(reader, coder, own, position, layers, buffer, load, progress, header=header)
         if piece:
             self._headers[own, tier] = header
-        progress.coded |= header.shape.packed
         return self._decode(header, layers, buffer, load, stack)
 
     def _decode(

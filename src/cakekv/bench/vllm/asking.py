@@ -18,6 +18,10 @@ from cakekv.restore.report import SpanRecord
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+REST_S = 1.2
+"""Before anything is asked: for a second after its last step, a worker of vLLM's waits for the next one in a loop that
+takes a whole core, also that of another server's worker."""
+
 
 @dataclass
 class Answer:
@@ -57,7 +61,7 @@ class Answer:
 
 
 def ask(server: Server, prompt: Sequence[int], tokens: int = 1, **own: object) -> Answer:
-    """Ask for a greedy continuation, as a whole.
+    """Ask for a greedy continuation, as a whole, after `REST_S`.
 
     Parameters
     ----------
@@ -70,6 +74,7 @@ def ask(server: Server, prompt: Sequence[int], tokens: int = 1, **own: object) -
     own
         What to ask of the plug-in (see `Asked`).
     """
+    time.sleep(REST_S)
     answer = Answer(time.monotonic())
     response = server.client().completions.create(**_request(prompt, tokens, own))
     answer.came_s.append(time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from abc import ABC, abstractmethod
@@ -25,6 +26,8 @@ class ServerProcess(ABC):
 
     def __enter__(self) -> Self:
         command, environment = self._command()
+        if setpriv := shutil.which("setpriv"):  # Linux: it ends with this process, even if that is killed
+            command = [setpriv, "--pdeathsig", self.stop_signal.name.removeprefix("SIG"), *command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -1,0 +1,123 @@
+"""Reading of one chunk, whole or only some of its layers: what both drivers' workers do before they decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cakekv.chunk import ChunkHeader, read_header
+from cakekv.codec.coder import ChunkCoder
+from cakekv.errors import CorruptChunk, MissingChunk
+from cakekv.keys import ChunkKey
+from cakekv.load.pieces import byte_ranges
+from cakekv.store.base import ChunkReader
+
+
+class Abandoned(Exception):
+    """The load was cancelled in mid-read."""
+
+
+class Cancellable(Protocol):
+    """Something that a reader may be told to give up."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+
+class Progress:
+    """Bytes read so far by one load, and whether its chunk is in the coded form."""
+
+    bytes = 0
+    coded = False
+
+
+def read_chunk(
+    reader: ChunkReader,
+    coder: ChunkCoder,
+    key: ChunkKey,
+    position: int,
+    layers: Sequence[int],
+    buffer: memoryview,
+    load: Cancellable,
+    progress: Progress,
+    parts: int | None = None,
+    header: ChunkHeader | None = None,
+) -> ChunkHeader:
+    """Read what some layers need, each byte to its own place in the buffer. Segments are not verified yet.
+
+    Parameters
+    ----------
+    reader : ChunkReader
+        Of the chunk.
+    coder : ChunkCoder
+        What a chunk of this model looks like.
+    key : ChunkKey
+        The chunk's.
+    position : int
+        Of its first token.
+    layers : sequence of int
+        Those that are wanted.
+    buffer : memoryview
+        As long as the longest chunk.
+    load : Cancellable
+        Asked between two slices.
+    progress : Progress
+        Counts, also if the read ends early.
+    parts : int or None
+        How many parts of what the codec wrote; None: as many as it says.
+    header : ChunkHeader or None
+        If a piece of this chunk was read before: it is not read again.
+
+    Returns
+    -------
+    ChunkHeader
+        Checked.
+
+    Raises
+    ------
+    CorruptChunk
+        The header cannot be trusted, or is another chunk's.
+    StoreError
+        The tier failed.
+    Abandoned
+        The load was cancelled.
+    """
+    shape = coder.shape_of(reader.size) if header is None else header.shape
+    if shape is not None:
+        ranges = byte_ranges(shape, coder.segments_of(shape, layers, parts), with_header=header is None)
+    else:  # only the header tells where the layers are
+        ranges = [(0, reader.size if len(layers) == coder.layers else coder.longest.header_bytes)]
+    for start, end in ranges:
+        fill(reader, buffer, start, end, load, progress)
+        if header is None:
+            header_bytes = (shape or coder.longest).header_bytes
+            header = read_header(buffer[: min(header_bytes, reader.size)], reader.size)
+            coder.check(header, key, position)
+    assert header is not None
+    if shape is None and len(layers) < coder.layers:
+        indices = coder.segments_of(header.shape, layers, parts)
+        for start, end in byte_ranges(header.shape, indices, with_header=False):
+            fill(reader, buffer, start, end, load, progress)
+    progress.coded = header.shape.packed
+    return header
+
+
+def fill(reader: ChunkReader, buffer: memoryview, start: int, end: int, load: Cancellable, progress: Progress) -> None:
+    """Read a range of a chunk in slices; `Abandoned` is raised between two of them once `load` is cancelled."""
+    offset, end = start, min(end, reader.size)
+    reader.announce(offset, end)
+    while offset < end:
+        if load.cancelled:
+            raise Abandoned
+        count = reader.read_into(buffer[offset : min(offset + reader.slice_bytes, end)], offset)
+        if count == 0:
+            break
+        progress.bytes += count
+        offset += count
+
+
+def failure_reason(error: Exception) -> str:
+    """Why a load failed, as reports say it."""
+    if isinstance(error, CorruptChunk):
+        return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
+    return "vanished from the store" if isinstance(error, MissingChunk) else f"store failed: {error}"
