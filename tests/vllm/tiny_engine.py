@@ -239,7 +239,7 @@ class TinyEngine:
                 self.outputs[output.request_id] = output
             time.sleep(0.001)
 
-    def until(self, condition: Any, most_s: float = 30.0) -> None:
+    def until(self, condition: Any, most_s: float = 120.0) -> None:
         """Work until something is so."""
         deadline = time.monotonic() + most_s
         while not condition():
