@@ -1,6 +1,6 @@
 """How much of each chunk to read: a fixed level beside one chosen as the bandwidth changes, under a target for TTFT.
 
-    python benchmarks/adaptive_level.py --json benchmarks/adaptive-level.json --picture benchmarks/adaptive-level.png
+    python benchmarks/adaptive_level.py --json benchmarks/adaptive_level.json --picture benchmarks/adaptive_level.png
 
 The demo's model restores documents of several kinds through a link whose bandwidth follows a trace, the same in every
 run: it wavers around the balanced one (at which reading all of every chunk takes as long as computing it) and falls to

@@ -101,6 +101,43 @@ def vllm_load(data: dict[str, Any]) -> str:
     return markdown(head, rows) + measured(data)
 
 
+def vllm_overhead(data: dict[str, Any]) -> str:
+    """A row per kind of step."""
+    rows = [
+        [
+            step["step"],
+            *(f"{1000 * step[f'{name}_s']:,.1f} ms" for name in ("plain", "with_plug_in")),
+            f"{step['ratio']:.3f}",
+        ]
+        for step in data["steps"]
+    ]
+    return markdown(["a step of", "vLLM", "with the plug-in", "ratio"], rows) + measured(data)
+
+
+def network(data: dict[str, Any]) -> str:
+    """A row per server, prefix and bandwidth; then everything together."""
+    head = ["prefix from", "bandwidth", "computing", "loading", "both", "bound", "of the bound"]
+    rows = [
+        [
+            f"{point['server']}, {point['prefix_tokens']:,} tokens",
+            f"{8e-6 * point['bandwidth_bytes_per_s']:,.0f} Mbit/s",
+            *(f"{point[f'{name}_s']:.2f} s" for name in ("compute", "load", "both", "bound")),
+            f"{point['both_of_bound']:.2f}",
+        ]
+        for point in data["points"]
+    ]
+    if one := data.get("together"):
+        rows.append(
+            [
+                f"RAM, disk and valkey, {one['prefix_tokens']:,} tokens",
+                f"{8e-6 * one['bandwidth_bytes_per_s']:,.0f} Mbit/s",
+                *(f"{one[f'{name}_s']:.2f} s" for name in ("compute", "load", "together", "bound")),
+                f"{one['together_of_bound']:.2f}",
+            ]
+        )
+    return markdown(head, rows) + measured(data, f"; {data['link']}")
+
+
 def tiers(data: dict[str, Any]) -> str:
     """A row per tier."""
     rows = [
@@ -140,6 +177,37 @@ def quality(data: dict[str, Any]) -> str:
     return markdown(["recipe", *titles], rows) + measured(data, documents)
 
 
+def table6(data: dict[str, Any]) -> str:
+    """A row per width and bandwidth."""
+    head = ["stored in", "bandwidth", "over loading", "simulated", "over computing", "simulated"]
+    rows = [
+        [
+            f"{cell['bits']} bits (`{cell['codec']}`)",
+            f"{cell['bandwidth_ratio']:g}×",
+            *(f"{cell[f'{by}over_{arm}']:.2f}×" for arm in ("load", "compute") for by in ("", "predicted_")),
+        ]
+        for cell in sorted(data["cells"], key=lambda cell: (-cell["bits"], cell["bandwidth_ratio"]))
+    ]
+    return markdown(head, rows) + measured(data, f"; {data['prefix_tokens']:,} stored tokens")
+
+
+def adaptive_level(data: dict[str, Any]) -> str:
+    """A row per variant."""
+    head = ["what is read", "median TTFT", "longest", "in time", "agreement", "KL, nats"]
+    rows = [
+        [
+            name,
+            *(f"{one[key]:.2f} s" for key in ("ttft_s", "longest_ttft_s")),
+            f"{one['in_time']} of {len(data['documents'])}",
+            f"{one['agreement']:.3f}",
+            f"{one['kl']:.4f}",
+        ]
+        for name, one in data["variants"].items()
+    ]
+    shape = f"; {data['prefix_tokens']:,} stored tokens, in time: within {data['ttft_target_s']:.2f} s"
+    return markdown(head, rows) + measured(data, shape)
+
+
 def measured(data: dict[str, Any], more: str = "") -> str:
     """How, and on what."""
     machine = data["machine"]
@@ -162,8 +230,12 @@ TABLES = {
     "bench_peers": Table("README.md", bench_peers),
     "vllm_burst": Table("docs/vllm.md", vllm_burst),
     "vllm_load": Table("docs/vllm.md", vllm_load),
+    "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
+    "network": Table("docs/stores.md", network),
     "tiers": Table("docs/stores.md", tiers),
     "quality": Table("docs/codecs.md", quality),
+    "table6": Table("docs/codecs.md", table6),
+    "adaptive_level": Table("docs/codecs.md", adaptive_level),
 }
 """By the name of the JSON file and of the lines around the table."""
 

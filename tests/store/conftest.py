@@ -36,11 +36,28 @@ class Servers:
     @cached_property
     def s3(self) -> str:
         """The address of an S3 service with a bucket named "bucket"; credentials are in the environment from now on."""
-        patch = self._stack.enter_context(pytest.MonkeyPatch.context())
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "")  # so that what the server sets is undone
+        self._set(
+            dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
+        )  # the server sets them; undone here
         url = self._stack.enter_context(seaweedfs_behind(folder=self._folder))
         return url.partition("endpoint=")[2].partition("&")[0]
+
+    @cached_property
+    def azure(self) -> str:
+        """The address of an Azure emulator with a container "bucket"; credentials are in the environment."""
+        self._set(servers.AZURE)
+        return self._stack.enter_context(servers.azurite(self._folder))
+
+    @cached_property
+    def google(self) -> str:
+        """The address of a Google emulator with a bucket "bucket"; it asks for no credentials."""
+        self._set({"GOOGLE_SKIP_SIGNATURE": "true"})
+        return self._stack.enter_context(servers.google_emulator(self._folder))
+
+    def _set(self, environment):
+        patch = self._stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in environment.items():
+            patch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hmac
+import shutil
 import socket
 import subprocess
 import threading
 import time
+from base64 import b64decode, b64encode
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import Request, urlopen
+
+import pytest
 
 from cakekv.bench.servers import free_port
 
@@ -55,6 +62,55 @@ class Mooncake(NamedTuple):
     admin_port: int
     master: subprocess.Popen
     node: subprocess.Popen
+
+
+AZURE = {
+    "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1",
+    "AZURE_STORAGE_ACCOUNT_KEY": (
+        "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    ),
+}
+"""The account of all emulators: no secret."""
+
+
+def program(name, where):
+    """A program that not everybody has; without it the test is skipped."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"there is no {name} ({where})")
+    return found
+
+
+@contextmanager
+def azurite(folder):
+    """Azure's own emulator of its blob storage, with a container named "bucket". Yields its address."""
+    port = free_port()
+    command = [program("azurite-blob", "npm install -g azurite"), "--blobHost", "127.0.0.1", "--blobPort", str(port)]
+    with process([*command, "--location", str(folder), "--silent", "--skipApiVersionCheck"], port):
+        endpoint = f"http://127.0.0.1:{port}/{AZURE['AZURE_STORAGE_ACCOUNT_NAME']}"
+        make_container(endpoint, "bucket")
+        yield endpoint
+
+
+def make_container(endpoint, name):
+    """What obstore cannot do. The signature is Azure's "Shared Key": an HMAC of the request."""
+    account, secret = AZURE.values()
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = [f"{header}:{value}" for header, value in headers.items()]
+    text = "\n".join(["PUT", *[""] * 11, *signed, f"/{account}/{account}/{name}", "restype:container"])
+    signature = b64encode(hmac.digest(b64decode(secret), text.encode(), "sha256")).decode()
+    headers |= {"Authorization": f"SharedKey {account}:{signature}", "Content-Length": "0"}
+    urlopen(Request(f"{endpoint}/{name}?restype=container", method="PUT", headers=headers)).close()
+
+
+@contextmanager
+def google_emulator(folder):
+    """An emulator of Google's storage, with a bucket named "bucket". Yields its address."""
+    port = free_port()
+    command = [program("gcp-storage-emulator", "pip install gcp-storage-emulator"), "start", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--in-memory", "--default-bucket", "bucket", "--quiet"]
+    with process(command, port, cwd=folder):
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager

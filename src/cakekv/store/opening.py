@@ -155,14 +155,8 @@ _MOONCAKE: Options = {
     "prefix": str,
     "timeout": parse_duration,
 }
-_S3: Options = {
-    "endpoint": str,
-    "region": str,
-    "path_style": parse_switch,
-    "http": parse_switch,
-    "ca": str,
-    "timeout": parse_duration,
-}
+_BUCKET: Options = {"endpoint": str, "http": parse_switch, "ca": str, "timeout": parse_duration}
+_S3: Options = _BUCKET | {"region": str, "path_style": parse_switch}
 _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
@@ -175,8 +169,8 @@ TIERS: dict[str, Tier] = {
     "tiered": Tier(_open_tiered, {}),
     "mooncake": Tier(_open_mooncake, _MOONCAKE),
     "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
-    "gs": Tier(partial(_open_bucket, scheme="gs"), {"timeout": parse_duration}),
-    "az": Tier(partial(_open_bucket, scheme="az"), {"timeout": parse_duration}),
+    "gs": Tier(partial(_open_bucket, scheme="gs"), _BUCKET),
+    "az": Tier(partial(_open_bucket, scheme="az"), _BUCKET),
 }
 COMMON: Options = {
     "bandwidth": parse_bandwidth,

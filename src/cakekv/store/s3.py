@@ -243,39 +243,68 @@ def open_s3(
     StoreError
         The bucket cannot be reached, does not exist, or refuses this client.
     """
-    if endpoint is not None and not endpoint.startswith("https://") and not (http and endpoint.startswith("http://")):
-        raise BadInput(
-            f"the endpoint {endpoint!r} is not an https:// address; what is stored would go over the network in the "
-            "open. If that is what you want, write endpoint=http://… and http=true"
-        )
     config: dict[str, Any] = {"virtual_hosted_style_request": not path_style, **_profile_credentials()}
-    config |= {"endpoint": endpoint} if endpoint else {}
+    config |= _at(endpoint, http, "endpoint")
     config |= {"region": region} if region else {}
-    where = f"s3://{bucket}/{prefix}".rstrip("/") + (f" at {endpoint}" if endpoint else "")
+    where = _where("s3", bucket, prefix, endpoint)
     with _constructed(where):
         backend = S3Store(bucket, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
     return ObjectStore(backend, where)
 
 
-def open_gcs(bucket: str, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> ObjectStore:
+def open_gcs(
+    bucket: str,
+    prefix: str = "",
+    *,
+    endpoint: str | None = None,
+    http: bool = False,
+    ca: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> ObjectStore:
     """Open a bucket of Google Cloud Storage; credentials come from the environment (`GOOGLE_APPLICATION_CREDENTIALS`,
     …) or the machine. Parameters and errors as in `open_s3`."""
-    where = f"gs://{bucket}/{prefix}".rstrip("/")
+    where = _where("gs", bucket, prefix, endpoint)
+    config: dict[str, Any] = _at(endpoint, http, "base_url")
     with _constructed(where):
-        backend = GCSStore(bucket, prefix=prefix or None, **_client(timeout_s))
+        backend = GCSStore(bucket, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
     return ObjectStore(backend, where, "gcs")
 
 
-def open_azure(container: str, prefix: str = "", *, timeout_s: float = TIMEOUT_S) -> ObjectStore:
+def open_azure(
+    container: str,
+    prefix: str = "",
+    *,
+    endpoint: str | None = None,
+    http: bool = False,
+    ca: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> ObjectStore:
     """Open a container of Azure Blob Storage; account and credentials come from the environment
     (`AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, …) or the machine. Otherwise as `open_s3`."""
-    where = f"az://{container}/{prefix}".rstrip("/")
+    where = _where("az", container, prefix, endpoint)
+    config: dict[str, Any] = _at(endpoint, http, "endpoint")
     with _constructed(where):
-        backend = AzureStore(container, prefix=prefix or None, **_client(timeout_s))
+        backend = AzureStore(container, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
     return ObjectStore(backend, where, "azure")
 
 
-def _client(timeout_s: float, ca: str | None = None, http: bool = False) -> dict[str, Any]:
+def _where(scheme: str, bucket: str, prefix: str, endpoint: str | None) -> str:
+    return f"{scheme}://{bucket}/{prefix}".rstrip("/") + (f" at {endpoint}" if endpoint else "")
+
+
+def _at(endpoint: str | None, http: bool, option: str) -> dict[str, str]:
+    """The service's address, under the name that its client gives it."""
+    if endpoint is None:
+        return {}
+    if not endpoint.startswith("https://") and not (http and endpoint.startswith("http://")):
+        raise BadInput(
+            f"the endpoint {endpoint!r} is not an https:// address; what is stored would go over the network in the "
+            "open. If that is what you want, write endpoint=http://… and http=true"
+        )
+    return {option: endpoint}
+
+
+def _client(timeout_s: float, ca: str | None, http: bool) -> dict[str, Any]:
     """How obstore is to behave on the network."""
     if timeout_s <= 0:
         raise BadInput(f"a timeout is more than 0 s, not {timeout_s}")
