@@ -67,6 +67,14 @@ def main(
             ask(server, long, mode=mode)  # so that costs are known
         ask(plain, long)
         lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
+        about = {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": describe_machine(),
+            "model": folder_of_model.name,
+            "prefix_tokens": prefix,
+            "burst_tokens": lengths,
+            "balanced_bytes_per_s": balanced,
+        }
         runs: dict[str, list[dict[str, float]]] = {}
         for round_ in range(-1, repeats):  # one round to warm up
             short = [texts.next(length) for length in lengths]
@@ -80,23 +88,20 @@ def main(
                 NEWS.print(f"{round_}: {name}: {run}", highlight=False, soft_wrap=True)
                 if round_ >= 0:
                     runs.setdefault(name, []).append(run)
+            if round_ >= 0:
+                write_json(json_file, {**about, **_results(runs)})
+
+
+def _results(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians over rounds."""
     results = {name: {key: median(run[key] for run in rounds) for key in rounds[0]} for name, rounds in runs.items()}
     cake, default, alone = results["cake"], results["default"], results["burst_alone"]
-    write_json(
-        json_file,
-        {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
-            "model": folder_of_model.name,
-            "prefix_tokens": prefix,
-            "burst_tokens": lengths,
-            "balanced_bytes_per_s": balanced,
-            "results": results,
-            "completion_saved": 1 - cake["all_done_s"] / default["all_done_s"],
-            "burst_ttft_over_alone": cake["burst_mean_ttft_s"] / alone["burst_mean_ttft_s"],
-            "repeats": runs,
-        },
-    )
+    return {
+        "results": results,
+        "completion_saved": 1 - cake["all_done_s"] / default["all_done_s"],
+        "burst_ttft_over_alone": cake["burst_mean_ttft_s"] / alone["burst_mean_ttft_s"],
+        "repeats": runs,
+    }
 
 
 def _run(

@@ -48,12 +48,6 @@ class Servers:
         self._set(servers.AZURE)
         return self._stack.enter_context(servers.azurite(self._folder))
 
-    @cached_property
-    def google(self) -> str:
-        """The address of a Google emulator with a bucket "bucket"; it asks for no credentials."""
-        self._set({"GOOGLE_SKIP_SIGNATURE": "true"})
-        return self._stack.enter_context(servers.google_emulator(self._folder))
-
     def _set(self, environment):
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in environment.items():

@@ -104,16 +104,6 @@ def make_container(endpoint, name):
 
 
 @contextmanager
-def google_emulator(folder):
-    """An emulator of Google's storage, with a bucket named "bucket". Yields its address."""
-    port = free_port()
-    command = [program("gcp-storage-emulator", "pip install gcp-storage-emulator"), "start", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--in-memory", "--default-bucket", "bucket", "--quiet"]
-    with process(command, port, cwd=folder):
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
 def mooncake(folder, memory="256 MB", port=None):
     """Yields a pool of that much memory."""
     import mooncake

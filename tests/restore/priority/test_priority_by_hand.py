@@ -95,6 +95,25 @@ def test_a_request_past_the_bound_is_moved_up_behind_the_decodes() -> None:
     assert policy.share(requests, 512, now=10.0).tokens == {"d": 1, "old": 400, "new": 111}
 
 
+@pytest.mark.parametrize(
+    ("loads", "costs", "overdue_s"),
+    [
+        ({0: 2e-3}, 9e-3, 16.0),  # 8,000 tokens in 16 s by loading alone
+        ({0: 2e-3, 1: 6e-3}, 9e-3, 12.0),  # 1 / (500 + 167) s per token
+        ({0: 9e3}, 2e-3, 16.0),  # a tier that hardly delivers: 16 s by computing alone
+        ({0: 1e-3}, 9e-3, 10.0),  # 8 s: it is past the bound only
+        ({}, 2e-3, 10.0),  # nothing to load: it does not advance while it is passed over
+    ],
+)
+def test_a_restore_may_be_passed_over_while_io_brings_it_on(
+    loads: dict[int, float], costs: float, overdue_s: float
+) -> None:
+    old = restore("old", 0.0, 8000, front_s=costs / 2, back_s=costs * 3 / 2, load_s=loads)
+    policy = open_policy("cake", starvation_s=10.0)
+    for now, first in ((overdue_s - 0.1, "new"), (overdue_s + 0.1, "old")):
+        assert policy.compute_order([old, plain("new", 5.0, 400)], now=now)[0].request_id == first
+
+
 def test_loads_are_moved_up_as_well() -> None:
     old = restore("old", 0.0, 400, front_s=1e-4, back_s=1e-4, load_s={0: 1e-3})
     new = restore("new", 5.0, 400, front_s=1e-4, back_s=9e-4, load_s={0: 1e-3})

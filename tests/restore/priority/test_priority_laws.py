@@ -43,6 +43,10 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return open_policy(request.param, starvation_s=10.0)
 
 
+def is_overdue(request: RequestState, policy: Policy) -> bool:
+    return NOW - request.arrived_s >= max(policy.starvation_s, request.patience_s)
+
+
 @given(requests=REQUESTS, budget=BUDGET)
 def test_budget_is_used_and_never_exceeded(policy: Policy, requests: list[RequestState], budget: int) -> None:
     shares = policy.share(requests, budget, NOW)
@@ -72,7 +76,7 @@ def test_nobody_younger_is_served_before_one_past_the_bound(
 ) -> None:
     tokens = policy.share(requests, budget, NOW).tokens
     for request in requests:
-        overdue = request.kind is not Kind.DECODE and NOW - request.arrived_s >= policy.starvation_s
+        overdue = request.kind is not Kind.DECODE and is_overdue(request, policy)
         if overdue and request.admitted and tokens.get(request.request_id, 0) < request.tokens:
             younger = [other for other in requests if other.arrived_s > request.arrived_s]
             assert not any(tokens.get(other.request_id) for other in younger if other.kind is not Kind.DECODE)
@@ -86,9 +90,8 @@ def test_loads_are_for_admitted_restores_that_need_the_source(
     assert {request.request_id for request in order} == {
         request.request_id for request in requests if request.admitted and source in request.load_s
     }
-    ages = [NOW - request.arrived_s for request in order]
-    overdue = [age for age in ages if age >= policy.starvation_s]
-    assert ages[: len(overdue)] == sorted(overdue, reverse=True)
+    overdue = [request.arrived_s for request in order if is_overdue(request, policy)]
+    assert [request.arrived_s for request in order[: len(overdue)]] == sorted(overdue)
 
 
 @given(requests=REQUESTS, budget=BUDGET, seed=st.integers(0, 2**32))

@@ -42,6 +42,14 @@ class RequestState(NamedTuple):
     load_s: Mapping[int, float] = {}
     """Per source with chunks left to load: seconds of its time per token."""
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds that the faster arm alone would need for these tokens; 0 if there is nothing to load."""
+        if not self.load_s:
+            return 0.0
+        loading_s = self.tokens / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
+        return min(loading_s, self.tokens * (self.front_s + self.back_s) / 2)
+
     @classmethod
     def prefill(
         cls,
@@ -93,12 +101,13 @@ class Policy(ABC):
     """Orders requests for both arms.
 
     Decodes always come first. A prefill older than `starvation_s` comes next, the oldest first, whatever the policy
-    thinks of it: after that time it waits only for decodes and for its elders.
+    thinks of it: after that time it waits only for decodes and for its elders. A restore advances by I/O while it is
+    passed over, so it may be until it is older than the faster arm alone would still need, too.
 
     Parameters
     ----------
     starvation_s : float
-        Age from which on a request is served in order of arrival, in seconds.
+        Age from which on a request is served in order of arrival, in seconds, at the least.
 
     Raises
     ------
@@ -175,4 +184,4 @@ class Policy(ABC):
         return Shares(tokens, held_back)
 
     def _overdue(self, request: RequestState, now: float) -> bool:
-        return now - request.arrived_s >= self.starvation_s
+        return now - request.arrived_s >= max(self.starvation_s, request.patience_s)
