@@ -225,6 +225,17 @@ class LoadCost:
         lost_s = self._alone_s * size / self._alone_bytes - self.seconds(size)
         return lost_s < _SHARED * (self._depth - 1) * self.seconds(size)
 
+    def useful_loads(self, size: int) -> int:
+        """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them.
+
+        As many as it serves while one passes through it alone (Little's law), and one more, so that a figure which is
+        too low corrects itself.
+        """
+        seconds = self.seconds(size)
+        if not self._alone_s or not seconds:
+            return self._depth
+        return min(self._depth, 1 + math.ceil(self._alone_s * size / self._alone_bytes / seconds))
+
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         """Learn from a load.
 

@@ -16,7 +16,11 @@ class Source(NamedTuple):
     name: str
     cost: LoadCost
     depth: int
-    """Loads to keep in flight."""
+    """Loads to keep in flight, at the most."""
+
+    def useful_depth(self, size: int) -> int:
+        """Loads of `size` bytes to keep in flight."""
+        return min(self.depth, self.cost.useful_loads(size))
 
 
 @dataclass(eq=False, slots=True)
@@ -76,14 +80,18 @@ class Flights:
         self._stuck = [0] * len(sources)
         """How many of them are late."""
 
-    def has_room(self, source: int, ahead: int = 0) -> bool:
-        """Whether the source should be given another load, if `ahead` may queue.
+    def has_room(self, source: int, size: int, ahead: int = 0) -> bool:
+        """Whether the source should be given another load, of about `size` bytes, if `ahead` may queue.
 
         One of unknown speed is tried with a single load first, if the driver hears soon how that went.
         """
         if not ahead and not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
             return False
-        return self._outstanding[source] < self._sources[source].depth + ahead
+        outstanding, depth = self._outstanding[source], self._sources[source].depth
+        if ahead:
+            return outstanding < depth + ahead
+        useful = self._sources[source].useful_depth(size)
+        return outstanding < depth and outstanding - self._stuck[source] < useful
 
     def stalled(self, source: int) -> bool:
         """Whether the source hangs: all of its workers do, in loads that are late, or nothing came since one began."""

@@ -95,7 +95,7 @@ class Outlook:
         if self._mode != "load":
             candidates = charge_spans(uncharged, self._compute.shape.fixed)
             lag_s = [
-                0.0 if source.cost.is_shared(size) else (source.depth - 1) * source.cost.seconds(size)
+                0.0 if source.cost.is_shared(size) else (source.useful_depth(size) - 1) * source.cost.seconds(size)
                 for source in self._sources
             ]
         plan = assign_loads(candidates, sources, busy_s, finish_s, ends_s, lag_s)
@@ -155,7 +155,7 @@ class Outlook:
             compute.shape.fixed,
             self._max_span_chunks,
             each_s,
-            [source.depth for source in self._sources],
+            [source.useful_depth(self.chunk_bytes) for source in self._sources],
             [source.cost.is_shared(self.chunk_bytes) for source in self._sources],
             in_flight,
             busy_s,

@@ -352,7 +352,7 @@ class Restore:
 
         `ahead` loads may queue at the source beside those that it serves at a time.
         """
-        if self.mode == "compute" or not self._flights.has_room(source, ahead):
+        if self.mode == "compute" or not self._flights.has_room(source, self._level.chunk_bytes, ahead):
             return None
         if self._layered is not None:
             piece = None if self._layered.broken else self._layered.next(source)
