@@ -5,8 +5,9 @@
 The demo's model restores documents of several kinds through a link whose bandwidth follows a trace, the same in every
 run: it wavers around the balanced one (at which reading all of every chunk takes as long as computing it) and falls to
 a quarter of that for a while. The codec is "ladder", which stores every chunk in three parts: variants read one, two or
-three of them throughout, or choose for a target ("adaptive"). The target is set by the first document, half-way between
-the TTFT of three parts and of one, and that document counts for nothing else. Quality is judged on the very cache that
+three of them throughout, or choose for a target ("adaptive"). The first document sets the target, half-way between the
+TTFT of three parts and of one, and counts for nothing else. Without a layered finish, which fixes what
+is read of the last chunks, and so is not used where levels are chosen. Quality is judged on the very cache that
 each run left: the next-token distributions of what follows the document, against those over the exact cache.
 """
 
@@ -244,7 +245,7 @@ def main(
         "suffix_tokens": continuation,
     }
     with tempfile.TemporaryDirectory(prefix="cakekv-adaptive-") as folder:
-        for _ in measure(cake.engine, made, Path(folder) / "store", data):  # type: ignore[arg-type]
+        for _ in measure(cake.engine, made, Path(folder) / "store", data, layered_finish=False):  # type: ignore[arg-type]
             write_json(json_file, data)
     for name, one in data["variants"].items():
         print(

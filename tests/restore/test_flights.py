@@ -38,7 +38,7 @@ def test_a_source_that_does_not_answer_is_stalled_after_the_deadline(known: bool
         assert one.cancelled
         flying.answered(one, 0, 101.0)
     assert not flying.stalled(0)
-    assert flying.has_room(0)
+    assert flying.has_room(0, 1000)
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -52,3 +52,25 @@ def test_one_load_that_hangs_stalls_a_source_unless_others_came_meanwhile(known:
         flying.land(other)
     flying.give_up_late(1.0 + DEADLINE_S)
     assert flying.stalled(0) is not moves
+
+
+def test_no_more_loads_in_flight_than_keep_the_source_busy() -> None:
+    cost = LoadCost(8)
+    source, size = Source("link", cost, 8), 1000
+    assert source.useful_depth(size) == 8, "nothing is known yet"
+    cost.observe(size, 0.0, 0.1, alone=True)
+    assert source.useful_depth(size) == 8, "nothing is known of several at a time"
+    cost.observe(size, 0.0, 0.2)
+    assert source.useful_depth(size) == 2, "one load alone takes as long as each of many"
+    for number in range(40):  # four at a time come as often as one would alone: there is latency to hide
+        cost.observe(size, 0.125 + 0.025 * number, 0.225 + 0.025 * number)
+    assert 5 <= source.useful_depth(size) <= 6
+    assert source.useful_depth(10 * size) == source.useful_depth(size)
+    flying = Flights([source], patience_s=DEADLINE_S, deadline_s=DEADLINE_S)
+    for chunk in range(source.useful_depth(size)):
+        assert flying.has_room(0, size)
+        flying.begin(load(chunk))
+    assert not flying.has_room(0, size)
+    assert flying.has_room(0, size, ahead=1), "who hands out loads ahead of time does not see when they end"
+    flying.give_up_late(1.0 + DEADLINE_S)
+    assert flying.has_room(0, size), "those that hang keep nothing busy"

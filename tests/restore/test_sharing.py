@@ -65,7 +65,7 @@ def test_the_others_follow_once_it_is_there() -> None:
     [first] = loads(planner, 0, 0.0)
     assert planner.arrived(first, 1.0)
     planner.placed(first, 1.0)
-    assert [load.chunk for load in loads(planner, 0, 1.0)] == [5, 4, 3, 2]
+    assert [load.chunk for load in loads(planner, 0, 1.0)] == [5, 4], "two keep it busy, so more would only end late"
 
 
 def test_an_unknown_tier_is_tried_with_one_load() -> None:

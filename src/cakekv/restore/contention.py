@@ -151,6 +151,9 @@ class SharedLoad(LoadCost):
     def is_shared(self, size: int) -> bool:
         return self._cost.is_shared(size)
 
+    def useful_loads(self, size: int) -> int:
+        return self._cost.useful_loads(size)
+
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         self._cost.observe(size, began, ended, alone and began > self.crowded_s)
 

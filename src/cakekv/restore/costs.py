@@ -180,6 +180,8 @@ class LoadCost:
         self._alone_s = 0.0
         self._alone_bytes = 1.0
         self._last_completed: float | None = None
+        self._seen_busy = prior is not None
+        """Whether any load had others beside it."""
         if prior is not None:
             self._bytes, self._busy_s = prior.load_bytes, prior.byte_s * prior.load_bytes
             self._duration_s, self._duration_bytes = prior.load_s, prior.load_bytes
@@ -229,10 +231,10 @@ class LoadCost:
         """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them.
 
         As many as it serves while one passes through it alone (Little's law), and one more, so that a figure which is
-        too low corrects itself.
+        too low corrects itself. All that it serves at a time, until both are known.
         """
         seconds = self.seconds(size)
-        if not self._alone_s or not seconds:
+        if not self._alone_s or not self._seen_busy or not seconds:
             return self._depth
         return min(self._depth, 1 + math.ceil(self._alone_s * size / self._alone_bytes / seconds))
 
@@ -260,6 +262,7 @@ class LoadCost:
         keep = math.exp(-interval / (self._memory_loads * max(expected, interval / 4))) if expected > 0 else 1.0
         self._bytes = keep * self._bytes + size
         self._busy_s = keep * self._busy_s + interval
+        self._seen_busy |= not alone
         if alone:
             fresh = 1.0 if not self._alone_s else 0.4
             self._alone_s += fresh * (ended - began - self._alone_s)

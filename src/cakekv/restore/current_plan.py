@@ -73,6 +73,11 @@ class CurrentPlan:
         return self._plan
 
     @property
+    def chooses_level(self) -> bool:
+        """Whether each load may be read in another way than the one before."""
+        return len(self._levels) > 1
+
+    @property
     def changed(self) -> bool:
         """Whether anything changed since the plan was made."""
         return self._changes > 0
@@ -83,7 +88,7 @@ class CurrentPlan:
 
         Where there are levels to choose from, every load is worth a thought.
         """
-        if len(self._levels) > 1:
+        if self.chooses_level:
             return self.changed
         return self._changes * 8 > len(self._coverage.uncovered)
 
@@ -101,7 +106,7 @@ class CurrentPlan:
         if self._mode == "compute":
             return
         outlook, plans = self._outlook, dict[int, Plan]()
-        chooses = len(self._levels) > 1 and outlook.foresees
+        chooses = self.chooses_level and outlook.foresees
 
         def ends_s(level: int) -> float:
             outlook.chunk_bytes = self._levels[level].chunk_bytes

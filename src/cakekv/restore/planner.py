@@ -334,6 +334,7 @@ class Restore:
         suffix_chunks = coverage.chunks - self._suffix
         if (
             groups is None
+            or self._plan.chooses_level  # of pieces it could not be changed any more
             or not self.layered_allowed
             or self.mode not in ("auto", "both")
             or (self._span is not None and self._span[0].start >= self.prefix_tokens)
