@@ -236,7 +236,8 @@ class LoadCost:
         seconds = self.seconds(size)
         if not self._alone_s or not self._seen_busy or not seconds:
             return self._depth
-        return min(self._depth, 1 + math.ceil(self._alone_s * size / self._alone_bytes / seconds))
+        # A tenth is noise, which must not double what is in flight.
+        return min(self._depth, 1 + math.ceil(0.9 * self._alone_s * size / self._alone_bytes / seconds))
 
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         """Learn from a load.
