@@ -126,7 +126,7 @@ def together(network: Cake, link: ShapedLink, token_ids: Sequence[int], prefix: 
             runs["compute"].append(network.prefill(token_ids, mode="compute", save=False).report)
             runs["load"].append(network.prefill(token_ids, mode="load", save=False).report)
             runs["both"].append(network.prefill(token_ids, mode="both", save=False).report)
-            runs["together"].append(everything.prefill(token_ids, mode="both", save=False).report)
+            runs["together"].append(everything.prefill(token_ids, save=False).report)
             near_loads = {name: cake.prefill(token_ids, mode="load", save=False).report for name, cake in cakes.items()}
             bounds.append(_bound(runs["compute"][-1], runs["load"][-1], near_loads, held, prefix))
         runs = {name: reports[1:] for name, reports in runs.items()}  # the first round teaches the costs

@@ -13,6 +13,8 @@ _MEMORY = 0.97
 """Weight that an observation keeps when the next one arrives."""
 _OUTLIER = math.log(1.5)
 _SHARED = 0.3
+_IN_FLIGHT_S = 0.15
+"""Seconds of a tier's work that may always be in flight: short beside what a restore takes, long beside a hiccup."""
 """Loads share a tier if one alone wastes no more than this part of what several would have delivered beside it."""
 
 
@@ -231,13 +233,15 @@ class LoadCost:
         """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them.
 
         As many as it serves while one passes through it alone (Little's law), and one more, so that a figure which is
-        too low corrects itself. All that it serves at a time, until both are known.
+        too low corrects itself; at the least some time's worth, since clients and servers are held up at times. All
+        that it serves at a time, until both figures are known.
         """
         seconds = self.seconds(size)
         if not self._alone_s or not self._seen_busy or not seconds:
             return self._depth
         # A tenth is noise, which must not double what is in flight.
-        return min(self._depth, 1 + math.ceil(0.9 * self._alone_s * size / self._alone_bytes / seconds))
+        passing = 1 + math.ceil(0.9 * self._alone_s * size / self._alone_bytes / seconds)
+        return min(self._depth, max(passing, int(_IN_FLIGHT_S / seconds)))
 
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         """Learn from a load.
