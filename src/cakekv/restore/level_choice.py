@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cakekv.restore.layered import LayerGroups
 
-RESERVE = 0.05
+RESERVE = 0.1
 """The part of a target that is kept in hand, since what is foreseen is not what happens."""
 
 
