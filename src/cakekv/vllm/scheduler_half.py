@@ -276,6 +276,7 @@ class SchedulerHalf:
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
             load_s={} if restoration.joined else self._desk.seconds_per_token(tokens),
+            left=max(0, restore.latest.back - restore.position),
         )
 
     def orders(self, output: SchedulerOutput) -> StepOrders:

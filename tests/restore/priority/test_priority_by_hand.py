@@ -108,7 +108,7 @@ def test_a_request_past_the_bound_is_moved_up_behind_the_decodes() -> None:
 def test_a_restore_may_be_passed_over_while_io_brings_it_on(
     loads: dict[int, float], costs: float, overdue_s: float
 ) -> None:
-    old = restore("old", 0.0, 8000, front_s=costs / 2, back_s=costs * 3 / 2, load_s=loads)
+    old = restore("old", 0.0, 256, left=8000, front_s=costs / 2, back_s=costs * 3 / 2, load_s=loads)
     policy = open_policy("cake", starvation_s=10.0)
     for now, first in ((overdue_s - 0.1, "new"), (overdue_s + 0.1, "old")):
         assert policy.compute_order([old, plain("new", 5.0, 400)], now=now)[0].request_id == first

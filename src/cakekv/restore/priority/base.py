@@ -41,14 +41,17 @@ class RequestState(NamedTuple):
     """Seconds of compute that each token loaded at the back frontier saves."""
     load_s: Mapping[int, float] = {}
     """Per source with chunks left to load: seconds of its time per token."""
+    left: int = 0
+    """Tokens between a restore's frontiers, if those are more than it could use in this step."""
 
     @property
     def patience_s(self) -> float:
-        """Seconds that the faster arm alone would need for these tokens; 0 if there is nothing to load."""
+        """Seconds that the faster arm alone would need for what is left; 0 if there is nothing to load."""
         if not self.load_s:
             return 0.0
-        loading_s = self.tokens / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
-        return min(loading_s, self.tokens * (self.front_s + self.back_s) / 2)
+        left = max(self.left, self.tokens)
+        loading_s = left / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
+        return min(loading_s, left * (self.front_s + self.back_s) / 2)
 
     @classmethod
     def prefill(
