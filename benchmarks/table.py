@@ -111,7 +111,7 @@ def vllm_overhead(data: dict[str, Any]) -> str:
         ]
         for step in data["steps"]
     ]
-    return markdown(["a step of", "vLLM", "with the plug-in", "ratio"], rows) + measured(data)
+    return markdown(["a step of", "vLLM", "with the plug-in", "ratio, median of rounds"], rows) + measured(data)
 
 
 def network(data: dict[str, Any]) -> str:
