@@ -154,15 +154,28 @@ def tiers(data: dict[str, Any]) -> str:
 
 def quality(data: dict[str, Any]) -> str:
     """A row per recipe."""
-    columns = {
-        "bytes_per_token": ",.0f",
-        "ratio": ".2f",
-        "agreement": ".3f",
-        "kl": ".4f",
-        "retrieval": ".2f",
-        "encode_gbps": ".2f",
-        "decode_gbps": ".2f",
-    }
+    return judged(
+        data,
+        {
+            "bytes per token": ("bytes_per_token", ",.0f"),
+            "smaller by": ("ratio", ".2f"),
+            **ANSWERS,
+            "encode GB/s": ("encode_gbps", ".2f"),
+            "decode GB/s": ("decode_gbps", ".2f"),
+        },
+    )
+
+
+def quality_float32(data: dict[str, Any]) -> str:
+    """What recipes do to answers alone."""
+    return judged(data, ANSWERS)
+
+
+ANSWERS = {"agreement": ("agreement", ".3f"), "KL, nats": ("kl", ".5f"), "retrieval": ("retrieval", ".2f")}
+
+
+def judged(data: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
+    """A row per recipe; of columns, by title, the field and its form."""
 
     def cell(one: dict[str, Any], name: str, form: str) -> str:
         low, high = one["intervals"].get(name, (None, None))
@@ -170,11 +183,10 @@ def quality(data: dict[str, Any]) -> str:
         return f"{one[name]:{form}}{interval}"
 
     rows = [
-        [f"`{one['recipe']}`", *(cell(one, name, form) for name, form in columns.items())] for one in data["recipes"]
+        [f"`{one['recipe']}`", *(cell(one, name, form) for name, form in columns.values())] for one in data["recipes"]
     ]
-    titles = ["bytes per token", "smaller by", "agreement", "KL, nats", "retrieval", "encode GB/s", "decode GB/s"]
     documents = f"; {len(data['recipes'][0]['documents'])} documents of {data['context_tokens']:,} tokens"
-    return markdown(["recipe", *titles], rows) + measured(data, documents)
+    return markdown(["recipe", *columns], rows) + measured(data, documents)
 
 
 def table6(data: dict[str, Any]) -> str:
@@ -234,6 +246,7 @@ TABLES = {
     "network": Table("docs/stores.md", network),
     "tiers": Table("docs/stores.md", tiers),
     "quality": Table("docs/codecs.md", quality),
+    "quality_float32": Table("docs/codecs.md", quality_float32),
     "table6": Table("docs/codecs.md", table6),
     "adaptive_level": Table("docs/codecs.md", adaptive_level),
 }
