@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def is_there(pid: int) -> bool:
         return False
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
 @pytest.mark.parametrize("end", ["block", "kill"])
 def test_a_server_ends_with_its_parent(tmp_path: Path, end: str) -> None:
@@ -53,10 +61,7 @@ def test_a_server_ends_with_its_parent(tmp_path: Path, end: str) -> None:
     assert starter.stdout is not None
     server = int(starter.stdout.readline())
     if end == "kill":
-        assert is_there(server)
+        wait_until(lambda: Path(f"/proc/{server}/comm").read_text() == "sleep\n")  # setpriv is through
         os.kill(starter.pid, signal.SIGKILL)
     starter.communicate(timeout=60)
-    deadline = time.monotonic() + 60
-    while is_there(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not is_there(server))

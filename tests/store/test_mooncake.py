@@ -118,7 +118,7 @@ def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool):
             store.write(key_of(number), chunk_of(number))
         reader = store.open(key_of(0))
         buffer = memoryview(bytearray(b"\xee" * SIZE))
-        pool.master.send_signal(signal.SIGSTOP)
+        servers.suspend(pool.master)
         try:
             with pytest.raises(StoreError, match="no answer within"):
                 reader.read_into(buffer, 0)
@@ -135,7 +135,7 @@ def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool):
 
 def test_no_more_calls_hang_than_there_may_be(pool):
     with store_in(pool, timeout_s=0.05) as store:
-        pool.master.send_signal(signal.SIGSTOP)
+        servers.suspend(pool.master)
         try:
             for _ in range(2 * mooncake_client.MOST_CALLS):
                 with pytest.raises(StoreError, match="no answer"):

@@ -228,7 +228,7 @@ def test_a_server_that_stops_answering(server):
     with RedisStore("127.0.0.1", port, timeout_s=0.2) as store:
         store.write(key_of(0), chunk_of(0))
         reader = store.open(key_of(0))
-        process.send_signal(signal.SIGSTOP)
+        servers.suspend(process)
         buffer = memoryview(bytearray(SIZE))
         attempts = [
             lambda: store.lookup([key_of(0)]),
