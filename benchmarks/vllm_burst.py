@@ -14,7 +14,6 @@ import random
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import REST_S, Answer, Texts, ask, ask_at
+from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, write_json
@@ -118,7 +117,7 @@ def _run(
         plan: list[Request] = [] if own is None else [(0.0, long, tokens)]
         plan += [(after_s, prompt, tokens) for prompt in short]
         async with server.async_client() as client:
-            return await ask_at(client, time.monotonic() + REST_S, plan, **(own or {}))
+            return await ask_at(client, plan, **(own or {}))
 
     answers = asyncio.run(all_of_them())
     began_s = min(answer.asked_s for answer in answers)

@@ -14,7 +14,6 @@ import random
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import typer
 
 from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import REST_S, Answer, Texts, ask, ask_at
+from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
@@ -124,7 +123,7 @@ def main(
 def _run(server: Server, requests: Sequence[Request], own: Mapping[str, str]) -> list[Answer]:
     async def all_of_them() -> list[Answer]:
         async with server.async_client() as client:
-            return await ask_at(client, time.monotonic() + REST_S, requests, **own)
+            return await ask_at(client, requests, **own)
 
     return asyncio.run(all_of_them())
 

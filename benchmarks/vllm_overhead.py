@@ -13,7 +13,6 @@ import asyncio
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Annotated
 import typer
 
 from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import REST_S, Answer, Texts, ask, ask_at
+from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
 from cakekv.demo.model import demo_model
@@ -88,7 +87,7 @@ def main(
 def _generate(server: Server, batch: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
     async def all_of_them() -> list[Answer]:
         async with server.async_client() as client:
-            return await ask_at(client, time.monotonic() + REST_S, [(0.0, prompt, tokens) for prompt in batch])
+            return await ask_at(client, [(0.0, prompt, tokens) for prompt in batch])
 
     return asyncio.run(all_of_them())
 

@@ -36,9 +36,8 @@ class Servers:
     @cached_property
     def s3(self) -> str:
         """The address of an S3 service with a bucket named "bucket"; credentials are in the environment from now on."""
-        self._set(
-            dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "")
-        )  # the server sets them; undone here
+        # The server sets them; what is set here is undone.
+        self._set(dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ""))
         url = self._stack.enter_context(seaweedfs_behind(folder=self._folder))
         return url.partition("endpoint=")[2].partition("&")[0]
 

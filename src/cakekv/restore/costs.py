@@ -13,9 +13,9 @@ _MEMORY = 0.97
 """Weight that an observation keeps when the next one arrives."""
 _OUTLIER = math.log(1.5)
 _SHARED = 0.3
+"""Loads share a tier if one alone wastes no more than this part of what several would have delivered beside it."""
 _IN_FLIGHT_S = 0.15
 """Seconds of a tier's work that may always be in flight: short beside what a restore takes, long beside a hiccup."""
-"""Loads share a tier if one alone wastes no more than this part of what several would have delivered beside it."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import configparser
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import obstore
 from obstore import exceptions
@@ -201,16 +201,17 @@ class _ObjectReader(ChunkReader):
         return wanted
 
 
+class Reach(TypedDict, total=False):
+    """How to reach a service; see `open_s3`."""
+
+    endpoint: str | None
+    http: bool
+    ca: str | None
+    timeout_s: float
+
+
 def open_s3(
-    bucket: str,
-    prefix: str = "",
-    *,
-    endpoint: str | None = None,
-    region: str | None = None,
-    path_style: bool = True,
-    http: bool = False,
-    ca: str | None = None,
-    timeout_s: float = TIMEOUT_S,
+    bucket: str, prefix: str = "", *, region: str | None = None, path_style: bool = True, **reach: Unpack[Reach]
 ) -> ObjectStore:
     """Open a bucket of S3, or of a service that speaks its language.
 
@@ -244,64 +245,47 @@ def open_s3(
         The bucket cannot be reached, does not exist, or refuses this client.
     """
     config: dict[str, Any] = {"virtual_hosted_style_request": not path_style, **_profile_credentials()}
-    config |= _at(endpoint, http, "endpoint")
     config |= {"region": region} if region else {}
-    where = _where("s3", bucket, prefix, endpoint)
-    with _constructed(where):
-        backend = S3Store(bucket, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
-    return ObjectStore(backend, where)
+    return _open(S3Store, "s3", "s3", bucket, prefix, "endpoint", config, **reach)
 
 
-def open_gcs(
-    bucket: str,
-    prefix: str = "",
-    *,
-    endpoint: str | None = None,
-    http: bool = False,
-    ca: str | None = None,
-    timeout_s: float = TIMEOUT_S,
-) -> ObjectStore:
+def open_gcs(bucket: str, prefix: str = "", **reach: Unpack[Reach]) -> ObjectStore:
     """Open a bucket of Google Cloud Storage; credentials come from the environment (`GOOGLE_APPLICATION_CREDENTIALS`,
     …) or the machine. Parameters and errors as in `open_s3`."""
-    where = _where("gs", bucket, prefix, endpoint)
-    config: dict[str, Any] = _at(endpoint, http, "base_url")
-    with _constructed(where):
-        backend = GCSStore(bucket, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
-    return ObjectStore(backend, where, "gcs")
+    return _open(GCSStore, "gcs", "gs", bucket, prefix, "base_url", {}, **reach)
 
 
-def open_azure(
-    container: str,
-    prefix: str = "",
+def open_azure(container: str, prefix: str = "", **reach: Unpack[Reach]) -> ObjectStore:
+    """Open a container of Azure Blob Storage; account and credentials come from the environment
+    (`AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, …) or the machine. Otherwise as `open_s3`."""
+    return _open(AzureStore, "azure", "az", container, prefix, "endpoint", {}, **reach)
+
+
+def _open(
+    client: Callable[..., Any],
+    name: str,
+    scheme: str,
+    bucket: str,
+    prefix: str,
+    address: str,
+    config: Mapping[str, Any],
     *,
     endpoint: str | None = None,
     http: bool = False,
     ca: str | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> ObjectStore:
-    """Open a container of Azure Blob Storage; account and credentials come from the environment
-    (`AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, …) or the machine. Otherwise as `open_s3`."""
-    where = _where("az", container, prefix, endpoint)
-    config: dict[str, Any] = _at(endpoint, http, "endpoint")
-    with _constructed(where):
-        backend = AzureStore(container, prefix=prefix or None, **config, **_client(timeout_s, ca, http))
-    return ObjectStore(backend, where, "azure")
-
-
-def _where(scheme: str, bucket: str, prefix: str, endpoint: str | None) -> str:
-    return f"{scheme}://{bucket}/{prefix}".rstrip("/") + (f" at {endpoint}" if endpoint else "")
-
-
-def _at(endpoint: str | None, http: bool, option: str) -> dict[str, str]:
-    """The service's address, under the name that its client gives it."""
-    if endpoint is None:
-        return {}
-    if not endpoint.startswith("https://") and not (http and endpoint.startswith("http://")):
+    """`address` is what the client calls the endpoint; `config` is what else it is to be told."""
+    if endpoint is not None and not endpoint.startswith("https://") and not (http and endpoint.startswith("http://")):
         raise BadInput(
             f"the endpoint {endpoint!r} is not an https:// address; what is stored would go over the network in the "
             "open. If that is what you want, write endpoint=http://… and http=true"
         )
-    return {option: endpoint}
+    at = {address: endpoint} if endpoint else {}
+    where = f"{scheme}://{bucket}/{prefix}".rstrip("/") + (f" at {endpoint}" if endpoint else "")
+    with _constructed(where):
+        backend = client(bucket, prefix=prefix or None, **config, **at, **_client(timeout_s, ca, http))
+    return ObjectStore(backend, where, name)
 
 
 def _client(timeout_s: float, ca: str | None, http: bool) -> dict[str, Any]:

@@ -95,22 +95,19 @@ async def ask_streaming(client: AsyncOpenAI, prompt: Sequence[int], tokens: int,
     return answer
 
 
-async def ask_at(
-    client: AsyncOpenAI, began_s: float, plan: Sequence[tuple[float, Sequence[int], int]], **own: object
-) -> list[Answer]:
-    """Send requests at given times.
+async def ask_at(client: AsyncOpenAI, plan: Sequence[tuple[float, Sequence[int], int]], **own: object) -> list[Answer]:
+    """Send requests at given times, of which zero is in `REST_S`.
 
     Parameters
     ----------
     client : AsyncOpenAI
         Who sends them.
-    began_s : float
-        Time zero, on `time.monotonic`'s clock.
     plan : sequence of (seconds, token ids, tokens to generate)
         The requests.
     own
         What to ask of the plug-in, the same for all.
     """
+    began_s = time.monotonic() + REST_S
 
     async def one(at_s: float, prompt: Sequence[int], tokens: int) -> Answer:
         await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
