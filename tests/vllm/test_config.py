@@ -59,6 +59,8 @@ def test_values_as_they_come_from_json():
         ("save", "yes", "valid boolean"),
         ("save_queue", "lots", '"10GB"'),
         ("layered_finish", 1, "valid boolean"),
+        ("decode_slowdown", 0.5, "such as 1.5, or 0"),
+        ("decode_slowdown", -1.0, "greater than or equal to 0"),
         ("load_threads", -1, "greater than or equal to 0"),
         ("tenant", None, "valid string"),
     ],

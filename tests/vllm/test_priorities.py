@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 from tiny_engine import ScriptedStore, TinyEngine, prompt, sampling
+
+from cakekv.restore.priority import RequestState
 
 
 class Steps:
@@ -72,7 +75,7 @@ def test_a_step_is_used_to_its_last_token(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]], steps: Steps
 ) -> None:
     """Beside a decode a restore gets the rest, which is no whole number of chunks."""
-    engine.set(mode="both")
+    engine.set(mode="both", decode_slowdown=0.0)
     decoding = engine.add(prompt(20, seed=8), sampling(30))
     engine.until(lambda: decoding in engine.outputs)
     store.gate.clear()
@@ -82,3 +85,31 @@ def test_a_step_is_used_to_its_last_token(
     spans = [(span.start, span.tokens) for span in engine.report().spans]
     assert any(tokens == 255 for _, tokens in spans)
     assert sum(tokens for _, tokens in spans) + engine.report().loaded_tokens == 1000
+
+
+def test_decodes_do_not_wait_for_what_can_be_loaded(
+    engine: TinyEngine,
+    stored: list[int],
+    plain: dict[int, list[int]],
+    steps: Steps,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a step's time to spare, a restore computes nothing beside a decode but its suffix."""
+    engine.set(mode="auto", decode_slowdown=1.0)
+    monkeypatch.setattr(RequestState, "gives_way", True)
+    monkeypatch.setattr(engine.half.policy, "starvation_s", math.inf)
+    assert engine.finish(engine.add(stored)) == [plain[1000]]  # so that costs are known
+    engine.finish(engine.add(prompt(20, seed=9), sampling(20)))
+    engine.settle()
+    engine.core.reset_prefix_cache()
+    decoding = engine.add(prompt(20, seed=8), sampling(200))
+    engine.until(lambda: decoding in engine.outputs)
+    steps.steps.clear()
+    restored = engine.add(stored)
+    assert engine.finish(restored) == [plain[1000]]
+    beside = [step[restored] for step in steps.steps if restored in step and decoding in step]
+    assert beside[0] == 1000 - 896
+    assert set(beside[1:]) <= {1}
+    engine.settle()
+    assert engine.report().loaded_tokens == 896
+    engine.finish(decoding)

@@ -43,15 +43,34 @@ def test_a_restore_that_gets_half_of_every_step_takes_twice_as_long() -> None:
     costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
     assert shared.seconds(0, 100) == pytest.approx(0.1)
-    for _ in range(20):
-        shared.shared(Piece(0, 100), [Piece(0, 100), Piece(500, 100)])
-    assert shared.seconds(0, 100) == pytest.approx(0.2)
-    assert shared.shape.linear == pytest.approx(2e-3)
+    for _ in range(50):
+        shared.shared(Piece(0, 200), 100, 0.2)
+    assert shared.seconds(0, 100) == pytest.approx(0.2, rel=0.01)
+    assert shared.shape.linear == pytest.approx(2e-3, rel=0.01)
+
+
+def test_a_few_tokens_in_a_step_that_decodes_are_little_for_its_time() -> None:
+    """Ten tokens in steps of 50 ms, where a step of its own would have computed 450 in half a second."""
+    costs = StepCosts(ComputeCost(ComputeShape(50e-3, 1e-3, 0.0), trusted=True))
+    shared = SharedCost(costs)
+    for _ in range(100):
+        shared.shared(Piece(0, 450), 10, 50e-3)
+    assert shared.share == pytest.approx((0.5 / 450 * 10) / 50e-3, rel=0.01)
+
+
+def test_a_share_follows_time_and_not_the_number_of_steps() -> None:
+    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    few, many = SharedCost(costs), SharedCost(costs)
+    few.shared(Piece(0, 100), 0, 0.5)
+    for _ in range(10):
+        many.shared(Piece(0, 100), 0, 0.05)
+    assert few.share == pytest.approx(0.5)
+    assert many.share == pytest.approx(0.5)
 
 
 def test_a_restore_that_gets_nothing_is_left_to_the_loads() -> None:
     costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
-    for _ in range(20):
-        shared.shared(Piece(0, 0), [Piece(500, 100)])
+    for _ in range(50):
+        shared.shared(Piece(500, 100), 0, 0.1)
     assert shared.seconds(0, 100) > 1.0

@@ -43,6 +43,7 @@ def test_all_that_can_be_told():
         *("--store", "/a b?capacity=1GB", "--store", "~/it's", "--chunk-tokens", "512", "--mode", "both"),
         *("--load-deadline", "500ms", "--no-save", "--save-queue", "64MiB", "--load-threads", "3"),
         *("--tenant", 'a "quoted" $name', "--log-requests", "--layered-finish", "--block-size", "128"),
+        *("--decode-slowdown", "1.5"),
     )
     assert options == VllmOptions(
         store=("/a b?capacity=1GB", "~/it's"),
@@ -55,6 +56,7 @@ def test_all_that_can_be_told():
         tenant='a "quoted" $name',
         log_requests=True,
         layered_finish=True,
+        decode_slowdown=1.5,
     )
 
 

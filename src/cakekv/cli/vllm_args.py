@@ -32,6 +32,10 @@ def vllm_args(
     ] = None,
     save: Annotated[bool, typer.Option(help="Whether what was computed is saved.")] = True,
     save_queue: Annotated[str | None, typer.Option(help='Bytes that may wait to be written, such as "1GB".')] = None,
+    decode_slowdown: Annotated[
+        float | None,
+        typer.Option(help="How much longer steps that decode may take for restores, such as 1.5 times; 0: any time."),
+    ] = None,
     layered_finish: Annotated[
         bool, typer.Option("--layered-finish", help="Compute the suffix while the last chunks arrive, layer by layer.")
     ] = False,
@@ -60,6 +64,7 @@ def vllm_args(
         "load_deadline": load_deadline,
         "save": None if save else False,
         "save_queue": save_queue,
+        "decode_slowdown": decode_slowdown,
         "layered_finish": layered_finish or None,
         "load_threads": load_threads,
         "tenant": tenant,

@@ -49,6 +49,12 @@ def _mode(value: object) -> object:
     return value
 
 
+def _slowdown(value: float) -> float:
+    if value and value < 1:
+        raise ValueError("write how many times as long a step may take, such as 1.5, or 0 for any number")
+    return value
+
+
 def _codec(value: str) -> str:
     codec_named(value)
     return value
@@ -78,6 +84,9 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Whether what was computed is saved.
     save_queue : int
         Bytes that may wait to be written; what would exceed them is not saved, and counted. Or a string: "1GB".
+    decode_slowdown : float
+        How many times as long a step that decodes may take because restores compute in it, at least 1; 0: any number.
+        Restores that would wait much longer for their loads alone do not heed it (`RequestState.gives_way`).
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer (see `layered_step`).
     load_threads : int
@@ -98,6 +107,7 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     load_deadline: Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)] = 30.0
     save: bool = True
     save_queue: Annotated[int, BeforeValidator(_bytes), Field(ge=1)] = 1_000_000_000
+    decode_slowdown: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_slowdown)] = 1.25
     layered_finish: bool = False
     load_threads: Annotated[int, Field(ge=0, le=256)] = 0
     tenant: str = ""

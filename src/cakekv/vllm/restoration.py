@@ -15,7 +15,7 @@ from cakekv.restore.report import RestoreReport
 from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.messages import LoadOrder, LoadResult
-from cakekv.vllm.step_costs import Piece, SharedCost
+from cakekv.vllm.step_costs import SharedCost
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -153,7 +153,7 @@ class Restoration:
             self.restore.computed(self._span, now)
             self._span = None
 
-    def take(self, tokens: int, now: float) -> Piece:
+    def take(self, tokens: int, now: float) -> None:
         """Compute takes the next tokens, as far as they are the prompt's."""
         if self.offers_layered:
             assert tokens == self.wanted, f"vLLM computes {tokens} tokens of a suffix of {self.wanted}"
@@ -164,7 +164,6 @@ class Restoration:
             tokens = min(tokens, self.restore.prompt_tokens - self.restore.position)
             self._span = self.restore.take(tokens, now)
         self._idle_until = 0.0
-        return Piece(self._span.start, self._span.tokens)
 
     def confirm(self, waited: bool, now: float) -> bool:
         """The layered step is over; `waited` if all workers say that they had what they needed. Returns whether so."""

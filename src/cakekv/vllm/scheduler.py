@@ -118,7 +118,8 @@ class CakeSchedulerMixin(Scheduler):
                 elif restoration is None:
                     continue
                 states.append(state)
-        shares = self._half.policy.share(states, self.max_num_scheduled_tokens, time())
+        beside_decodes = self._half.tokens_beside_decodes()
+        shares = self._half.policy.share(states, self.max_num_scheduled_tokens, time(), beside_decodes)
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
         # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.

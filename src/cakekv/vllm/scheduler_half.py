@@ -85,6 +85,8 @@ class SchedulerHalf:
         self._waited_s = 0.0
         """Seconds that the step waited for loads."""
         self._clock = StepClock(self.costs)
+        self._share = 1.0
+        """What the restore that was last shared out got of the steps."""
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
         """What to do once workers have taken in the orders of this number."""
 
@@ -150,7 +152,7 @@ class SchedulerHalf:
         stored, prefix, local_tokens = self.admission.take(request.request_id)
         assert prefix == local_tokens + external_tokens
         now = monotonic()
-        cost = SharedCost(self.costs)
+        cost = SharedCost(self.costs, self._share)
         load_costs = [SharedLoad(source.cost) for source in self._desk.sources]
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
@@ -275,7 +277,7 @@ class SchedulerHalf:
             restoration.wanted,
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={} if restoration.joined else self._desk.seconds_per_token(tokens),
+            load_s={} if restoration.joined or restore.mode == "compute" else self._desk.seconds_per_token(tokens),
             left=max(0, restore.latest.back - restore.position),
         )
 
@@ -284,8 +286,7 @@ class SchedulerHalf:
         now = monotonic()
         self._sequence += 1
         orders = StepOrders(self._sequence, answer=bool(self._fences))
-        pieces = self._take(output.num_scheduled_tokens, now)
-        step_s = self._clock.begin(self._sequence, pieces, bool(output.num_scheduled_tokens))
+        step_s = self._take(output.num_scheduled_tokens, now)
         states = [self.state_of(restoration) for restoration in self.restorations.values()]
         self._desk.order(orders, self.restorations, states, step_s)
         for restoration in self.restorations.values():
@@ -301,31 +302,37 @@ class SchedulerHalf:
         patience_s = max(layered_step.LEAST_PATIENCE_S, layered_step.PATIENCE * restoration.awaited_s())
         orders.patience_s = min(patience_s, self.options.load_deadline)
 
-    def _take(self, scheduled: Mapping[str, int], now: float) -> list[Piece]:
-        """Claim the tokens of the step; returns all that it computes, if prefills are among it."""
-        requests = self._scheduler.requests
+    def _take(self, scheduled: Mapping[str, int], now: float) -> float:
+        """Claim the tokens of the step; returns how many seconds it should take."""
         pieces = []
-        if self.restorations or any(tokens > 1 for tokens in scheduled.values()):
+        if any(tokens > 1 for tokens in scheduled.values()):
+            requests = self._scheduler.requests
             pieces = [
                 Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
             ]
-        for request_id, restoration in list(self.restorations.items()):
-            tokens = scheduled.get(request_id, 0)
+        step_s = self._clock.begin(self._sequence, pieces, bool(scheduled))
+        for request_id, restoration in self.restorations.items():
             if restoration.done_at is not None:
                 continue
+            tokens, start = scheduled.get(request_id, 0), restoration.request.num_computed_tokens
+            restoration.cost.shared(Piece(restoration.position, restoration.wanted), tokens, step_s)
+            self._share = restoration.cost.share
             if tokens:
-                start = restoration.request.num_computed_tokens
                 position = restoration.position
                 assert start == position, f"vLLM computes {request_id} from {start} on, the planner from {position}"
-                piece = restoration.take(tokens, now)
-                restoration.cost.shared(piece, pieces)
+                restoration.take(tokens, now)
                 if start + tokens >= restoration.restore.prompt_tokens:
                     restoration.done_at = self._sequence
                     if not restoration.unsure:
                         self._scheduler.count_prefill(restoration)
-            elif restoration.wanted and pieces:
-                restoration.cost.shared(Piece(0, 0), pieces)
-        return pieces
+        return step_s
+
+    def tokens_beside_decodes(self) -> int | None:
+        """How many tokens restores that give way may compute in a step with decodes; None: any number."""
+        if not self.options.decode_slowdown or not self._clock.decode_s:
+            return None
+        spare_s = (self.options.decode_slowdown - 1) * self._clock.decode_s
+        return self._clock.tokens_within(spare_s, max((r.position for r in self.restorations.values()), default=0))
 
     def layered_step_ended(self, report: object) -> Restoration | None:
         """If a step's layers waited, listen to its report before its output is used; returns whose output is void."""

@@ -35,13 +35,14 @@ class StepClock:
         self._costs = costs
         self._steps: deque[_Step] = deque()
         self._last_ended = 0.0
-        self._decode_s = 0.0
+        self.decode_s = 0.0
+        """Seconds of a step without prefills, as they have been lately; 0.0: there was none."""
 
     def begin(self, sequence: int, pieces: list[Piece], computes: bool) -> float:
         """A step begins; no pieces if it is without prefills. Returns how many seconds it should take."""
         self._steps.append(_Step(sequence, monotonic(), pieces, computes))
         prefill_s = self._costs.seconds(pieces) if self._costs.cost.known else 0.0
-        return max(prefill_s, self._decode_s) if computes else 0.0
+        return max(prefill_s, self.decode_s) if computes else 0.0
 
     def end(self, sequence: int, waited_s: float = 0.0) -> None:
         """The step's output is there; for `waited_s` seconds it waited for loads."""
@@ -53,8 +54,13 @@ class StepClock:
         if step.pieces:
             self._costs.observe(step.pieces, seconds)
         elif step.computes:
-            self._decode_s += 0.2 * (seconds - self._decode_s)
+            self.decode_s += (0.2 if self.decode_s else 1.0) * (seconds - self.decode_s)
         self._last_ended = now
+
+    def tokens_within(self, seconds: float, position: int) -> int:
+        """How many tokens can be computed at a position if a step may take that much longer for them."""
+        shape = self._costs.cost.shape
+        return int(seconds / (shape.linear + shape.quadratic * position))
 
     def standstill_s(self) -> float:
         """For how long the engine has been paused, if it was."""

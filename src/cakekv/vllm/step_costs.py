@@ -15,6 +15,8 @@ from cakekv.restore.costs import ComputeCost, ComputeShape
 _LEAST_TOKENS = 16
 """Steps below are decodes, which cost by the weights read and not by the token."""
 _LEAST_SHARE = 0.02
+_HALF_LIFE_S = 0.5
+"""Seconds of steps after which a restore's share has come half-way to what it gets now."""
 
 
 class Piece(NamedTuple):
@@ -67,11 +69,18 @@ class SharedCost(ComputeCost):
     ----------
     costs : StepCosts
         The machine's.
+    share : float
+        What restores have got lately.
+
+    Attributes
+    ----------
+    share : float
+        Of the steps, as they have been lately: what the restore gets done, by what it would alone.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, share: float = 1.0) -> None:
         self._costs = costs
-        self._share = 1.0
+        self.share = max(_LEAST_SHARE, share)
 
     @property
     def known(self) -> bool:
@@ -81,18 +90,20 @@ class SharedCost(ComputeCost):
     @property
     def shape(self) -> ComputeShape:
         """The current estimate."""
-        shape, share = self._costs.cost.shape, self._share
+        shape, share = self._costs.cost.shape, self.share
         return ComputeShape(shape.fixed / share, shape.linear / share, shape.quadratic / share)
 
     def seconds(self, start: int, tokens: int) -> float:
         """Expected seconds until a span is computed."""
-        return self._costs.cost.seconds(start, tokens) / self._share
+        return self._costs.cost.seconds(start, tokens) / self.share
 
     def observe(self, start: int, tokens: int, seconds: float) -> None:
         """Nothing: steps are observed as a whole."""
 
-    def shared(self, own: Piece, pieces: Sequence[Piece]) -> None:
-        """Of a step with these pieces, the restore got `own`; no tokens if it could have used some."""
-        whole_s = self._costs.seconds(pieces)
-        share = min(1.0, self._costs.seconds([own]) / whole_s) if whole_s > 0 else 0.0
-        self._share = max(_LEAST_SHARE, 0.5 * (self._share + share))
+    def shared(self, wanted: Piece, tokens: int, step_s: float) -> None:
+        """Of a step that takes `step_s` seconds, the restore got `tokens` of those that it `wanted`."""
+        if step_s <= 0 or not wanted.tokens:
+            return
+        alone_s = self._costs.seconds([wanted]) * tokens / wanted.tokens
+        weight = 1 - 0.5 ** (step_s / _HALF_LIFE_S)
+        self.share = max(_LEAST_SHARE, self.share + weight * (min(1.0, alone_s / step_s) - self.share))

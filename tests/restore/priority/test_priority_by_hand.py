@@ -114,6 +114,21 @@ def test_a_restore_may_be_passed_over_while_io_brings_it_on(
         assert policy.compute_order([old, plain("new", 5.0, 400)], now=now)[0].request_id == first
 
 
+def test_restores_give_way_to_decodes_while_io_brings_them_on_nearly_as_well() -> None:
+    # 4,000 tokens: 8 s by computing alone, by loading alone 4 s and 40 s.
+    fast = restore("fast", 0.0, 400, left=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-3})
+    slow = restore("slow", 1.0, 400, left=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-2})
+    policy = open_policy("cake", starvation_s=10.0)
+    alike = [fast, fast._replace(request_id="other", arrived_s=0.5), decode("d")]
+    assert policy.share(alike, 512, 2.0, beside_decodes=30).tokens == {"d": 1, "fast": 30}
+    assert policy.share(alike[:2], 512, 2.0, beside_decodes=30).tokens == {"fast": 400, "other": 112}
+    assert policy.share([slow, fast, decode("d")], 1024, 2.0, 30).tokens == {"d": 1, "fast": 30, "slow": 400}
+    assert policy.share([plain("p", 0.0, 400), decode("d")], 512, 2.0, 30).tokens == {"d": 1, "p": 400}
+    assert policy.share([fast, decode("d")], 512, 2.0, beside_decodes=0).tokens == {"d": 1}
+    # After 10 s it has been passed over for long enough.
+    assert policy.share([fast, decode("d")], 512, 10.0, beside_decodes=0).tokens == {"d": 1, "fast": 400}
+
+
 def test_loads_are_moved_up_as_well() -> None:
     old = restore("old", 0.0, 400, front_s=1e-4, back_s=1e-4, load_s={0: 1e-3})
     new = restore("new", 5.0, 400, front_s=1e-4, back_s=9e-4, load_s={0: 1e-3})

@@ -14,6 +14,9 @@ from typing import ClassVar, NamedTuple, Self
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
 
+_NEARLY = 2.0
+"""A restore gives way to decodes if I/O alone takes at most that many times as long as compute alone."""
+
 
 class Kind(IntEnum):
     """What a request needs next. Lower goes first in Cake's order."""
@@ -47,11 +50,24 @@ class RequestState(NamedTuple):
     @property
     def patience_s(self) -> float:
         """Seconds that the faster arm alone would need for what is left; 0 if there is nothing to load."""
-        if not self.load_s:
-            return 0.0
-        left = max(self.left, self.tokens)
-        loading_s = left / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
-        return min(loading_s, left * (self.front_s + self.back_s) / 2)
+        return min(self._loading_s, self._computing_s) if self.load_s else 0.0
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether decodes should not wait for its compute: I/O alone would bring it on nearly as well."""
+        return bool(self.load_s) and self._loading_s <= _NEARLY * self._computing_s
+
+    @property
+    def _left(self) -> int:
+        return max(self.left, self.tokens)
+
+    @property
+    def _loading_s(self) -> float:
+        return self._left / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
+
+    @property
+    def _computing_s(self) -> float:
+        return self._left * (self.front_s + self.back_s) / 2
 
     @classmethod
     def prefill(
@@ -154,7 +170,9 @@ class Policy(ABC):
 
         return sorted((request for request in requests if request.admitted and source in request.load_s), key=key)
 
-    def share(self, requests: Iterable[RequestState], budget: int, now: float) -> Shares:
+    def share(
+        self, requests: Iterable[RequestState], budget: int, now: float, beside_decodes: int | None = None
+    ) -> Shares:
         """Share out an engine step.
 
         Parameters
@@ -165,22 +183,31 @@ class Policy(ABC):
             Tokens the step may compute.
         now : float
             Seconds on the clock of `RequestState.arrived_s`.
+        beside_decodes : int or None
+            Tokens that the restores that give way may compute, all together, in a step with decodes; None: any number.
+            Those older than may be passed over do not give way.
 
         Returns
         -------
         Shares
-            Together with `held_back` they use the whole budget, or give every admitted request all it asked for.
+            Together with `held_back` they use the whole budget, or give every admitted request all it asked for, but
+            for restores that give way to decodes.
         """
         left = budget
         held_back = 0
         tokens: dict[str, int] = {}
         requests = list(requests)
         waits_unadmitted = any(not request.admitted for request in requests)
+        decodes = any(request.kind is Kind.DECODE for request in requests)
+        spare = budget if beside_decodes is None or not decodes else beside_decodes
         for request in self.compute_order(requests, now):
             if waits_unadmitted and not held_back and request.kind is not Kind.DECODE:
                 held_back = min(1, left)
                 left -= held_back
             taken = min(left, request.tokens) if request.admitted else 0
+            if request.kind is Kind.STORED_PREFILL and request.gives_way and not self._overdue(request, now):
+                taken = min(taken, spare)
+                spare -= taken
             if taken > 0:
                 tokens[request.request_id] = taken
                 left -= taken

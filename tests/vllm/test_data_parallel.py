@@ -1,0 +1,45 @@
+"""Two engines of one server (`--data-parallel-size 2`), each with a scheduler and a worker of its own, on one store."""
+
+from __future__ import annotations
+
+import urllib.request
+from pydoc_data.topics import topics
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cakekv.bench.vllm.filling import wait_saved
+from cakekv.bench.vllm.server import NAME, Server
+from cakekv.demo.model import demo_model
+
+PROMPT = topics["with"][:3000]
+
+
+def loaded_by_engine(server: Server) -> dict[str, float]:
+    """Tokens that each engine has loaded, by its number."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    return {
+        sample.labels["engine"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "cakekv:loaded_tokens_total"
+    }
+
+
+def test_an_engine_loads_what_the_other_has_saved(tmp_path, server_environment):
+    plug_in = {"store": f"file://{tmp_path}/store?capacity=1GB", "chunk_tokens": 128, "mode": "both"}
+    arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--data-parallel-size", "2"]
+    with Server(demo_model(), tmp_path / "log", plug_in, [*arguments, "--no-enable-prefix-caching"]) as server:
+        client = server.client()
+
+        def ask() -> str:
+            return client.completions.create(model=NAME, prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+
+        first = ask()
+        wait_saved(server, 4)
+        assert set(loaded_by_engine(server).values()) == {0.0}
+        again = [ask() for _ in range(6)]
+        loaded = loaded_by_engine(server)
+    assert again == [first] * 6
+    assert len(loaded) == 2
+    assert all(loaded.values()), "one of the engines loaded nothing"
