@@ -10,8 +10,6 @@ is what the burst's TTFT should look like. The bandwidth is the balanced one.
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import PlannedRequest, Texts, ask, ask_at
 from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.server import Server
@@ -53,8 +51,7 @@ def main(
         ask(plain, long)
         lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "model": contest.model.name,
             "prefix_tokens": prefix,
             "burst_tokens": lengths,

