@@ -54,11 +54,6 @@ class Answer:
         return self.came_s[0] - self.asked_s
 
     @property
-    def took_s(self) -> float:
-        """Seconds to the last one."""
-        return self.came_s[-1] - self.asked_s
-
-    @property
     def gaps_s(self) -> list[float]:
         """Seconds between tokens."""
         return [after - before for before, after in zip(self.came_s, self.came_s[1:], strict=False)]
