@@ -14,8 +14,6 @@ each run left: the next-token distributions of what follows the document, agains
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,7 @@ import numpy as np
 import typer
 
 from cakekv.bench.bound import compute_curve
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import Document, make_documents
 from cakekv.bench.quality.judge import divergence, follow
 from cakekv.cake import Cake
@@ -239,8 +237,7 @@ def main(
     made = make_documents(cake.tokenizer, documents + 1, tokens, continuation)
     made = [replace(document, needles=[]) for document in made]
     data: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": describe_machine(),
+        **describe_run(),
         "prefix_tokens": tokens,
         "suffix_tokens": continuation,
     }

@@ -16,8 +16,6 @@ jumps     7,168 stored tokens behind a link that jumps between a quarter and fou
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,7 @@ import typer
 
 from cakekv.bench.bound import Curve, clairvoyant_bound, compute_curve, load_curve
 from cakekv.bench.grid import fill
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.cake import Cake
 from cakekv.cli.console import write_json
 from cakekv.cli.model import load_cake
@@ -194,7 +192,7 @@ def main(
     cake = load_cake("demo", None)
     token_ids = [int(token) for token in cake.tokenizer(read_document("demo", cake.tokenizer))["input_ids"]]
     cake.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
-    data: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine()}
+    data: dict[str, Any] = describe_run()
     for name in experiment or EXPERIMENTS:
         with tempfile.TemporaryDirectory(prefix="cakekv-beyond-") as folder:
             data[name] = EXPERIMENTS[name](cake.engine, token_ids, Path(folder) / "store", repeats)

@@ -18,8 +18,6 @@ import gc
 import math
 import os
 import random
-import shlex
-import sys
 import tempfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +30,7 @@ import typer
 
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import Point, fill
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.planner import Mode
@@ -150,7 +148,7 @@ def main(
         engine = build_engine(workload, device)
     with timed(setup_s, "identify"):
         engine.identity(workload.chunk_tokens)
-    data = describe_run(engine, workload, commit) | {"setup_s": setup_s}
+    data = describe_workload(engine, workload, commit) | {"setup_s": setup_s}
     longest = workload.prefixes[-1]
     token_ids = random.Random(0).choices(range(engine.vocabulary_size), k=longest + workload.suffix_tokens)
     prompts = {prefix: token_ids[:prefix] + token_ids[longest:] for prefix in workload.prefixes}
@@ -207,14 +205,15 @@ def expected_s(took_s: dict[tuple[str, int], float], link: Link, prefix_tokens: 
     return seconds * (prefix_tokens / shorter) ** 2
 
 
-def describe_run(engine: TransformersEngine, workload: Workload, commit: str | None) -> dict[str, Any]:
+def describe_workload(engine: TransformersEngine, workload: Workload, commit: str | None) -> dict[str, Any]:
     """What is measured, and on what."""
     import torch
 
-    machine = describe_machine()
+    run = describe_run()
+    machine = run["machine"]
     on_gpu = engine.device.type == "cuda"
     return {
-        "command": shlex.join(sys.argv),
+        **run,
         "machine": machine | {"commit": commit or machine["commit"]},
         "device": torch.cuda.get_device_name() if on_gpu else machine["processor"],
         "cuda": torch.version.cuda if on_gpu else None,

@@ -15,7 +15,6 @@ together  RAM holds the last quarter of the prefix, a disk the last half, Valkey
 
 from __future__ import annotations
 
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ import typer
 from cakekv.bench.bound import compute_curve, load_curve
 from cakekv.bench.grid import check_grid, fill, measure_points
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.servers import seaweedfs_behind, valkey_behind
 from cakekv.cake import Cake
 from cakekv.cli.console import NEWS, number_list, write_json
@@ -70,8 +69,7 @@ def main(
     check_grid(loaded.engine, len(token_ids), lengths, suffix_tokens, loaded.chunk_tokens)
     loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
     data: dict[str, Any] = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "machine": describe_machine(),
+        **describe_run(),
         "model": model,
         "link": "two network namespaces, shaped by tc tbf",
         "suffix_tokens": suffix_tokens,

@@ -12,8 +12,6 @@ the first span and the first load are known.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -22,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Load, Source
@@ -84,8 +82,7 @@ def main(
     """Measure what the planner's decisions cost."""
     lengths: list[int] = number_list(chunks, int, "lengths")
     data: dict[str, Any] = {
-        "command": shlex.join(sys.argv),
-        "machine": describe_machine(),
+        **describe_run(),
         "chunk_tokens": CHUNK_TOKENS,
         "max_span_tokens": SPAN_TOKENS,
         "decisions": [measure_decisions(length, repeats) for length in lengths],

@@ -10,8 +10,6 @@ serves one request at a time, in order of arrival. Time to first token counts fr
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ import typer
 
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import fill
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list, write_json
 from cakekv.cli.model import load_cake
@@ -164,7 +162,7 @@ def main(
             repeats=repeats,
             on_run=lambda what: print(what, "…", flush=True),
         )
-    write_json(json_file, {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), **result})
+    write_json(json_file, {**describe_run(), **result})
     for name, seconds in result["alone_s"].items():
         print(f"{name} alone: {seconds:.2f} s")
     print("requests  policy             mean      max     long    plain")

@@ -14,8 +14,6 @@ computing arm.
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,7 +26,7 @@ import typer
 
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import check_grid, fill
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import Document
 from cakekv.bench.quality.judge import Judge
 from cakekv.cake import Cake
@@ -180,8 +178,7 @@ def main(
     check_grid(cake.engine, len(token_ids), [prefix], suffix_tokens, cake.chunk_tokens)
     cake.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
     data: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": describe_machine(),
+        **describe_run(),
         "prefix_tokens": prefix,
         "suffix_tokens": suffix_tokens,
         "chunk_tokens": cake.chunk_tokens,

@@ -16,11 +16,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.servers import seaweedfs_behind, valkey_behind
 from cakekv.cli.console import write_json
 from cakekv.errors import CakeError
@@ -64,8 +62,7 @@ def main(
     size = parse_bytes(chunk)
     count = max(1, parse_bytes(total) // size)
     data: dict[str, Any] = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "machine": describe_machine(),
+        **describe_run(),
         "chunk_bytes": size,
         "chunks": count,
         "tiers": {},

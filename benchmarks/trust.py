@@ -9,8 +9,6 @@ write_behind  A prompt is computed; in turn with and without saving it to a disk
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ import typer
 
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import fill
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.cake import Cake
 from cakekv.chunk import ChunkHeader
 from cakekv.cli.console import write_json
@@ -79,7 +77,7 @@ def main(
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} of the time without")
-    data = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "prefix_tokens": prefix}
+    data = {**describe_run(), "prefix_tokens": prefix}
     write_json(json_file, {**data, "ratios": ratios, **medians, "repeats": times})
 
 

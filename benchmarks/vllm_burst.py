@@ -9,11 +9,7 @@ is what the burst's TTFT should look like. The bandwidth is the balanced one.
 
 from __future__ import annotations
 
-import asyncio
 import random
-import shlex
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,14 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
-from cakekv.bench.vllm.filling import fill
+from cakekv.bench.machine import describe_run
+from cakekv.bench.vllm.asking import PlannedRequest, Texts, ask, ask_at
+from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, write_json
-from cakekv.demo.model import demo_model
-
-Request = tuple[float, Sequence[int], int]
 
 
 def main(
@@ -48,28 +41,18 @@ def main(
     serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure a burst behind a long request."""
-    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    contest = Contest(json_file, model, serve, step_tokens)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = json_file.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        folder_of_model = model or demo_model()
-        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "store": f"{folder}/store"}
-        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        plain = stack.enter_context(contest.server())
         texts = Texts(plain)
         long = texts.next(prefix + suffix)
-        with Server(folder_of_model, log, options, arguments) as server:
-            balanced = fill(server, options["store"], [long], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
-        options |= {"store": f"{options['store']}?bandwidth={balanced:.0f}B/s", "save": False}
-        server = stack.enter_context(Server(folder_of_model, log, options, arguments))
-        for mode in ("both", "load"):
-            ask(server, long, mode=mode)  # so that costs are known
+        restoring = contest.restoring_server(texts, [long], prefix, chunk_tokens)
+        server, balanced = stack.enter_context(restoring)
         ask(plain, long)
         lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
-            "model": folder_of_model.name,
+            **describe_run(),
+            "model": contest.model.name,
             "prefix_tokens": prefix,
             "burst_tokens": lengths,
             "balanced_bytes_per_s": balanced,
@@ -112,14 +95,9 @@ def _run(
     own: dict[str, str] | None,
 ) -> dict[str, float]:
     """One round; `own` is None for the burst alone."""
-
-    async def all_of_them() -> list[Answer]:
-        plan: list[Request] = [] if own is None else [(0.0, long, tokens)]
-        plan += [(after_s, prompt, tokens) for prompt in short]
-        async with server.async_client() as client:
-            return await ask_at(client, plan, **(own or {}))
-
-    answers = asyncio.run(all_of_them())
+    plan: list[PlannedRequest] = [] if own is None else [(0.0, long, tokens)]
+    plan += [(after_s, prompt, tokens) for prompt in short]
+    answers = ask_at(server, plan, **(own or {}))
     began_s = min(answer.asked_s for answer in answers)
     burst = answers if own is None else answers[1:]
     return {

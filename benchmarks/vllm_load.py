@@ -9,12 +9,8 @@ one after the other on one server. All get the same requests at the same times.
 
 from __future__ import annotations
 
-import asyncio
 import random
-import shlex
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,14 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
-from cakekv.bench.vllm.filling import fill
-from cakekv.bench.vllm.server import Server
+from cakekv.bench.machine import describe_run
+from cakekv.bench.vllm.asking import Answer, PlannedRequest, Texts, ask_at
+from cakekv.bench.vllm.contest import Contest
 from cakekv.cli.console import NEWS, number_list, write_json
-from cakekv.demo.model import demo_model
-
-Request = tuple[float, Sequence[int], int]
 
 
 def main(
@@ -51,26 +43,17 @@ def main(
 ) -> None:
     """Measure a Poisson mix."""
     loads: list[float] = number_list(shares, float, "shares")
-    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    contest = Contest(json_file, model, serve, step_tokens)
     rng = random.Random(seed)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = json_file.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        folder_of_model = model or demo_model()
-        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "store": f"{folder}/store"}
-        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        plain = stack.enter_context(contest.server())
         texts = Texts(plain)
         stored = [texts.next(prefix) for _ in range(prefixes)]
-        with Server(folder_of_model, log, options, arguments) as server:
-            prompts = [[*head, 1] for head in stored]
-            balanced = fill(server, options["store"], prompts, texts.next(2 * chunk_tokens), prefix, chunk_tokens)
-        options |= {"store": f"{options['store']}?bandwidth={bandwidth_ratio * balanced:.0f}B/s", "save": False}
-        server = stack.enter_context(Server(folder_of_model, log, options, arguments))
-        for mode in ("both", "load"):
-            ask(server, [*stored[0], 1], mode=mode)  # so that costs are known
+        prompts = [[*head, 1] for head in stored]
+        restoring = contest.restoring_server(texts, prompts, prefix, chunk_tokens, bandwidth_ratio)
+        server, balanced = stack.enter_context(restoring)
 
-        def plan(count: int, rate: float) -> list[Request]:
+        def plan(count: int, rate: float) -> list[PlannedRequest]:
             at_s, requests = 0.0, []
             for _ in range(count):
                 at_s += rng.expovariate(rate) if rate else 0.0
@@ -83,13 +66,12 @@ def main(
 
         waiting = plan(calibration_requests, 0.0)
         for asked in (plain, server):
-            _run(asked, waiting, {})  # to warm up
-        capacity = calibration_requests / max(answer.came_s[-1] - answer.asked_s for answer in _run(plain, waiting, {}))
+            ask_at(asked, waiting)  # to warm up
+        capacity = calibration_requests / max(answer.came_s[-1] - answer.asked_s for answer in ask_at(plain, waiting))
         NEWS.print(f"capacity: {capacity:.2f} requests/s", highlight=False, soft_wrap=True)
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
-            "model": folder_of_model.name,
+            **describe_run(),
+            "model": contest.model.name,
             "prefix_tokens": prefix,
             "capacity_requests_per_s": capacity,
             "balanced_bytes_per_s": balanced,
@@ -106,7 +88,7 @@ def main(
                 ("load", server, {"mode": "load"}),
                 ("cake", server, {"mode": "auto"}),
             ):
-                answers = _run(asked, requests, own)
+                answers = ask_at(asked, requests, **own)
                 point[name] = _figures(answers)
                 tokens_of[name] = [answer.token_ids for answer in answers]
                 NEWS.print(f"{share:g}: {name}: {point[name]}", highlight=False, soft_wrap=True)
@@ -118,14 +100,6 @@ def main(
             point["mean_ttft_of_better"] = better / point["cake"]["mean_ttft_s"]
             points.append(point)
             write_json(json_file, {**about, "points": points})
-
-
-def _run(server: Server, requests: Sequence[Request], own: Mapping[str, str]) -> list[Answer]:
-    async def all_of_them() -> list[Answer]:
-        async with server.async_client() as client:
-            return await ask_at(client, requests, **own)
-
-    return asyncio.run(all_of_them())
 
 
 def _figures(answers: Sequence[Answer]) -> dict[str, float]:

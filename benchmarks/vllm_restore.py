@@ -14,8 +14,6 @@ in the modes compute and load (see `cakekv.bench.bound`). `identical` compares t
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,14 +24,14 @@ import typer
 
 from cakekv.bench.bound import clairvoyant_bound
 from cakekv.bench.link import ShapedLink
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.picture import bench_picture
 from cakekv.bench.servers import valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
+from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
-from cakekv.demo.model import demo_model
 from cakekv.errors import BadInput, CakeError
 from cakekv.restore.report import LoadRecord
 
@@ -59,26 +57,22 @@ def main(
 ) -> None:
     """Measure plain vLLM, loading only, and both."""
     wanted: list[float] = number_list(ratios, float, "ratios")
-    arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens), "--no-enable-prefix-caching"]
+    contest = Contest(json_file, model, serve, step_tokens)
     options = {"chunk_tokens": chunk_tokens, "mode": "both", "layered_finish": layered_finish}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         link = _link(stack, link_kind)
         url = f"{stack.enter_context(valkey_behind(link))}?timeout=60s" if link else f"{folder}/store"
-        log = json_file.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        folder_of_model = model or demo_model()
-        plain = stack.enter_context(Server(folder_of_model, log, None, arguments))
+        plain = stack.enter_context(contest.server())
         texts = Texts(plain)
         prompt = texts.next(prefix + suffix)
-        with Server(folder_of_model, log, {**options, "store": url}, arguments) as server:
-            balanced = fill(server, url, [prompt], texts.next(2 * chunk_tokens), prefix, chunk_tokens)
+        with contest.server({**options, "store": url}) as server:
+            balanced = fill(server, texts, [prompt], prefix)
         NEWS.print(f"balanced bandwidth: {balanced / 1e6:.2f} MB/s", highlight=False, soft_wrap=True)
         about = {
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": describe_machine(),
+            **describe_run(),
             "link": "a folder, slowed down in software" if link is None else "Valkey behind a link shaped by tc tbf",
-            "model": folder_of_model.name,
+            "model": contest.model.name,
             "prefix_tokens": prefix,
             "suffix_tokens": suffix,
             "chunk_tokens": chunk_tokens,
@@ -93,7 +87,7 @@ def main(
             else:
                 shaped = url
                 link.set_bandwidth(bandwidth)
-            with Server(folder_of_model, log, {**options, "store": shaped, "save": False}, arguments) as server:
+            with contest.server({**options, "store": shaped, "save": False}) as server:
                 points.append(_measure(plain, server, prompt, prefix, ratio, bandwidth, repeats))
             _show(points[-1])
             write_json(json_file, {**about, "balanced_bytes_per_s": balanced, "points": points})

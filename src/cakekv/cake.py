@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import monotonic
@@ -18,10 +17,10 @@ from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput
-from cakekv.keys import ChunkKey, Identity
+from cakekv.keys import Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
-from cakekv.options import Options
+from cakekv.options import Options, check_options
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode
@@ -32,7 +31,8 @@ from cakekv.results import Generation, Prefill
 from cakekv.save.saver import Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
-from cakekv.stored import StoredPrefixes
+from cakekv.stored import Found, StoredPrefixes
+from cakekv.tokenizing import Tokenizing
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -111,23 +111,11 @@ class Cake:
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        if chunk_tokens < 1 or max_span_tokens < chunk_tokens:
-            raise BadInput(
-                f"chunk_tokens must be at least 1 and max_span_tokens at least chunk_tokens; "
-                f"got {chunk_tokens} and {max_span_tokens}"
-            )
-        if not deadline_s > 0:
-            raise BadInput(f"deadline_s is more than 0 s, not {deadline_s}")
         self.codec = codec_named(codec) if isinstance(codec, str) else codec
-        if not ttft_target_s >= 0:
-            raise BadInput(f"ttft_target_s is a number of seconds from 0 on, not {ttft_target_s}")
-        if not 1 <= quality_floor <= self.codec.parts_read:
-            raise BadInput(
-                f"quality_floor is {quality_floor}, but of codec {self.codec.name} 1 to {self.codec.parts_read} parts "
-                "are read"
-            )
+        check_options(chunk_tokens, max_span_tokens, deadline_s, ttft_target_s, quality_floor, self.codec)
         self.engine = engine
         self.tokenizer = tokenizer
+        self._tokenizing = Tokenizing(tokenizer)
         given = [store] if isinstance(store, Store | str) else list(store or ())
         stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
@@ -142,12 +130,7 @@ class Cake:
         self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype)
         coder.warm_up()
         self._costs = KnownCosts(
-            calibration,
-            self.identity,
-            engine.device_name,
-            max_span_tokens,
-            self.tiers,
-            coder.expected([]).total_bytes,
+            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
@@ -168,8 +151,6 @@ class Cake:
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
         self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
-        self._tokenizing = threading.Lock()
-        """Tokenizers are not made for several threads."""
 
     @classmethod
     def from_pretrained(
@@ -236,10 +217,10 @@ class Cake:
         on_progress: OnProgress | None = None,
     ) -> Generation:
         """Answer a prompt; parameters as in `stream`."""
-        sampling = (temperature, top_k, top_p, seed)
-        prefill, answer = self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress)
+        choose = self.engine.sampler(temperature, top_k, top_p, seed)
+        prefill, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
         tokens = list(answer)
-        return Generation(self._text(tokens) if self.tokenizer is not None else "", tokens, prefill.report)
+        return Generation(self._tokenizing.text(tokens), tokens, prefill.report)
 
     def stream(
         self,
@@ -278,15 +259,9 @@ class Cake:
         """
         if self.tokenizer is None:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        tokens: list[int] = []
-        shown = ""
-        sampling = (temperature, top_k, top_p, seed)
-        for token in self._generate(prompt, max_new_tokens, mode, sampling, save, on_progress)[1]:
-            tokens.append(token)
-            text = self._text(tokens)
-            if not text.endswith("\ufffd"):  # a character may take several tokens
-                yield text[len(shown) :]
-                shown = text
+        choose = self.engine.sampler(temperature, top_k, top_p, seed)
+        _, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
+        yield from self._tokenizing.pieces(answer)
 
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
@@ -296,9 +271,8 @@ class Cake:
         request = self._arms.arbiter.request(monotonic())
         token_ids = self._tokens(prompt)
         _check_mode(mode)
-        keys = self._stored.keys(token_ids)
-        stored, sizes = self._stored.lookup(keys, len(token_ids), [])
-        return self._restorer(request, self.engine.new_cache(1), token_ids, keys, stored, sizes, mode).explain()
+        found = self._stored.lookup(token_ids, [])
+        return self._restorer(request, self.engine.new_cache(1), token_ids, found, mode).explain()
 
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`."""
@@ -331,9 +305,7 @@ class Cake:
         request: Request,
         cache: Any,
         token_ids: list[int],
-        keys: list[ChunkKey],
-        stored: list[tuple[int, ...]],
-        sizes: list[int],
+        found: Found,
         mode: Mode,
         **callbacks: Any,
     ) -> Restorer[Any, Any]:
@@ -342,9 +314,9 @@ class Cake:
             request,
             cache,
             token_ids,
-            keys,
-            stored,
-            sizes=sizes,
+            found.keys,
+            found.holders,
+            sizes=found.sizes,
             mode=mode,
             ttft_target_s=self.ttft_target_s,
             quality_floor=self.quality_floor,
@@ -356,14 +328,13 @@ class Cake:
         prompt: Prompt,
         max_new_tokens: int,
         mode: Mode,
-        sampling: tuple[float, int | None, float | None, int | None],
+        choose: Callable[[Any], int],
         save: bool,
         on_progress: OnProgress | None,
     ) -> tuple[Prefill, Iterator[int]]:
         request = self._arms.arbiter.request(monotonic())
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        choose = self.engine.sampler(*sampling)
         token_ids = self._tokens(prompt)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
         prefill = self._restore(request, token_ids, capacity, mode, save, on_progress)
@@ -385,19 +356,9 @@ class Cake:
             position += 1
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise BadInput("the prompt is text, but there is no tokenizer: pass one to Cake, or give token ids")
-            with self._tokenizing:
-                token_ids = [int(token) for token in self.tokenizer(prompt)["input_ids"]]
-        else:
-            token_ids = [int(token) for token in prompt]
+        token_ids = self._tokenizing.tokens(prompt)
         self.engine.check_prompt(token_ids)
         return token_ids
-
-    def _text(self, tokens: list[int]) -> str:
-        with self._tokenizing:
-            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _restore(
         self,
@@ -411,16 +372,13 @@ class Cake:
         _check_mode(mode)
         notes: list[str] = []
         looked_up = monotonic()
-        keys = self._stored.keys(token_ids)
-        stored, sizes = self._stored.lookup(keys, len(token_ids), notes)
+        found = self._stored.lookup(token_ids, notes)
         lookup_s = monotonic() - looked_up
-        if not any(stored) and not notes:
+        if not any(found.holders) and not notes:
             notes += self._stored.why_nothing()
         cache = self.engine.new_cache(capacity)
-        on_span = partial(self._stored.save, cache, keys if save else [])
-        restorer = self._restorer(
-            request, cache, token_ids, keys, stored, sizes, mode, on_span=on_span, on_progress=on_progress
-        )
+        on_span = partial(self._stored.save, cache, found.keys if save else [])
+        restorer = self._restorer(request, cache, token_ids, found, mode, on_span=on_span, on_progress=on_progress)
         logits = restorer.run()
         ttft_s = monotonic() - request.arrived_s
         report = restorer.report()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
@@ -17,6 +17,17 @@ from cakekv.restore.planner import Span
 from cakekv.restorer import Restorer
 from cakekv.save.saver import Saver
 from cakekv.store.base import Store
+
+
+class Found(NamedTuple):
+    """What the tiers hold of a prompt."""
+
+    keys: list[ChunkKey]
+    """Of its full chunks; none if there is no tier."""
+    holders: list[tuple[int, ...]]
+    """Per chunk, which tiers hold it in a form that will do."""
+    sizes: list[int]
+    """Bytes of those chunks."""
 
 
 class StoredPrefixes:
@@ -55,25 +66,19 @@ class StoredPrefixes:
         self._saver = saver
         self._introduced = False
 
-    def keys(self, token_ids: Sequence[int]) -> list[ChunkKey]:
-        """Keys of the prompt's full chunks; none if there is no tier."""
-        return chunk_keys(self._identity, token_ids) if self._tiers else []
-
-    def lookup(
-        self, keys: list[ChunkKey], prompt_tokens: int, notes: list[str]
-    ) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Per chunk, which tiers hold it in a form that will do; and the bytes of those chunks. Trouble is noted."""
-        found: list[int] = []
-        holders: list[tuple[int, ...]] = [()] * len(keys)
+    def lookup(self, token_ids: Sequence[int], notes: list[str]) -> Found:
+        """Ask all tiers for a prompt; trouble is noted."""
+        keys = chunk_keys(self._identity, token_ids) if self._tiers else []
+        found = Found(keys, [()] * len(keys), [])
         for index, (tier, sizes) in enumerate(zip(self._tiers, self._ask.sizes(keys), strict=True)):
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
                 continue
             for chunk, size in enumerate(sizes):
-                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, prompt_tokens)):
-                    holders[chunk] += (index,)
-                    found.append(size)
-        return holders, found
+                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, len(token_ids))):
+                    found.holders[chunk] += (index,)
+                    found.sizes.append(size)
+        return found
 
     def why_nothing(self) -> list[str]:
         """Why nothing was found, as far as the tiers tell; asked of them only until something was saved."""

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from crowd import Watched
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cakekv.engine.transformers import TransformersEngine
@@ -34,3 +35,8 @@ def prompt() -> list[int]:
     """20 full chunks and a suffix of 5 tokens."""
     rng = random.Random(3)
     return [rng.randrange(211) for _ in range(20 * CHUNK + 5)]
+
+
+@pytest.fixture
+def watched(engine: TransformersEngine) -> Watched:
+    return Watched(engine.model)

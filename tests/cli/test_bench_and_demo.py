@@ -15,7 +15,10 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_bench_measures_every_point(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+def test_bench_measures_every_point(
+    tiny_model: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/cakekv", "bench"])
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     code, _, err = run(
         *("bench", "--json", out, "--picture", picture, "--model", tiny_model, "--document", document),
@@ -27,7 +30,7 @@ def test_bench_measures_every_point(tiny_model: Path, document: Path, tmp_path: 
         (prefix, ratio) for prefix in (128, 512) for ratio in (0.5, 2)
     ]
     assert data["machine"]["cores"] >= 1
-    assert data["command"].startswith("cakekv")
+    assert data["command"] == "cakekv bench"
     for point in data["points"]:
         assert point["both_of_bound"] == point["bound_s"] / point["both_s"]
         assert point["both_of_better"] == min(point["compute_s"], point["load_s"]) / point["both_s"]

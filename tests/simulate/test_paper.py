@@ -6,12 +6,13 @@ import pytest
 
 from cakekv.simulate import figures
 from cakekv.simulate.figures import BURST, figure_5, figure_6
-from cakekv.simulate.paper import Prediction, predict_all, summarise
+from cakekv.simulate.paper import Prediction, predict, summarise
+from cakekv.simulate.paper_tables import cells
 
 
 @pytest.fixture(scope="module")
 def predictions() -> list[Prediction]:
-    return predict_all()
+    return [predict(cell) for cell in cells()]
 
 
 def test_targets(predictions: list[Prediction]) -> None:

@@ -1,4 +1,4 @@
-"""Servers that many tests share: started when the first one asks, ended with the session."""
+"""What many tests share: a place for a folder; servers, started when the first test asks, ended with the session."""
 
 from __future__ import annotations
 
@@ -57,3 +57,8 @@ class Servers:
 def shared(tmp_path_factory):
     with ExitStack() as stack:
         yield Servers(tmp_path_factory.mktemp("servers"), stack)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"

@@ -1,65 +1,22 @@
-"""The disk tier: what is in the folder, what survives, and what happens when the folder or the device misbehaves."""
+"""The disk tier: what is in the folder, what survives, and what is taken for a chunk."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from cakekv.chunk import verify_chunk
-from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.errors import BadInput, MissingChunk, StoreError
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.folder import Folder
 
 from .chunks import SIZE, chunk_of, key_of, read
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store"
-
-
-def file_of(folder, number):
-    name = key_of(number).hex()
-    return folder / "chunks" / name[:2] / f"{name[2:]}.chunk"
-
-
-def fill(store, *numbers):
-    for number in numbers:
-        assert store.write(key_of(number), chunk_of(number))
-
-
-def keys(store):
-    return {chunk.key for chunk in store}
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """Mounts a small RAM disk, where the tests may."""
-    mounted = []
-
-    def mount_at(name, options):
-        place = tmp_path / name
-        place.mkdir()
-        attempt = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
-        if attempt.returncode:
-            pytest.skip("mounting needs root")
-        mounted.append(place)
-        return place
-
-    yield mount_at
-    for place in mounted:
-        subprocess.run(["umount", place], check=True)
-
+from .disk_folder import file_of, fill, keys
 
 # What is in the folder
 
@@ -219,154 +176,6 @@ def test_chunks_added_by_hand_do_not_upset_the_counts(folder):
     (folder / "cakekv.lock").write_bytes(b"settled\0" + bytes(16))  # as if both had been added after the last count
     assert store.delete([key_of(0)]) == 1
     assert store.stats() == StoreStats(1, SIZE, None)
-
-
-# Bad folders
-
-
-def test_a_folder_of_something_else_is_left_alone(folder):
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(StoreError, match=r"not empty: it holds 'thesis.txt'"):
-        DiskStore(folder, 1)
-    assert [path.name for path in folder.rglob("*")] == ["thesis.txt"]
-
-
-def test_a_folder_that_only_looks_like_a_store_is_refused(folder):
-    (folder / "chunks" / "mine").mkdir(parents=True)
-    with pytest.raises(StoreError, match="not a cakekv store"):
-        DiskStore(folder)
-    assert (folder / "chunks" / "mine").exists()
-
-
-@pytest.mark.parametrize("marker", [b'{"cakekv_store": 2}', b"", b"\xff" * 1000])
-def test_a_store_of_another_version_is_refused(folder, marker):
-    fill(DiskStore(folder), 0)
-    (folder / "cakekv-store.json").write_bytes(marker)
-    with pytest.raises(StoreError, match="another version"):
-        DiskStore(folder, 1)
-    assert file_of(folder, 0).exists()
-
-
-def test_an_opening_that_was_killed_can_be_repeated(folder):
-    folder.mkdir()
-    (folder / "cakekv.lock").touch()
-    (folder / "cakekv-store.json.new").write_text("{")
-    fill(DiskStore(folder), 0)
-
-
-@pytest.mark.parametrize("path", ["file", "file/below", "/proc/cakekv"])
-def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path, path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"cannot open the store in .*[Gg]ive another"):
-        DiskStore(tmp_path / path)
-
-
-def test_a_folder_that_cannot_be_written_says_what_to_do(mount):
-    with pytest.raises(StoreError, match="can be written to"):
-        DiskStore(mount("readonly", "ro"))
-
-
-# A device that misbehaves
-
-
-def test_a_full_disk_leaves_nothing_half_visible(mount):
-    store = DiskStore(mount("small", f"size={6 * SIZE}") / "store")
-    with pytest.raises(StoreFull, match="give the store a capacity"):
-        fill(store, *range(10))
-    stored = list(store)
-    assert 0 < len(stored) < 10
-    for chunk in stored:
-        verify_chunk(memoryview(read(store, chunk.key)))
-    assert store.stats().bytes == sum(chunk.size for chunk in stored)
-    assert list((store.path / "incoming").iterdir()) == []
-    with (store.path.parent / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
-        while filler.write(bytes(4096)):
-            pass
-    again = DiskStore(store.path)
-    assert read(again, stored[0].key)
-    again.delete([chunk.key for chunk in stored[:2]])  # two: that they were removed is noted in a file
-    fill(store, 20)
-
-
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [
-        (errno.ENOSPC, StoreFull),
-        (errno.EDQUOT, StoreFull),
-        (errno.EFBIG, StoreFull),
-        (errno.EIO, StoreError),
-        (errno.EACCES, StoreError),
-    ],
-)
-@pytest.mark.parametrize("call", ["write", "fsync", "replace", "mkdir"])
-def test_a_failed_write_is_named_and_undone(folder, monkeypatch, call, number, error):
-    store = DiskStore(folder)
-    fill(store, 0)
-
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        with pytest.raises(StoreError, match="cannot write chunk") as caught:
-            store.write(key_of(1), chunk_of(1))
-    assert type(caught.value) is error
-    assert keys(store) == {key_of(0)}
-    assert store.stats() == StoreStats(1, SIZE, None)
-    assert list((folder / "incoming").iterdir()) == []
-
-
-def test_a_chunk_whose_name_may_not_last_is_withdrawn(folder, monkeypatch):
-    store = DiskStore(folder)
-    fill(store, 0)
-    file_of(folder, 1).parent.mkdir()
-    real_fsync = os.fsync
-
-    def fsync(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EIO, "no luck")
-        real_fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(StoreError, match="no luck"):
-        store.write(key_of(1), chunk_of(1))
-    assert store.lookup([key_of(1)]) == [None]
-    assert store.stats() == StoreStats(1, SIZE, None)
-
-
-def test_a_failing_read_is_named(folder, monkeypatch):
-    store = DiskStore(folder)
-    fill(store, 0)
-    reader = store.open(key_of(0))
-
-    def fail(*args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", fail)
-        with pytest.raises(StoreError, match="cannot read"):
-            reader.read_into(memoryview(bytearray(10)), 0)
-    reader.close()
-    with pytest.raises(StoreError, match="closed"):
-        reader.read_into(memoryview(bytearray(10)), 0)
-
-
-def test_a_store_deleted_under_its_users(folder):
-    store = DiskStore(folder)
-    fill(store, 0)
-    with store.open(key_of(0)) as reader:
-        shutil.rmtree(folder)
-        buffer = memoryview(bytearray(SIZE))
-        assert reader.read_into(buffer, 0) == SIZE
-        assert buffer == chunk_of(0)
-    assert store.lookup([key_of(0)]) == [None]
-    with pytest.raises(MissingChunk):
-        store.open(key_of(0))
-    for attempt in (lambda: store.write(key_of(1), chunk_of(1)), store.stats, lambda: list(store), store.identities):
-        with pytest.raises(StoreError, match="was removed meanwhile"):
-            attempt()
-    assert not folder.exists()
 
 
 # Tricks

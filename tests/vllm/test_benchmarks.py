@@ -111,7 +111,6 @@ def test_the_other_programs_say_what_they_take(main):
 def test_figures_of_a_run():
     answers = [Answer(0.0, [1.0, 1.5, 2.5], [1, 2, 3]), Answer(1.0, [4.0], [1])]
     assert answers[0].ttft_s == 1.0
-    assert answers[0].took_s == 2.5
     figures = vllm_load._figures(answers)
     assert figures["mean_ttft_s"] == 2.0
     assert figures["mean_gap_s"] == 0.75

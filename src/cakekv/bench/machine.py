@@ -1,15 +1,25 @@
-"""What a measurement was made on."""
+"""How a measurement was made, and on what."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("cakekv", "torch", "transformers", "numpy")
+
+
+def describe_run() -> dict[str, Any]:
+    """What every file of results begins with: the command line and the machine."""
+    program, *arguments = sys.argv
+    words = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return {"command": shlex.join([*words, *arguments]), "machine": describe_machine()}
 
 
 def describe_machine() -> dict[str, object]:

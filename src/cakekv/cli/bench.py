@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +44,7 @@ def bench(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from cakekv.bench.grid import check_grid, measure_prefix, runs_per_prefix
-    from cakekv.bench.machine import describe_machine
+    from cakekv.bench.machine import describe_run
     from cakekv.bench.picture import bench_picture
     from cakekv.cli.model import load_cake
 
@@ -60,8 +58,7 @@ def bench(
     token_ids = [int(token) for token in cake.tokenizer(read_document(document, cake.tokenizer))["input_ids"]]
     check_grid(cake.engine, len(token_ids), lengths, suffix_tokens, cake.chunk_tokens)
     data: dict[str, Any] = {
-        "command": shlex.join(["cakekv", *sys.argv[1:]]),
-        "machine": describe_machine(),
+        **describe_run(),
         "model": model,
         "suffix_tokens": suffix_tokens,
         "chunk_tokens": cake.chunk_tokens,

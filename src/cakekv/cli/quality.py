@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +45,7 @@ def quality(
     """
     from rich.progress import track
 
-    from cakekv.bench.machine import describe_machine
+    from cakekv.bench.machine import describe_run
     from cakekv.bench.quality.documents import make_documents
     from cakekv.bench.quality.judge import Judge, Judgement, paired, summary
     from cakekv.cli.model import load_cake
@@ -60,8 +58,7 @@ def quality(
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     judge = Judge(cake.engine, chunk_tokens)  # type: ignore[arg-type]  # load_cake makes transformers engines
     settings = {
-        "command": shlex.join(["cakekv", *sys.argv[1:]]),
-        "machine": describe_machine(),
+        **describe_run(),
         "model": model,
         "dtype": dtype,
         "context_tokens": tokens,

@@ -141,7 +141,7 @@ class CurrentPlan:
         return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
 
     def due(self, source: int, may_queue: bool) -> int | None:
-        """The planned chunk that `source` should load now; it is taken off the plan's queue."""
+        """The chunk that `source` should load now; if it is planned, it is taken off the plan's queue."""
         queue = self._queues[source]
         while queue:
             if self._coverage.state[queue[-1]] is not State.STORED:
@@ -150,6 +150,9 @@ class CurrentPlan:
                 return None
             else:
                 return queue.pop()
+        if self._mode == "both" and not self._flights.any_begun:
+            stored = (chunk for chunk in reversed(self._coverage.uncovered) if source in self._coverage.holders[chunk])
+            return next((chunk for chunk in stored if self._coverage.state[chunk] is State.STORED), None)
         return None
 
     def _held_back(self, source: int, chunk: int) -> bool:

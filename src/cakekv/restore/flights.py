@@ -71,6 +71,8 @@ class Flights:
         self._sources = sources
         self._patience_s = patience_s
         self._deadline_s = deadline_s
+        self.any_begun = False
+        """Whether any load was ever handed out."""
         self._wanted: dict[tuple[int, int | None], Load] = {}
         """Loads that were neither answered nor cancelled, by chunk and group."""
         self._flying: dict[Load, None] = {}
@@ -101,6 +103,7 @@ class Flights:
 
     def begin(self, load: Load) -> None:
         """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
+        self.any_begun = True
         for other in self.wanted(load.source):
             other.alone = False
         load.alone = not self._outstanding[load.source]

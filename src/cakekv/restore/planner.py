@@ -21,31 +21,22 @@ from cakekv.restore.costs import ComputeCost
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
+from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.layered import LayeredFinish, LayerGroups, Piece, cut_into_pieces
+from cakekv.restore.front import Front, Span
+from cakekv.restore.layered import LayerGroups, Piece
 from cakekv.restore.level_choice import RESERVE, Level
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
+
+__all__ = ["MODES", "Mode", "Restore", "Span", "Wait"]
 
 Mode = Literal["auto", "compute", "load", "both"]
 MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
 
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
-_LAST_SPAN_SHARE = 0.5
-"""If the suffix takes at least this share of the last span before it, loads are cut into pieces during that span."""
 _MOMENT_S = 0.005
-_WORTHWHILE = 0.05
-"""Share of the suffix's time that loads must still take for a layered finish to begin."""
-
-
-class Span(NamedTuple):
-    """Compute these positions next."""
-
-    start: int
-    tokens: int
-    layered: bool = False
-    """Whether each layer must wait for its part of the prefix."""
 
 
 class Wait(NamedTuple):
@@ -124,22 +115,13 @@ class Restore:
         self.chunk_tokens = chunk_tokens
         self.mode = mode
         self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
-        covered_chunks, self._inside = divmod(covered_tokens, chunk_tokens)
-        """`_inside`: how far compute has come in the chunk at the front."""
-        self.coverage.claim(0, covered_chunks + (self._inside > 0))
-        self.coverage.compute(0, covered_chunks)
         self._sources = tuple(sources)
         self._compute = compute
         unwindowed = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
         levels = [*coarser, Level(None, chunk_bytes, unwindowed, groups)]
-        self._layered: LayeredFinish | None = None
-        self.placing = 0
-        """Pieces that are being placed."""
-        self.layered_allowed = True
-        """Whether the driver could have the suffix's layers wait for loads now."""
         self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self._span: tuple[Span, float] | None = None
         self._flights = Flights(self._sources, patience_s, deadline_s)
+        self._front = Front(self.coverage, self._flights, compute, covered_tokens)
         self._plan = CurrentPlan(
             self.coverage,
             self._flights,
@@ -150,7 +132,6 @@ class Restore:
             mode,
             now + ttft_target_s * (1 - RESERVE),
         )
-        self._requested_any = False
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
@@ -159,6 +140,22 @@ class Restore:
         report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
         self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
         self._record.frontier(now, 0, self.prefix_tokens)
+        can_wait = (
+            mode in ("auto", "both")
+            and not self._plan.chooses_level  # of pieces it could not be changed any more
+            and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
+        )
+        self._finish = Finish(
+            self.coverage,
+            self._flights,
+            self._sources,
+            compute,
+            self._plan,
+            self._front,
+            self._record,
+            self._suffix,
+            groups if can_wait else None,
+        )
 
     @property
     def report(self) -> RestoreReport:
@@ -179,11 +176,6 @@ class Restore:
         return self._record.report.frontiers[-1]
 
     @property
-    def _level(self) -> Level:
-        """How chunks are read now."""
-        return self._plan.level
-
-    @property
     def done(self) -> bool:
         """Whether every position is covered."""
         return self.coverage.front == self.coverage.chunks
@@ -191,160 +183,96 @@ class Restore:
     def explain(self, now: float) -> list[PlannedRun]:
         """What would be done with everything that is not covered yet, as far as is known now."""
         self._replan(now)
-        return planned_runs(self.coverage, self._plan.sources, self._sources, self._compute, self._level.chunk_bytes)
+        return planned_runs(
+            self.coverage, self._plan.sources, self._sources, self._compute, self._plan.level.chunk_bytes
+        )
 
     # ------------------------------------------------------------------ compute
 
     def next_compute(self, now: float) -> Span | Wait | None:
         """What to compute next: a span (which is claimed), a wait for a load, or None when all is covered."""
-        assert self._span is None, "the span before was not reported as computed"
+        assert self._front.span is None, "the span before was not reported as computed"
         self.check_late(now)
-        if self._layered is not None:
-            if not self._layered.broken:
-                return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
+        if self._finish.layered is not None:
+            if not self._finish.layered.broken:
+                return self._begin_suffix(now)
             if self.placing:
                 return Wait(now + _MOMENT_S)
-            self._disband()
+            self._finish.disband()
         while not self.done:
             first = self.coverage.front
-            count = self._plan.computable(first)
-            if self._plan.stale or count < 2 * self._max_span_chunks:
-                self._replan(now)
-                count = self._plan.computable(first)
+            count = self._computable(first, now)
             if count == 0:
-                if self._arm_layered(now):
-                    return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
+                if self._finish.arm(now):
+                    return self._begin_suffix(now)
                 return Wait(self._flights.next_look(now))
             taken_back = self.coverage.take_back_unwindowed(first)
             if not taken_back:
-                span = self._claim(first, self._plan.span_chunks(count), now)
-                self._arm_layered(now)
+                span = self._front.begin_chunks(first, self._plan.span_chunks(count), now)
+                self._finish.arm(now)
                 return span
-            self._record.taken_back(taken_back * self.chunk_tokens, taken_back * self._level.unwindowed_chunk_bytes)
+            size = taken_back * self._plan.level.unwindowed_chunk_bytes
+            self._record.taken_back(taken_back * self.chunk_tokens, size)
             self._plan.upset()
         return None
 
     @property
     def position(self) -> int:
         """The first position that is not covered, or to the end of the span that was claimed."""
-        if self._span is not None:
-            return self._span[0].start + self._span[0].tokens
-        return self.coverage.start_of(self.coverage.front) + self._inside
+        return self._front.position
 
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
-        began = self._end_span(span)
-        first, end = self._chunks_of(span)
-        self.coverage.compute(first, end)
-        self._inside = span.start + span.tokens - self.coverage.start_of(end)
+        if span.layered:
+            assert self._finish.layered is None or not self._finish.layered.incomplete
+            self._finish.layered = None
+        began = self._front.covered(span)
         self._compute.observe(span.start, span.tokens, now - began - waited_s)
         self._plan.note(span.tokens // self.chunk_tokens + 1)
         self._record.span(span.start, span.tokens, began, now)
         self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
 
-    def _claim(self, first: int, count: int, now: float, layered: bool = False) -> Span:
-        for chunk in range(first, first + count):
-            load = self._flights.of_chunk(chunk)
-            if load is not None:
-                self._flights.cancel(load)
-        self.coverage.claim(first, first + count)
-        start = self.coverage.start_of(first)
-        span = Span(start, self.coverage.start_of(first + count) - start, layered)
-        self._span = (span, now)
-        return span
+    def _computable(self, first: int, now: float) -> int:
+        """How many chunks from `first` on compute should take, by a plan that holds that far."""
+        count = self._plan.computable(first)
+        if self._plan.stale or count < 2 * self._max_span_chunks:
+            self._replan(now)
+            count = self._plan.computable(first)
+        return count
 
-    def _end_span(self, span: Span) -> float:
-        assert self._span is not None, "no span was claimed"
-        assert self._span[0] == span, f"{span} was not claimed"
-        assert not span.layered or self._layered is None or not self._layered.incomplete
-        began = self._span[1]
-        self._span = None
-        if span.layered:
-            self._layered = None
-        return began
-
-    def _chunks_of(self, span: Span) -> tuple[int, int]:
-        """First chunk of the span, and the one behind the last that it completes."""
-        end = span.start + span.tokens
-        return span.start // self.chunk_tokens, self.coverage.chunks if end == self.prompt_tokens else (
-            end // self.chunk_tokens
-        )
+    def _begin_suffix(self, now: float) -> Span:
+        """Claim the suffix although chunks before it still arrive."""
+        return self._front.begin_chunks(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
 
     # ----------------------------------------------------------- layered finish
 
+    @property
+    def layered_allowed(self) -> bool:
+        """Whether the driver could have the suffix's layers wait for loads now."""
+        return self._finish.allowed
+
+    @layered_allowed.setter
+    def layered_allowed(self, allowed: bool) -> None:
+        self._finish.allowed = allowed
+
+    @property
+    def placing(self) -> int:
+        """Pieces that are being placed."""
+        return self._finish.placing
+
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
-        return self._layered is None or self._layered.ready(group)
+        return self._finish.layered is None or self._finish.layered.ready(group)
 
     @property
     def lost(self) -> bool:
         """Whether the layered span that was claimed waits for something that will not come."""
-        return self._layered is not None and self._layered.broken
+        return self._finish.layered is not None and self._finish.layered.broken
 
     def gave_up(self, span: Span, now: float) -> None:
         """The layered span was given up, because a load it needs is `lost`: its positions are uncovered again."""
-        self._disband()
-        began = self._end_span(span)
-        self.coverage.release(*self._chunks_of(span))
-        self._record.gave_up(began, now)
-
-    def _disband(self) -> None:
-        """Go back to whole chunks: what arrived in pieces so far was in vain."""
-        groups = self._level.groups
-        assert self._layered is not None
-        assert groups is not None
-        assert not self.placing, "a piece may still be written where compute would write"
-        for chunk in self._layered.incomplete:
-            for group in range(len(groups.bytes)):
-                load = self._flights.of_chunk(chunk, group)
-                if load is not None:
-                    self._flights.cancel(load)
-            self._record.taken_back(0, self._layered.placed_bytes[chunk])
-            self.coverage.give_back(chunk)
-        self._layered = None
-        self._plan.upset()
-
-    def _arm_layered(self, now: float) -> bool:
-        """Load what is left in pieces, if no more than the span now claimed is left to compute before the suffix.
-
-        Begun while that last span runs, the first layers are there when the suffix asks for them. But compute cannot
-        take over a chunk any more then, so the suffix must be worth that.
-        """
-        groups, coverage = self._level.groups, self.coverage
-        suffix_s = self._finish_s()
-        if groups is None or not suffix_s or any(not source.cost.known for source in self._sources):
-            return False
-        if self._span is not None and suffix_s < _LAST_SPAN_SHARE * self._compute_busy_s(now):
-            return False
-        waited = [chunk for chunk in coverage.uncovered if chunk < self._suffix]
-        if any(chunk not in self._plan.sources for chunk in waited):
-            return False
-        loads_s = self._plan.loading_seconds(self._suffix, now)
-        if loads_s < _WORTHWHILE * suffix_s + self._compute_busy_s(now):
-            return False
-        if self._span is None and coverage.take_back_unwindowed(self._suffix):
-            self._plan.upset()
-            return False
-        self._layered = cut_into_pieces(coverage, waited, self._plan.sources, groups, len(self._sources))
-        return True
-
-    def _finish_s(self) -> float:
-        """Seconds that loads may go on while the suffix is computed; 0.0 if they may not."""
-        coverage, groups = self.coverage, self._level.groups
-        suffix_chunks = coverage.chunks - self._suffix
-        if (
-            groups is None
-            or self._plan.chooses_level  # of pieces it could not be changed any more
-            or not self.layered_allowed
-            or self.mode not in ("auto", "both")
-            or (self._span is not None and self._span[0].start >= self.prefix_tokens)
-            or not self._compute.known
-            or not 0 < suffix_chunks <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
-            or any(coverage.state[chunk] is State.MISSING for chunk in coverage.uncovered if chunk < self._suffix)
-        ):
-            return 0.0
-        waits = 1 - 1 / len(groups.bytes)
-        return self._compute.seconds(self.prefix_tokens, self.prompt_tokens - self.prefix_tokens) * waits
+        self._finish.disband()
+        self._record.gave_up(self._front.gave_up(span), now)
 
     # -------------------------------------------------------------------- loads
 
@@ -353,17 +281,18 @@ class Restore:
 
         `ahead` loads may queue at the source beside those that it serves at a time.
         """
-        if self.mode == "compute" or not self._flights.has_room(source, self._level.chunk_bytes, ahead):
+        if self.mode == "compute" or not self._flights.has_room(source, self._plan.level.chunk_bytes, ahead):
             return None
-        if self._layered is not None:
-            piece = None if self._layered.broken else self._layered.next(source)
+        layered = self._finish.layered
+        if layered is not None:
+            piece = None if layered.broken else layered.next(source)
             return self._begin_load(piece.chunk, source, now, piece) if piece else None
         if self._plan.stale:
             self._replan(now)
-        chunk = self._due(source, ahead > 0)
+        chunk = self._plan.due(source, ahead > 0)
         if chunk is None and self._plan.changed:
             self._replan(now)
-            chunk = self._due(source, ahead > 0)
+            chunk = self._plan.due(source, ahead > 0)
         if chunk is None:
             return None
         self.coverage.state[chunk] = State.LOADING
@@ -371,26 +300,14 @@ class Restore:
 
     def _begin_load(self, chunk: int, source: int, now: float, piece: Piece | None = None) -> Load:
         windowed = self.coverage.needs_window(chunk)
-        start, level = self.coverage.start_of(chunk), self._level
+        start, level = self.coverage.start_of(chunk), self._plan.level
         size, group = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes, None
         if piece is not None:
             size, group = piece.size, piece.group
         load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group, level.parts)
         self._flights.begin(load)
-        self._requested_any = True
         self._plan.note(1)
         return load
-
-    def _due(self, source: int, may_queue: bool) -> int | None:
-        """The planned chunk that `source` should load first."""
-        coverage = self.coverage
-        chunk = self._plan.due(source, may_queue)
-        if chunk is not None:
-            return chunk
-        if self.mode == "both" and not self._requested_any:
-            stored = (chunk for chunk in reversed(coverage.uncovered) if source in coverage.holders[chunk])
-            return next((chunk for chunk in stored if coverage.state[chunk] is State.STORED), None)
-        return None
 
     def arrived(self, load: Load, now: float) -> bool:
         """All bytes of the load are in staging and verified. Returns whether to place them (then call `placed`)."""
@@ -406,20 +323,20 @@ class Restore:
         if load.group is None:
             self.coverage.place(load.chunk)
         else:
-            self.placing += 1
+            self._finish.placing += 1
         return True
 
     def placed(self, load: Load, now: float) -> None:
         """The load is in the cache."""
-        whole = load.group is None
+        whole, layered = load.group is None, self._finish.layered
         if load.group is not None:
-            assert self._layered is not None
-            self.placing -= 1
-            whole = self._layered.placed(load.chunk, load.group, load.size)
+            assert layered is not None
+            self._finish.placing -= 1
+            whole = layered.placed(load.chunk, load.group, load.size)
             if whole:
                 self.coverage.place(load.chunk)
-        elif self._layered is not None:
-            self._layered.whole.discard(load.chunk)
+        elif layered is not None:
+            layered.whole.discard(load.chunk)
         if whole:
             self.coverage.load(load.chunk, load.windowed)
         self._note(load, load.size, now, "placed", load.tokens if whole else 0)
@@ -444,8 +361,9 @@ class Restore:
             again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
             self.coverage.late.add(load.chunk)
             self._lose(load, "late", again)
-        if self._layered is not None and any(map(self._flights.stalled, self._layered.asked)):
-            self._layered.broken = True
+        layered = self._finish.layered
+        if layered is not None and any(map(self._flights.stalled, layered.asked)):
+            layered.broken = True
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""
@@ -464,8 +382,8 @@ class Restore:
 
     def _lose(self, load: Load, reason: str, again: bool = False) -> None:
         """Do not wait for this load any more; nor ever ask its source for the chunk, unless `again`."""
-        if self._layered is not None:
-            self._layered.broken = True
+        if self._finish.layered is not None:
+            self._finish.layered.broken = True
         if again:
             self.coverage.give_back(load.chunk)
         else:
@@ -473,17 +391,6 @@ class Restore:
         self._record.lost(load.start, reason)
         self._plan.upset()
 
-    # --------------------------------------------------------------------- plan
-
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
-        self._plan.make(now, self._compute_busy_s(now), self._finish_s())
-
-    def _compute_busy_s(self, now: float) -> float:
-        """Seconds until compute is through with the chunks it has claimed."""
-        busy_s = 0.0
-        if self._span is not None:
-            span, began = self._span
-            busy_s = max(0.0, began + self._compute.seconds(span.start, span.tokens) - now)
-        rest = min(-self.position % self.chunk_tokens, self.prompt_tokens - self.position)
-        return busy_s + self._compute.seconds(self.position, rest) if rest else busy_s
+        self._plan.make(now, self._front.busy_s(now), self._finish.seconds())

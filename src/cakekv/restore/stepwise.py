@@ -17,56 +17,54 @@ class StepwiseRestore(Restore):
 
     def computable_tokens(self, now: float) -> int:
         """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
-        assert self._span is None, "the span before was not reported as computed"
+        assert self._front.span is None, "the span before was not reported as computed"
         self.check_late(now)
-        if self._layered is not None:
-            if self._layered.complete:
-                self._layered = None
-            elif self._layered.broken and not self.placing:
-                self._disband()
+        layered = self._finish.layered
+        if layered is not None:
+            if layered.complete:
+                self._finish.layered = None
+            elif layered.broken and not self.placing:
+                self._finish.disband()
             else:
                 return 0
-        first = self.coverage.front + (self._inside > 0)
-        count = self._plan.computable(first)
-        if self._plan.stale or count < 2 * self._max_span_chunks:
-            self._replan(now)
-            count = self._plan.computable(first)
-        if not count and not self._inside:
-            self._arm_layered(now)
+        first = self.coverage.front + (self._front.inside > 0)
+        count = self._computable(first, now)
+        if not count and not self._front.inside:
+            self._finish.arm(now)
         return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
 
     def take(self, tokens: int, now: float) -> Span:
         """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
         start = self.position
-        first = self.coverage.front + (self._inside > 0)
-        self._claim(first, -(-(start + tokens) // self.chunk_tokens) - first, now)
-        span = Span(start, tokens)
-        self._span = (span, now)
+        first = self.coverage.front + (self._front.inside > 0)
+        self._front.claim(first, -(-(start + tokens) // self.chunk_tokens) - first)
+        span = self._front.begin(Span(start, tokens), now)
         if not self.position % self.chunk_tokens:
-            self._arm_layered(now)
+            self._finish.arm(now)
         return span
 
     @property
     def layered_tokens(self) -> int:
         """How many tokens `take_layered` would claim; 0 if it may not be called now."""
-        if self._layered is None or self._layered.broken or self._span is not None:
+        layered = self._finish.layered
+        if layered is None or layered.broken or self._front.span is not None:
             return 0
         return self.prompt_tokens - self.prefix_tokens
 
     def take_layered(self, now: float) -> Span:
         """Claim the suffix although chunks before it still arrive."""
         assert self.layered_tokens
-        return self._claim(self._suffix, self.coverage.chunks - self._suffix, now, layered=True)
+        return self._begin_suffix(now)
 
     @property
     def in_pieces(self) -> bool:
         """Whether what is left before the suffix is loaded in pieces."""
-        return self._layered is not None
+        return self._finish.layered is not None
 
     @property
     def awaits_pieces(self) -> bool:
         """Whether anything that a layered span attends to is still to come."""
-        return self._layered is not None and not self._layered.complete
+        return self._finish.layered is not None and not self._finish.layered.complete
 
     def begun(self, load: Load, now: float) -> None:
         """The source began with a load that had queued."""

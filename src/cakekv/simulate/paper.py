@@ -22,7 +22,7 @@ from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import curve, io_only_s, overhead_of
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.simulate.optimum import Run, least_seconds
-from cakekv.simulate.paper_tables import MODELS, Cell, cells
+from cakekv.simulate.paper_tables import MODELS, Cell
 from cakekv.simulate.trace import Trace
 
 LOAD_TOKENS = 128
@@ -146,11 +146,6 @@ def predict(cell: Cell) -> Prediction:
     io_s, compute_s = io_only_s(cell), overhead.request_s + compute.seconds(0, cell.tokens)
     baseline, ours, optimum = ((io_s / s, compute_s / s) for s in (baseline_s, ours_s, least_s))
     return Prediction(cell, baseline, ours, optimum)
-
-
-def predict_all() -> list[Prediction]:
-    """Every cell of the four tables."""
-    return [predict(cell) for cell in cells()]
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:

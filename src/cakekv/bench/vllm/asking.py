@@ -23,6 +23,10 @@ REST_S = 1.2
 takes a whole core, also that of another server's worker."""
 
 
+PlannedRequest = tuple[float, Sequence[int], int]
+"""When to send it, in seconds; token ids; tokens to generate."""
+
+
 @dataclass
 class Answer:
     """What a client saw of one request.
@@ -48,11 +52,6 @@ class Answer:
     def ttft_s(self) -> float:
         """Seconds to the first token."""
         return self.came_s[0] - self.asked_s
-
-    @property
-    def took_s(self) -> float:
-        """Seconds to the last one."""
-        return self.came_s[-1] - self.asked_s
 
     @property
     def gaps_s(self) -> list[float]:
@@ -83,37 +82,30 @@ def ask(server: Server, prompt: Sequence[int], tokens: int = 1, **own: object) -
     return answer
 
 
-async def ask_streaming(client: AsyncOpenAI, prompt: Sequence[int], tokens: int, **own: object) -> Answer:
-    """Ask for a greedy continuation, token by token."""
-    answer = Answer(time.monotonic())
-    async for piece in await client.completions.create(**_request(prompt, tokens, own), stream=True):
-        if piece.choices and piece.choices[0].token_ids:
-            answer.came_s.append(time.monotonic())
-            answer.token_ids += piece.choices[0].token_ids
-    if not answer.came_s:
-        raise CakeError("the server's answer was empty")
-    return answer
-
-
-async def ask_at(client: AsyncOpenAI, plan: Sequence[tuple[float, Sequence[int], int]], **own: object) -> list[Answer]:
-    """Send requests at given times, of which zero is in `REST_S`.
+def ask_at(server: Server, plan: Sequence[PlannedRequest], **own: object) -> list[Answer]:
+    """Send requests at given times, of which zero is in `REST_S`, and wait for all answers.
 
     Parameters
     ----------
-    client : AsyncOpenAI
-        Who sends them.
+    server : Server
+        Who answers.
     plan : sequence of (seconds, token ids, tokens to generate)
         The requests.
     own
         What to ask of the plug-in, the same for all.
     """
-    began_s = time.monotonic() + REST_S
 
-    async def one(at_s: float, prompt: Sequence[int], tokens: int) -> Answer:
+    async def one(client: AsyncOpenAI, began_s: float, request: PlannedRequest) -> Answer:
+        at_s, prompt, tokens = request
         await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
-        return await ask_streaming(client, prompt, tokens, **own)
+        return await _ask_streaming(client, prompt, tokens, own)
 
-    return list(await asyncio.gather(*(one(*item) for item in plan)))
+    async def all_of_them() -> list[Answer]:
+        async with server.async_client() as client:
+            began_s = time.monotonic() + REST_S
+            return await asyncio.gather(*(one(client, began_s, request) for request in plan))
+
+    return asyncio.run(all_of_them())
 
 
 def spans_of(answer: Answer) -> list[SpanRecord]:
@@ -156,6 +148,18 @@ class Texts:
         start = self._at
         self._at = (start + length + 1) % len(self._tokens)  # a step more, so that no two rounds cut it alike
         return (self._tokens + self._tokens)[start : start + length]
+
+
+async def _ask_streaming(client: AsyncOpenAI, prompt: Sequence[int], tokens: int, own: Mapping[str, object]) -> Answer:
+    """Ask for a greedy continuation, token by token."""
+    answer = Answer(time.monotonic())
+    async for piece in await client.completions.create(**_request(prompt, tokens, own), stream=True):
+        if piece.choices and piece.choices[0].token_ids:
+            answer.came_s.append(time.monotonic())
+            answer.token_ids += piece.choices[0].token_ids
+    if not answer.came_s:
+        raise CakeError("the server's answer was empty")
+    return answer
 
 
 def _request(prompt: Sequence[int], tokens: int, own: Mapping[str, object]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from cakekv.bench.vllm.asking import ask, spans_of
+from cakekv.bench.vllm.asking import Texts, ask, spans_of
 from cakekv.bench.vllm.server import Server
 from cakekv.errors import CakeError
 from cakekv.store.opening import open_store
@@ -15,25 +15,19 @@ _NOTHING = (1,)
 """A prompt."""
 
 
-def fill(
-    server: Server, url: str, prompts: Sequence[Sequence[int]], warm_up: Sequence[int], prefix: int, chunk_tokens: int
-) -> float:
+def fill(server: Server, texts: Texts, prompts: Sequence[Sequence[int]], prefix: int) -> float:
     """Store the prefixes of prompts.
 
     Parameters
     ----------
     server : Server
-        With the plug-in; saves to the store, which is empty.
-    url : str
-        The store.
+        With the plug-in, given its `store`, which is empty, and `chunk_tokens`.
+    texts : Texts
+        Gives another prompt, which is asked first and not saved: the first request ever is slower.
     prompts : sequence of token ids
         They are at least a token longer than the prefix.
-    warm_up : token ids
-        Another prompt, which is asked first and not saved: the first request ever is slower.
     prefix : int
-        Tokens of each prompt that are to be stored.
-    chunk_tokens : int
-        Tokens per chunk; the prefix is a multiple of it.
+        Tokens of each prompt that are to be stored: whole chunks.
 
     Returns
     -------
@@ -45,11 +39,13 @@ def fill(
     CakeError
         The server did not save all of it.
     """
-    ask(server, warm_up, save=False)
+    assert server.plug_in is not None
+    chunk_tokens = server.plug_in["chunk_tokens"]
+    ask(server, texts.next(2 * chunk_tokens), save=False)
     for prompt in prompts:
         ask(server, prompt[: prefix + 1])
     wait_saved(server, len(prompts) * (prefix // chunk_tokens))
-    with open_store(url) as store:
+    with open_store(server.plug_in["store"]) as store:
         held = store.stats()
     spans = spans_of(ask(server, prompts[0], mode="compute", save=False, report=True))
     compute_s = sum(
