@@ -1,4 +1,4 @@
-"""What a device decodes is what the CPU's loops decode, bit for bit: by the same torch code on every device there is."""
+"""What a device decodes is what the CPU's loops decode, bit for bit: the same torch code on every device there is."""
 
 from __future__ import annotations
 

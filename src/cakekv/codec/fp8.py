@@ -49,7 +49,7 @@ class Fp8(Codec):
 
         channels = plane.heads * plane.width
         scales = numbers(codes[0], 0, channels, torch.float32).view(-1, plane.heads, 1, plane.width)
-        code = codes[0][:, 4 * channels :].unflatten(1, plane.shape)  # type: ignore[no-untyped-call]
+        code = codes[0][:, 4 * channels :].view(-1, *plane.shape)
         values: torch.Tensor = code.view(torch.float8_e4m3fn).float()
         values.masked_fill_(code == 0x7F, _MOST).masked_fill_(code == 0xFF, -_MOST)  # no numbers: as in `_TABLE`
         return values.mul_(scales)

@@ -1,4 +1,4 @@
-"""Decoding where the model's cache is: the codes are copied there, fewer bytes than the cache's, and decoded by torch."""
+"""Decoding where the model's cache is: codes are copied there, fewer bytes than the cache's, and decoded by torch."""
 
 from __future__ import annotations
 

@@ -29,12 +29,12 @@ def unpacked(code: torch.Tensor, bits: int, heads: int, tokens: int, width: int)
     Tensor
         (layers, heads, tokens, width), uint8.
     """
-    rows: torch.Tensor = code.unflatten(1, (heads, rows_of(bits, tokens), width))  # type: ignore[no-untyped-call]
+    rows = code.view(len(code), heads, rows_of(bits, tokens), width)
     if bits == 8:
         return rows
     if bits != 3:
         return _spread_bits(rows, bits).flatten(2, 3)[:, :, :tokens]
-    blocks = rows.unflatten(2, (-1, 3))
+    blocks = rows.view(len(code), heads, -1, 3, width)
     lower = _spread_bits(blocks[:, :, :, :2], 2).flatten(3, 4)
     upper = _spread_bits(blocks[:, :, :, 2:], 1).flatten(3, 4)
     return (lower | upper << 2).flatten(2, 3)[:, :, :tokens]
@@ -79,11 +79,11 @@ def scales_and_lows(
         (layers, bytes): the packed codes.
     """
     count = groups_of(per_channel, group, heads, tokens, width)
-    both = numbers(code, 0, 2 * count, torch.bfloat16).unflatten(1, (2, heads, -1))  # type: ignore[no-untyped-call]
+    both = numbers(code, 0, 2 * count, torch.bfloat16)
     if per_channel:
-        many = _each(both.unflatten(3, (-1, width)), 3, group, tokens)
+        many = _each(both.view(len(code), 2, heads, -1, width), 3, group, tokens)
     else:
-        many = _each(both.unflatten(3, (tokens, -1)), 4, group, width)
+        many = _each(both.view(len(code), 2, heads, tokens, -1), 4, group, width)
     return many[:, 0], many[:, 1], code[:, 4 * count :]
 
 
