@@ -53,20 +53,19 @@ class ChunkCoder:
         self.encodes = codec.name != "raw"
         if self.encodes and dtype not in _DTYPES:
             raise BadInput(f"codec {codec.name} is for caches in {', '.join(_DTYPES)}, and this model's is {dtype}")
-        self.planes = [
+        self._planes = [
             [
                 Plane("values" if index else "keys", layer, self.layers, plane.heads, tokens, plane.width, dtype)
                 for index, plane in enumerate(kept.planes)
             ]
             for layer, kept in enumerate(layout.layers)
         ]
-        """By layer."""
 
     @cached_property
-    def sizes(self) -> list[list[list[int]]]:
+    def _sizes(self) -> list[list[list[int]]]:
         """Bytes of codes, at most: by part, layer and plane."""
         return [
-            [[self.codec.size(plane, part) for plane in planes] for planes in self.planes]
+            [[self.codec.size(plane, part) for plane in planes] for planes in self._planes]
             for part in range(self.codec.parts)
         ]
 
@@ -75,8 +74,8 @@ class ChunkCoder:
         """The coded form at its longest; if the codec is fixed, as it always is."""
         lengths = [
             sum(sizes) + self._lengths_bytes(planes)
-            for part in self.sizes
-            for planes, sizes in zip(self.planes, part, strict=True)
+            for part in self._sizes
+            for planes, sizes in zip(self._planes, part, strict=True)
         ]
         return ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
 
@@ -88,6 +87,14 @@ class ChunkCoder:
     def decodes_on_device(self) -> bool:
         """Whether there are coded chunks, and `DeviceDecoder` can decode them."""
         return self._shrinks and self.codec.on_device
+
+    def planes_of(self, layer: int) -> Sequence[Plane]:
+        """What a layer's segment holds, in its order."""
+        return self._planes[layer]
+
+    def sizes_of(self, layer: int, part: int = 0) -> Sequence[int]:
+        """Bytes of the codes in a segment, plane by plane: exactly if the codec is fixed, else at most."""
+        return self._sizes[part][layer]
 
     def shape_of(self, size: int) -> ChunkShape | None:
         """The shape of a stored chunk of `size` bytes; None if only its header tells."""
@@ -159,7 +166,7 @@ class ChunkCoder:
             return None
         sources = segments(self.exact, exact)
         decoded = []
-        for planes, source in zip(self.planes, sources, strict=True):
+        for planes, source in zip(self._planes, sources, strict=True):
             offset = 0
             for plane in planes:
                 data = np.frombuffer(source, np.uint8, plane.raw_bytes, offset)
@@ -175,7 +182,7 @@ class ChunkCoder:
         begin = self.longest.header_bytes
         for part in range(codec.parts):
             every = iter(decoded)
-            for planes in self.planes:
+            for planes in self._planes:
                 end = begin + self._lengths_bytes(planes)
                 used = []
                 for plane in planes:
@@ -213,7 +220,7 @@ class ChunkCoder:
         """
         from cakekv.codec.elements import to_elements
 
-        planes = self.planes[layer]
+        planes = self._planes[layer]
         try:
             split = [self._split(part, layer, code) for part, code in enumerate(codes)]
             offset = 0
@@ -242,10 +249,10 @@ class ChunkCoder:
     def _split(self, part: int, layer: int, code: memoryview) -> list[Code]:
         """A segment's bytes, plane by plane."""
         data = cast(Code, np.frombuffer(code, np.uint8))
-        lengths = most = self.sizes[part][layer]
+        lengths = most = self._sizes[part][layer]
         begin = 0
         if not self.codec.fixed:
-            begin = self._lengths_bytes(self.planes[layer])
+            begin = self._lengths_bytes(self._planes[layer])
             if len(data) < begin:
                 raise DamagedCode("it ends within its lengths")
             lengths = [int(length) for length in data[:begin].view(_LENGTH)]

@@ -52,7 +52,7 @@ class DeviceDecoder:
         self._device = device
         self._beside = beside
         self._finish = finish
-        self._alike = [[replace(plane, layer=0) for plane in planes] for planes in coder.planes]
+        self._alike = [[replace(plane, layer=0) for plane in coder.planes_of(layer)] for layer in range(coder.layers)]
         """Per layer: what those that are decoded together have in common."""
 
     def decode(self, layers: Sequence[int], verified: Verified) -> list[torch.Tensor]:
@@ -88,7 +88,8 @@ class DeviceDecoder:
 
     def warm_up(self) -> None:
         """Have the device load what it needs, so that the first load does not teach the planner a wrong cost."""
-        parts = [memoryview(bytearray(sum(sizes[0]))) for sizes in self._coder.sizes[: self._coder.codec.parts_read]]
+        sizes = [sum(self._coder.sizes_of(0, part)) for part in range(self._coder.codec.parts_read)]
+        parts = [memoryview(bytearray(size)) for size in sizes]
         self.decode([0], lambda layer: parts)
 
     def _batches(self, layers: Sequence[int]) -> Iterator[list[int]]:
@@ -108,7 +109,7 @@ class DeviceDecoder:
         sent: list[torch.Tensor] = []
         for row, layer in enumerate(batch):
             for part, code in enumerate(verified(layer)):
-                size = sum(self._coder.sizes[part][layer])
+                size = sum(self._coder.sizes_of(layer, part))
                 if code.nbytes != size:
                     raise CorruptChunk(
                         ChunkFault.UNDECODABLE, f"layer {layer}: it has {code.nbytes} bytes instead of {size}"
@@ -122,8 +123,8 @@ class DeviceDecoder:
         """The segments of layers like this one: (layers, bytes)."""
         planes: list[torch.Tensor] = []
         begins = [0] * len(codes)
-        for index, plane in enumerate(self._coder.planes[layer]):
-            sizes = [self._coder.sizes[part][layer][index] for part in range(len(codes))]
+        for index, plane in enumerate(self._coder.planes_of(layer)):
+            sizes = [self._coder.sizes_of(layer, part)[index] for part in range(len(codes))]
             cut = [code[:, begin : begin + size] for code, begin, size in zip(codes, begins, sizes, strict=True)]
             begins = [begin + size for begin, size in zip(begins, sizes, strict=True)]
             planes.append(self._elements(plane, self._coder.codec.decode_tensors(plane, cut)))
