@@ -15,62 +15,17 @@ from cakekv.cake import Cake
 from cakekv.codec import CODECS, codec_named
 from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
-from cakekv.engine.transfer import CudaTransfer, HostTransfer, transfer_for
+from cakekv.engine.transfer import transfer_for
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import ChunkFault, CorruptChunk
 from cakekv.load import pieces as cutting
 from cakekv.store.memory import MemoryStore
+from engine.decoding import Decoding, OnCores
 
 CHUNK = 32
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RECIPES = [name for name in CODECS if codec_named(name).on_device]
 RECIPES += ["kivi:bits=3,window=0", "ladder:window=0", "ladder:read=2", "two_plane:read=upper"]
-
-
-class Streamless(CudaTransfer):
-    """A GPU's transfer on a CPU: what it launches is done at once."""
-
-    def __init__(self) -> None:
-        self._device = torch.device("cpu")
-        self.used = 0
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        self.used += 1
-        yield
-
-    def staging(self, size: int) -> memoryview:
-        return HostTransfer().staging(size)
-
-
-class Decoding(TransformersEngine):
-    """Decodes where its caches are.
-
-    Attributes
-    ----------
-    decoded : list of int
-        Layers of chunks, in the order of their decoding.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        if self.device.type == "cpu":
-            self._transfer = Streamless()
-        self.decoded: list[int] = []
-
-    def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
-        decoder = super().decoder(coder)
-        if decoder is not None:
-            decode = decoder.decode
-            decoder.decode = lambda layers, verified: self.decoded.extend(layers) or decode(layers, verified)  # type: ignore[method-assign,func-returns-value]
-        return decoder
-
-
-class OnCores(TransformersEngine):
-    """Decodes on CPU cores, wherever its caches are."""
-
-    def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
-        return None
 
 
 @pytest.fixture(autouse=True)
