@@ -6,7 +6,7 @@
 The weights are random (nothing is downloaded): what a restore takes does not depend on them. One long prefix is stored
 in a memory and a disk tier; the shorter ones are heads of it. Each tier is measured bare, and behind a link of each
 bandwidth. Before each run the system is asked to forget the disk tier's pages; a system that does not, shows in how
-fast the bare disk loads.
+fast the bare disk loads. Before all of it a chunk is decoded, recipe by recipe, on one core and on the GPU.
 
 Repeats go through all points before the next begins, so that what else the machine does meets all of them. Where time
 runs out, the JSON says which repeats were left out; it is written after every point.
@@ -131,6 +131,9 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each mode at each point; medians count.")] = 3,
     minutes: Annotated[float, typer.Option(min=0, help="Begin nothing that would end later than this.")] = 8.0,
     folder: Annotated[Path | None, typer.Option(help="Make the disk tier in here, on the disk to be measured.")] = None,
+    recipes: Annotated[
+        str, typer.Option(help="Codecs to decode with, separated by spaces; they need numba. Empty: none.")
+    ] = "fp8 int8 two_plane ladder int4 kivi:bits=3 kivi nuq3",
     commit: Annotated[str | None, typer.Option(help="The git commit, where git is not there to tell it.")] = None,
 ) -> None:
     """Measure compute, load, both and auto side by side on a GPU."""
@@ -149,6 +152,13 @@ def main(
     with timed(setup_s, "identify"):
         engine.identity(workload.chunk_tokens)
     data = describe_workload(engine, workload, commit) | {"setup_s": setup_s}
+    if recipes:
+        from cakekv.bench.decoding import decoding_speeds
+
+        with timed(setup_s, "decode"):
+            data["decoding"] = decoding_speeds(engine, workload.chunk_tokens, recipes.split())
+        for speeds_of in data["decoding"]:
+            print(describe_decoding(speeds_of), flush=True)
     longest = workload.prefixes[-1]
     token_ids = random.Random(0).choices(range(engine.vocabulary_size), k=longest + workload.suffix_tokens)
     prompts = {prefix: token_ids[:prefix] + token_ids[longest:] for prefix in workload.prefixes}
@@ -275,6 +285,14 @@ def describe(link: Link, point: Point) -> str:
     """A point's medians so far, for people."""
     seconds = ", ".join(f"{mode} {point.seconds(mode):.3f}" for mode in MEASURED)
     return f"{point.prefix_tokens:6,} tokens, {link.name}: {seconds}, bound {median(point.bounds):.3f} s"
+
+
+def describe_decoding(speeds: dict[str, Any]) -> str:
+    """How fast a recipe is decoded, for people."""
+    rates = [("one core", speeds["cores_gbps"]), ("the GPU", speeds["device_gbps"])]
+    return f"{speeds['recipe']}: " + ", ".join(
+        f"{where} does not decode it" if gbps is None else f"{where} decodes {gbps:.2f} GB/s" for where, gbps in rates
+    )
 
 
 def results(points: Sequence[tuple[Link, Point]], repeats: int) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Arms(Generic[Cache, Logits]):
         """Make what is missing; `load_costs` are those of `tiers`, `staging` has buffers for exact chunks."""
         arbiter = Arbiter(policy)
         groups = layer_groups(coder.expected([]), coder.layers) if layered_finish else []
-        loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging)
+        loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
         names = distinct_names(tiers)
         sources = [
             Source(name, cost, tier.parallel_reads) for name, tier, cost in zip(names, tiers, load_costs, strict=True)

@@ -12,6 +12,9 @@ import typer
 from benchmarks import gpu
 from typer.testing import CliRunner
 
+from cakekv.bench.decoding import decoding_speeds
+from engine.decoding import Decoding
+
 LINKS = [("memory", None), ("memory", 7), ("disk", None), ("disk", 7)]
 
 
@@ -33,11 +36,18 @@ def run(*arguments: object) -> str:
 
 def test_every_point_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    run("--tiny", "--device", "cpu", "--gbps", 7, "--repeats", 2, "--json", file, "--folder", tmp_path)
+    recipes = ["--recipes", "int4 nuq3"]
+    run("--tiny", "--device", "cpu", "--gbps", 7, "--repeats", 2, "--json", file, "--folder", tmp_path, *recipes)
     data = json.loads(file.read_text())
     assert data["device"] == data["machine"]["processor"]
     assert data["token_bytes"] == 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bfloat16
     assert data["left_out"] == []
+    assert [speeds["recipe"] for speeds in data["decoding"]] == ["int4", "nuq3"]
+    for speeds in data["decoding"]:
+        assert speeds["exact_bytes"] == data["token_bytes"] * data["chunk_tokens"]
+        assert speeds["coded_bytes"] < speeds["exact_bytes"]
+        assert speeds["cores_gbps"] > 0
+        assert speeds["device_gbps"] is None, "a CPU is no device"
     assert [(point["prefix_tokens"], point["tier"], point["link_gbps"]) for point in data["points"]] == [
         (prefix, *link) for prefix in (256, 512) for link in LINKS
     ]
@@ -59,8 +69,9 @@ def check_point(point: dict[str, Any], suffix_tokens: int) -> None:
 
 def test_what_there_is_no_time_for_is_left_out_and_named(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
-    output = run("--tiny", "--device", "cpu", "--gbps", 7, "--minutes", 0, "--json", file)
+    output = run("--tiny", "--device", "cpu", "--gbps", 7, "--minutes", 0, "--json", file, "--recipes", "")
     data = json.loads(file.read_text())
+    assert "decoding" not in data
     assert data["points"] == []
     assert data["left_out"] == [
         {"tier": tier, "link_gbps": link_gbps, "prefix_tokens": prefix, "repeats": 3}
@@ -84,3 +95,13 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "gpu.json"
     assert "needs a GPU" in run("--json", file)
     assert not file.exists()
+
+
+def test_a_device_that_decodes_is_measured_beside_the_cores() -> None:
+    engine = Decoding(gpu.build_engine(gpu.TINY, "cpu").model)
+    (speeds,) = decoding_speeds(engine, 512, ["int8"], repeats=3)
+    assert speeds["device_gbps"] > 0
+    assert len(engine.decoded) == 3 * len(engine.layout.layers)
+    assert "one core decodes" in gpu.describe_decoding(speeds)
+    assert "the GPU decodes" in gpu.describe_decoding(speeds)
+    assert "the GPU does not" in gpu.describe_decoding(speeds | {"device_gbps": None})

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +82,7 @@ class LazyDevice(TorchFunctionMode):
         self.lock = threading.RLock()
         self.log: list[tuple[str, str]] = []
         self.computing = LazyStream(self, "computing")
-        self._names = iter(["placing", "gathering"])
+        self._names = cycle(["placing", "gathering"])  # of one cache, and of the next
         self._local = threading.local()
         self._running = False
         self.cuda = SimpleNamespace(
@@ -111,8 +112,10 @@ class LazyDevice(TorchFunctionMode):
     @contextmanager
     def _stream(self, stream: LazyStream) -> Iterator[None]:
         before, self._local.stream = self.current, stream
-        yield
-        self._local.stream = before
+        try:
+            yield
+        finally:
+            self._local.stream = before
 
     def launch(self, work: Callable[[], Any]) -> None:
         """Put something on the computing stream."""

@@ -10,11 +10,13 @@ import torch
 from test_paged_cache import BLOCKS, CACHES
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from cakekv.vllm.paged_cache.device_order import DeviceOrder
 from cakekv.vllm.paged_cache.host import HostPagedCache
 from cakekv.vllm.paged_cache.layers import as_blocks
 from cakekv.vllm.paged_cache.order import BlockOrder, learn_order
 
 HEADS, TOKENS, WIDTH = 4, 16, 24
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SHAPES = [(HEADS, TOKENS, WIDTH)] * 2
 
 
@@ -54,6 +56,10 @@ def test_blocks_to_planes_and_back(name: str) -> None:
     back = host.allocate(size)
     order.to_blocks(planes, back)
     assert back == held
+    for device in DEVICES:
+        on_device = torch.frombuffer(planes, dtype=torch.uint8).to(device)
+        again = DeviceOrder(order, torch.device(device)).to_blocks(on_device)
+        assert again.cpu().numpy().tobytes() == bytes(held)
 
 
 def test_a_backend_that_stores_something_else_has_no_order() -> None:

@@ -6,7 +6,9 @@ Tests with an engine of their own come first: there is room for one at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +28,11 @@ def blocks_of(engine: TinyEngine, request: str) -> list[list[bytes]]:
     """Per chunk and layer, what lies in the blocks of a request."""
     share = engine.worker.shares[0]
     block_ids = engine.scheduler.kv_cache_manager.get_block_ids(engine.internal(request).request_id)[0]
+    blocks = BLOCK // engine.scheduler.block_size
     found = []
     for chunk in range(CHUNKS):
         buffer = memoryview(bytearray(share.coder.exact.total_bytes))
-        share.gather(block_ids[chunk : chunk + 1], buffer)()
+        share.gather(block_ids[chunk * blocks : (chunk + 1) * blocks], buffer)()
         found.append([bytes(part) for part in segments(share.coder.exact, buffer)])
     return found
 
@@ -102,14 +105,16 @@ def test_an_element_type_that_the_codec_does_not_know_is_refused(model: Path) ->
         ensure_kv_transfer_shutdown()
 
 
-@pytest.fixture(scope="module", params=CODECS)
-def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
-    """An engine per codec; a prompt of 1000 tokens is stored."""
-    store = scripted(f"coded-{request.param}")
-    options = {"store": f"scripted://coded-{request.param}", "codec": request.param, "load_deadline": 20.0}
-    with closing(TinyEngine(model, options)) as engine:
+@contextmanager
+def coded_engine(
+    recipe: str, encoded: int, model: Path, plain: dict[int, list[int]], **options: Any
+) -> Iterator[TinyEngine]:
+    """An engine with a codec; a prompt of 1000 tokens is stored."""
+    store = scripted(f"coded-{recipe}")
+    cake = {"store": f"scripted://coded-{recipe}", "codec": recipe, "load_deadline": 20.0}
+    with closing(TinyEngine(model, cake, **options)) as engine:
         engine.expected = plain[1000]
-        engine.encoded = CODECS[request.param]
+        engine.encoded = encoded
         one = engine.add(prompt(1000), sampling(2))
         engine.until(lambda: engine.internal(one).num_computed_tokens >= 1000)
         engine.computed = blocks_of(engine, one)
@@ -121,6 +126,13 @@ def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int
         store.recover_now()
         engine.settle()
         engine.assert_nothing_leaked()
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
+    """An engine per codec."""
+    with coded_engine(request.param, CODECS[request.param], model, plain) as engine:
+        yield engine
 
 
 def test_stored_are_the_encoded_planes_and_the_newest_tokens_as_they_are(coded: TinyEngine) -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_codecs import CHUNKS, coded_engine, test_loaded_blocks_are_the_decoded_ones_bit_for_bit
 from test_restoring import test_loaded_blocks_hold_the_stored_bytes, test_throwing_loads_away_changes_the_output
 from tiny_engine import ScriptedStore, TinyEngine, prompt
 
-__all__ = ["test_loaded_blocks_hold_the_stored_bytes", "test_throwing_loads_away_changes_the_output"]
+from cakekv.codec import codec_named
+
+__all__ = [
+    "test_loaded_blocks_are_the_decoded_ones_bit_for_bit",
+    "test_loaded_blocks_hold_the_stored_bytes",
+    "test_throwing_loads_away_changes_the_output",
+]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
 
@@ -58,3 +65,14 @@ def test_a_claim_overtakes_loads(
     request = engine.add(stored)
     engine.until(lambda: engine.restoration(request) and len(store.opened) == 4)
     assert engine.finish(request) == [plain[1000]]
+
+
+@pytest.fixture(
+    scope="module", params=["int8", "fp8", "two_plane", "ladder", "kivi:bits=3,window=0", "cachegen:level=1"]
+)
+def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
+    """As test_codecs's, on the GPU, which decodes all but the last."""
+    codec = codec_named(request.param)
+    with coded_engine(request.param, CHUNKS - (codec.window > 0), model, plain, **ON_GPU) as engine:
+        assert (engine.worker.shares[0]._decoder is not None) == codec.on_device
+        yield engine

@@ -7,18 +7,25 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lazy_streams import LazyDevice
-from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
+from test_codecs import CHUNKS, blocks_of, emptied, recoded
+from tiny_engine import BLOCK, ScriptedStore, TinyEngine, prompt, sampling, scripted
 
 import cakekv.vllm.paged_cache.cuda as cuda
 import cakekv.vllm.shares as shares
+from cakekv.codec import codec_named
+from cakekv.codec.coder import ChunkCoder
+from cakekv.codec.on_device import DeviceDecoder
 from cakekv.keys import ChunkKey
+from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.vllm.messages import LoadOrder, StepOrders
 from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
 from cakekv.vllm.paged_cache.cuda import CudaPagedCache
 from cakekv.vllm.paged_cache.layers import as_blocks
+from cakekv.vllm.paged_cache.order import BlockOrder
 
 OLD, NEW, STORED = b"\x01" * 8, b"\x02" * 8, b"\x03" * 8
 
@@ -185,18 +192,106 @@ def test_a_cache_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer[2].numpy().tobytes() == STORED[:7]
 
 
-def test_a_whole_engine(model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same worker, threads and orders as on a GPU; streams are events only, the copies are made at once."""
+def test_decoding_is_beside_the_step(device: LazyDevice, cache: CudaPagedCache) -> None:
+    """Codes are sent and waited for on the stream that places, and nothing of a step is."""
+    layout = KVLayout((LayerLayout((PlaneLayout(2, 16, 4),)),))
+    coder = ChunkCoder(codec_named("int8:group=16"), layout, 512, "float32")
+    order = BlockOrder([np.arange(2 * 16 * 16, dtype=np.int32).reshape(2, 16, 16)], 4)
+    decoder = cache.decoder(coder, [order])
+    assert decoder is not None
+    device.log.clear()
+    device.launch(lambda: pytest.fail("the step is waited for"))
+    code = memoryview(bytearray(coder.longest.segment_bytes[0]))
+    (blocks,) = decoder.decode([0], lambda layer: [code])
+    assert blocks.nbytes == coder.exact.segment_bytes[0]
+    assert device.log[0] == ("placing", "copy_")
+    assert device.log[-1] == ("placing", "record")
+    assert {stream for stream, _ in device.log} == {"placing"}
+    assert ("placing", "wait") not in device.log
+    device.computing.operations.clear()
+
+
+def test_only_what_a_device_can_decode_is_decoded_there(device: LazyDevice, cache: CudaPagedCache) -> None:
+    layout = KVLayout((LayerLayout((PlaneLayout(2, 16, 4),)),))
+    order = BlockOrder([np.arange(2 * 16 * 16, dtype=np.int32).reshape(2, 16, 16)], 4)
+    for codec in ("nuq3", "think", "cachegen"):
+        assert cache.decoder(ChunkCoder(codec_named(codec), layout, 512, "float32"), [order]) is None
+    assert cache.decoder(ChunkCoder(codec_named("fp8"), layout, 512, "float32"), [order]) is not None, "the control"
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> LazyDevice:
+    """The same worker, threads and orders as on a GPU; streams are events only, the work is done at once."""
     device = LazyDevice()
     monkeypatch.setattr(cuda, "torch", device)
 
     def opened(*arguments: Any) -> PagedCache:
         kv_caches, blocks, *_ = arguments
+        known = open_paged_cache(*arguments)
         cache = CudaPagedCache([as_blocks(name, tensor, blocks) for name, tensor in kv_caches.items()])
-        cache.layout = open_paged_cache(*arguments).layout
+        cache.layout, cache.segment_of = known.layout, known.segment_of
         return cache
 
     monkeypatch.setattr(shares, "open_paged_cache", opened)
+    return device
+
+
+@pytest.mark.parametrize(("codec", "coded"), [("int8", CHUNKS), ("ladder", CHUNKS - 1)])
+def test_a_whole_engine_that_decodes_on_its_device(
+    model: Path,
+    plain: dict[int, list[int]],
+    at_once: LazyDevice,
+    codec: str,
+    coded: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What lies in the blocks is what the CPU's loops make of the same chunks, and answers are the same."""
+    decoded: list[int] = []
+    plain_decode = DeviceDecoder.decode
+
+    def counted(self: DeviceDecoder, layers: Any, verified: Any) -> list[torch.Tensor]:
+        decoded.extend(layers)
+        return plain_decode(self, layers, verified)
+
+    answers = []
+    for on_device in (True, False):
+        store: ScriptedStore = scripted(f"device-{codec}")
+        options = {"store": f"scripted://device-{codec}", "codec": codec, "load_deadline": 20.0}
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceDecoder, "decode", counted)
+            if not on_device:
+                patch.setattr(CudaPagedCache, "decoder", lambda self, coder, orders: None)
+            with closing(TinyEngine(model, options)) as engine:
+                if on_device:
+                    one = engine.add(prompt(1000), sampling(2))
+                    engine.until(lambda engine=engine, one=one: engine.internal(one).num_computed_tokens >= 1000)
+                    computed = blocks_of(engine, one)
+                    engine.finish(one)
+                engine.settle()
+                assert len(list(store)) == CHUNKS
+                engine.store = store
+                decoded.clear()
+                emptied(engine, "load")
+                request = engine.add(prompt(1000))
+                engine.until(
+                    lambda engine=engine, request=request: (
+                        engine.restoration(request) and engine.restoration(request).joined
+                    )
+                )
+                found = blocks_of(engine, request)
+                for chunk in range(CHUNKS):
+                    assert found[chunk] == (recoded(engine, computed[chunk]) if chunk < coded else computed[chunk])
+                answers.append(engine.finish(request))
+                engine.settle()
+                report = engine.report()
+                assert report.loaded_tokens == CHUNKS * BLOCK
+                assert len(decoded) == (coded * len(found[0]) if on_device else 0)
+                engine.assert_nothing_leaked()
+    assert answers[0] == answers[1]
+
+
+def test_a_whole_engine(model: Path, plain: dict[int, list[int]], at_once: LazyDevice) -> None:
+    device = at_once
     store: ScriptedStore = scripted("streams")
     with closing(TinyEngine(model, {"store": "scripted://streams", "load_deadline": 20.0})) as engine:
         assert engine.run(prompt(1000)) == plain[1000]

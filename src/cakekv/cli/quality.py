@@ -32,8 +32,9 @@ def quality(
     its next-token distribution, in nats; agreement the share of positions with the same likeliest token; retrieval the
     share of needles found, of those that the exact cache finds. Intervals are 95 % bootstrap intervals over documents;
     of several recipes the JSON file has the differences of every two, too, on the same documents, under "paired".
-    GB/s are of the exact cache, on one thread, while nothing else should run. In sixteen bits the model's own roundings
-    let the slightest change of the cache flip near ties: --dtype float32 shows what is the codec's doing.
+    GB/s are of the exact cache, on one thread, or decoded on the model's GPU if it can, while nothing else should run.
+    In sixteen bits the model's own roundings let the slightest change of the cache flip near ties: --dtype float32
+    shows what is the codec's doing.
 
     Examples:
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from cakekv.codec.base import Code, Codec, Plane, Values
 from cakekv.codec.kernels import affine_bytes, dequantise, quantise
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Affine(Codec, ABC):
     """
 
     bits: ClassVar[int]
+    on_device: ClassVar[bool] = True
     group: int = 32
     keys: str = "channel"
 
@@ -41,6 +45,12 @@ class Affine(Codec, ABC):
 
     def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
         dequantise(codes[0], self.bits, self._per_channel(plane), self.group, values)
+
+    def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
+        from cakekv.codec.tensors import scales_and_lows, unpacked
+
+        scales, lows, packed = scales_and_lows(codes[0], self._per_channel(plane), self.group, *plane.shape)
+        return unpacked(packed, self.bits, *plane.shape).float().mul_(scales).add_(lows)
 
     def _per_channel(self, plane: Plane) -> bool:
         return plane.role == "keys" and self.keys == "channel"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,15 @@ import numpy.typing as npt
 from cakekv.errors import BadInput
 from cakekv.keys import canonical
 
+if TYPE_CHECKING:
+    import torch
+
 Values = npt.NDArray[np.float32]
 """(heads, tokens, width), C-ordered."""
 Code = npt.NDArray[np.uint8]
 """One-dimensional."""
+Segment: TypeAlias = "memoryview | torch.Tensor"
+"""A layer's bytes of a chunk: in a buffer or, if they were decoded where the cache is, as a flat tensor of uint8."""
 LARGEST = 1e30
 """Magnitude up to which elements can be encoded; no working model has keys or values beyond."""
 
@@ -92,6 +97,8 @@ class Codec(ABC):
     """Into how many parts a plane is encoded, each of use without those behind it."""
     choices: ClassVar[tuple[str, ...]] = ()
     """Fields that change only what is read of what is stored."""
+    on_device: ClassVar[bool] = False
+    """Whether there is `decode_tensors`, so that a model's GPU can decode. Only for a codec that is `fixed`."""
 
     window: int = 0
 
@@ -144,3 +151,22 @@ class Codec(ABC):
         DamagedCode
             The bytes cannot be what `encode` wrote. Any bytes may come; none may make it read or write elsewhere.
         """
+
+    def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Decode the same plane of several layers, on the device that holds their codes.
+
+        Nothing may wait for the device: it is called for work that goes on beside the model's.
+
+        Parameters
+        ----------
+        plane : Plane
+            One of them; they differ in `layer` only.
+        codes : list of Tensor
+            One per part that was read, at least one: (layers, `size` bytes), uint8. Any bytes may come.
+
+        Returns
+        -------
+        Tensor
+            (layers, heads, tokens, width), float32: bit for bit what `decode` writes, where that is a number.
+        """
+        raise NotImplementedError(f"codec {self.name} decodes on CPU cores only")

@@ -83,6 +83,19 @@ class ChunkCoder:
     def _shrinks(self) -> bool:
         return self.encodes and not (self.codec.fixed and self.longest.total_bytes >= self.exact.total_bytes)
 
+    @property
+    def decodes_on_device(self) -> bool:
+        """Whether there are coded chunks, and `DeviceDecoder` can decode them."""
+        return self._shrinks and self.codec.on_device
+
+    def planes_of(self, layer: int) -> Sequence[Plane]:
+        """What a layer's segment holds, in its order."""
+        return self._planes[layer]
+
+    def sizes_of(self, layer: int, part: int = 0) -> Sequence[int]:
+        """Bytes of the codes in a segment, plane by plane: exactly if the codec is fixed, else at most."""
+        return self._sizes[part][layer]
+
     def shape_of(self, size: int) -> ChunkShape | None:
         """The shape of a stored chunk of `size` bytes; None if only its header tells."""
         if not self._shrinks or size == self.exact.total_bytes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from cakekv.codec.base import Code, Codec, Plane, Values
 from cakekv.codec.kernels import compiled
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST = 448.0
 """The largest finite number."""
@@ -19,6 +22,7 @@ class Fp8(Codec):
     """Three bits of mantissa for every element, keys and values; channels are scaled to use all exponents."""
 
     name: ClassVar[str] = "fp8"
+    on_device: ClassVar[bool] = True
 
     def size(self, plane: Plane, part: int = 0) -> int:
         return 4 * plane.heads * plane.width + plane.elements
@@ -37,6 +41,18 @@ class Fp8(Codec):
         count = 4 * plane.heads * plane.width
         scales = np.frombuffer(codes[0][:count].tobytes(), "<f4").reshape(plane.heads, plane.width)
         _decode(codes[0][count:].reshape(plane.shape), scales.astype(np.float32), _TABLE, values)
+
+    def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        from cakekv.codec.tensors import numbers
+
+        channels = plane.heads * plane.width
+        scales = numbers(codes[0], 0, channels, torch.float32).view(-1, plane.heads, 1, plane.width)
+        code = codes[0][:, 4 * channels :].view(-1, *plane.shape)
+        values: torch.Tensor = code.view(torch.float8_e4m3fn).float()
+        values.masked_fill_(code == 0x7F, _MOST).masked_fill_(code == 0xFF, -_MOST)  # no numbers: as in `_TABLE`
+        return values.mul_(scales)
 
 
 def _numbers() -> Values:

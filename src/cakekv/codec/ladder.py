@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from cakekv.codec.affine import Affine
 from cakekv.codec.base import Code, Plane, Values
 from cakekv.codec.kernels import compiled, get_row, groups_of, put_codes, quantise, rows_of, unpack_row
+
+if TYPE_CHECKING:
+    import torch
 
 _BITS = (2, 2, 4)
 """Of each part, from the most significant."""
@@ -58,6 +61,16 @@ class Ladder(Affine):
     def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
         parts = [codes[part] if part < len(codes) else codes[0][:0] for part in range(self.parts)]
         _decode(*parts, len(codes), self._per_channel(plane), self.group, values)
+
+    def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
+        from cakekv.codec.tensors import scales_and_lows, unpacked
+
+        scales, lows, first = scales_and_lows(codes[0], self._per_channel(plane), self.group, *plane.shape)
+        values = unpacked(first, _BITS[0], *plane.shape).float()
+        for bits, packed in zip(_BITS[1:], codes[1:], strict=False):
+            values.mul_(1 << bits).add_(unpacked(packed, bits, *plane.shape))
+        step = 1 << sum(_BITS[len(codes) :])
+        return values.mul_(step).add_((step - 1) / 2).mul_(scales).add_(lows)
 
     def _scales_bytes(self, plane: Plane) -> int:
         """Scales and lows, with the first part."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from cakekv.codec.affine import Affine
 from cakekv.codec.base import Code, Plane, Values
 from cakekv.codec.kernels import compiled, get_row, put_codes, rows_of, unpack_row
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ class TwoPlane(Affine):
         super().decode(plane, codes[:1], values)
         if len(codes) > 1:
             _add_remainders(*codes, self._per_channel(plane), self.group, values)
+
+    def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
+        from cakekv.codec.tensors import scales_and_lows, unpacked
+
+        scales, lows, upper = scales_and_lows(codes[0], self._per_channel(plane), self.group, *plane.shape)
+        values = unpacked(upper, self.bits, *plane.shape).float().mul_(scales).add_(lows)
+        for lower in codes[1:]:
+            values.add_(unpacked(lower, 4, *plane.shape).float().sub_(8).mul_(scales * (1 / 16)))
+        return values
 
 
 @compiled

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from cakekv.codec.base import Segment
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+
+if TYPE_CHECKING:
+    from cakekv.codec.coder import ChunkCoder
+    from cakekv.codec.on_device import DeviceDecoder
 
 Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
@@ -58,7 +63,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
 
     @abstractmethod
-    def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview | None]) -> int:
+    def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.
 
         Parameters
@@ -67,14 +72,19 @@ class Engine(ABC, Generic[Cache, Logits]):
             The cache being restored.
         start, tokens : int
             The chunk's first position and its length.
-        segments : sequence of memoryview or None
-            Per layer, laid out as `KVLayout.segment_bytes` says; None for a layer that does not need it.
+        segments : sequence of Segment or None
+            Per layer, laid out as `KVLayout.segment_bytes` says; None for a layer that does not need it. Tensors come
+            from the engine's own `decoder`.
 
         Returns
         -------
         int
             Bytes copied.
         """
+
+    def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
+        """What decodes chunks where the caches are; None: the CPU does."""
+        return None
 
     @abstractmethod
     def gather(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:

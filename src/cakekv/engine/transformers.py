@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, Gate
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
@@ -24,6 +25,10 @@ from cakekv.engine.transfer import transfer_for
 from cakekv.errors import BadInput, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+
+if TYPE_CHECKING:  # codecs need numba
+    from cakekv.codec.coder import ChunkCoder
+    from cakekv.codec.on_device import DeviceDecoder
 
 
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
@@ -182,9 +187,13 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
         return logits
 
-    def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview | None]) -> int:
+    def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
         return self._transfer.place(cache, start, tokens, segments)
+
+    def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
+        """As `Engine.decoder`."""
+        return self._transfer.decoder(coder)
 
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
         """As `Engine.gather`. Raises `BadInput` if the segments do not fit."""

@@ -8,12 +8,15 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from cakekv.arbiter import Arbiter, Request
-from cakekv.chunk import ChunkHeader, segments
+from cakekv.chunk import ChunkHeader
+from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
+from cakekv.load.decoding import decoded_layers
 from cakekv.load.reading import Abandoned, Progress, failure_reason, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
@@ -21,7 +24,10 @@ from cakekv.restore.flights import Load
 from cakekv.restore.planner import Restore
 from cakekv.store.base import Store
 
-Place = Callable[[int, int, list[memoryview | None]], int]
+if TYPE_CHECKING:
+    from cakekv.codec.on_device import DeviceDecoder
+
+Place = Callable[[int, int, "list[Segment | None]"], int]
 """(first position, tokens, segment per layer or None) to bytes copied."""
 
 _LOG = logging.getLogger(__name__)
@@ -120,6 +126,8 @@ class Loader:
         The layers of each group of a layered finish.
     staging : StagingPool
         Buffers of at least `coder.exact.total_bytes`.
+    decoder : DeviceDecoder or None
+        Decodes instead where the caches are. A load ends when it is decoded there, too.
     """
 
     def __init__(
@@ -130,6 +138,7 @@ class Loader:
         unwindowed: Sequence[int],
         groups: Sequence[range],
         staging: StagingPool,
+        decoder: DeviceDecoder | None = None,
     ) -> None:
         self._arbiter = arbiter
         self._lock = arbiter.lock
@@ -138,6 +147,7 @@ class Loader:
         self._unwindowed = tuple(unwindowed)
         self._groups = groups
         self._staging = staging
+        self._decoder = decoder
         self._open: dict[str, Loading] = {}
         self._free = [threading.Condition(self._lock) for _ in tiers]
         """Where the idle workers of each tier wait."""
@@ -255,7 +265,8 @@ class Loader:
     def _perform(self, loading: Loading, load: Load) -> None:
         restore = loading.restore
         decodes = self._coder.encodes
-        with self._staging.buffer() as buffer, self._staging.buffer() if decodes else nullcontext() as decoded:
+        to_buffer = decodes and self._decoder is None
+        with self._staging.buffer() as buffer, self._staging.buffer() if to_buffer else nullcontext() as decoded:
             progress = Progress()
             try:
                 parts = self._read(loading, load, buffer, decoded, progress)
@@ -301,7 +312,7 @@ class Loader:
 
     def _read(
         self, loading: Loading, load: Load, buffer: memoryview, decoded: memoryview | None, progress: Progress
-    ) -> list[memoryview | None]:
+    ) -> list[Segment | None]:
         """Read, verify and decode what the load needs; the layers it does not need are None."""
         coder, key = self._coder, loading.keys[load.chunk]
         layers = self._layers(load)
@@ -310,19 +321,10 @@ class Loader:
             header = read_chunk(reader, coder, key, load.start, layers, buffer, load, progress, load.parts, header)
         if load.group is not None:
             loading.headers[load.chunk, load.source] = header
-        views = segments(header.shape, buffer)
-        coded = progress.coded
-        parts: list[memoryview | None] = [None] * coder.layers
-        for layer in layers:
-            if load.cancelled and coded:
-                raise Abandoned
-            indices = coder.segments_of(header.shape, [layer], load.parts)
-            for index in indices:
-                header.verify(index, views[index])
-            parts[layer] = views[layer]
-            if coded and decoded is not None:
-                parts[layer] = part = segments(coder.exact, decoded)[layer]
-                coder.decode(layer, [views[index] for index in indices], part)
+        parts: list[Segment | None] = [None] * coder.layers
+        found = decoded_layers(coder, header, layers, buffer, load, decoded, self._decoder, load.parts)
+        for layer, segment in found:
+            parts[layer] = segment
         return parts
 
     def _layers(self, load: Load) -> list[int]:
@@ -330,5 +332,5 @@ class Loader:
         return [layer for layer in wanted if load.group is None or layer in self._groups[load.group]]
 
 
-def _nowhere(start: int, tokens: int, parts: list[memoryview | None]) -> int:
+def _nowhere(start: int, tokens: int, parts: list[Segment | None]) -> int:
     raise AssertionError("a load was placed after the end of its restore")

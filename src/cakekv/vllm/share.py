@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cakekv.chunk import ChunkHeader, seal, segments
+from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.keys import ChunkKey
-from cakekv.load.reading import Abandoned, Cancellable, Progress, read_chunk
+from cakekv.load.decoding import decoded_layers
+from cakekv.load.reading import Cancellable, Progress, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.paged_cache import PagedCache
@@ -42,6 +44,7 @@ class Share:
         self.cache = cache
         self.coder = coder
         self._orders = orders
+        self._decoder = cache.decoder(coder, orders) if orders else None
         self.staging = StagingPool(cache.allocate, coder.exact.total_bytes)
         """Buffers to place from."""
         self._scratch = StagingPool(_allocate, coder.exact.total_bytes)
@@ -61,7 +64,7 @@ class Share:
         load: Cancellable,
         progress: Progress,
         stack: ExitStack,
-    ) -> list[memoryview | None]:
+    ) -> list[Segment | None]:
         """Read, verify and decode a chunk.
 
         Parameters
@@ -81,7 +84,7 @@ class Share:
 
         Returns
         -------
-        list of memoryview or None
+        list of Segment or None
             Per layer, as `PagedCache.place` wants it.
 
         Raises
@@ -101,25 +104,19 @@ class Share:
 
     def _decode(
         self, header: ChunkHeader, layers: Sequence[int], buffer: memoryview, load: Cancellable, stack: ExitStack
-    ) -> list[memoryview | None]:
-        coder, views = self.coder, segments(header.shape, buffer)
-        parts: list[memoryview | None] = [None] * coder.layers
-        if self._orders:
-            blocks = segments(coder.exact, stack.enter_context(self.staging.buffer()))
-            decoded = segments(coder.exact, stack.enter_context(self._scratch.buffer()))
-        for layer in layers:
-            indices = coder.segments_of(header.shape, [layer])
-            for index in indices:
-                header.verify(index, views[index])
-            if not self._orders:
-                parts[layer] = views[layer]
-                continue
-            if load.cancelled:
-                raise Abandoned
-            planes = views[layer]
-            if header.shape.packed:
-                planes = decoded[layer]
-                coder.decode(layer, [views[index] for index in indices], planes)
+    ) -> list[Segment | None]:
+        coder, decoder = self.coder, self._decoder if header.shape.packed else None
+        decodes = header.shape.packed and decoder is None
+        decoded = stack.enter_context(self._scratch.buffer()) if decodes else None
+        parts: list[Segment | None] = [None] * coder.layers
+        found = decoded_layers(coder, header, layers, buffer, load, decoded, decoder)
+        if not self._orders or decoder is not None:
+            for layer, segment in found:
+                parts[layer] = segment
+            return parts
+        blocks = segments(coder.exact, stack.enter_context(self.staging.buffer()))
+        for layer, planes in found:
+            assert isinstance(planes, memoryview), "no decoder was given"
             self._orders[layer].to_blocks(planes, blocks[layer])
             parts[layer] = blocks[layer]
         return parts

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cakekv.bench.decoding import decoded
 from cakekv.bench.quality.documents import Document
 from cakekv.bench.quality.intervals import interval
-from cakekv.chunk import read_header, seal, segments
+from cakekv.chunk import seal, segments
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.cache import TwoEndedCache
@@ -145,6 +146,7 @@ class Judge:
         engine, tokens = self._engine, self._chunk_tokens
         coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
         coder.warm_up()
+        decoder = engine.decoder(coder)
         stored = coded = coded_tokens = count = 0
         speeds = []
         source, room, target = (engine.staging(coder.exact.total_bytes) for _ in range(3))
@@ -159,11 +161,8 @@ class Judge:
                 stored += coder.exact.total_bytes
                 continue
             encoded = perf_counter()
-            shape = read_header(chunk, len(chunk)).shape
-            views, parts = segments(shape, chunk), segments(coder.exact, target)
             decoding = perf_counter()
-            for layer, part in enumerate(parts):
-                coder.decode(layer, [views[index] for index in coder.segments_of(shape, [layer])], part)
+            parts = decoded(coder, chunk, target, decoder)
             size = sum(coder.exact.segment_bytes) / 1e9
             speeds.append((size / (encoded - began), size / (perf_counter() - decoding)))
             engine.place(cache, start, tokens, parts)

@@ -6,10 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cakekv.codec.base import Segment
+
 if TYPE_CHECKING:
     import torch
 
+    from cakekv.codec.coder import ChunkCoder
+    from cakekv.codec.on_device import DeviceDecoder
     from cakekv.vllm.messages import StepOrders
+    from cakekv.vllm.paged_cache.order import BlockOrder
 
 
 class PagedCache(ABC):
@@ -47,6 +52,18 @@ class PagedCache(ABC):
     def allocate(self, size: int) -> memoryview:
         """A buffer of `size` bytes to place from and gather into."""
 
+    def decoder(self, coder: ChunkCoder, orders: Sequence[BlockOrder]) -> DeviceDecoder | None:
+        """What decodes chunks into blocks where the cache is; None: the CPU does.
+
+        Parameters
+        ----------
+        coder : ChunkCoder
+            What a chunk looks like.
+        orders : sequence of BlockOrder
+            Per layer.
+        """
+        return None
+
     @abstractmethod
     def begin_step(self, orders: StepOrders) -> None:
         """The forward pass of a step is about to be launched; its loads are placed after this, from other threads."""
@@ -64,7 +81,7 @@ class PagedCache(ABC):
         """
 
     @abstractmethod
-    def place(self, block_ids: Sequence[int], segments: Sequence[memoryview | None]) -> None:
+    def place(self, block_ids: Sequence[int], segments: Sequence[Segment | None]) -> None:
         """Copy a chunk's segments into blocks; those that are None are passed over.
 
         Called by any thread. When it returns, the segments may be overwritten, and every step that is launched from

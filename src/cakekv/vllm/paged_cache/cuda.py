@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from cakekv.codec.base import Segment
 from cakekv.vllm.paged_cache.base import PagedCache
 
 if TYPE_CHECKING:
+    from cakekv.codec.coder import ChunkCoder
+    from cakekv.codec.on_device import DeviceDecoder
     from cakekv.vllm.messages import StepOrders
+    from cakekv.vllm.paged_cache.order import BlockOrder
 
 
 class _Copy(NamedTuple):
@@ -61,6 +65,20 @@ class CudaPagedCache(PagedCache):
         with torch.cuda.device(self._device):  # a thread's device is the first one until it is set
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
 
+    def decoder(self, coder: ChunkCoder, orders: Sequence[BlockOrder]) -> DeviceDecoder | None:
+        if not coder.decodes_on_device:
+            return None
+        from cakekv.codec.on_device import DeviceDecoder  # which needs numba, as codecs do
+        from cakekv.vllm.paged_cache.device_order import DeviceOrder
+
+        known = {order: DeviceOrder(order, self._device) for order in orders}
+        by_layer = [known[order] for order in orders]
+        decoder = DeviceDecoder(
+            coder, self._device, self._decoding, lambda layer, planes: by_layer[layer].to_blocks(planes)
+        )
+        decoder.warm_up()
+        return decoder
+
     def begin_step(self, orders: StepOrders) -> None:
         while self._copies and self._copies[0].done.query():  # type: ignore[no-untyped-call]
             self._copies.popleft()
@@ -86,7 +104,7 @@ class CudaPagedCache(PagedCache):
             computing.wait_event(done)
         return done.synchronize
 
-    def place(self, block_ids: Sequence[int], segments: Sequence[memoryview | None]) -> None:
+    def place(self, block_ids: Sequence[int], segments: Sequence[Segment | None]) -> None:
         with self._on(self._placing):
             self._placing.wait_event(self._before_loads)
             index = self._index(block_ids)
@@ -105,6 +123,15 @@ class CudaPagedCache(PagedCache):
         # Inference mode is per thread; a cache that was made in it cannot be written outside of it.
         with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(stream):
             yield
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Work on the stream that loads are placed on, so that its memory is not used anew before it is placed."""
+        with self._on(self._placing):
+            try:
+                yield
+            finally:
+                self._mark(self._placing).synchronize()
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """An event behind all that was launched on a stream so far; a thread that waits for it sleeps."""
@@ -126,6 +153,9 @@ def _in_words(layer: torch.Tensor) -> torch.Tensor:
     return layer
 
 
-def _tensor(layer: torch.Tensor, segment: memoryview) -> torch.Tensor:
+def _tensor(layer: torch.Tensor, segment: Segment) -> torch.Tensor:
     """A segment as blocks of that layer."""
-    return torch.frombuffer(segment, dtype=layer.dtype).view(-1, *layer.shape[1:])
+    in_words = (
+        torch.frombuffer(segment, dtype=layer.dtype) if isinstance(segment, memoryview) else segment.view(layer.dtype)
+    )
+    return in_words.view(-1, *layer.shape[1:])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cakekv.codec.base import Segment
 from cakekv.vllm.paged_cache.base import PagedCache
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ class HostPagedCache(PagedCache):
                 part[:] = layer[block]
         return _nothing_to_wait_for
 
-    def place(self, block_ids: Sequence[int], segments: Sequence[memoryview | None]) -> None:
+    def place(self, block_ids: Sequence[int], segments: Sequence[Segment | None]) -> None:
         for layer, segment in zip(self._layers, segments, strict=True):
             if segment is None:
                 continue
+            assert isinstance(segment, memoryview), "there is no decoder"
             parts = np.frombuffer(segment, np.uint8).reshape(len(block_ids), *layer.shape[1:])
             for part, block in zip(parts, block_ids, strict=True):
                 layer[block] = part

@@ -32,7 +32,8 @@ class BlockOrder:
     """
 
     def __init__(self, places: Sequence[npt.NDArray[np.int32]], itemsize: int) -> None:
-        self._places = places
+        self.places = places
+        self.itemsize = itemsize
         self._element = {2: np.uint16, 4: np.uint32}[itemsize]
         self._block_elements = sum(place.size for place in places)
 
@@ -49,7 +50,7 @@ class BlockOrder:
     def _views(self, planes: memoryview, blocks: memoryview):  # type: ignore[no-untyped-def]
         by_block = np.frombuffer(blocks, self._element).reshape(-1, self._block_elements)
         begin = 0
-        for places in self._places:
+        for places in self.places:
             heads, tokens, width = places.shape
             end = begin + heads * len(by_block) * tokens * width
             plane = np.frombuffer(planes, self._element)[begin:end].reshape(heads, -1, width)
