@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from crowd import Watched
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cake.crowd import Watched
 from cakekv.engine.transformers import TransformersEngine
 
 CHUNK = 16

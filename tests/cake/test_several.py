@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from crowd import CHUNK, WAIT_S, Watched, asking, filled, nothing_left, slow, start, tokens, until
 
+from cake.crowd import CHUNK, WAIT_S, Watched, asking, filled, nothing_left, slow, start, tokens, until
 from cakekv.arbiter import Arbiter, Request
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine

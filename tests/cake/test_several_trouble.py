@@ -6,8 +6,8 @@ import threading
 from typing import Any
 
 import pytest
-from crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 
+from cake.crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
