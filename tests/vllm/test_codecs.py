@@ -18,7 +18,7 @@ from cakekv.keys import ChunkKey
 from cakekv.restore.costs import ComputeCost, ComputeShape
 
 CHUNKS = 7
-CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS}
+CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS}
 """How many of a prompt's seven chunks are stored encoded: the newest 128 tokens of "kivi" are not."""
 
 
@@ -34,20 +34,20 @@ def blocks_of(engine: TinyEngine, request: str) -> list[list[bytes]]:
     return found
 
 
-def recoded(engine: TinyEngine, blocks: list[bytes]) -> list[bytes]:
+def recoded(engine: TinyEngine, blocks: list[bytes], position: int) -> list[bytes]:
     """A chunk's blocks once encoded and decoded."""
     share = engine.worker.shares[0]
     coder, key = share.coder, ChunkKey(bytes(32))
     planes, coded, target = (memoryview(bytearray(coder.exact.total_bytes)) for _ in range(3))
     for order, layer, plane in zip(share._orders, blocks, segments(coder.exact, planes), strict=True):
         order.to_planes(memoryview(bytearray(layer)), plane)
-    chunk = coder.encode(planes, coded, key, 0)
+    chunk = coder.encode(planes, coded, key, position)
     assert chunk is not None
     shape = read_header(chunk, len(chunk)).shape
     found = []
     for layer, order in enumerate(share._orders):
         codes = [segments(shape, chunk)[index] for index in coder.segments_of(shape, [layer])]
-        coder.decode(layer, codes, segments(coder.exact, planes)[layer])
+        coder.decode(layer, codes, segments(coder.exact, planes)[layer], position)
         order.to_blocks(segments(coder.exact, planes)[layer], segments(coder.exact, target)[layer])
         found.append(bytes(segments(coder.exact, target)[layer]))
     return found
@@ -156,7 +156,8 @@ def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> No
     found = blocks_of(coded, request)
     for chunk in range(CHUNKS):
         lossy = chunk < coded.encoded
-        assert found[chunk] == (recoded(coded, coded.computed[chunk]) if lossy else coded.computed[chunk])
+        computed = coded.computed[chunk]
+        assert found[chunk] == (recoded(coded, computed, chunk * BLOCK) if lossy else computed)
         assert (found[chunk] == coded.computed[chunk]) != lossy
     coded.finish(request)
     coded.settle()

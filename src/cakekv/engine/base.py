@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from cakekv.errors import UnknownRotation
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.rotation import Rotation
 
 Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
@@ -34,6 +36,16 @@ class Engine(ABC, Generic[Cache, Logits]):
     @abstractmethod
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
+
+    def rotations(self) -> Sequence[Rotation]:
+        """How the keys of each of the layout's layers are turned by their positions.
+
+        Raises
+        ------
+        UnknownRotation
+            That cannot be told, or changes with the prompt.
+        """
+        raise UnknownRotation("this engine does not tell")
 
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:

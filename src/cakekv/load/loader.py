@@ -322,7 +322,7 @@ class Loader:
             parts[layer] = views[layer]
             if coded and decoded is not None:
                 parts[layer] = part = segments(coder.exact, decoded)[layer]
-                coder.decode(layer, [views[index] for index in indices], part)
+                coder.decode(layer, [views[index] for index in indices], part, load.start)
         return parts
 
     def _layers(self, load: Load) -> list[int]:

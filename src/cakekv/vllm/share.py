@@ -119,7 +119,7 @@ class Share:
             planes = views[layer]
             if header.shape.packed:
                 planes = decoded[layer]
-                coder.decode(layer, [views[index] for index in indices], planes)
+                coder.decode(layer, [views[index] for index in indices], planes, header.position)
             self._orders[layer].to_blocks(planes, blocks[layer])
             parts[layer] = blocks[layer]
         return parts

@@ -143,7 +143,7 @@ class Judge:
     def _transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> _Stored:
         """Encode and decode the context's chunks from `first` on in place, as saving and loading them would."""
         engine, tokens = self._engine, self._chunk_tokens
-        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
+        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype, engine.rotations)
         coder.warm_up()
         stored = coded = coded_tokens = count = 0
         speeds = []
@@ -163,7 +163,7 @@ class Judge:
             views, parts = segments(shape, chunk), segments(coder.exact, target)
             decoding = perf_counter()
             for layer, part in enumerate(parts):
-                coder.decode(layer, [views[index] for index in coder.segments_of(shape, [layer])], part)
+                coder.decode(layer, [views[index] for index in coder.segments_of(shape, [layer])], part, start)
             size = sum(coder.exact.segment_bytes) / 1e9
             speeds.append((size / (encoded - began), size / (perf_counter() - decoding)))
             engine.place(cache, start, tokens, parts)
