@@ -103,3 +103,18 @@ def test_what_is_not_turned_stays(interleaved: bool) -> None:
         spun = spun * np.exp(1j * frequency * np.arange(11, 16))
         assert np.allclose(turned[..., first] + 1j * turned[..., second], spun, atol=1e-5)
     assert np.array_equal(turned[..., 4:], values[..., 4:])
+
+
+def test_before_rope_keys_lose_less(engine: TransformersEngine, chunk: bytearray) -> None:
+    lost = {}
+    for recipe in ("nuq3", "nuq3:rope=after"):
+        coder = coder_of(engine, recipe)
+        coded = coder.encode(memoryview(chunk), memoryview(bytearray(coder.exact.total_bytes)), KEY, START)
+        assert coded is not None
+        shape, decoded = read_header(coded, len(coded)).shape, bytearray(coder.exact.total_bytes)
+        lost[recipe] = 0.0
+        for layer, part in enumerate(segments(coder.exact, memoryview(decoded))):
+            views = segments(shape, coded)
+            coder.decode(layer, [views[i] for i in coder.segments_of(shape, [layer])], part, START)
+            lost[recipe] += float(np.square(keys_of(engine, decoded, layer) - keys_of(engine, chunk, layer)).sum())
+    assert lost["nuq3"] < 0.85 * lost["nuq3:rope=after"]

@@ -149,6 +149,30 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
                 np.testing.assert_allclose(plane, expected, atol=2e-3)
 
 
+def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:
+    from cakekv.engine.transformers import TransformersEngine
+    from cakekv.vllm.rotation import rotations
+
+    found = rotations(coded.llm.llm_engine.vllm_config, 3)
+    expected = TransformersEngine.from_pretrained(model, dtype="float32").rotations()
+    assert [one.interleaved for one in found] == [one.interleaved for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.frequencies, other.frequencies, rtol=1e-6)
+
+
+def test_what_is_decoded_is_close_wherever_it_lies(coded: TinyEngine) -> None:
+    share = coded.worker.shares[0]
+    for chunk in (0, 5):
+        for layer, (near, exact) in enumerate(
+            zip(recoded(coded, coded.computed[chunk], chunk * BLOCK), coded.computed[chunk], strict=True)
+        ):
+            planes = [memoryview(bytearray(len(exact))) for _ in range(2)]
+            for blocks, target in zip((near, exact), planes, strict=True):
+                share._orders[layer].to_planes(memoryview(bytearray(blocks)), target)
+            one, other = (np.frombuffer(target, np.float32) for target in planes)
+            assert 0 < np.linalg.norm(one - other) < 0.2 * np.linalg.norm(other)
+
+
 def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> None:
     emptied(coded, "load")
     request = coded.add(prompt(1000))
