@@ -150,14 +150,33 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
 
 
 def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:
-    from cakekv.engine.transformers import TransformersEngine
+    from transformers import LlamaForCausalLM
+
     from cakekv.vllm.rotation import rotations
 
+    expected = LlamaForCausalLM.from_pretrained(model).model.rotary_emb.inv_freq.tolist()
     found = rotations(coded.llm.llm_engine.vllm_config, 3)
-    expected = TransformersEngine.from_pretrained(model, dtype="float32").rotations()
-    assert [one.interleaved for one in found] == [one.interleaved for one in expected]
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.frequencies, other.frequencies, rtol=1e-6)
+    assert len(found) == 3
+    for one in found:
+        assert not one.interleaved
+        np.testing.assert_allclose(one.frequencies, expected, rtol=1e-6)
+
+
+def test_turns_that_are_not_known_are_refused(coded: TinyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cakekv.errors import UnknownRotation
+    from cakekv.vllm.rotation import rotations
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    config = coded.llm.llm_engine.vllm_config
+    plain = next(module for module in rotary_embedding._ROPE_DICT.values() if module.head_size == 32)
+    with set_current_vllm_config(config):
+        faster = rotary_embedding.RotaryEmbedding(32, 32, 64, 500.0, True, plain.dtype)
+        growing = rotary_embedding.DynamicNTKScalingRotaryEmbedding(32, 32, 64, 64, 10000.0, True, 2.0, plain.dtype)
+    for modules, words in (([], "no kinds"), ([plain, faster], "2 kinds"), ([growing], "DynamicNTK")):
+        monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", dict(enumerate(modules)))
+        with pytest.raises(UnknownRotation, match=words):
+            rotations(config, 3)
 
 
 def test_what_is_decoded_is_close_wherever_it_lies(coded: TinyEngine) -> None:
