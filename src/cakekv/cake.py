@@ -139,9 +139,7 @@ class Cake:
         self.quality_floor = quality_floor
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        self._coder = coder = ChunkCoder(
-            self.codec, engine.layout, chunk_tokens, self.identity.dtype, engine.rotations
-        )
+        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype, engine.rotations)
         coder.warm_up()
         self._costs = KnownCosts(
             calibration,

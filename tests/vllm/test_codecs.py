@@ -163,10 +163,11 @@ def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> N
 
 
 def test_turns_that_are_not_known_are_refused(coded: TinyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cakekv.errors import UnknownRotation
-    from cakekv.vllm.rotation import rotations
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers import rotary_embedding
+
+    from cakekv.errors import UnknownRotation
+    from cakekv.vllm.rotation import rotations
 
     config = coded.llm.llm_engine.vllm_config
     plain = next(module for module in rotary_embedding._ROPE_DICT.values() if module.head_size == 32)

@@ -62,8 +62,10 @@ def _away(rotation: Rotation, keys: np.ndarray[Any, np.dtype[np.float64]]) -> fl
     """How much keys of one token differ once they are turned back, as a share of their size."""
     pairs = len(rotation.frequencies)
     cosine, sine = rotation.turns(0, keys.shape[1])
-    first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if rotation.interleaved else (
-        slice(0, pairs), slice(pairs, 2 * pairs)
+    first, second = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+        if rotation.interleaved
+        else (slice(0, pairs), slice(pairs, 2 * pairs))
     )
     back = keys.copy()
     back[..., first] = keys[..., first] * cosine + keys[..., second] * sine
