@@ -127,7 +127,7 @@ class Cake:
         self.quality_floor = quality_floor
         self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype)
+        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype, engine.rotations)
         coder.warm_up()
         self._costs = KnownCosts(
             calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes

@@ -25,6 +25,10 @@ class UnsupportedModel(CakeError):
     """The model keeps state that cannot be cut into per-token chunks (state-space layers, encoder-decoders, ...)."""
 
 
+class UnknownRotation(CakeError):
+    """How a model turns its keys by their positions cannot be told, or changes with the prompt."""
+
+
 class StoreError(CakeError):
     """A tier could not be opened, read or written."""
 

@@ -19,14 +19,27 @@ from cakekv.codec.elements import from_elements, to_elements
 from cakekv.errors import CannotEncode, CorruptChunk
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
+from cakekv.rotation import Rotation
 
 KEY = ChunkKey(bytes(range(32)))
 MORE = ["cachegen:level=1", "kivi:bits=3", "kivi:bits=4", "int4:group=7", "int4:keys=token", "think:pairwise=yes"]
+MORE += ["nuq3:rope=after"]
 RECIPES = [*CODECS, *MORE]
 SHAPES = [(1, 1, 1), (2, 5, 3), (1, 33, 8), (3, 16, 64), (2, 64, 32), (2, 40, 80)]
+TYPES = ["bfloat16", "float16", "float32"]
+
+
+def rotation(width: int, interleaved: bool = False) -> Rotation:
+    """The usual frequencies, of the first half of the elements."""
+    return Rotation(tuple(10000.0 ** (-pair / (width // 4)) for pair in range(width // 4)), interleaved)
+
+
 PLANES = [
-    Plane(role, layer, 4, *shape, dtype)
-    for (role, layer), shape, dtype in product([("keys", 0), ("values", 3)], SHAPES, ["bfloat16", "float16", "float32"])
+    *(
+        Plane("keys", 0, 4, *shape, dtype, rotation(shape[2], interleaved), start=777)
+        for shape, dtype, interleaved in product(SHAPES, TYPES, [False, True])
+    ),
+    *(Plane("values", 3, 4, *shape, dtype) for shape, dtype in product(SHAPES, TYPES)),
 ]
 ERROR = {"raw": 0.0, "int8": 0.008, "fp8": 0.07, "two_plane": 0.008, "int4": 0.08, "kivi": 0.35, "think": 1.0}
 ERROR |= {"cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008}
@@ -80,7 +93,8 @@ def test_what_is_encoded_comes_back_nearly(codec: Codec) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-38, 1e29, -1e29])
 def test_planes_of_one_value(codec: Codec, value: float) -> None:
-    for plane in (Plane("keys", 0, 1, 2, 20, 16, "float32"), Plane("values", 0, 1, 2, 20, 16, "float32")):
+    unturned = Rotation(())
+    for plane in (Plane("keys", 0, 1, 2, 20, 16, "float32", unturned), Plane("values", 0, 1, 2, 20, 16, "float32")):
         values = np.full(plane.shape, value, np.float32)
         back = decoded(codec, plane, encoded(codec, plane, values))
         kept = back if codec.name != "think" or plane.role == "values" else back[back != 0]
@@ -88,14 +102,15 @@ def test_planes_of_one_value(codec: Codec, value: float) -> None:
 
 
 def test_extremes_beside_each_other(codec: Codec) -> None:
-    plane = Plane("keys", 0, 1, 1, 16, 16, "float32")
+    plane = Plane("keys", 0, 1, 1, 16, 16, "float32", rotation(16))
     values = np.where(np.arange(256).reshape(plane.shape) % 3, 1e30, -1e30).astype(np.float32)
     assert np.isfinite(decoded(codec, plane, encoded(codec, plane, values))).all()
 
 
 def test_hostile_bytes_end_in_an_error_or_in_numbers(codec: Codec) -> None:
     rng = random.Random(1)
-    for plane in (Plane("keys", 0, 4, 2, 40, 16), Plane("values", 3, 4, 1, 9, 5, "float32")):
+    keys = Plane("keys", 0, 4, 2, 40, 16, rotation=rotation(16), start=2**40)
+    for plane in (keys, Plane("values", 3, 4, 1, 9, 5, "float32")):
         codes = encoded(codec, plane, sample(plane))
         for _ in range(60):
             bad = [code.copy() for code in codes]
@@ -116,7 +131,7 @@ def test_hostile_bytes_end_in_an_error_or_in_numbers(codec: Codec) -> None:
 
 def test_every_parameter_is_in_the_fingerprint(codec: Codec) -> None:
     others = {"group": 16, "window": 77, "bits": 3, "keys": "token", "drop": 0.25, "pairwise": True, "read": "upper"}
-    others |= {"level": 3, "outliers": 0.03}
+    others |= {"level": 3, "outliers": 0.03, "rope": "after"}
     if codec.name == "ladder":
         others["read"] = 1
     if codec.name == "kivi" and codec.fingerprint.count('"bits":3'):
@@ -145,8 +160,12 @@ def chunk(coder: ChunkCoder, seed: int = 0) -> tuple[bytearray, memoryview | Non
     return exact, coded
 
 
+def coder_of(codec: Codec) -> ChunkCoder:
+    return ChunkCoder(codec, LAYOUT, 64, "bfloat16", lambda: [rotation(32)] * 5)
+
+
 def test_chunks_are_sealed_read_and_decoded(codec: Codec) -> None:
-    coder = ChunkCoder(codec, LAYOUT, 64, "bfloat16")
+    coder = coder_of(codec)
     exact, coded = chunk(coder)
     if codec.name == "raw":
         assert coded is None
@@ -164,7 +183,7 @@ def test_chunks_are_sealed_read_and_decoded(codec: Codec) -> None:
     views = segments(header.shape, coded)
     for layer in range(5):
         room = bytearray(coder.exact.segment_bytes[layer])
-        coder.decode(layer, [views[i] for i in coder.segments_of(header.shape, [layer])], memoryview(room))
+        coder.decode(layer, [views[i] for i in coder.segments_of(header.shape, [layer])], memoryview(room), 128)
         near = from_elements(np.frombuffer(room, np.uint8), "bfloat16", (4, 64, 32))
         true = from_elements(
             np.frombuffer(segments(coder.exact, memoryview(exact))[layer], np.uint8), "bfloat16", (4, 64, 32)
@@ -173,7 +192,7 @@ def test_chunks_are_sealed_read_and_decoded(codec: Codec) -> None:
 
 
 def test_segments_of_the_wrong_length_are_damage(codec: Codec) -> None:
-    coder = ChunkCoder(codec, LAYOUT, 64, "bfloat16")
+    coder = coder_of(codec)
     _, coded = chunk(coder)
     if coded is None:
         return
@@ -183,11 +202,11 @@ def test_segments_of_the_wrong_length_are_damage(codec: Codec) -> None:
     room = memoryview(bytearray(coder.exact.segment_bytes[0]))
     for wrong in (parts[0][:-1], parts[0][:0], parts[0][:3], memoryview(bytes(parts[0]) + b"\0")):
         with pytest.raises(CorruptChunk):
-            coder.decode(0, [wrong, *parts[1:]], room)
+            coder.decode(0, [wrong, *parts[1:]], room, 128)
 
 
 def test_what_is_not_finite_is_refused(codec: Codec) -> None:
-    coder = ChunkCoder(codec, LAYOUT, 64, "bfloat16")
+    coder = coder_of(codec)
     if not coder.encodes:
         return
     for bad in (b"\x80\x7f", b"\xc0\x7f", b"\x80\xff", b"\x7f\x7f"):  # infinite, not a number, minus infinite, 3e38

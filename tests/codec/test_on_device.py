@@ -170,7 +170,7 @@ def test_chunks(recipe: str, dtype: str, device: torch.device, monkeypatch: pyte
             assert beside.opened == beside.closed
             for layer, segment in zip(layers, found, strict=True):
                 expected = bytearray(coder.exact.segment_bytes[layer])
-                coder.decode(layer, codes[layer], memoryview(expected))
+                coder.decode(layer, codes[layer], memoryview(expected), 0)
                 assert (segment.device.type, segment.dtype, segment.dim()) == (device.type, torch.uint8, 1)
                 assert segment.cpu().numpy().tobytes() == bytes(expected)
 
@@ -187,7 +187,7 @@ def test_codes_of_the_wrong_length_are_damage(recipe: str, device: torch.device)
         with pytest.raises(CorruptChunk, match="layer 0: it has") as here:
             decoder.decode([0], lambda layer, wrong=wrong: [wrong, *parts[1:]])
         with pytest.raises(CorruptChunk) as there:
-            coder.decode(0, [wrong, *parts[1:]], memoryview(bytearray(coder.exact.segment_bytes[0])))
+            coder.decode(0, [wrong, *parts[1:]], memoryview(bytearray(coder.exact.segment_bytes[0])), 0)
         assert (here.value.fault, here.value.detail) == (there.value.fault, there.value.detail)
     assert beside.opened == beside.closed == 4
 

@@ -15,6 +15,7 @@ from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CorruptChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
+from cakekv.rotation import Rotation
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.memory import MemoryStore
@@ -22,6 +23,7 @@ from store.chunks import read
 
 DAMAGES, LONG_DAMAGES = 4_000, 10_000
 KEY, POSITION = ChunkKey(bytes(range(32))), 128
+ROTATION = Rotation(tuple(10000.0 ** (-pair / 8) for pair in range(8)))
 LAYOUT = KVLayout(tuple(LayerLayout((PlaneLayout(2, 16, 4), PlaneLayout(2, 16, 4))) for _ in range(3)))
 
 
@@ -53,7 +55,7 @@ def forms() -> Iterator[tuple[str, bytes]]:
     yield "many layers", bytes(many)
     yield "encrypted many layers", encrypted(bytes(many))  # several blocks, and tags of more than one
     for name in CODECS.keys() - {"raw"}:
-        coder = ChunkCoder(codec_named(name), LAYOUT, 32, "float32")
+        coder = ChunkCoder(codec_named(name), LAYOUT, 32, "float32", lambda: [ROTATION] * 3)
         coded = coder.encode(memoryview(chunk), memoryview(bytearray(exact.total_bytes)), KEY, POSITION)
         assert coded is not None
         yield name, bytes(coded)

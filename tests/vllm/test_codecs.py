@@ -20,7 +20,7 @@ from cakekv.keys import ChunkKey
 from cakekv.restore.costs import ComputeCost, ComputeShape
 
 CHUNKS = 7
-CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS}
+CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS}
 """How many of a prompt's seven chunks are stored encoded: the newest 128 tokens of "kivi" are not."""
 
 
@@ -37,20 +37,20 @@ def blocks_of(engine: TinyEngine, request: str) -> list[list[bytes]]:
     return found
 
 
-def recoded(engine: TinyEngine, blocks: list[bytes]) -> list[bytes]:
+def recoded(engine: TinyEngine, blocks: list[bytes], position: int) -> list[bytes]:
     """A chunk's blocks once encoded and decoded."""
     share = engine.worker.shares[0]
     coder, key = share.coder, ChunkKey(bytes(32))
     planes, coded, target = (memoryview(bytearray(coder.exact.total_bytes)) for _ in range(3))
     for order, layer, plane in zip(share._orders, blocks, segments(coder.exact, planes), strict=True):
         order.to_planes(memoryview(bytearray(layer)), plane)
-    chunk = coder.encode(planes, coded, key, 0)
+    chunk = coder.encode(planes, coded, key, position)
     assert chunk is not None
     shape = read_header(chunk, len(chunk)).shape
     found = []
     for layer, order in enumerate(share._orders):
         codes = [segments(shape, chunk)[index] for index in coder.segments_of(shape, [layer])]
-        coder.decode(layer, codes, segments(coder.exact, planes)[layer])
+        coder.decode(layer, codes, segments(coder.exact, planes)[layer], position)
         order.to_blocks(segments(coder.exact, planes)[layer], segments(coder.exact, target)[layer])
         found.append(bytes(segments(coder.exact, target)[layer]))
     return found
@@ -161,6 +161,50 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
                 np.testing.assert_allclose(plane, expected, atol=2e-3)
 
 
+def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    from cakekv.vllm.rotation import rotations
+
+    expected = LlamaForCausalLM.from_pretrained(model).model.rotary_emb.inv_freq.tolist()
+    found = rotations(coded.llm.llm_engine.vllm_config, 3)
+    assert len(found) == 3
+    for one in found:
+        assert not one.interleaved
+        np.testing.assert_allclose(one.frequencies, expected, rtol=1e-6)
+
+
+def test_turns_that_are_not_known_are_refused(coded: TinyEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    from cakekv.errors import UnknownRotation
+    from cakekv.vllm.rotation import rotations
+
+    config = coded.llm.llm_engine.vllm_config
+    plain = next(module for module in rotary_embedding._ROPE_DICT.values() if module.head_size == 32)
+    with set_current_vllm_config(config):
+        faster = rotary_embedding.RotaryEmbedding(32, 32, 64, 500.0, True, plain.dtype)
+        growing = rotary_embedding.DynamicNTKScalingRotaryEmbedding(32, 32, 64, 64, 10000.0, True, 2.0, plain.dtype)
+    for modules, words in (([], "no kinds"), ([plain, faster], "2 kinds"), ([growing], "DynamicNTK")):
+        monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", dict(enumerate(modules)))
+        with pytest.raises(UnknownRotation, match=words):
+            rotations(config, 3)
+
+
+def test_what_is_decoded_is_close_wherever_it_lies(coded: TinyEngine) -> None:
+    share = coded.worker.shares[0]
+    for chunk in (0, 5):
+        for layer, (near, exact) in enumerate(
+            zip(recoded(coded, coded.computed[chunk], chunk * BLOCK), coded.computed[chunk], strict=True)
+        ):
+            planes = [memoryview(bytearray(len(exact))) for _ in range(2)]
+            for blocks, target in zip((near, exact), planes, strict=True):
+                share._orders[layer].to_planes(memoryview(bytearray(blocks)), target)
+            one, other = (np.frombuffer(target, np.float32) for target in planes)
+            assert 0 < np.linalg.norm(one - other) < 0.2 * np.linalg.norm(other)
+
+
 def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> None:
     emptied(coded, "load")
     request = coded.add(prompt(1000))
@@ -168,7 +212,8 @@ def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> No
     found = blocks_of(coded, request)
     for chunk in range(CHUNKS):
         lossy = chunk < coded.encoded
-        assert found[chunk] == (recoded(coded, coded.computed[chunk]) if lossy else coded.computed[chunk])
+        computed = coded.computed[chunk]
+        assert found[chunk] == (recoded(coded, computed, chunk * BLOCK) if lossy else computed)
         assert (found[chunk] == coded.computed[chunk]) != lossy
     coded.finish(request)
     coded.settle()

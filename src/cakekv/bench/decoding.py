@@ -44,17 +44,17 @@ def decoded(
     sequence of Segment
         By layer, as `Engine.place` wants them.
     """
-    shape = read_header(chunk, len(chunk)).shape
-    views = segments(shape, chunk)
+    header = read_header(chunk, len(chunk))
+    views = segments(header.shape, chunk)
 
     def codes(layer: int) -> list[memoryview]:
-        return [views[index] for index in coder.segments_of(shape, [layer])]
+        return [views[index] for index in coder.segments_of(header.shape, [layer])]
 
     if decoder is not None:
         return decoder.decode(range(coder.layers), codes)
     targets = segments(coder.exact, room)
     for layer, target in enumerate(targets):
-        coder.decode(layer, codes(layer), target)
+        coder.decode(layer, codes(layer), target, header.position)
     return targets
 
 
@@ -84,7 +84,7 @@ def decoding_speeds(
     rng = np.random.default_rng(0)
     found = []
     for recipe in recipes:
-        coder = ChunkCoder(codec_named(recipe), engine.layout, chunk_tokens, dtype)
+        coder = ChunkCoder(codec_named(recipe), engine.layout, chunk_tokens, dtype, engine.rotations)
         coder.warm_up()
         exact, coded = (engine.staging(coder.exact.total_bytes) for _ in range(2))
         for layer, segment in enumerate(segments(coder.exact, exact)):

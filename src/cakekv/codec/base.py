@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cakekv.errors import BadInput
 from cakekv.keys import canonical
+from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,10 @@ class Plane:
         Its shape.
     dtype : {"bfloat16", "float16", "float32"}
         What the model keeps it in.
+    rotation : Rotation or None
+        How its elements are turned by their positions, if that was asked for (`Codec.turns_back`) and these are keys.
+    start : int
+        Position of its first token.
     """
 
     role: Literal["keys", "values"]
@@ -48,6 +53,8 @@ class Plane:
     tokens: int
     width: int
     dtype: str = "bfloat16"
+    rotation: Rotation | None = None
+    start: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -116,6 +123,11 @@ class Codec(ABC):
         """Names the codec and all that enters into its bytes, as stable text."""
         fields = {name: value for name, value in asdict(self).items() if name not in self.choices}
         return canonical({"codec": self.name, "version": self.version, **fields})
+
+    @property
+    def turns_back(self) -> bool:
+        """Whether it wants to know how keys are turned by their positions (`Plane.rotation`)."""
+        return False
 
     @property
     def parts_read(self) -> int:

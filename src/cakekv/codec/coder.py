@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import cast
@@ -11,9 +12,10 @@ import numpy as np
 
 from cakekv.chunk import PACKING, ChunkHeader, ChunkShape, read_header, seal, segments
 from cakekv.codec.base import LARGEST, Code, Codec, DamagedCode, Plane
-from cakekv.errors import BadInput, CannotEncode, ChunkFault, CorruptChunk
+from cakekv.errors import BadInput, CannotEncode, ChunkFault, CorruptChunk, UnknownRotation
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout
+from cakekv.rotation import Rotation
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _LENGTH = np.dtype("<u4")
@@ -38,14 +40,25 @@ class ChunkCoder:
         Tokens per chunk.
     dtype : str
         The model's cache's, as in `Identity`.
+    rotations : callable or None
+        How each layer's keys are turned by their positions; called only if the codec wants to know. Raises
+        `UnknownRotation`, with the reason, if that is not known.
 
     Raises
     ------
     BadInput
-        The codec is lossy, and does not know the element type.
+        The codec is lossy, and does not know the element type; or it takes keys back to before RoPE, and how they are
+        turned is not known.
     """
 
-    def __init__(self, codec: Codec, layout: KVLayout, tokens: int, dtype: str) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        layout: KVLayout,
+        tokens: int,
+        dtype: str,
+        rotations: Callable[[], Sequence[Rotation]] | None = None,
+    ) -> None:
         self.codec = codec
         self.exact = ChunkShape(tokens, layout.segment_bytes(tokens))
         """The exact form."""
@@ -60,6 +73,12 @@ class ChunkCoder:
             ]
             for layer, kept in enumerate(layout.layers)
         ]
+        if codec.turns_back:
+            known = _known(codec, rotations)
+            self._planes = [
+                [replace(planes[0], rotation=rotation), *planes[1:]]
+                for planes, rotation in zip(self._planes, known, strict=True)
+            ]
 
     @cached_property
     def _sizes(self) -> list[list[list[int]]]:
@@ -166,7 +185,8 @@ class ChunkCoder:
             return None
         sources = segments(self.exact, exact)
         decoded = []
-        for planes, source in zip(self._planes, sources, strict=True):
+        placed = [[replace(plane, start=position) for plane in planes] for planes in self._planes]
+        for planes, source in zip(placed, sources, strict=True):
             offset = 0
             for plane in planes:
                 data = np.frombuffer(source, np.uint8, plane.raw_bytes, offset)
@@ -182,7 +202,7 @@ class ChunkCoder:
         begin = self.longest.header_bytes
         for part in range(codec.parts):
             every = iter(decoded)
-            for planes in self._planes:
+            for planes in placed:
                 end = begin + self._lengths_bytes(planes)
                 used = []
                 for plane in planes:
@@ -201,7 +221,7 @@ class ChunkCoder:
         seal(shape, coded, key, position)
         return coded[: shape.total_bytes]
 
-    def decode(self, layer: int, codes: Sequence[memoryview], exact: memoryview) -> None:
+    def decode(self, layer: int, codes: Sequence[memoryview], exact: memoryview, position: int) -> None:
         """Decode a layer.
 
         Parameters
@@ -212,6 +232,8 @@ class ChunkCoder:
             The parts of its code that were read, verified; at least one.
         exact : memoryview
             Is filled with the layer's segment of the exact form.
+        position : int
+            Of the chunk's first token.
 
         Raises
         ------
@@ -226,7 +248,7 @@ class ChunkCoder:
             offset = 0
             for index, plane in enumerate(planes):
                 values = np.empty(plane.shape, np.float32)
-                self.codec.decode(plane, [parts[index] for parts in split], values)
+                self.codec.decode(replace(plane, start=position), [parts[index] for parts in split], values)
                 to_elements(values, plane.dtype, np.frombuffer(exact, np.uint8, plane.raw_bytes, offset))
                 offset += plane.raw_bytes
         except DamagedCode as damage:
@@ -241,7 +263,7 @@ class ChunkCoder:
         if chunk is not None:
             shape = read_header(chunk, len(chunk)).shape
             views = segments(shape, chunk)
-            self.decode(0, [views[index] for index in self.segments_of(shape, [0])], segments(self.exact, exact)[0])
+            self.decode(0, [views[index] for index in self.segments_of(shape, [0])], segments(self.exact, exact)[0], 0)
 
     def _lengths_bytes(self, planes: list[Plane]) -> int:
         return 0 if self.codec.fixed else _LENGTH.itemsize * (len(planes) - 1)
@@ -263,3 +285,16 @@ class ChunkCoder:
             raise DamagedCode(f"it has {len(data)} bytes instead of {begin + sum(lengths)}")
         ends = list(accumulate(lengths, initial=begin))
         return [data[begin:end] for begin, end in pairwise(ends)]
+
+
+def _known(codec: Codec, rotations: Callable[[], Sequence[Rotation]] | None) -> Sequence[Rotation]:
+    """How a model turns its keys, for a codec that has to know; raises `BadInput` if that is not known."""
+    try:
+        if rotations is None:
+            raise UnknownRotation("this engine does not tell")
+        return rotations()
+    except UnknownRotation as error:
+        raise BadInput(
+            f"codec {codec.name} takes keys back to before RoPE, and how this model turns them is not known: {error}. "
+            f"Take {codec.name}:rope=after"
+        ) from error

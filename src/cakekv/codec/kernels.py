@@ -134,6 +134,26 @@ def pack3(codes, code):  # type: ignore[no-untyped-def]
         put_codes(codes[h], 3, code, h * ((tokens + 7) // 8 * 3) * width)
 
 
+@compiled
+def turn(values, cosine, sine, interleaved):  # type: ignore[no-untyped-def]
+    """Turn pairs of elements of (heads, tokens, width) in place by angles whose cosines are (tokens, pairs)."""
+    heads, tokens, _ = values.shape
+    pairs = cosine.shape[1]
+    for h in range(heads):
+        for t in range(tokens):
+            row, first, second = values[h, t], values[h, t, :pairs], values[h, t, pairs : 2 * pairs]
+            if interleaved:
+                for p in range(pairs):
+                    one, other = row[2 * p], row[2 * p + 1]
+                    row[2 * p] = one * cosine[t, p] - other * sine[t, p]
+                    row[2 * p + 1] = other * cosine[t, p] + one * sine[t, p]
+            else:
+                for p in range(pairs):
+                    one, other = first[p], second[p]
+                    first[p] = one * cosine[t, p] - other * sine[t, p]
+                    second[p] = other * cosine[t, p] + one * sine[t, p]
+
+
 @_of_finite
 def quantise(values, bits, per_channel, group, code):  # type: ignore[no-untyped-def]
     """Quantise (heads, tokens, width) evenly between each group's least and greatest element.

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from cakekv.codec.base import Segment
+from cakekv.errors import UnknownRotation
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
     from cakekv.codec.coder import ChunkCoder
@@ -39,6 +41,16 @@ class Engine(ABC, Generic[Cache, Logits]):
     @abstractmethod
     def stop_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
+
+    def rotations(self) -> Sequence[Rotation]:
+        """How the keys of each of the layout's layers are turned by their positions.
+
+        Raises
+        ------
+        UnknownRotation
+            That cannot be told, or changes with the prompt.
+        """
+        raise UnknownRotation("this engine does not tell")
 
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:

@@ -76,6 +76,14 @@ def probe(model: Any) -> list[LayerShape | None]:
     return shapes
 
 
+def cached_keys(model: Any, tokens: list[int]) -> list[torch.Tensor]:
+    """What a model caches as keys of these tokens, of each layer that caches any: (heads, tokens, width), float32."""
+    recorders = _recorders(model.config)
+    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
+    _first_logits(model, cache, tokens)
+    return [recorder.seen[0][0][0].to("cpu", torch.float32) for recorder in recorders if recorder is not None]
+
+
 def accepts(model: Any, argument: str) -> bool:
     """Whether the model's forward names this argument."""
     return argument in inspect.signature(model.forward).parameters

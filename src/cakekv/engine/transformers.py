@@ -19,12 +19,14 @@ from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, Gate
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
+from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
 from cakekv.engine.support import accepts, check_config, probe
 from cakekv.engine.transfer import transfer_for
 from cakekv.errors import BadInput, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
     from cakekv.codec.coder import ChunkCoder
@@ -142,6 +144,10 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 f"the prompt has {tokens.size} tokens and {new_tokens} are to be generated, "
                 f"but the model's context is {self.max_context} tokens"
             )
+
+    def rotations(self) -> list[Rotation]:
+        """As `Engine.rotations`."""
+        return find_rotations(self.model)
 
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
         """As `Engine.identity`. The first call reads all weights; adapters are looked at in every call."""

@@ -77,5 +77,5 @@ def decoded_layers(
         assert decoded is not None
         targets = segments(coder.exact, decoded)
         for layer in layers:
-            coder.decode(layer, verified(layer), targets[layer])
+            coder.decode(layer, verified(layer), targets[layer], header.position)
             yield layer, targets[layer]

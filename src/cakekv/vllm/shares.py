@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cakekv.codec import codec_named
@@ -13,6 +14,7 @@ from cakekv.keys import canonical
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
+from cakekv.vllm.rotation import rotations
 from cakekv.vllm.share import Share
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ class Shares:
         planes = tuple(PlaneLayout(*plane, self._spec.dtype.itemsize) for plane in self._planes())
         layout = KVLayout(tuple(LayerLayout(planes) for _ in cache.segment_bytes_per_block))
         try:
-            coder = ChunkCoder(self._codec, layout, tokens, dtype)
+            turned = partial(rotations, self._vllm_config, len(layout.layers))
+            coder = ChunkCoder(self._codec, layout, tokens, dtype, turned)
         except BadInput as error:
             raise BadOption(f"option codec is {self._options.codec!r}: {error}") from error
         coder.warm_up()

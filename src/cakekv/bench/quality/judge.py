@@ -144,7 +144,7 @@ class Judge:
     def _transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> _Stored:
         """Encode and decode the context's chunks from `first` on in place, as saving and loading them would."""
         engine, tokens = self._engine, self._chunk_tokens
-        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype)
+        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype, engine.rotations)
         coder.warm_up()
         decoder = engine.decoder(coder)
         stored = coded = coded_tokens = count = 0
@@ -161,10 +161,9 @@ class Judge:
                 stored += coder.exact.total_bytes
                 continue
             encoded = perf_counter()
-            decoding = perf_counter()
             parts = decoded(coder, chunk, target, decoder)
             size = sum(coder.exact.segment_bytes) / 1e9
-            speeds.append((size / (encoded - began), size / (perf_counter() - decoding)))
+            speeds.append((size / (encoded - began), size / (perf_counter() - encoded)))
             engine.place(cache, start, tokens, parts)
             stored += len(chunk)
             coded += len(chunk)
