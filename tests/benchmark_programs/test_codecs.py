@@ -77,6 +77,4 @@ def test_table_6(engine: TransformersEngine, tmp_path: Path) -> None:
         assert cell["over_load"] == cell["load_s"] / cell["both_s"]
         assert len(cell["repeats"]["both_s"]) == 2
         assert cell["predicted_both_s"] > 0
-        # at half the balanced bandwidth of 16 bits, loading them takes twice as long as computing, in the simulator
-        if cell["bits"] == 16 and cell["bandwidth_ratio"] == 0.5:
-            assert cell["predicted_over_load"] > cell["predicted_over_compute"]
+        assert min(cell["predicted_over_load"], cell["predicted_over_compute"]) > 0.5
