@@ -345,6 +345,7 @@ class Restorer(Generic[Cache, Logits]):
             front=coverage.start_of(coverage.front),
             back=restore.latest.back,
             load_s={source: self._token_s(source) for source in self._loadable()} if self._loads else {},
+            prefix_tokens=restore.prefix_tokens,
         )
 
     def _loadable(self) -> set[int]:

@@ -278,7 +278,7 @@ class SchedulerHalf:
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
             load_s={} if restoration.joined or restore.mode == "compute" else self._desk.seconds_per_token(tokens),
-            left=max(0, restore.latest.back - restore.position),
+            prefix_tokens=restore.prefix_tokens,
         )
 
     def orders(self, output: SchedulerOutput) -> StepOrders:

@@ -108,7 +108,7 @@ def test_a_request_past_the_bound_is_moved_up_behind_the_decodes() -> None:
 def test_a_restore_may_be_passed_over_while_io_brings_it_on(
     loads: dict[int, float], costs: float, overdue_s: float
 ) -> None:
-    old = restore("old", 0.0, 256, left=8000, front_s=costs / 2, back_s=costs * 3 / 2, load_s=loads)
+    old = restore("old", 0.0, 256, prefix_tokens=8000, front_s=costs / 2, back_s=costs * 3 / 2, load_s=loads)
     policy = open_policy("cake", starvation_s=10.0)
     for now, first in ((overdue_s - 0.1, "new"), (overdue_s + 0.1, "old")):
         assert policy.compute_order([old, plain("new", 5.0, 400)], now=now)[0].request_id == first
@@ -116,8 +116,8 @@ def test_a_restore_may_be_passed_over_while_io_brings_it_on(
 
 def test_restores_give_way_to_decodes_while_io_brings_them_on_nearly_as_well() -> None:
     # 4,000 tokens: 8 s by computing alone, by loading alone 4 s and 40 s.
-    fast = restore("fast", 0.0, 400, left=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-3})
-    slow = restore("slow", 1.0, 400, left=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-2})
+    fast = restore("fast", 0.0, 400, prefix_tokens=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-3})
+    slow = restore("slow", 1.0, 400, prefix_tokens=4000, front_s=1e-3, back_s=3e-3, load_s={0: 1e-2})
     policy = open_policy("cake", starvation_s=10.0)
     alike = [fast, fast._replace(request_id="other", arrived_s=0.5), decode("d")]
     assert policy.share(alike, 512, 2.0, beside_decodes=30).tokens == {"d": 1, "fast": 30}

@@ -44,12 +44,12 @@ class RequestState(NamedTuple):
     """Seconds of compute that each token loaded at the back frontier saves."""
     load_s: Mapping[int, float] = {}
     """Per source with chunks left to load: seconds of its time per token."""
-    left: int = 0
-    """Tokens between a restore's frontiers, if those are more than it could use in this step."""
+    prefix_tokens: int = 0
+    """Of a restore: tokens of its stored prefix."""
 
     @property
     def patience_s(self) -> float:
-        """Seconds that the faster arm alone would need for what is left; 0 if there is nothing to load."""
+        """Seconds that the faster arm alone would need for the whole prefix; 0 if there is nothing to load."""
         return min(self._loading_s, self._computing_s) if self.load_s else 0.0
 
     @property
@@ -58,16 +58,16 @@ class RequestState(NamedTuple):
         return bool(self.load_s) and self._loading_s <= _NEARLY * self._computing_s
 
     @property
-    def _left(self) -> int:
-        return max(self.left, self.tokens)
+    def _restored(self) -> int:
+        return max(self.prefix_tokens, self.tokens)
 
     @property
     def _loading_s(self) -> float:
-        return self._left / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
+        return self._restored / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
 
     @property
     def _computing_s(self) -> float:
-        return self._left * (self.front_s + self.back_s) / 2
+        return self._restored * (self.front_s + self.back_s) / 2
 
     @classmethod
     def prefill(
@@ -82,12 +82,13 @@ class RequestState(NamedTuple):
         front: int,
         back: float,
         load_s: Mapping[int, float],
+        prefix_tokens: int = 0,
     ) -> Self:
         """A prefill, given what its machine costs and how far both arms have come.
 
         Parameters
         ----------
-        request_id, arrived_s, tokens, load_s
+        request_id, arrived_s, tokens, load_s, prefix_tokens
             As above.
         stored : bool
             Whether a stored prefix is being restored.
@@ -101,7 +102,16 @@ class RequestState(NamedTuple):
         kind = Kind.STORED_PREFILL if stored else Kind.PLAIN_PREFILL
         token_s = shape.linear + shape.fixed / span_tokens
         front_s, back_s = token_s + shape.quadratic * front, token_s + shape.quadratic * back
-        return cls(request_id, kind, arrived_s, tokens, front_s=front_s, back_s=back_s, load_s=load_s)
+        return cls(
+            request_id,
+            kind,
+            arrived_s,
+            tokens,
+            front_s=front_s,
+            back_s=back_s,
+            load_s=load_s,
+            prefix_tokens=prefix_tokens,
+        )
 
 
 class Shares(NamedTuple):
@@ -121,7 +131,7 @@ class Policy(ABC):
 
     Decodes always come first. A prefill older than `starvation_s` comes next, the oldest first, whatever the policy
     thinks of it: after that time it waits only for decodes and for its elders. A restore advances by I/O while it is
-    passed over, so it may be until it is older than the faster arm alone would still need, too.
+    passed over, so it may be for as long as the faster arm alone would have taken for all of it.
 
     Parameters
     ----------
