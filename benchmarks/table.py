@@ -240,6 +240,7 @@ TABLES = {
     "bench": Table("README.md", bench),
     "bench_vllm": Table("README.md", bench_vllm),
     "bench_peers": Table("README.md", bench_peers),
+    "vllm_layered": Table("docs/vllm.md", bench_vllm),
     "vllm_burst": Table("docs/vllm.md", vllm_burst),
     "vllm_load": Table("docs/vllm.md", vllm_load),
     "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
