@@ -214,7 +214,7 @@ def test_decoding_is_beside_the_step(device: LazyDevice, cache: CudaPagedCache) 
 def test_only_what_a_device_can_decode_is_decoded_there(device: LazyDevice, cache: CudaPagedCache) -> None:
     layout = KVLayout((LayerLayout((PlaneLayout(2, 16, 4),)),))
     order = BlockOrder([np.arange(2 * 16 * 16, dtype=np.int32).reshape(2, 16, 16)], 4)
-    for codec in ("nuq3", "think", "cachegen"):
+    for codec in ("nuq3:rope=after", "think", "cachegen"):
         assert cache.decoder(ChunkCoder(codec_named(codec), layout, 512, "float32"), [order]) is None
     assert cache.decoder(ChunkCoder(codec_named("fp8"), layout, 512, "float32"), [order]) is not None, "the control"
 
@@ -280,7 +280,8 @@ def test_a_whole_engine_that_decodes_on_its_device(
                 )
                 found = blocks_of(engine, request)
                 for chunk in range(CHUNKS):
-                    assert found[chunk] == (recoded(engine, computed[chunk]) if chunk < coded else computed[chunk])
+                    as_coded = recoded(engine, computed[chunk], chunk * BLOCK)
+                    assert found[chunk] == (as_coded if chunk < coded else computed[chunk])
                 answers.append(engine.finish(request))
                 engine.settle()
                 report = engine.report()
