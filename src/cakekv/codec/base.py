@@ -43,7 +43,7 @@ class Plane:
     rotation : Rotation or None
         How its elements are turned by their positions, if that was asked for (`Codec.turns_back`) and these are keys.
     start : int
-        Position of its first token.
+        Position of its first token, if that was asked for in this way.
     """
 
     role: Literal["keys", "values"]

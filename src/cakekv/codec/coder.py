@@ -185,7 +185,7 @@ class ChunkCoder:
             return None
         sources = segments(self.exact, exact)
         decoded = []
-        placed = [[replace(plane, start=position) for plane in planes] for planes in self._planes]
+        placed = [self._at(planes, position) for planes in self._planes]
         for planes, source in zip(placed, sources, strict=True):
             offset = 0
             for plane in planes:
@@ -242,13 +242,13 @@ class ChunkCoder:
         """
         from cakekv.codec.elements import to_elements
 
-        planes = self._planes[layer]
+        planes = self._at(self._planes[layer], position)
         try:
             split = [self._split(part, layer, code) for part, code in enumerate(codes)]
             offset = 0
             for index, plane in enumerate(planes):
                 values = np.empty(plane.shape, np.float32)
-                self.codec.decode(replace(plane, start=position), [parts[index] for parts in split], values)
+                self.codec.decode(plane, [parts[index] for parts in split], values)
                 to_elements(values, plane.dtype, np.frombuffer(exact, np.uint8, plane.raw_bytes, offset))
                 offset += plane.raw_bytes
         except DamagedCode as damage:
@@ -264,6 +264,10 @@ class ChunkCoder:
             shape = read_header(chunk, len(chunk)).shape
             views = segments(shape, chunk)
             self.decode(0, [views[index] for index in self.segments_of(shape, [0])], segments(self.exact, exact)[0], 0)
+
+    def _at(self, planes: list[Plane], position: int) -> list[Plane]:
+        """Planes whose first token is at `position`, for a codec that wants to know."""
+        return [replace(plane, start=position) for plane in planes] if self.codec.turns_back else planes
 
     def _lengths_bytes(self, planes: list[Plane]) -> int:
         return 0 if self.codec.fixed else _LENGTH.itemsize * (len(planes) - 1)
