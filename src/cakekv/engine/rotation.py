@@ -60,15 +60,10 @@ def _best(candidates: list[Rotation], keys: torch.Tensor, layer: int) -> Rotatio
 
 def _away(rotation: Rotation, keys: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """How much keys of one token differ once they are turned back, as a share of their size."""
-    pairs = len(rotation.frequencies)
+    from cakekv.codec.kernels import turn
+
     cosine, sine = rotation.turns(0, keys.shape[1])
-    first, second = (
-        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
-        if rotation.interleaved
-        else (slice(0, pairs), slice(pairs, 2 * pairs))
-    )
     back = keys.copy()
-    back[..., first] = keys[..., first] * cosine + keys[..., second] * sine
-    back[..., second] = keys[..., second] * cosine - keys[..., first] * sine
+    turn(back, cosine, -sine, rotation.interleaved)
     size = float(np.square(back).sum())
     return float(np.square(back - back[:, :1]).sum() / size) ** 0.5 if size else 0.0
