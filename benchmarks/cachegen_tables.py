@@ -9,18 +9,15 @@ CacheGen's paper (arXiv 2310.07240). Both sides are without what they have in co
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cakekv.bench.machine import describe_machine
+from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import Document, make_documents
+from cakekv.cli.console import write_json
 from cakekv.codec.base import Plane, Values
 from cakekv.codec.cachegen import STEPS, CacheGen
 from cakekv.demo.model import demo_model
@@ -34,14 +31,14 @@ _UNSEEN = 0.5
 """Times that every symbol counts as seen beforehand, so that none is impossible."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--learn", type=int, default=4, help="documents that tables are learned on")
     parser.add_argument("--documents", type=int, default=2, help="other documents, that they are used on")
     parser.add_argument("--tokens", type=int, default=1024, help="of each document")
     parser.add_argument("--chunk-tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     engine = TransformersEngine.from_pretrained(demo_model(), dtype="float32")
     tokenizer = load_tokenizer(demo_model())
     made = make_documents(tokenizer, options.learn + options.documents, options.tokens, _CONTINUATION)
@@ -55,10 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append({"level": level, "chunk_tokens": chunk_tokens} | compare(codec, tables, others, chunk_tokens))
             print(*(f"{name} {value:.4g}" for name, value in rows[-1].items()))
     if options.json:
-        command = shlex.join(["python", *sys.argv]) if arguments is None else ""
         settings = {name: value for name, value in vars(options).items() if name != "json"}
-        report = {"command": command, "machine": describe_machine(), "settings": settings, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.json, {**describe_run(), "settings": settings, "rows": rows})
 
 
 def cached(engine: TransformersEngine, document: Document) -> list[tuple[Values, Values]]:
