@@ -14,16 +14,15 @@ from typer.testing import CliRunner
 
 from cakekv.bench.decoding import decoding_speeds
 from engine.decoding import Decoding
+from threads import single_thread
 
 LINKS = [("memory", None), ("memory", 7), ("disk", None), ("disk", 7)]
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 def run(*arguments: object) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from cake.poisoned import Poisoned
 from cakekv.cake import Cake
-from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader
@@ -24,7 +24,7 @@ WAIT_S = 60.0
 """A safety net: what is waited for happens in milliseconds."""
 
 
-class Watched(TransformersEngine):
+class Watched(Poisoned):
     """Knows who computes: `spans` are (thread, first position, tokens). Calls `before` with each."""
 
     def __init__(self, model: Any) -> None:
@@ -39,13 +39,6 @@ class Watched(TransformersEngine):
         self.spans.append((name, start, len(token_ids)))
         self.before(*self.spans[-1])
         return super().compute(cache, token_ids, start, gate)
-
-    def new_cache(self, capacity: int) -> TwoEndedCache:
-        cache = super().new_cache(capacity)
-        for layer in cache.stored:
-            for region in layer.regions:
-                region.fill_(float("nan"))
-        return cache
 
     def staging(self, size: int) -> memoryview:
         self.buffers += 1

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from cake.poisoned import Poisoned
 from cakekv.cake import Cake
-from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.restore.planner import MODES
 from cakekv.store.disk import DiskStore
@@ -27,17 +27,6 @@ def filled(engine: TransformersEngine, prompt: list[int]) -> MemoryStore:
         cake.prefill(prompt, mode="compute")
         assert cake.wait_saved().failed_chunks == 0
     return store
-
-
-class Poisoned(TransformersEngine):
-    """Hands out caches full of NaN, so that a position that nobody covered cannot go unnoticed."""
-
-    def new_cache(self, capacity: int) -> TwoEndedCache:
-        cache = super().new_cache(capacity)
-        for layer in cache.stored:
-            for region in layer.regions:
-                region.fill_(float("nan"))
-        return cache
 
 
 @pytest.mark.parametrize("mode", MODES)

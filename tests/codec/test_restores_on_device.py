@@ -21,6 +21,7 @@ from cakekv.errors import ChunkFault, CorruptChunk
 from cakekv.load import pieces as cutting
 from cakekv.store.memory import MemoryStore
 from engine.decoding import Decoding, OnCores
+from threads import single_thread
 
 CHUNK = 32
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -30,11 +31,8 @@ RECIPES += ["kivi:bits=3,window=0", "ladder:window=0", "ladder:read=2", "two_pla
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch would have a team of threads for every loader."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module", params=DEVICES)
