@@ -106,13 +106,13 @@ class Server(ServerProcess):
         )
 
     def metrics(self) -> dict[str, float]:
-        """What `/metrics` shows: samples summed over all labels, and those of labels of ours as `name{label}`."""
+        """What `/metrics` shows: samples summed over all labels, and those of an engine or a label of ours as `name{label}`."""
         from prometheus_client.parser import text_string_to_metric_families
 
         sums: dict[str, float] = {}
         for family in text_string_to_metric_families(self._get("/metrics")):
             for sample in family.samples:
-                own = [sample.labels[name] for name in ("tier", "reason", "mode") if name in sample.labels]
+                own = [sample.labels[name] for name in ("tier", "reason", "mode", "engine") if name in sample.labels]
                 for name in {sample.name, *(f"{sample.name}{{{label}}}" for label in own)}:
                     sums[name] = sums.get(name, 0.0) + sample.value
         return sums
