@@ -344,18 +344,9 @@ class Restorer(Generic[Cache, Logits]):
             span_tokens=arms.max_span_tokens,
             front=coverage.start_of(coverage.front),
             back=restore.latest.back,
-            load_s={source: self._token_s(source) for source in self._loadable()} if self._loads else {},
+            load_s={source: self._token_s(source) for source in coverage.sources_left()} if self._loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
-
-    def _loadable(self) -> set[int]:
-        """The sources that hold chunks which are not covered."""
-        coverage, found = self._restore.coverage, set[int]()
-        for chunk in coverage.uncovered:
-            if len(found) == len(self._arms.sources) or coverage.start_of(chunk) >= self._restore.prefix_tokens:
-                break
-            found.update(coverage.holders[chunk])
-        return found
 
     def _token_s(self, source: int) -> float:
         cost = self._arms.sources[source].cost

@@ -57,6 +57,7 @@ class Coverage:
         self.chunks = -(-prompt_tokens // chunk_tokens)
         loadable = min(len(stored), (prompt_tokens - 1) // chunk_tokens)
         self.holders = [tuple(stored[chunk]) if chunk < loadable else () for chunk in range(self.chunks)]
+        self._sources = len({source for held in self.holders for source in held})
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
         self.uncovered = list(range(self.chunks))
         self.front = 0
@@ -88,6 +89,15 @@ class Coverage:
             for chunk, held in enumerate(self.holders)
             if not held or (chunk in self.late and self.state[chunk] is State.COMPUTED)
         ]
+
+    def sources_left(self) -> set[int]:
+        """The sources that can deliver chunks which are not covered."""
+        found: set[int] = set()
+        for chunk in self.uncovered:
+            if len(found) == self._sources:
+                break
+            found.update(self.holders[chunk])
+        return found
 
     def claim(self, first: int, end: int) -> None:
         """Compute takes these chunks."""

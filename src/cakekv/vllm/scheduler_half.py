@@ -270,6 +270,8 @@ class SchedulerHalf:
         """A restore as the policies see it."""
         restore, shape = restoration.restore, self.costs.cost.shape
         request, tokens = restoration.request, self.options.chunk_tokens
+        loads = not restoration.joined and restore.mode != "compute"
+        token_s = self._desk.seconds_per_token(tokens)
         return RequestState(
             request.request_id,
             Kind.PLAIN_PREFILL if restoration.joined else Kind.STORED_PREFILL,
@@ -277,7 +279,7 @@ class SchedulerHalf:
             restoration.wanted,
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={} if restoration.joined or restore.mode == "compute" else self._desk.seconds_per_token(tokens),
+            load_s={source: token_s[source] for source in restore.coverage.sources_left()} if loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 

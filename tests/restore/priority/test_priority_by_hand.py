@@ -125,8 +125,18 @@ def test_restores_give_way_to_decodes_while_io_brings_them_on_nearly_as_well() -
     assert policy.share([slow, fast, decode("d")], 1024, 2.0, 30).tokens == {"d": 1, "fast": 30, "slow": 400}
     assert policy.share([plain("p", 0.0, 400), decode("d")], 512, 2.0, 30).tokens == {"d": 1, "p": 400}
     assert policy.share([fast, decode("d")], 512, 2.0, beside_decodes=0).tokens == {"d": 1}
-    # After 10 s it has been passed over for long enough.
-    assert policy.share([fast, decode("d")], 512, 10.0, beside_decodes=0).tokens == {"d": 1, "fast": 400}
+    # After 10 s it is served before all that came later, but decodes still do not wait for it.
+    late = [plain("p", 9.0, 500), fast, decode("d")]
+    assert policy.share(late, 512, 9.9, beside_decodes=30).tokens == {"d": 1, "p": 500, "fast": 11}
+    assert policy.share(late, 512, 10.0, beside_decodes=30).tokens == {"d": 1, "fast": 30, "p": 481}
+
+
+def test_what_io_cannot_bring_on_does_not_give_way() -> None:
+    costs = {"prefix_tokens": 4000, "front_s": 1e-3, "back_s": 3e-3}
+    policy = open_policy("cake", starvation_s=10.0)
+    for load_s in ({}, {0: 0.0}):  # nothing left to load; a tier of which nothing is known
+        request = restore("r", 0.0, 400, load_s=load_s, **costs)
+        assert policy.share([request, decode("d")], 512, 2.0, beside_decodes=30).tokens == {"d": 1, "r": 400}
 
 
 def test_loads_are_moved_up_as_well() -> None:

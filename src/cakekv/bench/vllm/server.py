@@ -106,7 +106,7 @@ class Server(ServerProcess):
         )
 
     def metrics(self) -> dict[str, float]:
-        """What `/metrics` shows: samples summed over all labels, and those of an engine or a label of ours as `name{label}`."""
+        """What `/metrics` shows: samples summed over all labels, and those of an engine or of ours as `name{label}`."""
         from prometheus_client.parser import text_string_to_metric_families
 
         sums: dict[str, float] = {}

@@ -6,6 +6,7 @@ engine, vLLM's scheduler and the cluster simulator describe their requests as `R
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
@@ -43,7 +44,7 @@ class RequestState(NamedTuple):
     back_s: float = 0.0
     """Seconds of compute that each token loaded at the back frontier saves."""
     load_s: Mapping[int, float] = {}
-    """Per source with chunks left to load: seconds of its time per token."""
+    """Per source with chunks left to load: seconds of its time per token; 0.0 if that is not known yet."""
     prefix_tokens: int = 0
     """Of a restore: tokens of its stored prefix."""
 
@@ -63,7 +64,8 @@ class RequestState(NamedTuple):
 
     @property
     def _loading_s(self) -> float:
-        return self._restored / sum(1 / max(seconds, 1e-12) for seconds in self.load_s.values())
+        tokens_per_s = sum(1 / seconds for seconds in self.load_s.values() if seconds > 0)
+        return self._restored / tokens_per_s if tokens_per_s else math.inf
 
     @property
     def _computing_s(self) -> float:
@@ -194,8 +196,8 @@ class Policy(ABC):
         now : float
             Seconds on the clock of `RequestState.arrived_s`.
         beside_decodes : int or None
-            Tokens that the restores that give way may compute, all together, in a step with decodes; None: any number.
-            Those older than may be passed over do not give way.
+            Tokens that the restores that give way may compute, all together, in a step with decodes, however old they
+            are; None: any number.
 
         Returns
         -------
@@ -215,7 +217,7 @@ class Policy(ABC):
                 held_back = min(1, left)
                 left -= held_back
             taken = min(left, request.tokens) if request.admitted else 0
-            if request.kind is Kind.STORED_PREFILL and request.gives_way and not self._overdue(request, now):
+            if request.kind is Kind.STORED_PREFILL and request.gives_way:
                 taken = min(taken, spare)
                 spare -= taken
             if taken > 0:
