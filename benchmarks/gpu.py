@@ -133,7 +133,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Make the disk tier in here, on the disk to be measured.")] = None,
     recipes: Annotated[
         str, typer.Option(help="Codecs to decode with, separated by spaces; they need numba. Empty: none.")
-    ] = "fp8 int8 two_plane ladder int4 kivi:bits=3 kivi nuq3",
+    ] = "fp8 int8 two_plane ladder int4 k5v4 kivi:bits=3 kivi nuq3",
     commit: Annotated[str | None, typer.Option(help="The git commit, where git is not there to tell it.")] = None,
 ) -> None:
     """Measure compute, load, both and auto side by side on a GPU."""

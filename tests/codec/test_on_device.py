@@ -21,7 +21,7 @@ from cakekv.errors import CorruptChunk
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-RECIPES = ["fp8", "int8", "int4", "kivi", "kivi:bits=3", "kivi:bits=4", "two_plane", "ladder"]
+RECIPES = ["fp8", "int8", "int4", "kivi", "kivi:bits=3", "kivi:bits=4", "k5v4", "k5v4:group=7", "two_plane", "ladder"]
 MORE = ["int8:group=1", "int4:group=7", "int4:keys=token", "kivi:bits=3,group=2147483647", "ladder:group=5,keys=token"]
 
 

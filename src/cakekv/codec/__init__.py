@@ -13,6 +13,7 @@ CODECS = {
     "fp8": "cakekv.codec.fp8:Fp8",
     "int8": "cakekv.codec.int8:Int8",
     "int4": "cakekv.codec.int4:Int4",
+    "k5v4": "cakekv.codec.k5v4:K5V4",
     "kivi": "cakekv.codec.kivi:Kivi",
     "two_plane": "cakekv.codec.two_plane:TwoPlane",
     "ladder": "cakekv.codec.ladder:Ladder",

@@ -1,8 +1,9 @@
 """The inner loops of the codecs, compiled by numba, which lets go of the interpreter lock while they run.
 
 Codes of fewer than 8 bits lie side by side along the tokens: a byte holds the same channel of 2, 4 or 8 neighbouring
-tokens, so that the loop over a row's channels does one thing to consecutive bytes. Three bits are two and one, in rows
-of their own. Scales and lows are bfloat16; lows are rounded down and scales up, so that all elements are within reach.
+tokens, so that the loop over a row's channels does one thing to consecutive bytes. Three and five bits are two or four,
+and one more, in rows of their own. Scales and lows are bfloat16; lows are rounded down and scales up, so that all
+elements are within reach.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def groups_of(per_channel: bool, group: int, heads: int, tokens: int, width: int
 
 def rows_of(bits: int, tokens: int) -> int:
     """Rows of `width` bytes that a head's codes take."""
-    return -(-tokens // 8) * 3 if bits == 3 else -(-tokens * bits // 8)
+    return (tokens + 7) // 8 * bits if bits % 2 else (tokens * bits + 7) // 8
+
+
+_rows_of: Any = compiled(rows_of)
 
 
 def affine_bytes(bits: int, per_channel: bool, group: int, heads: int, tokens: int, width: int) -> int:
@@ -69,7 +73,7 @@ def _round_down(source, target):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _round_up(source, target):  # type: ignore[no-untyped-def]
+def round_up(source, target):  # type: ignore[no-untyped-def]
     """Positive float32 to the bfloat16 at or above it, in place as float32 too."""
     bits = source.view(np.uint32)
     for i in range(source.size):
@@ -82,7 +86,7 @@ def _round_up(source, target):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _put_row(code, at, row):  # type: ignore[no-untyped-def]
+def put_row(code, at, row):  # type: ignore[no-untyped-def]
     for i in range(row.size):
         code[at + 2 * i] = np.uint8(row[i] & np.uint32(0xFF))
         code[at + 2 * i + 1] = np.uint8(row[i] >> np.uint32(8))
@@ -110,13 +114,14 @@ def put_codes(codes, bits, code, at):  # type: ignore[no-untyped-def]
     """Pack one head's codes (tokens, width), which were zeroed beyond the last token, at `at`."""
     tokens, width = codes.shape
     for t in range(tokens):
-        if bits == 3:
-            block, e = t // 8, t % 8
-            first = at + (block * 3 + e // 4) * width
-            second = at + (block * 3 + 2) * width
+        if bits % 2:
+            low, e = bits - 1, t % 8
+            per_byte = 8 // low
+            first = at + (t // 8 * bits + e // per_byte) * width
+            second = at + (t // 8 * bits + low) * width
             for w in range(width):
-                code[first + w] |= np.uint8((codes[t, w] & 3) << (2 * (e % 4)))
-                code[second + w] |= np.uint8((codes[t, w] >> 2) << e)
+                code[first + w] |= np.uint8((codes[t, w] & ((1 << low) - 1)) << (low * (e % per_byte)))
+                code[second + w] |= np.uint8((codes[t, w] >> low) << e)
         else:
             per_byte = 8 // bits
             first = at + t // per_byte * width
@@ -131,7 +136,7 @@ def pack3(codes, code):  # type: ignore[no-untyped-def]
     heads, tokens, width = codes.shape
     code[:] = 0
     for h in range(heads):
-        put_codes(codes[h], 3, code, h * ((tokens + 7) // 8 * 3) * width)
+        put_codes(codes[h], 3, code, h * _rows_of(3, tokens) * width)
 
 
 @compiled
@@ -168,7 +173,7 @@ def quantise(values, bits, per_channel, group, code):  # type: ignore[no-untyped
     step = group if per_channel else 1
     scales_at, lows_at = 0, 2 * heads * groups * across
     codes_at = 2 * lows_at
-    rows = (tokens + 7) // 8 * 3 if bits == 3 else (tokens * bits + 7) // 8
+    rows = _rows_of(bits, tokens)
     code[codes_at:] = 0
     least, most = np.empty(across, np.float32), np.empty(across, np.float32)
     half = np.empty(across, np.uint32)
@@ -192,11 +197,11 @@ def quantise(values, bits, per_channel, group, code):  # type: ignore[no-untyped
                         least[a] = min(least[a], values[h, begin, w])
                         most[a] = max(most[a], values[h, begin, w])
             _round_down(least, half)
-            _put_row(code, lows_at + 2 * (h * groups + g) * across, half)
+            put_row(code, lows_at + 2 * (h * groups + g) * across, half)
             for a in range(across):
                 most[a] = (most[a] - least[a]) / levels
-            _round_up(most, half)
-            _put_row(code, scales_at + 2 * (h * groups + g) * across, half)
+            round_up(most, half)
+            put_row(code, scales_at + 2 * (h * groups + g) * across, half)
             for a in range(across):
                 most[a] = np.float32(1) / most[a] if most[a] > 1e-37 else np.float32(0)
             if per_channel:
@@ -220,13 +225,15 @@ def unpack_row(code, at, bits, t, row):  # type: ignore[no-untyped-def]
         source = code[at + t * width : at + (t + 1) * width]
         for w in range(width):
             row[w] = source[w]
-    elif bits == 3:
-        first = at + (t // 8 * 3 + t % 8 // 4) * width
-        second = at + (t // 8 * 3 + 2) * width
+    elif bits % 2:
+        per_byte = 8 // (bits - 1)
+        first = at + (t // 8 * bits + t % 8 // per_byte) * width
+        second = at + (t // 8 * bits + bits - 1) * width
         source, other = code[first : first + width], code[second : second + width]
-        shift, bit = np.uint8(2 * (t % 4)), np.uint8(t % 8)
+        low, bit = np.uint8(bits - 1), np.uint8(t % 8)
+        shift, mask = np.uint8((bits - 1) * (t % per_byte)), np.uint8((1 << (bits - 1)) - 1)
         for w in range(width):
-            row[w] = ((source[w] >> shift) & np.uint8(3)) | (((other[w] >> bit) & np.uint8(1)) << np.uint8(2))
+            row[w] = ((source[w] >> shift) & mask) | (((other[w] >> bit) & np.uint8(1)) << low)
     else:
         per_byte = 8 // bits
         first = at + t // per_byte * width
@@ -243,7 +250,7 @@ def dequantise(code, bits, per_channel, group, values):  # type: ignore[no-untyp
     across = width if per_channel else (width + group - 1) // group
     groups = (tokens + group - 1) // group if per_channel else tokens
     lows_at = 2 * heads * groups * across
-    rows = (tokens + 7) // 8 * 3 if bits == 3 else (tokens * bits + 7) // 8
+    rows = _rows_of(bits, tokens)
     scales, lows = np.empty((groups, across), np.float32), np.empty((groups, across), np.float32)
     for h in range(heads):
         at = 2 * h * groups * across

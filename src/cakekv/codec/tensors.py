@@ -19,7 +19,7 @@ def unpacked(code: torch.Tensor, bits: int, heads: int, tokens: int, width: int)
     ----------
     code : Tensor
         (layers, heads * rows * width), uint8.
-    bits : {2, 3, 4, 8}
+    bits : {2, 3, 4, 5, 8}
         Per code.
     heads, tokens, width : int
         Of the plane.
@@ -32,12 +32,13 @@ def unpacked(code: torch.Tensor, bits: int, heads: int, tokens: int, width: int)
     rows = code.view(len(code), heads, rows_of(bits, tokens), width)
     if bits == 8:
         return rows
-    if bits != 3:
+    if bits % 2 == 0:
         return _spread_bits(rows, bits).flatten(2, 3)[:, :, :tokens]
-    blocks = rows.view(len(code), heads, -1, 3, width)
-    lower = _spread_bits(blocks[:, :, :, :2], 2).flatten(3, 4)
-    upper = _spread_bits(blocks[:, :, :, 2:], 1).flatten(3, 4)
-    return (lower | upper << 2).flatten(2, 3)[:, :, :tokens]
+    low = bits - 1
+    blocks = rows.view(len(code), heads, -1, bits, width)
+    lower = _spread_bits(blocks[:, :, :, :low], low).flatten(3, 4)
+    upper = _spread_bits(blocks[:, :, :, low:], 1).flatten(3, 4)
+    return (lower | upper << low).flatten(2, 3)[:, :, :tokens]
 
 
 def _spread_bits(rows: torch.Tensor, bits: int) -> torch.Tensor:
@@ -81,13 +82,13 @@ def scales_and_lows(
     count = groups_of(per_channel, group, heads, tokens, width)
     both = numbers(code, 0, 2 * count, torch.bfloat16)
     if per_channel:
-        many = _each(both.view(len(code), 2, heads, -1, width), 3, group, tokens)
+        many = each(both.view(len(code), 2, heads, -1, width), 3, group, tokens)
     else:
-        many = _each(both.view(len(code), 2, heads, tokens, -1), 4, group, width)
+        many = each(both.view(len(code), 2, heads, tokens, -1), 4, group, width)
     return many[:, 0], many[:, 1], code[:, 4 * count :]
 
 
-def _each(few: torch.Tensor, dimension: int, group: int, count: int) -> torch.Tensor:
+def each(few: torch.Tensor, dimension: int, group: int, count: int) -> torch.Tensor:
     """Every number `group` times along a dimension, `count` altogether."""
     group = min(group, count)
     shape = list(few.shape)
