@@ -49,7 +49,8 @@ def main(
         restoring = contest.restoring_server(texts, [long], prefix, chunk_tokens)
         server, balanced = stack.enter_context(restoring)
         ask(plain, long)
-        lengths = [random.Random(6).randint(shortest, longest) for _ in range(burst)]
+        rng = random.Random(6)
+        lengths = [rng.randint(shortest, longest) for _ in range(burst)]
         about = {
             **describe_run(),
             "model": contest.model.name,
