@@ -196,8 +196,8 @@ class Policy(ABC):
         now : float
             Seconds on the clock of `RequestState.arrived_s`.
         beside_decodes : int or None
-            Tokens that the restores that give way may compute, all together, in a step with decodes, however old they
-            are; None: any number.
+            Tokens of prefills that a step with decodes can do with. Restores that give way get what other prefills
+            leave of them, however old they are. None: any number.
 
         Returns
         -------
@@ -219,7 +219,8 @@ class Policy(ABC):
             taken = min(left, request.tokens) if request.admitted else 0
             if request.kind is Kind.STORED_PREFILL and request.gives_way:
                 taken = min(taken, spare)
-                spare -= taken
+            if request.kind is not Kind.DECODE:
+                spare = max(0, spare - taken)
             if taken > 0:
                 tokens[request.request_id] = taken
                 left -= taken
