@@ -152,6 +152,21 @@ def tiers(data: dict[str, Any]) -> str:
     return markdown(["tier", "cakekv", "the other", "share", "the other is"], rows) + measured(data)
 
 
+def trust(data: dict[str, Any]) -> str:
+    """A row per cost."""
+    titles = {
+        "checksums_link": ("checksums, loading through a link", "load_link_unchecked_s", "load_link_checked_s"),
+        "checksums_disk": ("checksums, loading from a disk", "load_disk_unchecked_s", "load_disk_checked_s"),
+        "checksums_cache": ("checksums, loading from the page cache", "load_cache_unchecked_s", "load_cache_checked_s"),
+        "write_behind": ("saving behind, while computing", "compute_not_saving_s", "compute_saving_s"),
+    }
+    rows = [
+        [title, f"{data[without]:.3f} s", f"{data[with_it]:.3f} s", f"{data['ratios'][name] - 1:+.1%}"]
+        for name, (title, without, with_it) in titles.items()
+    ]
+    return markdown(["", "without", "with", "costs"], rows) + measured(data, f"; {data['prefix_tokens']:,} tokens")
+
+
 def quality(data: dict[str, Any]) -> str:
     """A row per recipe."""
     return judged(
@@ -246,6 +261,7 @@ TABLES = {
     "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
     "network": Table("docs/stores.md", network),
     "tiers": Table("docs/stores.md", tiers),
+    "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),
     "quality_float32": Table("docs/codecs.md", quality_float32),
     "table6": Table("docs/codecs.md", table6),

@@ -2,13 +2,15 @@
 
     python benchmarks/trust.py --json benchmarks/trust.json
 
-checksums     A stored prefix is loaded whole, from a disk and through a link at the balanced bandwidth; in turn with
-              and without looking at the checksums of its segments (which only this program can leave out).
+checksums     A stored prefix is loaded whole: from the page cache, from the disk itself (the page cache is told to
+              forget it), and through a link at the balanced bandwidth; in turn with and without looking at the
+              checksums of its segments (which only this program can leave out).
 write_behind  A prompt is computed; in turn with and without saving it to a disk.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +32,8 @@ from cakekv.demo.document import read_document
 from cakekv.store.disk import DiskStore
 from cakekv.store.throttled import ThrottledStore
 
-DISK_LOADS = 12
-"""Per round and way: they are short, and their times vary by a fifth."""
+SHORT_LOADS = 12
+"""Per round and way, of those that are short: their times vary by a fifth."""
 
 
 def main(
@@ -58,9 +60,11 @@ def main(
         alone = near.prefill(prompt, mode="compute", save=False).report
         link.set_bandwidth(saved / compute_curve(alone.spans).at(prefix))
         for round_ in range(repeats + 1):
-            for place, cake, loads in (("disk", near, DISK_LOADS), ("link", far, 1)):
+            for place, cake, loads in (("cache", near, SHORT_LOADS), ("disk", near, SHORT_LOADS), ("link", far, 1)):
                 for load in range(loads):
                     for checked in (True, False) if (round_ + load) % 2 else (False, True):
+                        if place == "disk":
+                            _forget(Path(folder))
                         with _checksums(checked):
                             take(f"load_{place}_{'checked' if checked else 'unchecked'}", cake, mode="load", save=False)
             for saving in (True, False) if round_ % 2 else (False, True):
@@ -71,6 +75,7 @@ def main(
             near.wait_saved()
     medians = {f"{name}_s": median(taken[len(taken) // (repeats + 1) :]) for name, taken in times.items()}
     ratios = {
+        "checksums_cache": medians["load_cache_checked_s"] / medians["load_cache_unchecked_s"],
         "checksums_disk": medians["load_disk_checked_s"] / medians["load_disk_unchecked_s"],
         "checksums_link": medians["load_link_checked_s"] / medians["load_link_unchecked_s"],
         "write_behind": medians["compute_saving_s"] / medians["compute_not_saving_s"],
@@ -79,6 +84,16 @@ def main(
         print(f"{name}: {ratio:.3f} of the time without")
     data = {**describe_run(), "prefix_tokens": prefix}
     write_json(json_file, {**data, "ratios": ratios, **medians, "repeats": times})
+
+
+def _forget(folder: Path) -> None:
+    """Have the page cache give up the chunks in a folder, so that they are read from the device."""
+    for file in folder.rglob("*.chunk"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

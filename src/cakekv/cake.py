@@ -288,9 +288,11 @@ class Cake:
         """
         if self._saver is not None:
             self._saver.close()
-        self._costs.write()
-        for store in self._own:
-            store.close()
+        try:
+            self._costs.write()
+        finally:
+            for store in self._own:
+                store.close()
 
     def __enter__(self) -> Self:
         return self

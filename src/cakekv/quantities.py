@@ -13,6 +13,7 @@ _PREFIXES = _DECIMAL | _BINARY
 _SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "µs": Decimal("1e-6")}
 _SECONDS |= {"min": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _LARGEST = 2**63
+_LONGEST_S = 1e9
 
 _NUMBER = r"\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*"
 _PREFIX = r"(?P<prefix>(?:[kKmMgGtT]i?)?)"
@@ -80,14 +81,17 @@ def parse_duration(text: str) -> float:
     Raises
     ------
     BadInput
-        It is not a duration.
+        It is not a duration, or one of more than thirty years.
     """
     match = _DURATION.fullmatch(text)
     if not match:
         raise BadInput(
             f'{text!r} is not a duration: write a number with us, ms, s, min, h or d, such as "2ms" or "30d"'
         )
-    return float(Decimal(match["number"]) * _SECONDS[match["unit"]])
+    duration = float(Decimal(match["number"]) * _SECONDS[match["unit"]])
+    if duration > _LONGEST_S:
+        raise BadInput(f"{text!r} is longer than thirty years")
+    return duration
 
 
 def parse_count(text: str) -> int:

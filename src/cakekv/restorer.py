@@ -255,7 +255,8 @@ class Restorer(Generic[Cache, Logits]):
             logits = self._arms.engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
         except _LoadLost:
             with self._arbiter.lock:
-                self._request.woken.wait_for(lambda: not self._restore.placing)
+                self._request.woken.wait_for(lambda: not self._restore.placing or self._loading.crash is not None)
+                self._loading.raise_crash()
                 self._restore.gave_up(span, monotonic())
             return None
         with self._arbiter.lock:

@@ -142,3 +142,10 @@ def test_a_folder_that_is_no_store_is_left_alone(tmp_path: Path) -> None:
     assert code == 1
     assert "error: " in err
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_looking_makes_no_store(tmp_path: Path) -> None:
+    for command in ("stats", "ls", "verify"):
+        code, _, err = run(command, tmp_path)
+        assert (code, "there is no store" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []

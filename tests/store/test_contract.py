@@ -52,7 +52,9 @@ def open_redis(folder, capacity, shared):
 
 
 def open_mooncake(folder, capacity, shared):
-    pytest.importorskip("mooncake.store", reason="Mooncake's client is not there, or not for this system")
+    pytest.importorskip(
+        "mooncake.store", reason="Mooncake's client is not there, or not for this system", exc_type=ImportError
+    )
     from cakekv.store.mooncake import MooncakeStore
 
     pool = shared.mooncake

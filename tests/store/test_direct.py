@@ -88,6 +88,17 @@ def test_reads_that_are_not_aligned_go_through_the_cache(opened, shift, offset, 
         assert opened.log == [False, True]
 
 
+def test_without_a_descriptor_to_spare_the_cache_is_read(opened, monkeypatch):
+    def mapped(*_, **__):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(direct.mmap, "mmap", mapped)
+    with opened() as reader:
+        monkeypatch.undo()
+        assert reader.read_into(staging(), 0) == SIZE
+    assert not any(opened.log)
+
+
 def test_a_file_that_ends_in_mid_page(opened):
     with opened(DATA[:5000]) as reader:
         buffer = staging(8192)

@@ -6,8 +6,11 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -151,6 +154,23 @@ def test_a_chunk_whose_name_may_not_last_is_withdrawn(folder, monkeypatch):
         store.write(key_of(1), chunk_of(1))
     assert store.lookup([key_of(1)]) == [None]
     assert store.stats() == StoreStats(1, SIZE, None)
+
+
+def test_a_child_forked_while_the_folder_is_locked_does_not_keep_the_lock(folder):
+    store = DiskStore(folder)
+    with store._folder.locked():
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        done = threading.Thread(target=store.stats, daemon=True)
+        done.start()
+        done.join(10)
+        assert not done.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_failing_read_is_named(folder, monkeypatch):

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-pytest.importorskip("mooncake.store", reason="Mooncake's client is not there, or not for this system")
+pytest.importorskip(
+    "mooncake.store", reason="Mooncake's client is not there, or not for this system", exc_type=ImportError
+)
 
 from mooncake.store import MooncakeDistributedStore
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_a_link():
         ("memory://?capacity", "option 'capacity'.*such as \"10GB\""),
         ("memory://?bandwidth=fast", "option 'bandwidth'.*such as \"50MB/s\""),
         ("memory://?latency=long", "option 'latency'.*such as \"2ms\""),
+        ("memory://?latency=99999999999d", "longer than thirty years"),
+        ("file:///a%00b", "zero byte"),
+        ("~nobody-of-this-name/kv", "no such user"),
     ],
 )
 def test_bad_urls_are_told_what_is_wrong(url, message, tmp_path, monkeypatch):
@@ -100,3 +104,18 @@ def test_a_url_is_checked_without_opening(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(BadInput, match="unknown option 'size'"):
         check_urls([f"{tmp_path}/new?size=1GB"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:se?cret@host",
+        "redis://me:s@e?cr@host/0",
+        "redis:me:secret@host",
+        "redis:/me:secret@host",
+    ],
+)
+def test_no_part_of_a_password_is_shown(url):
+    with pytest.raises(BadInput) as caught:
+        check_urls([url])
+    assert not re.search("se|cr|me:", str(caught.value).replace("memory", ""))

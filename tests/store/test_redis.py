@@ -270,6 +270,47 @@ def test_an_answer_that_trickles_does_not_take_forever():
         reader.read_into(memoryview(bytearray(1000)), 0)
 
 
+@pytest.mark.parametrize("length", [b":abc\r\n", b"$3\r\nabc\r\n", b":-5\r\n", b":99999999999999\r\n", b"*1\r\n:3\r\n"])
+def test_a_server_that_makes_lengths_up(length):
+    def lie(connection):
+        while request := connection.recv(1 << 16):
+            connection.sendall(length if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+
+    with servers.answering(lie) as port, RedisStore("127.0.0.1", port, timeout_s=1) as store:
+        for attempt in (lambda: store.open(key_of(0)), lambda: store.lookup([key_of(0)])):
+            with pytest.raises(StoreError):
+                attempt()
+
+
+@pytest.mark.parametrize(
+    ("head", "error"),
+    [
+        (b"$50000000000\r\n", MissingChunk),
+        (b"$-1\r\n", MissingChunk),
+        (b"-ERR no\r\n", StoreError),
+        (b"+" + bytes(4096), MissingChunk),
+    ],
+)
+def test_another_answer_than_the_chunk_is_not_waited_for(head, error):
+    def lie(connection):
+        while request := connection.recv(1 << 16):
+            if b"\r\nGET\r\n" in request:
+                connection.sendall(head)
+                connection.recv(1)  # the end
+                return
+            connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+
+    with (
+        servers.answering(lie) as port,
+        RedisStore("127.0.0.1", port, timeout_s=20) as store,
+        store.open(key_of(0)) as reader,
+    ):
+        began = time.monotonic()
+        with pytest.raises(error):
+            reader.read_into(memoryview(bytearray(1000)), 0)
+        assert time.monotonic() - began < 10, "it waited for the rest"
+
+
 def test_a_server_killed_in_mid_answer(shared):
     def die(connection):
         while request := connection.recv(1 << 16):

@@ -47,6 +47,14 @@ def test_folders_by_url(tmp_path):
             assert read(store, key_of(number)) == chunk_of(number)
 
 
+def test_what_was_written_before_a_store_was_added_can_be_deleted():
+    stores = [MemoryStore() for _ in range(2)]
+    fill(stores[0], 100)
+    store = StripedStore(stores)
+    assert store.delete([chunk.key for chunk in store]) == 100
+    assert store.stats().chunks == 0
+
+
 @pytest.mark.parametrize("stripe", ["", "b", "/b,", "/a"])
 def test_bad_folders(tmp_path, stripe, monkeypatch):
     monkeypatch.chdir(tmp_path)

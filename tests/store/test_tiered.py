@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.errors import BadInput, MissingChunk, StoreError, UnknownKey
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.member import FAILURES, Member
@@ -175,6 +175,19 @@ def test_missing_chunks_are_no_failures(member):
     assert tier.is_up
 
 
+def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(tiered, member):
+    def foreign(key):
+        raise UnknownKey("sealed with a key that is not in the keyring")
+
+    sealed = MemoryStore()
+    tier = member(sealed)
+    sealed.open = foreign
+    for _ in range(2 * FAILURES):
+        with pytest.raises(UnknownKey):
+            tier.open(key_of(0))
+    assert tier.is_up
+
+
 def test_a_tier_that_cannot_be_opened_is_opened_later(request):
     well = threading.Event()
 
@@ -289,6 +302,67 @@ def test_promotions_that_wait_are_bounded(tiered, member):
     assert front.stats().chunks <= PROMOTIONS + 1
 
 
+def test_a_copy_that_meets_an_outage_is_made_after_it(tiered, member):
+    front, back = MemoryStore(), Moody()
+    store = tiered((front,), (member(back), Writing.BACK))
+    back.well.clear()
+    store.write(key_of(0), chunk_of(0))
+    eventually(lambda: not store.members[1].is_up)
+    assert back.asked.count("write") == FAILURES
+    back.well.set()
+    eventually(lambda: back.stats().chunks == 1)
+    assert store.uncopied == 0
+
+
+def test_a_copier_survives_what_is_no_stores_error(tiered, monkeypatch, caplog):
+    front, back = MemoryStore(), MemoryStore()
+    store = tiered((front,), (back, Writing.BACK))
+    with monkeypatch.context() as patch:
+        patch.setattr(back, "write", lambda key, data: 1 / 0)
+        store.write(key_of(0), chunk_of(0))
+        store.flush()
+    assert store.uncopied == 1
+    assert "could not be copied" in caplog.text
+    store.write(key_of(1), chunk_of(1))
+    store.flush()
+    assert back.stats().chunks == 1
+
+
+def test_damage_is_neither_promoted_nor_copied_and_is_overwritten(tiered):
+    front, middle, back = MemoryStore(), MemoryStore(), MemoryStore()
+    store = tiered((front,), (middle,), (back, Writing.BACK))
+    damaged = chunk_of(0)
+    damaged[5000] ^= 1
+    back.write(key_of(0), damaged)
+    read(store, key_of(0))
+    store.flush()
+    assert [inner.stats().chunks for inner in (front, middle)] == [0, 0]
+    store.write(key_of(0), chunk_of(0))
+    store.flush()
+    assert read(back, key_of(0)) == chunk_of(0)
+
+
+def test_what_is_deleted_is_not_promoted_any_more(tiered, monkeypatch):
+    front, back, begun, go_on = MemoryStore(), MemoryStore(), threading.Event(), threading.Event()
+    store = tiered((front,), (back,))
+    write = front.write
+
+    def waiting(key, data):
+        begun.set()
+        go_on.wait(60)
+        return write(key, data)
+
+    monkeypatch.setattr(front, "write", waiting)
+    for number in range(3):
+        back.write(key_of(number), chunk_of(number))
+        read(store.tiers[1], key_of(number))
+    begun.wait(60)  # the first is being promoted
+    store.delete([key_of(1)])
+    go_on.set()
+    store.flush()
+    assert {chunk.key for chunk in front} == {key_of(0), key_of(2)}
+
+
 def test_a_tier_in_trouble_is_nobody_elses(tiered):
     ill, well = Moody(name="ill"), MemoryStore()
     store = tiered((ill,), (well,))
@@ -297,7 +371,9 @@ def test_a_tier_in_trouble_is_nobody_elses(tiered):
     assert store.lookup([key_of(0), key_of(1)]) == [SIZE, None]
     assert read(store, key_of(0)) == chunk_of(0)
     assert store.stats() == StoreStats(1, SIZE, None)
-    assert store.delete([key_of(0)]) == 1
+    with pytest.raises(StoreError, match="may be left in the ill tier"):
+        store.delete([key_of(0)])
+    assert well.stats().chunks == 0
     with pytest.raises(MissingChunk if store.members[0].is_up else StoreError):
         store.open(key_of(0))
 

@@ -90,8 +90,11 @@ def _is_cached(descriptor: int, size: int) -> bool:
     if _MINCORE is None or not length:
         return True
     resident = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-    with mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY) as view:
-        failed = _MINCORE(ctypes.c_void_p(_address(view)), ctypes.c_size_t(length), resident)
+    try:
+        with mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY) as view:
+            failed = _MINCORE(ctypes.c_void_p(_address(view)), ctypes.c_size_t(length), resident)
+    except (OSError, ValueError):  # no descriptor or memory is left for that, or the file has just been cut
+        return True
     return not failed and b"\0" not in resident.raw
 
 

@@ -96,7 +96,7 @@ class Folder:
             # Whoever locks next counts anew: someone's `rm` may have made the counts wrong.
             os.pwrite(descriptor, _COUNTS.pack(_CHANGING, 0, 0), 0)
         finally:
-            os.close(descriptor)
+            _unlock(descriptor)
 
     def _refuse_if_foreign(self, allowed: set[str]) -> None:
         names = set(os.listdir(self.path))
@@ -110,7 +110,8 @@ class Folder:
     @contextmanager
     def locked(self) -> Iterator[Counts]:
         """Hold the folder against all other threads and processes; what is done to the counts is kept."""
-        # A descriptor of its own each time: a flock belongs to the open file, which threads and forks would share.
+        # A descriptor of its own each time: a flock belongs to the open file, which threads would share. It is given
+        # back by name: a child that was forked meanwhile has the open file, too, and would keep it.
         descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -126,7 +127,7 @@ class Folder:
             if min(counts.chunks, counts.bytes) >= 0:  # else someone put chunks there by hand: count again next time
                 os.pwrite(descriptor, _COUNTS.pack(_SETTLED, counts.chunks, counts.bytes), 0)
         finally:
-            os.close(descriptor)
+            _unlock(descriptor)
 
     def file(self, key: ChunkKey) -> Path:
         """Where a chunk is, or would be."""
@@ -221,6 +222,11 @@ class Folder:
         make_folder(file.parent)
         temporary.replace(file)
         return replaced
+
+
+def _unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _marker_text() -> str:

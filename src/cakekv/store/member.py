@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TypeVar
 
-from cakekv.errors import MissingChunk, StoreError, StoreFull
+from cakekv.errors import MissingChunk, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker
@@ -129,7 +129,7 @@ class Member(Store):
         inner = self._up()
         try:
             result = operation(inner)
-        except (MissingChunk, StoreFull):
+        except (MissingChunk, StoreFull, UnknownKey):  # of one chunk, or of all, but not of a tier in trouble
             raise
         except StoreError as error:
             self.failed(error)

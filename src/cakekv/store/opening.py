@@ -256,20 +256,30 @@ def check_urls(urls: Sequence[str]) -> None:
 
 def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     """Scheme, what stands between "://" and "?", and the options."""
+    if "\0" in unquote(url):
+        raise BadInput(f"there is a zero byte in {shown(url)!r}")
     place, _, query = url.partition("?")
     scheme, separator, location = place.partition("://")
     if not separator:
         if not place or place.partition(":")[0] in TIERS:
             raise BadInput(f"{shown(url)!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
-        scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
+        try:
+            scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
+        except RuntimeError as error:
+            raise BadInput(f"{url!r}: there is no such user, or no home folder is known") from error
     if scheme not in TIERS:
         raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
     return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
 
 
 def shown(url: str) -> str:
-    """A URL for messages: without user name and password."""
-    return re.sub(r"(?<=://)[^?]*@", "…@", url)
+    """A URL for messages: without user name and password, wherever they stand in it.
+
+    A password may hold what ends it in a URL, so everything up to the last "@" goes, unless it is a folder's name.
+    """
+    if re.match(r"[/.~]|file:", url):
+        return url
+    return re.sub(r"^(\w+:/{0,2})?.*@", r"\1…@", url, flags=re.DOTALL)
 
 
 @contextmanager
@@ -286,6 +296,8 @@ def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
     for item in filter(None, query.split("&")):
         name, _, value = item.partition("=")
         if name not in known:
+            if "@" in item:  # the rest of a password
+                raise BadInput(f"in {shown(url)!r}, a ? before the host is to be written as %3F")
             raise BadInput(f"unknown option {name!r} in {shown(url)!r}; there are {', '.join(sorted(known))}")
         if name in options:
             raise BadInput(f"option {name!r} is given twice in {shown(url)!r}")

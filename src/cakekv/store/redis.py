@@ -22,7 +22,8 @@ from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.retry import Retry
 
-from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.chunk import MAX_CHUNK_BYTES
+from cakekv.errors import BadInput, CakeError, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
@@ -236,6 +237,8 @@ class RedisStore(Store):
         for size in sizes:
             if isinstance(size, Exception):
                 raise size
+            if not isinstance(size, int) or not 0 <= size <= MAX_CHUNK_BYTES:
+                raise StoreError(f"{self.where} gives {str(size)[:40]!r} as a chunk's length: is it a Redis server?")
         return sizes
 
     def _scan(self) -> Iterator[list[ChunkKey]]:
@@ -276,7 +279,10 @@ class RedisStore(Store):
         """Turn an error of redis-py or the system into the store's own."""
         try:
             yield
-        except (exceptions.RedisError, OSError) as error:
+        except CakeError:
+            raise
+        # The last three: redis-py makes no sense of an answer.
+        except (exceptions.RedisError, OSError, ValueError, TypeError, RecursionError) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
             reason = str(error).rstrip(".") or type(error).__name__
             raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cakekv.store.redis import RedisStore
 
 SLICE_BYTES = 1 << 20
+_LONGEST_LINE = 1024
 
 
 class RedisReader(ChunkReader):
@@ -59,12 +60,17 @@ class RedisReader(ChunkReader):
                 end = self._announced[1]
                 self._stream = _Stream(store, name, offset, end, whole=end - offset == self.size)
             stream, self._stream = self._stream, None
-            if stream.receive(buffer, deadline):
+            other = stream.receive(buffer, deadline)
+            if not other:
                 self._stream = None if stream.has_ended else stream
                 return
-            data = store.getrange(name, offset, offset + len(buffer) - 1)  # redis-py knows what the answer means
-            if len(data) != len(buffer):
+            if not other.startswith(b"-"):
                 raise MissingChunk(f"chunk {self._key.short}… was evicted from {store.where}, or replaced, meanwhile")
+            if not other.startswith((b"-MOVED ", b"-ASK ")):
+                raise exceptions.ResponseError(other[1:].decode(errors="replace"))
+            data = store.getrange(name, offset, offset + len(buffer) - 1)  # redis-py goes where the chunk has gone
+            if len(data) != len(buffer):
+                raise MissingChunk(f"chunk {self._key.short}… was replaced in {store.where} meanwhile")
             buffer[:] = data
 
 
@@ -95,12 +101,13 @@ class _Stream:
         """Whether all of the answer was received."""
         return self.position == self._end
 
-    def receive(self, buffer: memoryview, deadline: float) -> bool:
-        """Receive the next bytes. False if the answer is another than was expected; the stream is over then."""
+    def receive(self, buffer: memoryview, deadline: float) -> bytes:
+        """Receive the next bytes. If another answer comes, returns how it begins; the stream is over then."""
         try:
-            if self._expected and not self._head_is(self._expected, deadline):
+            other = self._other_head(self._expected, deadline) if self._expected else b""
+            if other:
                 self.abandon()
-                return False
+                return other
             self._expected = b""
             self._fill(buffer, deadline)
             self.position += len(buffer)
@@ -111,7 +118,7 @@ class _Stream:
         except BaseException:
             self.abandon()
             raise
-        return True
+        return b""
 
     def abandon(self) -> None:
         """End the answer, unless it has ended: by ending its connection."""
@@ -120,14 +127,16 @@ class _Stream:
             self._pool.release(self._connection)
             self._connection = None
 
-    def _head_is(self, expected: bytes, deadline: float) -> bool:
-        head = memoryview(bytearray(len(expected)))
-        done = 0
-        while done < len(head):
-            done += self._receive_some(head[done:], deadline)
-            if not expected.startswith(head[:done]):
-                return False
-        return True
+    def _other_head(self, expected: bytes, deadline: float) -> bytes:
+        """The answer's first line, unless it is `expected`."""
+        head, one, all_of_it = b"", memoryview(bytearray(1)), memoryview(bytearray(len(expected)))
+        while head != expected:
+            # Not a byte more than the line: what follows belongs into the caller's buffer.
+            room = all_of_it[len(head) :] if expected.startswith(head) else one
+            head += room[: self._receive_some(room, deadline)]
+            if not expected.startswith(head) and (head.endswith(b"\n") or len(head) > _LONGEST_LINE):
+                return head
+        return b""
 
     def _fill(self, buffer: memoryview, deadline: float) -> None:
         done = 0

@@ -81,8 +81,8 @@ class RemovalLog:
                 at = os.fstat(descriptor).st_size // _RECORD.size * _RECORD.size
                 if at and at + len(data) > self._max_records * _RECORD.size:
                     self._file.replace(self._old)
-                    os.close(descriptor)
-                    descriptor, at = self._opened(), 0
+                    full, descriptor, at = descriptor, self._opened(), 0
+                    os.close(full)
                 os.pwrite(descriptor, data, at)
             finally:
                 os.close(descriptor)

@@ -151,7 +151,8 @@ class ObjectStore(Store):
         with self._explained(f"read chunk {key.short}…"):
             try:
                 if whole:
-                    data = obstore.get(self._backend, _path(key)).bytes()
+                    found = obstore.get(self._backend, _path(key))
+                    data = found.bytes() if found.meta["size"] == len(buffer) else b""
                 else:
                     data = obstore.get_range(self._backend, _path(key), start=offset, length=len(buffer))
             except FileNotFoundError as error:

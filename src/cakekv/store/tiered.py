@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -10,11 +11,11 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple, TypeVar
 
-from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError
+from cakekv.chunk import MAGIC, MAX_CHUNK_BYTES, verify_chunk
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
-from cakekv.store.member import Member
+from cakekv.store.member import FAILURES, Member
 from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 Answer = TypeVar("Answer")
@@ -26,6 +27,8 @@ PROMOTIONS = 64
 HANG_S = 30.0
 """Seconds after which a copy that does not end is not waited for when the store is closed."""
 _LOOK_S = 0.02
+
+_LOG = logging.getLogger(__name__)
 
 
 class Writing(Enum):
@@ -134,9 +137,18 @@ class TieredStore(Store):
         return kept
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
+        """See `Store`; deletes from every tier that can be reached, and raises `StoreError` if not all could."""
         unique = list(dict.fromkeys(keys))
         stored = sum(size is not None for size in self.lookup(unique))
-        self._each(lambda member: member.delete(unique))
+        trouble = None
+        for member, copier in zip(self.members, self._copiers, strict=True):
+            copier.drop(unique)
+            try:
+                member.delete(unique)
+            except StoreError as error:
+                trouble = StoreError(f"chunks may be left in the {member.name} tier: {error}")
+        if trouble is not None:
+            raise trouble
         return stored
 
     def __iter__(self) -> Iterator[StoredChunk]:
@@ -196,7 +208,7 @@ class TieredStore(Store):
                     if reader.size > MAX_CHUNK_BYTES:
                         continue
                     buffer = memoryview(bytearray(reader.size))
-                    if reader.read_into(buffer, 0) == reader.size:
+                    if reader.read_into(buffer, 0) == reader.size and _is_sound(buffer):
                         return buffer
         return None
 
@@ -235,10 +247,21 @@ class _PromotingReader(WrappedReader):
 
     def close(self) -> None:
         super().close()
-        if len(self._data) == self.size:
+        if len(self._data) == self.size and _is_sound(memoryview(self._data)):
             for copier in self._copiers:
                 copier.promote(self._key, bytes(self._data))
         self._data = bytearray()
+
+
+def _is_sound(data: memoryview) -> bool:
+    """Whether what calls itself a chunk is one. What is sealed shows its damage when it is opened."""
+    if data[: len(MAGIC)] != MAGIC:
+        return True
+    try:
+        verify_chunk(data)
+    except CorruptChunk:
+        return False
+    return True
 
 
 class _Copier:
@@ -248,7 +271,8 @@ class _Copier:
         self._member = member
         self._read = read
         self._queue: queue.Queue[tuple[ChunkKey, bytes | None] | None] = queue.Queue(QUEUE_CHUNKS)
-        self._promotions = 0
+        self._promotions: set[ChunkKey] = set()
+        """Those that wait; what is deleted meanwhile is not among them any more."""
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = False
@@ -258,17 +282,23 @@ class _Copier:
     @property
     def has_room(self) -> bool:
         """Whether it would take a promotion."""
-        return self._promotions < PROMOTIONS and self._member.is_up
+        return len(self._promotions) < PROMOTIONS and self._member.is_up
 
     def copy(self, key: ChunkKey) -> None:
-        """Copy a chunk from another tier, once this one is up."""
+        """Copy a chunk that was just written to another tier, once this one is up."""
         self._put((key, None))
 
     def promote(self, key: ChunkKey, data: bytes) -> None:
         """Write these bytes, unless the tier has them or is down."""
         with self._lock:
-            self._promotions += 1
-        self._put((key, data))
+            self._promotions.add(key)
+        if not self._put((key, data)):
+            self.drop([key])
+
+    def drop(self, keys: Sequence[ChunkKey]) -> None:
+        """Do not promote these any more."""
+        with self._lock:
+            self._promotions.difference_update(keys)
 
     def flush(self) -> None:
         """Wait until nothing is left to do, or nothing can be done."""
@@ -278,7 +308,8 @@ class _Copier:
     def close(self) -> None:
         """Finish what can be done, and stop."""
         self._closing = True
-        self._put(None)
+        while self._thread is not None and not self._put(None) and not self._hangs():
+            time.sleep(_LOOK_S)
         while self._thread is not None and self._thread.is_alive() and not self._hangs():
             self._thread.join(_LOOK_S)
 
@@ -286,16 +317,18 @@ class _Copier:
         since = self._copying_since
         return since is not None and time.monotonic() - since > HANG_S
 
-    def _put(self, job: tuple[ChunkKey, bytes | None] | None) -> None:
+    def _put(self, job: tuple[ChunkKey, bytes | None] | None) -> bool:
+        """Queue a job, or the end. Returns whether there was room."""
         with self._lock:
             if self._thread is None and job is not None:
                 self._thread = threading.Thread(target=self._work, name=f"cakekv-copy-{self._member.name}", daemon=True)
                 self._thread.start()
         try:
-            self._queue.put(job, block=job is None and self._thread is not None)
+            self._queue.put_nowait(job)
         except queue.Full:
-            if job is not None:
-                self.uncopied += 1
+            self.uncopied += job is not None
+            return False
+        return True
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -303,22 +336,37 @@ class _Copier:
                 self._perform(*job)
             except (StoreError, CorruptChunk):
                 self.uncopied += 1
+            except Exception:  # such as no memory: the next one may fare better
+                self.uncopied += 1
+                _LOG.exception("a chunk could not be copied to the %s tier", self._member.name)
             finally:
                 self._copying_since = None
                 self._queue.task_done()
 
     def _perform(self, key: ChunkKey, data: bytes | None) -> None:
-        if data is not None:
-            with self._lock:
-                self._promotions -= 1
-            self._copying_since = time.monotonic()
-            if self._member.lookup([key])[0] is None:
-                self._member.write(key, memoryview(data))
+        if data is None:
+            self._copy(key)
             return
-        while not self._member.is_up and not self._closing:
-            time.sleep(_LOOK_S)
+        with self._lock:
+            wanted = key in self._promotions
+            self._promotions.discard(key)
         self._copying_since = time.monotonic()
-        if self._member.lookup([key])[0] is None:
+        if wanted and self._member.lookup([key])[0] is None:
+            self._member.write(key, memoryview(data))
+
+    def _copy(self, key: ChunkKey) -> None:
+        """Copy a chunk. Failures are tried again until they have shown that the tier is down, and after that."""
+        for attempt in range(FAILURES + 1):
+            while not self._member.is_up and not self._closing:
+                time.sleep(_LOOK_S)
+            self._copying_since = time.monotonic()
             found = self._read(key, self._member)
-            if found is None or not self._member.write(key, found):
-                self.uncopied += 1
+            try:
+                if found is None or not self._member.write(key, found):
+                    self.uncopied += 1
+                return
+            except StoreFull:
+                raise
+            except StoreError:
+                if attempt == FAILURES or self._closing:
+                    raise

@@ -102,3 +102,5 @@ def gc(
         say(f"{going.undated:,} chunks do not count as old: this store does not know when they were used.")
     what = f"{len(going.old):,} old and {len(going.surplus):,} surplus chunks, {format_bytes(size)}"
     say(f"{'Would delete' if dry_run else 'Deleted'} {what}; {format_bytes(going.kept_bytes)} stay.")
+    if not dry_run and deleted < len(chunks):
+        say(f"{len(chunks) - deleted:,} of them were gone already.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
@@ -16,7 +16,7 @@ from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.store.maintenance.walking import leave_no_trace
-from cakekv.store.opening import open_store
+from cakekv.store.opening import check_urls, open_store
 
 Url = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as file:///var/cache/kv.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -32,17 +32,24 @@ def opened(url: str, *, make: bool = False) -> Iterator[Store]:
     url : str
         As on the command line.
     make : bool
-        Whether a folder that does not exist is made; if not, a mistyped path is an error and not a new store.
+        Whether a folder that does not exist, or is empty, becomes a store; if not, a mistyped path is an error.
     """
     place = unquote(url.partition("?")[0].removeprefix("file://"))
     if place.startswith("memory://"):
         open_store(url).close()  # for what it says of a malformed one
         raise BadInput("a memory store ends with its process: there is none to look into here")
-    if not make and "://" not in place and not Path(place).expanduser().is_dir():
+    check_urls([url])
+    if not make and "://" not in place and _is_nothing(Path(place).expanduser()):
         raise BadInput(f"there is no store {place}")
     with open_store(url) as store:
         leave_no_trace(store)
         yield store
+
+
+def _is_nothing(folder: Path) -> bool:
+    with suppress(OSError):
+        return not folder.is_dir() or not any(folder.iterdir())
+    return False  # opening it will tell
 
 
 @contextmanager
