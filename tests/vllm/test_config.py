@@ -90,3 +90,24 @@ def test_chunks_are_whole_blocks():
         options(chunk_tokens=200).check_block_size(128)
     with pytest.raises(BadOption, match="write 128, or"):
         options(chunk_tokens=64).check_block_size(128)
+
+
+@pytest.mark.parametrize(
+    ("config", "matters"),
+    [
+        ({"rope_scaling": None}, False),
+        ({"rope_parameters": {"rope_type": "longrope"}}, True),
+        ({"text_config": {"attn_temperature_tuning": True}}, True),
+    ],
+)
+def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(config: dict[str, Any], matters: bool) -> None:
+    from types import SimpleNamespace as Some
+
+    from cakekv.vllm.identity import _architecture
+
+    models = [
+        Some(hf_config=Some(to_dict=lambda: config), quantization=None, max_model_len=length)
+        for length in (4096, 32768)
+    ]
+    short, long = (_architecture(model) for model in models)  # type: ignore[arg-type]
+    assert (short != long) == matters

@@ -62,4 +62,22 @@ def test_every_adapter_has_chunks_of_its_own(model: Path, plain: dict[int, list[
             assert answer(adapter) == expected
             engine.settle()
             assert engine.report().loaded_tokens == 896
+        # What was in the files when they were read is what keys name; who overwrites them gets nothing, and is told.
+        (tmp_path / "a" / "adapter_config.json").write_text("{}")
+        before = len(engine.half.outcomes.latest)
+        engine.core.reset_prefix_cache()
+        assert answer(adapters[1]) == computed[1]
+        engine.settle()
+        assert len(engine.half.outcomes.latest) == before
+        assert len(list(store)) == 7 * 3
         engine.assert_nothing_leaked()
+
+
+def test_an_adapter_is_its_weights_and_how_they_are_used(tmp_path: Path) -> None:
+    from cakekv.vllm.identity import _adapter
+
+    folder = save_adapter(tmp_path / "a", 1)
+    first = _adapter(folder)
+    settings = folder / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    assert _adapter(folder) != first

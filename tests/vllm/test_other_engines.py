@@ -109,3 +109,27 @@ def test_steps_that_are_scheduled_ahead(model: Path, plain: dict[int, list[int]]
             engine.settle()
             engine.assert_nothing_leaked()
             store.gate.set()
+
+
+def test_a_restore_that_finds_no_place_does_not_stop_those_that_have_one(model: Path) -> None:
+    """It came first and wants whole steps, but the only place is taken: by one that has to be computed to leave it."""
+    options = {"store": "scripted://crowded", "mode": "load"}
+    store = scripted("crowded")
+    with closing(TinyEngine(model, max_num_seqs=1)) as engine:
+        expected = engine.run(prompt(2000)), engine.run(prompt(2500, seed=4))
+    with closing(TinyEngine(model, options, max_num_seqs=1)) as engine:
+        engine.run(prompt(1000))
+        engine.settle()
+        assert engine.core.reset_prefix_cache()
+        store.gate.clear()
+        first = engine.add(prompt(2000))  # begins as the one before; 1,104 tokens behind what is stored
+        engine.until(lambda: engine.restoration(first))
+        second = engine.add(prompt(2500, seed=4))
+        engine.until(lambda: engine.internal(second).num_computed_tokens)
+        store.gate.set()
+        engine.until(lambda: engine.restoration(first).joined)
+        assert engine.internal(second).num_computed_tokens < 2500
+        assert engine.finish(first, second) == list(expected)
+        engine.settle()
+        assert engine.report().loaded_tokens == 896
+        engine.assert_nothing_leaked()

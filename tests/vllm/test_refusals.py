@@ -58,3 +58,43 @@ def test_windows(tmp_path: Path) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=256)).save_pretrained(tmp_path)
     assert "SlidingWindowSpec" in refusal(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "caching", "words"),
+    [
+        ({}, True, None),
+        ({"mm_processor_cache_gb": 0}, True, None),
+        ({"mm_processor_cache_gb": 0}, False, "one would be taken for another"),
+        ({"disable_chunked_mm_input": True}, True, "in one piece"),
+        ({"is_mm_prefix_lm": True}, True, "in one piece"),
+    ],
+)
+def test_images_that_cannot_be_told_apart_or_cut(settings: dict[str, Any], caching: bool, words: str | None) -> None:
+    """By configurations: no multimodal model is small enough to start here."""
+    from types import SimpleNamespace as Some
+
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from cakekv.vllm.support import check_engine
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    group = Some(kv_cache_spec=spec)
+    config = Some(
+        model_config=Some(
+            multimodal_config=Some(mm_processor_cache_gb=settings.get("mm_processor_cache_gb", 4)),
+            is_mm_prefix_lm=settings.get("is_mm_prefix_lm", False),
+        ),
+        cache_config=Some(enable_prefix_caching=caching),
+        scheduler_config=Some(
+            enable_chunked_prefill=True, disable_chunked_mm_input=settings.get("disable_chunked_mm_input", False)
+        ),
+        parallel_config=Some(pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),
+    )
+    caches: Any = Some(kv_cache_groups=[group])
+    if words is None:
+        check_engine(config, caches)  # type: ignore[arg-type]
+        return
+    with pytest.raises(UnsupportedEngine, match=words):
+        check_engine(config, caches)  # type: ignore[arg-type]

@@ -49,10 +49,10 @@ METRICS: dict[str, Metric] = {
     "cakekv:meeting_point": Metric(
         "histogram", "Where compute and loads met, as a share of the stored prefix (0: all was loaded).", None, SHARES
     ),
-    "cakekv:saved_chunks": Metric("counter", "Chunks that were saved."),
+    "cakekv:saved_chunks": Metric("counter", "Chunks that were saved; of several workers, each counts its share."),
     "cakekv:saved_bytes": Metric("counter", "Bytes that were saved."),
-    "cakekv:unsaved_chunks": Metric("counter", "Chunks that were not saved, by why.", "reason"),
-    "cakekv:save_seconds": Metric("histogram", "Seconds of writing a chunk."),
+    "cakekv:unsaved_chunks": Metric("counter", "Chunks, or shares of chunks, that were not saved, by why.", "reason"),
+    "cakekv:save_seconds": Metric("histogram", "Seconds of writing a chunk, or a worker's share of one."),
 }
 """All of them by name; Prometheus shows counters with "_total" behind it."""
 
@@ -79,7 +79,7 @@ def figures(report: RestoreReport) -> Iterator[Figure]:
     for load in report.loads:
         if load.outcome == "placed":
             yield Figure("cakekv:load_seconds", load.ended_s - load.began_s, load.source)
-        elif load.outcome != "overtaken":
+        elif load.outcome not in ("overtaken", "moved"):
             yield Figure("cakekv:failed_loads", 1, kind_of(load.outcome))
 
 

@@ -56,6 +56,10 @@ class StepwiseRestore(Restore):
         assert self.layered_tokens
         return self._begin_suffix(now)
 
+    def sources_left(self) -> set[int]:
+        """The sources that can deliver chunks which are not covered, and do not hang."""
+        return {source for source in self.coverage.sources_left() if not self._flights.stalled(source)}
+
     @property
     def in_pieces(self) -> bool:
         """Whether what is left before the suffix is loaded in pieces."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -23,6 +24,9 @@ _LOG = logging.getLogger("vllm.cakekv")
 HASH = "sha256_cbor"
 """vLLM's block hash that is the same in every process and on every machine."""
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
+_BY_MAX_LENGTH = ('"longrope"', '"su"', "attn_temperature_tuning")
+"""What in a configuration says that keys depend on --max-model-len, too (Phi-3 and its kin, Llama 4)."""
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def make_hashes_stable(vllm_config: VllmConfig) -> None:
@@ -89,8 +93,11 @@ class Keyring:
         )
         self._epoch = b""
         self._roots: dict[str, bytes] = {}
-        """By path of the LoRA adapter, "" for none."""
-        self._keys: dict[str, list[ChunkKey]] = {}
+        """By folder of the LoRA adapter, "" for none."""
+        self._files: dict[str, object] = {}
+        """What the files of an adapter's folder were like when they were read."""
+        self._keys: dict[str, tuple[bytes, list[ChunkKey]]] = {}
+        """By request, with their root."""
 
     def keys(self, request: Request) -> list[ChunkKey]:
         """Keys of the request's full chunks, as far as their tokens are known.
@@ -100,13 +107,12 @@ class Keyring:
         UnsupportedEngine
             The request's adapter cannot be identified.
         """
-        keys = self._keys.setdefault(request.request_id, [])
-        known = len(request.block_hashes) // self._chunk_hashes
-        if len(keys) < known:
-            root = self._root(request)
-            for chunk in range(len(keys), known):
-                last_hash = request.block_hashes[(chunk + 1) * self._chunk_hashes - 1]
-                keys.append(ChunkKey(blake3(root + last_hash, derive_key_context="cakekv vllm chunk").digest()))
+        if request.request_id not in self._keys:
+            self._keys[request.request_id] = self._root(request), []
+        root, keys = self._keys[request.request_id]
+        for chunk in range(len(keys), len(request.block_hashes) // self._chunk_hashes):
+            last_hash = request.block_hashes[(chunk + 1) * self._chunk_hashes - 1]
+            keys.append(ChunkKey(blake3(root + last_hash, derive_key_context="cakekv vllm chunk").digest()))
         return keys
 
     def forget(self, request_id: str) -> None:
@@ -120,11 +126,23 @@ class Keyring:
         self._keys.clear()
 
     def _root(self, request: Request) -> bytes:
-        path = request.lora_request.lora_path if request.lora_request is not None else ""
-        if path not in self._roots:
-            adapter = _fingerprint(Path(path), f"the LoRA adapter {path}") if path else ""
-            self._roots[path] = replace(self.identity, adapter=adapter).root + self._epoch
-        return self._roots[path]
+        if request.lora_request is None:
+            return self._root_of("", "")
+        folder = _adapter_folder(request.lora_request.lora_path)
+        files = _files_of(folder)
+        if self._files.setdefault(str(folder), files) != files:
+            raise UnsupportedEngine(
+                f"the files of the LoRA adapter {folder} have changed since they were read, and which ones vLLM uses "
+                "cannot be told; start the engine anew, or give another version another folder"
+            )
+        if str(folder) not in self._roots:
+            return self._root_of(str(folder), _adapter(folder))
+        return self._roots[str(folder)]
+
+    def _root_of(self, name: str, adapter: str) -> bytes:
+        if name not in self._roots:
+            self._roots[name] = replace(self.identity, adapter=adapter).root + self._epoch
+        return self._roots[name]
 
 
 def _weights(model: ModelConfig, load_format: str) -> str:
@@ -136,6 +154,29 @@ def _weights(model: ModelConfig, load_format: str) -> str:
 
         folder = Path(snapshot_download(str(model.model), revision=model.revision, local_files_only=True))
     return _fingerprint(folder, f"the model {model.model}")
+
+
+def _adapter_folder(path: str) -> Path:
+    """Where vLLM reads a LoRA adapter from."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return Path(get_adapter_absolute_path(path))
+
+
+def _files_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files."""
+    with suppress(OSError):
+        files = sorted(folder.iterdir())
+        return [(file.name, status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
+    return []
+
+
+def _adapter(folder: Path) -> str:
+    """Digest of an adapter's weights, and of how they are to be used."""
+    weights = _fingerprint(folder, f"the LoRA adapter {folder}")
+    settings = folder / _ADAPTER_CONFIG
+    used = blake3(settings.read_bytes()).hexdigest() if settings.exists() else ""
+    return canonical([weights, used])
 
 
 def _fingerprint(path: Path, what: str) -> str:
@@ -153,8 +194,12 @@ def _fingerprint(path: Path, what: str) -> str:
 def _architecture(model: ModelConfig) -> str:
     """The model's configuration as far as it can change keys and values."""
     config = model.hf_config.to_dict()
-    fields = {name: value for name, value in config.items() if name not in _NOT_ARCHITECTURE}
-    return canonical({"config": _plain(fields), "quantization": str(model.quantization)})
+    fields: dict[str, object] = {name: value for name, value in config.items() if name not in _NOT_ARCHITECTURE}
+    known: dict[str, object] = {"config": _plain(fields), "quantization": str(model.quantization)}
+    text = canonical(known)
+    if any(word in text for word in _BY_MAX_LENGTH):
+        text = canonical(known | {"max_model_len": model.max_model_len})
+    return text
 
 
 def _plain(value: object) -> object:

@@ -143,7 +143,11 @@ class Lookup:
                 self._changed.wait_for(lambda: self._waiting[source] or self._closed)
                 if self._closed:
                     return
-                batch, self._waiting[source] = self._waiting[source], []
+                alive = set(map(id, self._questions.values()))  # others were forgotten, or ask anew
+                batch = [question for question in self._waiting[source] if id(question) in alive]
+                self._waiting[source] = []
+                if not batch:
+                    continue
                 self._busy_since[source] = monotonic()
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:

@@ -19,6 +19,9 @@ from cakekv.restore.report import RestoreReport
 __all__ = ["METRICS", "CakeMetrics", "CakeStats", "kind_of"]
 
 
+_OF_COMPLETE_ONES = {"cakekv:restore_seconds", "cakekv:waiting_seconds", "cakekv:meeting_point"}
+
+
 @dataclass
 class CakeStats(KVConnectorStats):  # type: ignore[misc, unused-ignore]
     """What happened since the last step. `data` maps metrics to labels to a sum (counters) or a list (histograms).
@@ -50,10 +53,11 @@ class CakeStats(KVConnectorStats):  # type: ignore[misc, unused-ignore]
         else:
             values.setdefault(label, []).append(value)
 
-    def add_restore(self, report: RestoreReport) -> None:
-        """Count a restore that has ended."""
+    def add_restore(self, report: RestoreReport, complete: bool = True) -> None:
+        """Count a restore that has ended. One that was broken off has no times that could be compared."""
         for figure in figures(report):
-            self.add(*figure)
+            if complete or figure.name not in _OF_COMPLETE_ONES:
+                self.add(*figure)
 
     def aggregate(self, other: KVConnectorStats) -> Self:
         """Add another's figures to these."""

@@ -27,10 +27,10 @@ class Outcomes:
         self._wanted: dict[str, RestoreReport] = {}
         self._stats = CakeStats()
 
-    def ended(self, request_id: str, report: RestoreReport, wanted: bool) -> None:
-        """A restore is over; `wanted` if its request asked for the report."""
+    def ended(self, request_id: str, report: RestoreReport, wanted: bool, complete: bool) -> None:
+        """A restore is over; `wanted` if its request asked for the report, `complete` if its prompt is."""
         self.latest.append((request_id, report))
-        self._stats.add_restore(report)
+        self._stats.add_restore(report, complete)
         if wanted:
             self._wanted[request_id] = report
         if self._log_requests:

@@ -60,7 +60,12 @@ class SavePool:
     def save(self, orders: Sequence[SaveOrder]) -> None:
         """Take over chunks that are complete in the paged cache."""
         for order in orders:
-            buffer = self._buffer()
+            try:
+                buffer = self._buffer()
+            except Exception:  # the system may have no pinned memory left
+                _LOG.exception("cakekv: no memory for a chunk to be saved; it is not saved")
+                self._lost(order.key, "crashed")
+                continue
             if buffer is None:
                 self._lost(order.key, "store too slow")
                 continue
@@ -103,7 +108,12 @@ class SavePool:
             if not self._room:
                 return None
             self._room -= 1
-        return self._shares[0].cache.allocate(sum(self._sizes))
+        try:
+            return self._shares[0].cache.allocate(sum(self._sizes))
+        except BaseException:
+            with self._lock:
+                self._room += 1
+            raise
 
     def _cut(self, buffer: memoryview) -> list[tuple[Share, memoryview]]:
         """Each share with its part of a buffer."""

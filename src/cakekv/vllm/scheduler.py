@@ -65,6 +65,8 @@ class CakeSchedulerMixin(Scheduler):
         """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
+        self._turned_away: set[str] = set()
+        """Restores that vLLM did not take into the last step, though they were granted tokens of it."""
 
     # ------------------------------------------------------------ before a step
 
@@ -78,6 +80,8 @@ class CakeSchedulerMixin(Scheduler):
         output = super().schedule(throttle_prefills)
         self._correct_statistics(before, output)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
+        granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
+        self._turned_away = granted - output.num_scheduled_tokens.keys() if left else set()
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
@@ -119,7 +123,14 @@ class CakeSchedulerMixin(Scheduler):
                     continue
                 states.append(state)
         beside_decodes = self._half.tokens_beside_decodes()
-        shares = self._half.policy.share(states, self.max_num_scheduled_tokens, time(), beside_decodes)
+        # Whom vLLM had no room for gets what the others leave: else nobody would compute, and no room would come free.
+        others = [state for state in states if state.request_id not in self._turned_away]
+        shares = self._half.policy.share(others, self.max_num_scheduled_tokens, time(), beside_decodes)
+        left = self.max_num_scheduled_tokens - sum(shares.tokens.values()) - shares.held_back
+        for state in states:
+            if state.request_id in self._turned_away:
+                shares.tokens[state.request_id] = min(left, state.tokens)
+                left -= shares.tokens[state.request_id]
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
         # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
@@ -315,6 +326,7 @@ class CakeSchedulerMixin(Scheduler):
         request.num_computed_tokens = 0
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         self.waiting.prepend_request(request)
+        self._half.arrived(request)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM's. Restores count as running requests; blocks that workers may still write into are passed over."""

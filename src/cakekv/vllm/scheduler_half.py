@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from cakekv.vllm.scheduler import CakeSchedulerMixin
+
+_LOG = logging.getLogger("vllm.cakekv")
 
 _LOOKUP_PATIENCE_S = 2.0
 _CLOSING_S = 2.0
@@ -219,7 +222,8 @@ class SchedulerHalf:
         self._scheduler.count_hits(restoration)
         report = restoration.report()
         report.lookup_s = self.lookup.seconds(request.request_id)
-        self.outcomes.ended(request.request_id, report, self.admission.asked(request.request_id).report)
+        wanted = self.admission.asked(request.request_id).report
+        self.outcomes.ended(request.request_id, report, wanted, complete=restoration.done_at is not None)
         return restoration.loading
 
     def _forget(self, request: Request) -> None:
@@ -279,7 +283,7 @@ class SchedulerHalf:
             restoration.wanted,
             front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={source: token_s[source] for source in restore.coverage.sources_left()} if loads else {},
+            load_s={source: token_s[source] for source in restore.sources_left()} if loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 
@@ -376,9 +380,16 @@ class SchedulerHalf:
                 self._fences.popleft()[1]()
 
     def start_anew(self) -> None:
-        """The weights may have changed."""
+        """The weights may have changed. Who waits asks again, under new keys."""
+        _LOG.info(
+            "cakekv: vLLM's caches were cleared for new weights: from now on nothing that was stored before is found; "
+            "an engine that is started anew finds it again"
+        )
         self.keyring.start_anew()
         self.saves.start_anew()
+        for request in self._scheduler.requests.values():
+            if request.request_id not in self.restorations:
+                self.arrived(request)
 
     def close(self) -> None:
         """Stop looking things up."""

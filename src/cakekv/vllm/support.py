@@ -48,6 +48,20 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
                 f"--{name.replace('_', '-')} is {getattr(parallel, name)}: cakekv works with 1 only; tensor and data "
                 "parallelism are supported"
             )
+    model = vllm_config.model_config
+    multimodal = model.multimodal_config
+    if multimodal is not None and not (
+        multimodal.mm_processor_cache_gb or vllm_config.cache_config.enable_prefix_caching
+    ):
+        raise UnsupportedEngine(
+            "without its prefix cache and with --mm-processor-cache-gb 0, vLLM numbers images instead of looking at "
+            "them, so that one would be taken for another: switch one of the two on"
+        )
+    if model.is_mm_prefix_lm or vllm_config.scheduler_config.disable_chunked_mm_input:
+        raise UnsupportedEngine(
+            "this model, or --disable-chunked-mm-input, wants every image computed in one piece; cakekv computes "
+            "prompts in pieces that end anywhere"
+        )
     if not vllm_config.scheduler_config.enable_chunked_prefill:
         raise UnsupportedEngine("chunked prefill is off: cakekv computes a prompt chunk by chunk; switch it on")
 
