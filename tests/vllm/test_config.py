@@ -1,5 +1,7 @@
 """The plug-in's options: defaults, what they take, and what a wrong one is told."""
 
+from typing import Any
+
 import pytest
 
 from cakekv.errors import BadInput, BadOption
