@@ -175,6 +175,34 @@ def test_after_a_reset_of_the_connector_nothing_old_is_loaded(
     assert not store.opened
 
 
+def test_who_waits_at_such_a_reset_asks_again(
+    engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
+) -> None:
+    """What was found for it has another name now, and is computed and saved under that."""
+    engine.set(mode="load")
+    request = stopped_in_mid_load(engine, store, stored)
+    before = store.writes
+    assert engine.core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    store.gate.set()
+    assert engine.finish(request) == [plain[1000]]
+    engine.settle()
+    assert engine.report().loaded_tokens == 0
+    assert store.writes == before + 7
+
+
+def test_what_was_computed_before_such_a_reset_is_not_saved_after_it(
+    engine: TinyEngine, store: ScriptedStore, plain: dict[int, list[int]]
+) -> None:
+    request = engine.add(prompt(1500, seed=3))
+    engine.until(lambda: engine.internal(request).num_computed_tokens >= 512)
+    assert not engine.core.reset_prefix_cache(reset_connector=True), "it is running"
+    engine.settle()
+    before = len(list(store))
+    assert engine.finish(request) == [plain[1500]]
+    engine.settle()
+    assert len(list(store)) == before
+
+
 def test_pause_and_resume(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:

@@ -83,6 +83,10 @@ class Admission:
         """What a request asked for."""
         return self._asked[request_id]
 
+    def save_nothing_of(self, request_id: str) -> None:
+        """What the request computes is of no use to others any more."""
+        self._asked[request_id] = self._asked[request_id]._replace(save=False)
+
     def forget(self, request_id: str) -> None:
         """The request is gone."""
         self._matched.pop(request_id, None)

@@ -380,7 +380,7 @@ class SchedulerHalf:
                 self._fences.popleft()[1]()
 
     def start_anew(self) -> None:
-        """The weights may have changed. Who waits asks again, under new keys."""
+        """The weights may have changed. Who waits asks again, under new keys; who does not belongs to the old ones."""
         _LOG.info(
             "cakekv: vLLM's caches were cleared for new weights: from now on nothing that was stored before is found; "
             "an engine that is started anew finds it again"
@@ -388,7 +388,9 @@ class SchedulerHalf:
         self.keyring.start_anew()
         self.saves.start_anew()
         for request in self._scheduler.requests.values():
-            if request.request_id not in self.restorations:
+            if request.num_computed_tokens or request.request_id in self.restorations:
+                self.admission.save_nothing_of(request.request_id)
+            else:
                 self.arrived(request)
 
     def close(self) -> None:
