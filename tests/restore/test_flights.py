@@ -57,7 +57,7 @@ def test_one_load_that_hangs_stalls_a_source_unless_others_came_meanwhile(known:
 def test_no_more_loads_in_flight_than_keep_the_source_busy() -> None:
     cost = LoadCost(8)
     source, size = Source("link", cost, 8), 1000
-    assert source.useful_depth(size) == 8, "nothing is known yet"
+    assert source.useful_depth(size) == 1, "nothing is known yet"
     cost.observe(size, 0.0, 0.1, alone=True)
     assert source.useful_depth(size) == 8, "nothing is known of several at a time"
     cost.observe(size, 0.0, 0.2)

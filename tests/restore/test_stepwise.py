@@ -104,7 +104,7 @@ def test_a_load_that_queues_is_late_only_if_nothing_moves() -> None:
     flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
     loads = [Load(chunk, 0, 1, 0, True, 1000, 0.0) for chunk in range(3)]
     for load in loads:
-        flights.begin(load)
+        flights.begin(load, may_queue=True)
     assert [load.queued for load in loads] == [False, True, True]
     flights.answered(loads[0], 1000, 2.1)
     flights.land(loads[0])
@@ -117,7 +117,7 @@ def test_loads_that_queue_end_one_after_the_other() -> None:
     cost.observe(1000, 0.0, 1.0)
     flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
     for chunk in (5, 4, 3):
-        flights.begin(Load(chunk, 0, 1, 0, True, 1000, 1.0))
+        flights.begin(Load(chunk, 0, 1, 0, True, 1000, 1.0), may_queue=True)
     remaining, ends_s = flights.remaining_seconds(1.0, 1.0)
     assert remaining[5] == remaining[4] == remaining[3]
     assert ends_s[5] < ends_s[4] < ends_s[3]
@@ -128,7 +128,7 @@ def test_no_load_is_waited_for_longer_than_the_deadline() -> None:
     cost.observe(1000, 0.0, 1.0)
     flights = Flights([Source("tier", cost, 1)], patience_s=30.0, deadline_s=0.5)
     load = Load(0, 0, 1, 0, True, 1000, 1.0)
-    flights.begin(load)
+    flights.begin(load, may_queue=True)
     assert flights.give_up_late(1.4) == []
     assert flights.give_up_late(1.5) == [load]
 

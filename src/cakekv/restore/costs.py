@@ -233,9 +233,11 @@ class LoadCost:
         """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them.
 
         As many as it serves while one passes through it alone (Little's law), and one more, so that a figure which is
-        too low corrects itself; at the least some time's worth, since clients and servers are held up at times. All
-        that it serves at a time, until both figures are known.
+        too low corrects itself; at the least some time's worth, since clients and servers are held up at times. One,
+        while nothing is known, and all that it serves at a time, until both figures are.
         """
+        if not self.known:
+            return 1
         seconds = self.seconds(size)
         if not self._alone_s or not self._seen_busy or not seconds:
             return self._depth

@@ -83,17 +83,10 @@ class Flights:
         """How many of them are late."""
 
     def has_room(self, source: int, size: int, ahead: int = 0) -> bool:
-        """Whether the source should be given another load, of about `size` bytes, if `ahead` may queue.
-
-        One of unknown speed is tried with a single load first, if the driver hears soon how that went.
-        """
-        if not ahead and not self._sources[source].cost.known and self._outstanding[source] > self._stuck[source]:
-            return False
+        """Whether the source should be given another load, of about `size` bytes, if `ahead` may queue."""
         outstanding, depth = self._outstanding[source], self._sources[source].depth
-        if ahead:
-            return outstanding < depth + ahead
         useful = self._sources[source].useful_depth(size)
-        return outstanding < depth and outstanding - self._stuck[source] < useful
+        return outstanding < depth + ahead and outstanding - self._stuck[source] < useful + ahead
 
     def stalled(self, source: int) -> bool:
         """Whether the source hangs: all of its workers do, in loads that are late, or nothing came since one began."""
@@ -101,16 +94,27 @@ class Flights:
         last = self._sources[source].cost.last_completed
         return len(began) >= self._sources[source].depth or (bool(began) and (last is None or last <= min(began)))
 
-    def begin(self, load: Load) -> None:
-        """A load was handed out; it queues if the source is busy with as many as it serves at a time."""
+    def begin(self, load: Load, may_queue: bool = False) -> None:
+        """A load was handed out; if it may, it queues while the source is at as many as keep it busy."""
         self.any_begun = True
-        for other in self.wanted(load.source):
-            other.alone = False
-        load.alone = not self._outstanding[load.source]
-        load.queued = self._outstanding[load.source] >= self._sources[load.source].depth
+        useful = self._sources[load.source].useful_depth(load.size)
+        load.queued = may_queue and len(self._read_now(load.source)) - self._stuck[load.source] >= useful
+        if not load.queued:
+            self.started(load)
         self._wanted[load.chunk, load.group] = load
         self._flying[load] = None
         self._outstanding[load.source] += 1
+
+    def started(self, load: Load) -> None:
+        """The source begins with the load."""
+        load.queued = False
+        others = [other for other in self._read_now(load.source) if other is not load]
+        load.alone = not others
+        for other in others:
+            other.alone = False
+
+    def _read_now(self, source: int) -> list[Load]:
+        return [load for load in self._flying if load.source == source and not load.queued]
 
     def wanted(self, source: int) -> list[Load]:
         """The loads of the source that were neither answered nor cancelled."""

@@ -72,4 +72,5 @@ class StepwiseRestore(Restore):
 
     def begun(self, load: Load, now: float) -> None:
         """The source began with a load that had queued."""
-        load.queued, load.began = False, now
+        load.began = now
+        self._flights.started(load)

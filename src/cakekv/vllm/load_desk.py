@@ -46,10 +46,15 @@ class LoadDesk:
 
     def alive(self) -> set[int]:
         """The sources that have a reader left: not all hang in loads that were given up."""
+        late = self._late()
+        return {number for number, source in enumerate(self.sources) if late[number] < source.depth}
+
+    def _late(self) -> list[int]:
+        """Loads per source that nobody waits for any more, and that have not ended."""
         late = [0] * len(self.sources)
         for _, source, load in self._ordered.values():
             late[source] += load.late
-        return {number for number, source in enumerate(self.sources) if late[number] < source.depth}
+        return late
 
     def seconds_per_token(self, tokens: int) -> dict[int, float]:
         """Per source, what a token of a chunk of `tokens` takes of its time."""
@@ -80,7 +85,11 @@ class LoadDesk:
             Seconds that the step should take; 0.0 if that is not known, or it computes nothing.
         """
         now = monotonic()
+        in_pieces = any(restoration.restore.in_pieces for restoration in restorations.values())
+        late = self._late()
         for number, source in enumerate(self.sources):
+            useful = source.depth if in_pieces else source.useful_depth(self.chunk_bytes)
+            orders.at_a_time.append(useful)
             load_s = source.cost.seconds(self.chunk_bytes)
             ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
             for state in self._policy.load_order(states, number, time()):
@@ -88,7 +97,7 @@ class LoadDesk:
                 may_queue = (
                     _ALL if restoration.restore.in_pieces else ahead
                 )  # nothing is handed out during a layered step
-                while self._outstanding[number] < source.depth + may_queue:
+                while self._outstanding[number] - late[number] < useful + may_queue:
                     order = restoration.next_load(number, self._number, now, may_queue)
                     if order is None:
                         break
@@ -103,11 +112,16 @@ class LoadDesk:
     def heard(self, rank: int, report: ShardReport) -> None:
         """A worker reports."""
         now = monotonic()
-        for number, ago_s in report.begun.items():
-            if number in self._ordered:
-                self._ordered[number][0].begun(number, now - ago_s)
-        for number, result in sorted(report.ended.items(), key=lambda item: -item[1].ended_ago_s):
-            restoration, source, _ = self._ordered[number]
-            if restoration.ended(number, rank, result, self.ranks, now):
+        begun = [(-ago_s, 1, number) for number, ago_s in report.begun.items()]
+        ended = [(-result.ended_ago_s, 0, number) for number, result in report.ended.items()]
+        # In the order in which it happened; when one load makes room for another, that ends first.
+        for at_s, begins, number in sorted(begun + ended):
+            restoration, source, _ = self._ordered.get(number, (None, 0, None))
+            if begins:
+                if restoration is not None:
+                    restoration.begun(number, now + at_s)
+                continue
+            assert restoration is not None
+            if restoration.ended(number, rank, report.ended[number], self.ranks, now):
                 del self._ordered[number]
                 self._outstanding[source] -= 1

@@ -32,14 +32,14 @@ class _Job:
 
 
 class LoadPool:
-    """Loads what it is ordered to, several chunks at a time from every tier.
+    """Loads what it is ordered to, one or several chunks at a time from every tier.
 
     Parameters
     ----------
     tiers : sequence of Store
         One per source of the orders.
     threads : sequence of int
-        Per tier, how many chunks to read at a time.
+        Per tier, how many chunks to read at a time at the most.
     shares : sequence of Share
         What this worker has of a chunk.
     groups : sequence of range
@@ -54,6 +54,8 @@ class LoadPool:
         self._groups = groups
         self._changed = threading.Condition()
         self._queues: list[deque[_Job]] = [deque() for _ in tiers]
+        self._at_a_time = list(threads)
+        self._reading: list[list[_Job]] = [[] for _ in tiers]
         self._jobs: dict[int, _Job] = {}
         """Loads that were not reported as ended, by number."""
         self._begun: dict[int, float] = {}
@@ -63,9 +65,10 @@ class LoadPool:
             for number in range(count):
                 start_thread(f"cakekv-load-{tier.name}-{number}", lambda source=source: self._work(source))  # type: ignore[misc]
 
-    def submit(self, orders: Iterable[LoadOrder]) -> None:
-        """Queue loads."""
+    def submit(self, orders: Iterable[LoadOrder], at_a_time: Sequence[int]) -> None:
+        """Queue loads; of each tier, read so many at a time from now on, not counting those that were given up."""
         with self._changed:
+            self._at_a_time = list(at_a_time)
             for order in orders:
                 job = self._jobs[order.number] = _Job(order)
                 self._queues[order.source].append(job)
@@ -80,6 +83,7 @@ class LoadPool:
                 if job.began is None:
                     self._queues[job.order.source].remove(job)
                     self._end(job, False, "", Progress())
+            self._changed.notify_all()  # others may begin in their place
             self._changed.wait_for(lambda: not any(job.placing for job in jobs))
 
     def wait(self, numbers: Sequence[int], until: float) -> bool:
@@ -131,18 +135,23 @@ class LoadPool:
                 _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
                 reason = f"crashed: {error!r}"
             with self._changed:
+                self._reading[source].remove(job)
                 self._end(job, placed, reason, progress)
                 self._changed.notify_all()
 
     def _next(self, source: int) -> _Job | None:
         queue = self._queues[source]
         with self._changed:
-            self._changed.wait_for(lambda: queue or self._closed)
+            self._changed.wait_for(lambda: self._closed or (queue and self._has_room(source)))
             if self._closed:
                 return None
             job = queue.popleft()
+            self._reading[source].append(job)
             job.began = self._begun[job.order.number] = monotonic()
             return job
+
+    def _has_room(self, source: int) -> bool:
+        return sum(not job.cancelled for job in self._reading[source]) < self._at_a_time[source]
 
     def _load(self, job: _Job, progress: Progress) -> bool:
         """Read, verify and place a chunk; False if it was cancelled at the last moment."""

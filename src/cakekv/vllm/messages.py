@@ -47,6 +47,8 @@ class StepOrders(KVConnectorMetadata):
 
     sequence: int
     loads: list[LoadOrder] = field(default_factory=list)
+    at_a_time: list[int] = field(default_factory=list)
+    """Per source, how many chunks to read at a time; what else was ordered waits for its turn."""
     cancels: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)

@@ -104,8 +104,7 @@ class WorkerHalf:
             self._loads.cancel(orders.cancels)
         for share in self.shares:
             share.cache.begin_step(orders)
-        if orders.loads:
-            self._loads.submit(orders.loads)
+        self._loads.submit(orders.loads, orders.at_a_time)
         self._gate = None
         if orders.awaited:
             self._gate = LayerGate(self._loads, orders.awaited[self._rank], orders.patience_s)
