@@ -59,7 +59,7 @@ class K5V4(Affine):
         grouped = (len(codes[0]), plane.heads, plane.tokens, -1)
         few = numbers(codes[0], 0, count, torch.bfloat16).view(grouped)
         depths = numbers(codes[0], 2 * count, count, torch.uint8).view(grouped).mul_(few * (1 / 16))
-        scales, lows = (each(numbers, 3, self.group, plane.width) for numbers in (few, depths))
+        scales, lows = (each(of_groups, 3, self.group, plane.width) for of_groups in (few, depths))
         packed = codes[0][:, _LEAST_BYTES * count :]
         return unpacked(packed, _VALUE_BITS, *plane.shape).float().mul_(scales).sub_(lows)
 
