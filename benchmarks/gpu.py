@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import random
 import tempfile
 from collections.abc import Hashable, Iterator, Sequence
@@ -31,6 +30,7 @@ import typer
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import Point, fill
 from cakekv.bench.machine import describe_run
+from cakekv.bench.page_cache import forget_chunks
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.planner import Mode
@@ -273,12 +273,7 @@ def balanced_bandwidths(cake: Cake, token_ids: Sequence[int], prefixes: Sequence
 def clean_up(folder: Path) -> None:
     """Free the caches of earlier runs, and ask the system to forget the pages of the files in a folder."""
     gc.collect()
-    for file in folder.rglob("*.chunk"):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    forget_chunks(folder)
 
 
 def describe(link: Link, point: Point) -> str:

@@ -10,7 +10,6 @@ write_behind  A prompt is computed; in turn with and without saving it to a disk
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import typer
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.grid import fill
 from cakekv.bench.machine import describe_run
+from cakekv.bench.page_cache import forget_chunks
 from cakekv.cake import Cake
 from cakekv.chunk import ChunkHeader
 from cakekv.cli.console import write_json
@@ -64,7 +64,7 @@ def main(
                 for load in range(loads):
                     for checked in (True, False) if (round_ + load) % 2 else (False, True):
                         if place == "disk":
-                            _forget(Path(folder))
+                            forget_chunks(Path(folder))
                         with _checksums(checked):
                             take(f"load_{place}_{'checked' if checked else 'unchecked'}", cake, mode="load", save=False)
             for saving in (True, False) if round_ % 2 else (False, True):
@@ -84,16 +84,6 @@ def main(
         print(f"{name}: {ratio:.3f} of the time without")
     data = {**describe_run(), "prefix_tokens": prefix}
     write_json(json_file, {**data, "ratios": ratios, **medians, "repeats": times})
-
-
-def _forget(folder: Path) -> None:
-    """Have the page cache give up the chunks in a folder, so that they are read from the device."""
-    for file in folder.rglob("*.chunk"):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

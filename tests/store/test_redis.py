@@ -250,19 +250,28 @@ def test_a_server_that_stops_answering(server):
         assert store.lookup([key_of(1)]) == [None], "half a chunk became visible"
 
 
-def test_an_answer_that_trickles_does_not_take_forever():
-    def trickle(connection):
+def answering_get(answer):
+    """A server with a chunk of 1,000 bytes; a connection ends with the answer to a GET."""
+
+    def serve(connection):
         while request := connection.recv(1 << 16):
             if b"\r\nGET\r\n" in request:
-                connection.sendall(b"$1000\r\n")
-                for _ in range(1000):
-                    connection.sendall(b"x")
-                    time.sleep(0.02)
-            else:
-                connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+                answer(connection)
+                return
+            connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+
+    return servers.answering(serve)
+
+
+def test_an_answer_that_trickles_does_not_take_forever():
+    def trickle(connection):
+        connection.sendall(b"$1000\r\n")
+        for _ in range(1000):
+            connection.sendall(b"x")
+            time.sleep(0.02)
 
     with (
-        servers.answering(trickle) as port,
+        answering_get(trickle) as port,
         RedisStore("127.0.0.1", port, timeout_s=0.3) as store,
         store.open(key_of(0)) as reader,
         pytest.raises(StoreError, match="too slow"),
@@ -293,15 +302,11 @@ def test_a_server_that_makes_lengths_up(length):
 )
 def test_another_answer_than_the_chunk_is_not_waited_for(head, error):
     def lie(connection):
-        while request := connection.recv(1 << 16):
-            if b"\r\nGET\r\n" in request:
-                connection.sendall(head)
-                connection.recv(1)  # the end
-                return
-            connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+        connection.sendall(head)
+        connection.recv(1)  # the end
 
     with (
-        servers.answering(lie) as port,
+        answering_get(lie) as port,
         RedisStore("127.0.0.1", port, timeout_s=20) as store,
         store.open(key_of(0)) as reader,
     ):
@@ -311,17 +316,13 @@ def test_another_answer_than_the_chunk_is_not_waited_for(head, error):
         assert time.monotonic() - began < 10, "it waited for the rest"
 
 
-def test_a_server_killed_in_mid_answer(shared):
+def test_a_server_killed_in_mid_answer():
     def die(connection):
-        while request := connection.recv(1 << 16):
-            if b"\r\nGET\r\n" in request:
-                connection.sendall(b"$1000\r\nhalf")
-                connection.close()
-                return
-            connection.sendall(b":1000\r\n" if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
+        connection.sendall(b"$1000\r\nhalf")
+        connection.close()
 
     with (
-        servers.answering(die) as port,
+        answering_get(die) as port,
         RedisStore("127.0.0.1", port, timeout_s=5) as store,
         store.open(key_of(0)) as reader,
         pytest.raises(StoreError, match="closed the connection"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _VALUE_BITS = 4
-_LEAST_BYTES = 3
+_GROUP_BYTES = 3
 """Of a group of values: a scale, and how far below zero its levels begin, in sixteenths of one."""
 
 
@@ -34,7 +34,7 @@ class K5V4(Affine):
         if plane.role == "keys":
             return super().size(plane)
         codes = plane.heads * rows_of(_VALUE_BITS, plane.tokens) * plane.width
-        return _LEAST_BYTES * groups_of(False, self.group, *plane.shape) + codes
+        return _GROUP_BYTES * groups_of(False, self.group, *plane.shape) + codes
 
     def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
         if plane.role == "keys":
@@ -60,7 +60,7 @@ class K5V4(Affine):
         few = numbers(codes[0], 0, count, torch.bfloat16).view(grouped)
         depths = numbers(codes[0], 2 * count, count, torch.uint8).view(grouped).mul_(few * (1 / 16))
         scales, lows = (each(of_groups, 3, self.group, plane.width) for of_groups in (few, depths))
-        packed = codes[0][:, _LEAST_BYTES * count :]
+        packed = codes[0][:, _GROUP_BYTES * count :]
         return unpacked(packed, _VALUE_BITS, *plane.shape).float().mul_(scales).sub_(lows)
 
 

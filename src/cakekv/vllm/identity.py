@@ -126,21 +126,17 @@ class Keyring:
         self._keys.clear()
 
     def _root(self, request: Request) -> bytes:
-        if request.lora_request is None:
-            return self._root_of("", "")
-        folder = _adapter_folder(request.lora_request.lora_path)
-        files = _files_of(folder)
-        if self._files.setdefault(str(folder), files) != files:
-            raise UnsupportedEngine(
-                f"the files of the LoRA adapter {folder} have changed since they were read, and which ones vLLM uses "
-                "cannot be told; start the engine anew, or give another version another folder"
-            )
-        if str(folder) not in self._roots:
-            return self._root_of(str(folder), _adapter(folder))
-        return self._roots[str(folder)]
-
-    def _root_of(self, name: str, adapter: str) -> bytes:
+        folder = None if request.lora_request is None else _adapter_folder(request.lora_request.lora_path)
+        if folder is not None:
+            files = _files_of(folder)
+            if self._files.setdefault(str(folder), files) != files:
+                raise UnsupportedEngine(
+                    f"the files of the LoRA adapter {folder} have changed since they were read, and which ones vLLM "
+                    "uses cannot be told; start the engine anew, or give another version another folder"
+                )
+        name = "" if folder is None else str(folder)
         if name not in self._roots:
+            adapter = "" if folder is None else _adapter(folder)
             self._roots[name] = replace(self.identity, adapter=adapter).root + self._epoch
         return self._roots[name]
 

@@ -116,12 +116,11 @@ class LoadDesk:
         ended = [(-result.ended_ago_s, 0, number) for number, result in report.ended.items()]
         # In the order in which it happened; when one load makes room for another, that ends first.
         for at_s, begins, number in sorted(begun + ended):
-            restoration, source, _ = self._ordered.get(number, (None, 0, None))
             if begins:
-                if restoration is not None:
-                    restoration.begun(number, now + at_s)
+                if number in self._ordered:
+                    self._ordered[number][0].begun(number, now + at_s)
                 continue
-            assert restoration is not None
+            restoration, source, _ = self._ordered[number]
             if restoration.ended(number, rank, report.ended[number], self.ranks, now):
                 del self._ordered[number]
                 self._outstanding[source] -= 1

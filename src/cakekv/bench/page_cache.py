@@ -1,0 +1,16 @@
+"""Having the system forget files that it keeps in memory, so that they are read from their device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def forget_chunks(folder: Path) -> None:
+    """Ask the system to drop the pages of the chunks of a store in a folder from its page cache."""
+    for file in folder.rglob("*.chunk"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
