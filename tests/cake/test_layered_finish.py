@@ -58,7 +58,7 @@ def test_a_layer_needs_its_own_part_of_the_prefix_only(engine: TransformersEngin
 
 
 def test_groups_cover_all_layers_in_order() -> None:
-    shape = ChunkShape(64, (100_000,) * 30)
+    shape = ChunkShape(64, (200_000,) * 30)
     groups = layer_groups(shape)
     assert [layer for group in groups for layer in group] == list(range(30))
     assert len(groups) == 16
@@ -89,6 +89,34 @@ def test_on_a_virtual_clock_both_arms_stay_busy_to_the_end(suffix: int) -> None:
     pieces = [load for load in restore.report.loads if load.group is not None]
     assert pieces
     assert restore.report.computed_tokens + restore.report.loaded_tokens == prefix + suffix
+
+
+def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
+    """A chunk takes 10 ms to load, the suffix 60 ms to compute: 4 of 5 groups wait, and half as much again is cut."""
+    load, compute = LoadCost(1), ComputeCost(ComputeShape(1e-4, 2e-3, 1e-9), trusted=True)
+    load.observe(64_000, -1.0, -0.99)
+    groups = LayerGroups((12_800,) * 5, (12_800,) * 5)
+    restore = Restore(
+        40 * 64 + 30,
+        64,
+        [(0,)] * 40,
+        [Source("disk", load, 1)],
+        compute,
+        chunk_bytes=64_000,
+        groups=groups,
+        mode="both",
+        max_span_tokens=64,
+    )
+    tier = VirtualTier(constant(6.4e6))
+    seconds = run_restore(restore, lambda span, now: 1e-4 + span.tokens * 2e-3, [tier], groups=5)
+    loads = [load for load in restore.report.loads if load.outcome == "placed"]
+    cut = {load.start // 64 for load in loads if load.group is not None}
+    assert 6 <= len(cut) <= 10, "1.5 * 0.8 * 60 ms, of 10 ms each"
+    assert cut == {*range(min(cut), max(cut) + 1)}, "the last ones to come"
+    whole = [load for load in loads if load.group is None]
+    assert len(whole) > len(cut)
+    assert max(load.ended_s for load in whole) <= min(load.began_s for load in loads if load.group is not None) + 1e-9
+    assert seconds < max(load.ended_s for load in loads) + 0.03
 
 
 class Paced(TransformersEngine):

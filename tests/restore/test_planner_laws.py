@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.coverage import State
+from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Load, Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import MODES, Restore, Span, Wait
@@ -130,6 +133,20 @@ class Driver:
                 self.placing.append(load)
 
 
+def check_laws(restore: Restore, driver: Driver) -> None:
+    """Of a restore that has ended: every position was covered, by one arm, and the report says so."""
+    chunks = restore.coverage.chunks
+    assert restore.done
+    assert all(state in (State.LOADED, State.COMPUTED) for state in restore.coverage.state)
+    assert set(driver.computed) | set(driver.placed) == set(range(chunks))
+    assert not set(driver.computed) & set(driver.placed)
+    assert all(times == 1 for times in driver.computed.values())
+    assert chunks - 1 in driver.computed, "the last token's logits are needed"
+    report = restore.report
+    assert report.computed_tokens + report.loaded_tokens == restore.prompt_tokens
+    assert sum(span.tokens for span in report.spans) == report.computed_tokens
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     prompt=st.integers(1, 700),
@@ -177,16 +194,8 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     )
     driver = Driver(restore, sources, seed, failing, slow_source)
     driver.run()
-
-    assert restore.done
-    assert all(state in (State.LOADED, State.COMPUTED) for state in restore.coverage.state)
-    assert set(driver.computed) | set(driver.placed) == set(range(chunks))
-    assert not set(driver.computed) & set(driver.placed)
-    assert all(times == 1 for times in driver.computed.values())
-    assert chunks - 1 in driver.computed, "the last token's logits are needed"
+    check_laws(restore, driver)
     report = restore.report
-    assert report.computed_tokens + report.loaded_tokens == prompt
-    assert sum(span.tokens for span in report.spans) == report.computed_tokens
     if mode == "compute":
         assert report.loaded_tokens == 0
         assert not report.loads
@@ -195,6 +204,50 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
         late = any(load.outcome == "late" for load in report.loads)
         computable = {i for i in range(chunks) if i >= len(stored) or not stored[i]} | {chunks - 1}
         assert late or set(driver.computed) <= computable
+
+
+def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Restores made for a layered finish; some cut only the last chunks, some give up before those were asked for."""
+    seen: Counter[str] = Counter()
+    disband = Finish.disband
+
+    def watched(finish: Finish) -> None:
+        assert finish.layered is not None
+        seen["given up"] += 1
+        seen["before all was asked for"] += bool(finish.layered.not_begun)
+        disband(finish)
+
+    monkeypatch.setattr(Finish, "disband", watched)
+    for seed in range(300):
+        rng = random.Random(seed)
+        chunk, sources, depth, prefix = rng.randint(8, 32), rng.randint(1, 2), rng.randint(1, 3), rng.randint(8, 40)
+        costs = [LoadCost(depth) for _ in range(sources)]
+        for cost in costs:
+            cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
+        restore = Restore(
+            prefix * chunk + rng.randint(1, 3 * chunk),
+            chunk,
+            [tuple(range(sources))] * prefix,
+            [Source(f"tier{source}", cost, depth) for source, cost in enumerate(costs)],
+            ComputeCost(ComputeShape(1e-3, rng.uniform(0.01, 0.5), 1e-9), trusted=True),
+            chunk_bytes=chunk * 1000,
+            unwindowed_chunk_bytes=chunk * 700,
+            window=rng.choice([None, rng.randint(1, 300)]),
+            groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400)),
+            mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
+            max_span_tokens=rng.choice([chunk, 4 * chunk]),
+        )
+        driver = Driver(restore, sources, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_source=False)
+        driver.run()
+        check_laws(restore, driver)
+        loads = restore.report.loads
+        pieces = {load.start for load in loads if load.group is not None}
+        seen["finished layered"] += bool(pieces)
+        seen["some of them whole"] += bool(pieces) and any(load.start > max(pieces) for load in loads)
+    assert min(seen.values()) > 10, seen
+    assert len(seen) == 4
 
 
 @settings(max_examples=100, deadline=None)

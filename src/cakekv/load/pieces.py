@@ -11,8 +11,8 @@ from cakekv.restore.layered import LayerGroups
 from cakekv.restore.level_choice import Level
 
 _MOST_GROUPS = 16
-_LEAST_READ_BYTES = 1 << 16
-"""A group of layers is at least that much of a chunk, so that reading it in pieces costs little."""
+_LEAST_READ_BYTES = 1 << 18
+"""A group of layers is at least that much of a chunk: each is a request, which costs server and client some time."""
 
 
 def layer_groups(shape: ChunkShape, layers: int | None = None) -> list[range]:

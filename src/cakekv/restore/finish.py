@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from cakekv.restore.costs import ComputeCost
@@ -16,6 +17,9 @@ _LAST_SPAN_SHARE = 0.5
 """If the suffix takes at least this share of the last span before it, loads are cut into pieces during that span."""
 _WORTHWHILE = 0.05
 """Share of the suffix's time that loads must still take for a layered finish to begin."""
+_CUT = 1.5
+"""What a source delivers in so many times the suffix's time is cut into pieces: no more can be in its way, unless it
+takes longer than expected."""
 
 
 class Finish:
@@ -100,7 +104,9 @@ class Finish:
         if not computing and coverage.take_back_unwindowed(self._suffix):
             self._plan.upset()
             return False
-        self.layered = cut_into_pieces(coverage, waited, self._plan.sources, self._groups, len(self._sources))
+        chunk_s = [source.cost.seconds(self._plan.level.chunk_bytes) for source in self._sources]
+        most = [_CUT * suffix_s / each_s if each_s else math.inf for each_s in chunk_s]
+        self.layered = cut_into_pieces(coverage, waited, self._plan.sources, self._groups, most)
         return True
 
     def disband(self) -> None:
@@ -114,6 +120,8 @@ class Finish:
                 if load is not None:
                     self._flights.cancel(load)
             self._record.taken_back(0, self.layered.placed_bytes[chunk])
+            self._coverage.give_back(chunk)
+        for chunk in self.layered.not_begun:
             self._coverage.give_back(chunk)
         self.layered = None
         self._plan.upset()

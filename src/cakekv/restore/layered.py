@@ -1,14 +1,14 @@
 """The layered finish: the suffix is computed while the last chunks before it still arrive, layer by layer.
 
 Layer l of the suffix needs the prefix's keys and values of layer l only. So once compute has nothing left to do before
-the suffix, what is still to be loaded is cut into groups of layers and loaded in their order, and the suffix's forward
-pass waits before each layer for just that. Both arms stay busy to the end.
+the suffix, the last chunks to be loaded are cut into groups of layers and loaded in their order, and the suffix's
+forward pass waits before each layer for just that. Both arms stay busy to the end.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cakekv.restore.coverage import Coverage, State
@@ -24,11 +24,12 @@ class LayerGroups(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One group of layers of one chunk."""
+    """One group of layers of one chunk, or all of it."""
 
     chunk: int
-    group: int
-    size: int
+    group: int | None
+    size: int | None
+    """Bytes of the group."""
 
 
 class LayeredFinish:
@@ -38,8 +39,9 @@ class LayeredFinish:
     ----------
     chunks : mapping of int to (int, tuple of int)
         Chunks to load in pieces: the source, and the bytes of each group.
-    whole : iterable of int
-        Chunks whose loads in one piece were in flight already; every layer waits for them.
+    whole : mapping of int to (int or None)
+        Chunks that come in one piece, before the pieces, and their sources; None: on its way already. Every layer waits
+        for them.
     groups : int
         Number of groups of layers.
     sources : int
@@ -47,7 +49,11 @@ class LayeredFinish:
     """
 
     def __init__(
-        self, chunks: Mapping[int, tuple[int, tuple[int, ...]]], whole: Iterable[int], groups: int, sources: int
+        self,
+        chunks: Mapping[int, tuple[int, tuple[int, ...]]],
+        whole: Mapping[int, int | None],
+        groups: int,
+        sources: int,
     ) -> None:
         self._pending: list[deque[Piece]] = [deque() for _ in range(sources)]
         self._missing = [0] * groups
@@ -58,10 +64,13 @@ class LayeredFinish:
         """Of the chunks that are not complete."""
         self.whole = set(whole)
         self.broken = False
+        for chunk, source in sorted(whole.items(), reverse=True):
+            if source is not None:
+                self._pending[source].append(Piece(chunk, None, None))
         for group in range(groups):
-            for chunk, (source, sizes) in sorted(chunks.items(), reverse=True):
+            for chunk, (at, sizes) in sorted(chunks.items(), reverse=True):
                 if sizes[group]:
-                    self._pending[source].append(Piece(chunk, group, sizes[group]))
+                    self._pending[at].append(Piece(chunk, group, sizes[group]))
                     self._missing[group] += 1
                     self._missing_of[chunk] = self._missing_of.get(chunk, 0) + 1
                     self.placed_bytes[chunk] = 0
@@ -99,16 +108,47 @@ class LayeredFinish:
         """Chunks of which pieces are not in place, ascending."""
         return sorted(self._missing_of)
 
+    @property
+    def not_begun(self) -> list[int]:
+        """Chunks that are to come in one piece, and that nobody was asked for."""
+        return [piece.chunk for pending in self._pending for piece in pending if piece.group is None]
+
 
 def cut_into_pieces(
-    coverage: Coverage, waited: Iterable[int], plan: Mapping[int, int], groups: LayerGroups, sources: int
+    coverage: Coverage,
+    waited: Iterable[int],
+    plan: Mapping[int, int],
+    groups: LayerGroups,
+    most: Sequence[float],
 ) -> LayeredFinish:
-    """Load the chunks that are waited for in pieces, by the plan; those on their way already come as a whole."""
-    whole = [chunk for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)]
-    pieces = {}
-    for chunk in waited:
-        if coverage.state[chunk] is State.STORED:
-            sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
-            pieces[chunk] = (plan[chunk], sizes)
-            coverage.state[chunk] = State.LOADING
-    return LayeredFinish(pieces, whole, len(groups.bytes), sources)
+    """Load the chunks that are waited for by the plan, the last ones in pieces.
+
+    Parameters
+    ----------
+    coverage : Coverage
+        The restore's.
+    waited : iterable of int
+        The chunks.
+    plan : mapping of int to int
+        Their sources.
+    groups : LayerGroups
+        How a chunk is cut.
+    most : sequence of float
+        Per source, how many of its chunks to cut: a piece is a request of its own.
+    """
+    whole: dict[int, int | None] = {
+        chunk: None for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)
+    }
+    pieces: dict[int, tuple[int, tuple[int, ...]]] = {}
+    left = list(most)
+    for chunk in sorted(waited):
+        if coverage.state[chunk] is not State.STORED:
+            continue
+        source = plan[chunk]
+        if left[source] > 0:
+            left[source] -= 1
+            pieces[chunk] = (source, groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes)
+        else:
+            whole[chunk] = source
+        coverage.state[chunk] = State.LOADING
+    return LayeredFinish(pieces, whole, len(groups.bytes), len(most))

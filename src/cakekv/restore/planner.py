@@ -286,7 +286,7 @@ class Restore:
         layered = self._finish.layered
         if layered is not None:
             piece = None if layered.broken else layered.next(source)
-            return self._begin_load(piece.chunk, source, now, ahead, piece) if piece else None
+            return self._begin_load(piece, source, now, ahead) if piece else None
         if self._plan.stale:
             self._replan(now)
         chunk = self._plan.due(source, ahead > 0)
@@ -296,14 +296,14 @@ class Restore:
         if chunk is None:
             return None
         self.coverage.state[chunk] = State.LOADING
-        return self._begin_load(chunk, source, now, ahead)
+        return self._begin_load(Piece(chunk, None, None), source, now, ahead)
 
-    def _begin_load(self, chunk: int, source: int, now: float, ahead: int, piece: Piece | None = None) -> Load:
+    def _begin_load(self, piece: Piece, source: int, now: float, ahead: int) -> Load:
+        chunk, group, size = piece
         windowed = self.coverage.needs_window(chunk)
         start, level = self.coverage.start_of(chunk), self._plan.level
-        size, group = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes, None
-        if piece is not None:
-            size, group = piece.size, piece.group
+        if size is None:
+            size = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes
         load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group, level.parts)
         self._flights.begin(load, may_queue=ahead > 0)
         self._plan.note(1)
@@ -316,7 +316,7 @@ class Restore:
             self._note(load, load.size, now, load.why_cancelled)
             return False
         self._flights.land(load)
-        if load.group is None and self._plan.cuts_a_span(load.chunk):
+        if load.group is None and self._finish.layered is None and self._plan.cuts_a_span(load.chunk):
             self.coverage.give_back(load.chunk)
             self._note(load, load.size, now, load.why_cancelled)
             return False
