@@ -90,7 +90,8 @@ if __name__ == "__main__":
 
 
 def test_every_worker_waits_for_its_own_pieces(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", heads=6, kv_heads=6, intermediate_size=384, vocab_size=576)
+    # Each worker's part of a chunk is large enough to be cut in two.
+    model = save_model(tmp_path / "model", heads=12, kv_heads=12, intermediate_size=384, vocab_size=576)
     ids = prompt(1000)
     with closing(TinyEngine(model)) as engine:
         expected = engine.run(ids)

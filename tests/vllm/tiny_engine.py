@@ -22,6 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+from cakekv.load import pieces
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
@@ -31,6 +32,7 @@ from vllm import LLM, SamplingParams
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
 VOCABULARY = 512
+pieces._LEAST_READ_BYTES = 1 << 16  # else a chunk of this model would be one piece
 
 
 class ScriptedStore(Store):
