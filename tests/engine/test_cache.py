@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cakekv.engine.cache import LayerShape, Plane, TwoEndedCache, TwoEndedLayer
+from cakekv.engine.cache import LayerShape, Plane, TwoEndedCache
 
 CPU = torch.device("cpu")
 SAME = (Plane(2, 4, torch.float32), Plane(2, 4, torch.float32))
@@ -22,7 +22,7 @@ LATENT = (Plane(1, 6, torch.bfloat16), Plane(3, 2, torch.bfloat16))
 def test_updates_return_what_transformers_returns(
     spans: list[int], window: int | None, planes: tuple[Plane, Plane]
 ) -> None:
-    ours = TwoEndedLayer(LayerShape(*planes, window), sum(spans), CPU)
+    (ours,) = TwoEndedCache([LayerShape(*planes, window)], sum(spans), CPU).stored
     theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     for span in spans:
         assert ours.get_mask_sizes(span) == theirs.get_mask_sizes(span)
@@ -34,10 +34,11 @@ def test_updates_return_what_transformers_returns(
 
 @pytest.mark.parametrize("planes", [SAME, LATENT])
 def test_regions_hold_the_bytes_of_a_segment(planes: tuple[Plane, Plane]) -> None:
-    layer = TwoEndedLayer(LayerShape(*planes, None), 10, CPU)
+    cache = TwoEndedCache([LayerShape(*planes, None)], 10, CPU)
+    (layer,), (stack,) = cache.stored, cache.stacks
     states = [torch.randn(1, plane.heads, 10, plane.width).to(plane.dtype) for plane in planes]
     layer.update(*states)
-    segment = b"".join(region[:, 3:7].tobytes() for region in layer.host_regions)
+    segment = b"".join(region[:, 3:7].tobytes() for region in (regions[0] for regions in stack.regions))
     assert segment == b"".join(plane[0, :, 3:7].contiguous().view(torch.uint8).numpy().tobytes() for plane in states)
     assert len(segment) == 4 * layer.token_bytes
 

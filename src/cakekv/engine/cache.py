@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from cakekv.layout import LayerLayout, PlaneLayout
@@ -39,6 +44,13 @@ class LayerShape(NamedTuple):
 class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, for one sequence.
 
+    Parameters
+    ----------
+    shape : LayerShape
+        What it keeps.
+    regions : list of Tensor
+        Its memory: see the attribute.
+
     Attributes
     ----------
     length : int
@@ -47,34 +59,24 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         The layer's memory, each (heads, capacity, width). One after the other, the bytes of [:, start:end] are a
         segment, as `KVLayout.segment_bytes` lays it out. Keys and values of one shape share a region, so that a
         segment is placed with a single copy.
-    host_regions : list of NDArray
-        The bytes of `regions`, (heads, capacity, width in bytes), if they are in the host's memory; else empty.
     token_bytes : int
         Bytes of one token.
     before_read : callable
         Called before a span reads the layer; returns once what it may see is there.
     """
 
-    def __init__(self, shape: LayerShape, capacity: int, device: torch.device) -> None:
+    def __init__(self, shape: LayerShape, regions: list[torch.Tensor]) -> None:
         super().__init__()
-        keys, values, self.window = shape
-        self.capacity = capacity
+        self.window = shape.window
+        self.regions = regions
+        self.capacity = regions[0].shape[1]
         self.length = 0
         self.before_read: Callable[[], None] = _go_on
         self.is_sliding = self.window is not None
         self.is_initialized = True
-        if keys[1:] == values[1:]:
-            joint = torch.empty((keys.heads + values.heads, capacity, keys.width), dtype=keys.dtype, device=device)
-            self.regions = [joint]
-            key_region, value_region = joint[: keys.heads], joint[keys.heads :]
-        else:
-            self.regions = [
-                torch.empty((heads, capacity, width), dtype=dtype, device=device) for heads, width, dtype in shape[:2]
-            ]
-            key_region, value_region = self.regions
-        self._keys, self._values = key_region[None], value_region[None]
-        in_host = device.type == "cpu"
-        self.host_regions = [region.view(torch.uint8).numpy() for region in self.regions] if in_host else []
+        heads = shape.keys.heads
+        keys, values = regions if len(regions) == 2 else (regions[0][:heads], regions[0][heads:])
+        self._keys, self._values = keys[None], values[None]
         self.token_bytes = shape.layout.token_bytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -117,6 +119,21 @@ def _go_on() -> None:
     """Nothing to wait for."""
 
 
+class Stack(NamedTuple):
+    """Neighbouring layers of one shape that lie in the host's memory at equal distances.
+
+    Attributes
+    ----------
+    first : int
+        Which of the cache's `stored` layers is the first of them.
+    regions : list of NDArray
+        The bytes of the layers' regions, each (layers, heads, capacity, width in bytes).
+    """
+
+    first: int
+    regions: list[NDArray[np.uint8]]
+
+
 class TwoEndedCache(Cache):  # type: ignore[misc]
     """The layers of a model, for one sequence, to be passed to its forward as `past_key_values`.
 
@@ -133,13 +150,36 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
     ----------
     stored : list of TwoEndedLayer
         The layers that keep something: those a chunk has segments for.
+    stacks : list of Stack
+        All of `stored`, if they are in the host's memory; else empty.
     """
 
     def __init__(self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device) -> None:
-        layers = [DummyLayer() if shape is None else TwoEndedLayer(shape, capacity, device) for shape in shapes]
-        super().__init__(layers=layers)
         self.capacity = capacity
-        self.stored: list[TwoEndedLayer] = [layer for layer in layers if isinstance(layer, TwoEndedLayer)]
+        self.stored: list[TwoEndedLayer] = []
+        self.stacks: list[Stack] = []
+        kept = [shape for shape in shapes if shape is not None]
+        for _, alike in groupby(kept, key=lambda shape: shape[:2]):
+            self._add(list(alike), device)
+        stored = iter(self.stored)
+        super().__init__(layers=[DummyLayer() if shape is None else next(stored) for shape in shapes])
+
+    def _add(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
+        """Add layers that differ in their windows at most."""
+        keys, values, _ = shapes[0]
+        planes = [keys._replace(heads=keys.heads + values.heads)] if keys[1:] == values[1:] else [keys, values]
+        sizes = [(heads, self.capacity, width) for heads, width, _ in planes]
+        memory: list[Sequence[torch.Tensor]]
+        if device.type == "cpu":
+            joint = [_host_memory((len(shapes), *size), plane.dtype) for size, plane in zip(sizes, planes, strict=True)]
+            self.stacks.append(Stack(len(self.stored), [region.view(torch.uint8).numpy() for region in joint]))
+            memory = [region.unbind() for region in joint]
+        else:
+            memory = [
+                [torch.empty(size, dtype=plane.dtype, device=device) for _ in shapes]
+                for size, plane in zip(sizes, planes, strict=True)
+            ]
+        self.stored += [TwoEndedLayer(shape, list(regions)) for shape, *regions in zip(shapes, *memory, strict=True)]
 
     def set_length(self, length: int) -> None:
         """Say that the next forward begins at `length` and that all it can see below is covered."""
@@ -156,3 +196,12 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         finally:
             for layer in self.stored:
                 layer.before_read = _go_on
+
+
+def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory in huge pages where the system has them: what is copied into new memory waits mostly for its pages."""
+    memory = mmap.mmap(-1, max(math.prod(size) * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(size)).view(size)

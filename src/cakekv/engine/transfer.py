@@ -6,10 +6,12 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 from cakekv.codec.base import Segment
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
@@ -55,28 +57,20 @@ class HostTransfer(Transfer):
     """Copies by NumPy, which lets go of the interpreter lock and stays in the calling thread.
 
     `Tensor.copy_` would do neither: each loader thread would start a team of OpenMP threads of its own, which would
-    compete with the forward for the cores.
+    compete with the forward for the cores. All layers are copied at once where they can be: whoever lets go of the lock
+    waits for whoever takes it.
     """
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         placed = 0
-        for layer, segment in _pairs(cache, start, tokens, segments):
-            assert isinstance(segment, memoryview), "there is no decoder"
-            offset = 0
-            for region in layer.host_regions:
-                target = region[:, start : start + tokens]
-                np.copyto(target, np.ndarray(target.shape, np.uint8, segment, offset))
-                offset += target.nbytes
-            placed += offset
+        for region, part in _host_pairs(cache, start, tokens, segments):
+            np.copyto(region, part)
+            placed += part.nbytes
         return placed
 
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
-        for layer, segment in _pairs(cache, start, tokens, segments):
-            offset = 0
-            for region in layer.host_regions:
-                source = region[:, start : start + tokens]
-                np.copyto(np.ndarray(source.shape, np.uint8, segment, offset), source)
-                offset += source.nbytes
+        for region, part in _host_pairs(cache, start, tokens, segments):
+            np.copyto(part, region)
 
     def staging(self, size: int) -> memoryview:
         return memoryview(mmap.mmap(-1, max(size, 1)))[:size]
@@ -147,6 +141,38 @@ def _pairs(
         if segment.nbytes != (expected := layer.token_bytes * tokens):
             raise BadInput(f"a layer's segment has {segment.nbytes} bytes instead of {expected} for {tokens} tokens")
     return iter(pairs)
+
+
+def _host_pairs(
+    cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Pieces of the cache's memory, (layers, heads, tokens, width in bytes), with the bytes of the segments."""
+    for _, segment in _pairs(cache, start, tokens, segments):
+        assert isinstance(segment, memoryview), "there is no decoder"
+    for first, regions in cache.stacks:
+        for index, rows in _neighbours(segments[first : first + len(regions[0])]):
+            offset = 0
+            for region in regions:
+                piece = region[index : index + len(rows), :, start : start + tokens]
+                end = offset + piece[0].nbytes
+                yield piece, rows[:, offset:end].reshape(piece.shape)
+                offset = end
+
+
+def _neighbours(segments: Sequence[Any]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Segments that follow one another at equal distances: the first's index, and all as (segments, bytes)."""
+    arrays = [None if segment is None else np.frombuffer(segment, np.uint8) for segment in segments]
+    places = [0 if array is None else array.__array_interface__["data"][0] for array in arrays]
+    present = [*(array is not None for array in arrays), False]
+    first = 0
+    while first < len(arrays):
+        end, array = first + 1, arrays[first]
+        if array is not None:
+            step = places[end] - places[first] if present[end] else 0
+            while present[end] and places[end] - places[end - 1] == step:
+                end += 1
+            yield first, as_strided(array, (end - first, len(array)), (step, 1))
+        first = end
 
 
 def _tensors(
