@@ -37,6 +37,8 @@ MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _MOMENT_S = 0.005
+_PLANNED_EVERY_S = 0.01
+"""While compute only waits: loads may end in quick succession, and wait for whoever plans."""
 
 
 class Wait(NamedTuple):
@@ -136,6 +138,7 @@ class Restore:
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
+        self._planned_at = -math.inf
         self.prefix_tokens = self.coverage.start_of(self._suffix)
         report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
         self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
@@ -235,7 +238,8 @@ class Restore:
     def _computable(self, first: int, now: float) -> int:
         """How many chunks from `first` on compute should take, by a plan that holds that far."""
         count = self._plan.computable(first)
-        if self._plan.stale or count < 2 * self._max_span_chunks:
+        waits = count == 0 and now < self._planned_at + _PLANNED_EVERY_S
+        if self._plan.stale or (count < 2 * self._max_span_chunks and not waits):
             self._replan(now)
             count = self._plan.computable(first)
         return count
@@ -393,4 +397,5 @@ class Restore:
 
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
+        self._planned_at = now
         self._plan.make(now, self._front.busy_s(now), self._finish.seconds())
