@@ -8,6 +8,8 @@ from functools import cached_property
 import pytest
 
 from cakekv.bench.servers import seaweedfs_behind
+from cakekv.store.member import Member
+from cakekv.store.tiered import TieredStore, TierPlan
 
 from . import servers
 
@@ -62,3 +64,24 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "store"
+
+
+@pytest.fixture
+def member(request):
+    def made(store, **options):
+        result = Member(lambda: store, store.name, **{"first_retry_s": 0.01, **options})
+        request.addfinalizer(result.close)
+        return result
+
+    return made
+
+
+@pytest.fixture
+def tiered(request, member):
+    def made(*tiers):
+        plan = [TierPlan(store if isinstance(store, Member) else member(store), *rest) for store, *rest in tiers]
+        result = TieredStore(plan)
+        request.addfinalizer(result.close)
+        return result
+
+    return made

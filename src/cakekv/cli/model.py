@@ -22,6 +22,9 @@ def load_cake(
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
+    The demo's model is stored in bfloat16. Processors that do not compute in it take several times as long as in
+    float32, so there it is loaded as float32, unless a `dtype` is given.
+
     Raises
     ------
     CakeError
@@ -30,12 +33,14 @@ def load_cake(
     with NEWS.status("Loading the libraries …") as status:
         from cakekv.cake import Cake
         from cakekv.calibration import cache_folder
-        from cakekv.demo.model import NAME, demo_model, is_converted
+        from cakekv.demo.model import NAME, computes_bfloat16, demo_model, is_converted
 
         if model == "demo":
             if not is_converted():
                 status.update(f"Converting {NAME} (once, about 20 s) …")
             model = str(demo_model())
+            if dtype == "auto" and not computes_bfloat16():
+                dtype = "float32"
         status.update("Loading the model …")
         options: Options = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
         if chunk_tokens is not None:

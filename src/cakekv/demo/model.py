@@ -56,6 +56,15 @@ def demo_model() -> Path:
     return folder
 
 
+def computes_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16 about as fast as in float32."""
+    import torch
+
+    if torch.cuda.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _folder() -> Path:
     return cache_folder() / "models" / f"{NAME}-bf16"
 

@@ -1,0 +1,131 @@
+"""One tier of a tiered store: when it is down, who notices, and when it is asked again."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from cakekv.errors import MissingChunk, StoreError, UnknownKey
+from cakekv.store.member import FAILURES, Member
+from cakekv.store.memory import MemoryStore
+
+from .chunks import chunk_of, key_of, read
+from .moody import OPERATIONS, Moody, eventually
+
+
+def test_a_failing_look_up_takes_a_tier_down_until_it_is_well_again(member):
+    store = Moody()
+    tier = member(store, first_retry_s=0.01)
+    store.well.clear()
+    with pytest.raises(StoreError, match="not in the mood"):
+        tier.lookup([key_of(0)])
+    for operation in OPERATIONS.values():
+        with pytest.raises(StoreError, match=r"the moody tier is down.*not in the mood"):
+            operation(tier)
+    store.well.set()
+    eventually(lambda: tier.is_up)
+    assert tier.write(key_of(0), chunk_of(0))
+    assert read(tier, key_of(0)) == chunk_of(0)
+
+
+def test_a_down_tier_is_not_asked_by_requests(member):
+    store = Moody()
+    tier = member(store, first_retry_s=1000)
+    store.well.clear()
+    with pytest.raises(StoreError):
+        tier.lookup([key_of(0)])
+    asked = len(store.asked)
+    for operation in OPERATIONS.values():
+        with pytest.raises(StoreError):
+            operation(tier)
+    assert len(store.asked) == asked
+
+
+def test_pauses_get_longer(member, monkeypatch):
+    pauses = []
+
+    class Clock(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            return len(pauses) > 9 or super().wait(0)
+
+    store = Moody()
+    tier = member(store, first_retry_s=1.0)
+    tier._closed = Clock()
+    store.well.clear()
+    with pytest.raises(StoreError):
+        tier.lookup([key_of(0)])
+    eventually(lambda: len(pauses) > 9)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+
+
+def test_a_look_up_that_hangs_is_not_waited_for(member):
+    store = Moody()
+    tier = member(store, deadline_s=0.05)
+    store.hangs = True
+    store.well.clear()
+    with pytest.raises(StoreError, match=r"no answer within 0\.05 s"):
+        tier.lookup([key_of(0)])
+    assert not tier.is_up
+    store.well.set()
+    eventually(lambda: tier.is_up)
+
+
+def test_one_failure_of_another_kind_is_not_the_end(member):
+    store = Moody()
+    tier = member(store, first_retry_s=1000)
+    for number in range(3 * FAILURES):
+        store.well.clear() if number % FAILURES else store.well.set()
+        if number % FAILURES:
+            with pytest.raises(StoreError, match="not in the mood"):
+                tier.write(key_of(0), chunk_of(0))
+        else:
+            tier.write(key_of(0), chunk_of(0))
+    assert tier.is_up
+    for _ in range(FAILURES):
+        with pytest.raises(StoreError):
+            tier.write(key_of(0), chunk_of(0))
+    assert not tier.is_up
+
+
+def test_missing_chunks_are_no_failures(member):
+    tier = member(MemoryStore())
+    for _ in range(5 * FAILURES):
+        with pytest.raises(MissingChunk):
+            tier.open(key_of(0))
+    assert tier.is_up
+
+
+def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(member):
+    def foreign(key):
+        raise UnknownKey("sealed with a key that is not in the keyring")
+
+    sealed = MemoryStore()
+    tier = member(sealed)
+    sealed.open = foreign
+    for _ in range(2 * FAILURES):
+        with pytest.raises(UnknownKey):
+            tier.open(key_of(0))
+    assert tier.is_up
+
+
+def test_a_tier_that_cannot_be_opened_is_opened_later(request):
+    well = threading.Event()
+
+    def opened():
+        if not well.is_set():
+            raise StoreError("nobody there")
+        return MemoryStore()
+
+    tier = Member(opened, "redis", first_retry_s=0.01)
+    request.addfinalizer(tier.close)
+    with pytest.raises(StoreError, match=r"the redis tier is down.*nobody there"):
+        tier.lookup([key_of(0)])
+    well.set()
+    eventually(lambda: tier.is_up)
+    assert tier.lookup([key_of(0)]) == [None]
+    assert tier.name == "memory"
+
+
+# Several
