@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ def test_demo_three_ways_with_the_same_answer(
     code, out, _ = run("store", "verify", tmp_path / "demo-store", "--json")
     assert code == 0
     assert json.loads(out)["chunks"] == modes["load"]["loaded_tokens"] / 64
+
+
+@pytest.mark.parametrize(
+    ("computes", "dtype", "expected"),
+    [(True, "auto", "bfloat16"), (False, "auto", "float32"), (False, "bfloat16", "bfloat16")],
+)
+def test_the_demos_model_is_float32_where_bfloat16_is_slow(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: bool, dtype: str, expected: str
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    from cakekv.cli.model import load_cake
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    LlamaForCausalLM.from_pretrained(tiny_model, dtype="bfloat16").save_pretrained(folder)
+    monkeypatch.setattr("cakekv.demo.model.demo_model", lambda: folder)
+    monkeypatch.setattr("cakekv.demo.model.computes_bfloat16", lambda: computes)
+    with load_cake("demo", None, dtype=dtype) as cake:
+        assert str(cake.engine.model.dtype) == f"torch.{expected}"
 
 
 def test_a_missing_demo_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

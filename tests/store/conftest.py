@@ -11,7 +11,7 @@ from cakekv.bench.servers import seaweedfs_behind
 from cakekv.store.member import Member
 from cakekv.store.tiered import TieredStore, TierPlan
 
-from . import servers
+from . import google, servers
 
 
 class Servers:
@@ -48,6 +48,13 @@ class Servers:
         """The address of an Azure emulator with a container "bucket"; credentials are in the environment."""
         self._set(servers.AZURE)
         return self._stack.enter_context(servers.azurite(self._folder))
+
+    @cached_property
+    def google(self) -> str:
+        """The address of what stands in for Google's service, with a bucket "bucket"; likewise."""
+        endpoint = self._stack.enter_context(google.gcs(self._folder))
+        self._set({"GOOGLE_SERVICE_ACCOUNT": str(google.account(endpoint, self._folder))})
+        return endpoint
 
     def _set(self, environment):
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())

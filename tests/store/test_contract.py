@@ -24,7 +24,7 @@ from cakekv.store.keyring import Keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
-from cakekv.store.s3 import open_azure, open_s3
+from cakekv.store.s3 import open_azure, open_gcs, open_s3
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -69,6 +69,10 @@ def open_azure_bucket(folder, capacity, shared):
     return open_azure("bucket", f"{folder}/100% {folder.name}", endpoint=shared.azure, http=True)
 
 
+def open_google_bucket(folder, capacity, shared):
+    return open_gcs("bucket", f"{folder}/100% {folder.name}", endpoint=shared.google, http=True)
+
+
 def open_tiered(folder, capacity, shared):
     inner = (MemoryStore(), DiskStore(folder / "store"))
     return TieredStore([TierPlan(Member(lambda store=store: store, store.name)) for store in inner])
@@ -93,6 +97,7 @@ TIERS = {
     "redis": Case(open_redis, bounded=False, keeps_open=False),
     "mooncake": Case(open_mooncake, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),
+    "google": Case(open_google_bucket, bounded=False, keeps_open=False),
     "azure": Case(open_azure_bucket, bounded=False, keeps_open=False),
 }
 BOUNDED = [name for name, case in TIERS.items() if case.bounded]

