@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cakekv.engine.cache import LayerShape, Plane, TwoEndedCache
+from cakekv.errors import BadInput
 
 CPU = torch.device("cpu")
 SAME = (Plane(2, 4, torch.float32), Plane(2, 4, torch.float32))
@@ -51,3 +52,8 @@ def test_set_length_moves_every_layer_that_stores() -> None:
     assert cache.is_dummy == [False, True, False]
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+def test_a_cache_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(BadInput, match="no memory for a KV cache"):
+        TwoEndedCache([LayerShape(*SAME, None)], 1 << 45, CPU)

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
+from cakekv.errors import BadInput
 from cakekv.layout import LayerLayout, PlaneLayout
+from cakekv.quantities import format_bytes
 
 
 class Plane(NamedTuple):
@@ -152,6 +154,11 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         The layers that keep something: those a chunk has segments for.
     stacks : list of Stack
         All of `stored`, if they are in the host's memory; else empty.
+
+    Raises
+    ------
+    BadInput
+        The host has no memory for so many tokens.
     """
 
     def __init__(self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device) -> None:
@@ -200,7 +207,11 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
 
 def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory in huge pages where the system has them: what is copied into new memory waits mostly for its pages."""
-    memory = mmap.mmap(-1, max(math.prod(size) * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    length = math.prod(size) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BadInput(f"there is no memory for a KV cache of {format_bytes(length)}: shorten the prompt") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
