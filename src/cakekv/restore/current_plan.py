@@ -32,6 +32,8 @@ class CurrentPlan:
     ----------
     level : Level
         How chunks are read now.
+    made_at : float
+        When the plan was made, on the driver's clock.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CurrentPlan:
         self._levels = levels if due < math.inf else levels[-1:]
         self._due = due
         self.level = levels[-1]
+        self.made_at = -math.inf
         self._outlook.chunk_bytes = self.level.chunk_bytes
         self._longest = max_span_chunks
         self._mode = mode
@@ -102,7 +105,7 @@ class CurrentPlan:
 
     def make(self, now: float, busy_s: float, finish_s: float) -> None:
         """Decide again which chunks to load, and how much of them; parameters as in `Outlook.plan`."""
-        self._changes = 0
+        self._changes, self.made_at = 0, now
         if self._mode == "compute":
             return
         outlook, plans = self._outlook, dict[int, Plan]()

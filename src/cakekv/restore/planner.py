@@ -138,7 +138,6 @@ class Restore:
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
-        self._planned_at = -math.inf
         self.prefix_tokens = self.coverage.start_of(self._suffix)
         report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
         self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
@@ -238,7 +237,7 @@ class Restore:
     def _computable(self, first: int, now: float) -> int:
         """How many chunks from `first` on compute should take, by a plan that holds that far."""
         count = self._plan.computable(first)
-        waits = count == 0 and now < self._planned_at + _PLANNED_EVERY_S
+        waits = count == 0 and now < self._plan.made_at + _PLANNED_EVERY_S
         if self._plan.stale or (count < 2 * self._max_span_chunks and not waits):
             self._replan(now)
             count = self._plan.computable(first)
@@ -397,5 +396,4 @@ class Restore:
 
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
-        self._planned_at = now
         self._plan.make(now, self._front.busy_s(now), self._finish.seconds())
