@@ -233,9 +233,11 @@ def test_at_every_meeting_point_the_front_is_exact(coded: TinyEngine, let_throug
     coded.until(lambda: coded.restoration(request) and len(store.opened) >= let_through + 2)
     coded.until(lambda: coded.internal(request).num_computed_tokens >= 1000)
     met = CHUNKS - let_through
-    for found, computed in zip(blocks_of(coded, request)[:met], coded.computed, strict=False):
-        for mine, theirs in zip(found, computed, strict=True):  # spans of other lengths round otherwise without AVX-512
+    found = blocks_of(coded, request)[:met]
+    if not torch.cpu._is_avx512_supported() and met == CHUNKS:  # the last chunk may round otherwise there
+        for mine, theirs in zip(found.pop(), coded.computed[met - 1], strict=True):
             np.testing.assert_allclose(*(np.frombuffer(part, np.float32) for part in (mine, theirs)), atol=1e-5)
+    assert found == coded.computed[: len(found)]
     coded.finish(request)
     coded.settle()
     report = coded.report()
