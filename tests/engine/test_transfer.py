@@ -79,5 +79,5 @@ def test_segments_at_equal_distances_are_copied_at_once(length: int, monkeypatch
     sizes = [TOKENS * layer.token_bytes for layer in cache.stored]
     copies: list[tuple[int, ...]] = []
     monkeypatch.setattr(np, "copyto", lambda target, source: copies.append(target.shape))
-    HostTransfer().place(cache, START, TOKENS, list(placed_in(sizes, range(length), [64] * length)))
+    HostTransfer().place(cache, START, TOKENS, placed_in(sizes, range(length), [64] * length))
     assert copies == [(length, 4, TOKENS, 16)]

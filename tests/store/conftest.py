@@ -53,7 +53,7 @@ class Servers:
     def google(self) -> str:
         """The address of what stands in for Google's service, with a bucket "bucket"; likewise."""
         endpoint = self._stack.enter_context(google.gcs(self._folder))
-        self._set({"GOOGLE_SERVICE_ACCOUNT": str(google.account(endpoint, self._folder))})
+        self._set({"GOOGLE_SERVICE_ACCOUNT": str(google.account(self._folder))})
         return endpoint
 
     def _set(self, environment):

@@ -14,11 +14,11 @@ ASKED = ("range", "content-length", "content-type")
 LENGTHS = ("content-length", "transfer-encoding", "connection")
 
 
-def account(endpoint, folder):
+def account(folder):
     """A file with a service account that needs no token."""
     file = folder / "account.json"
     keys = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
-    file.write_text(json.dumps({"gcs_base_url": endpoint, "disable_oauth": True, **keys}))
+    file.write_text(json.dumps({"disable_oauth": True, **keys}))
     return file
 
 
