@@ -20,7 +20,9 @@ from cakekv.errors import BadInput
 from cakekv.keys import Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
-from cakekv.options import Options, check_options
+from cakekv.options import Options, check_kinds, check_options
+from cakekv.prompt import Prompt
+from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode
@@ -39,8 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
-Prompt = str | Sequence[int]
-Stores = Store | str | Sequence[Store | str] | None
+Stores = Store | str | os.PathLike[str] | Sequence[Store | str | os.PathLike[str]] | None
 
 LOOKUP_DEADLINE_S = 2.0
 """Seconds that a tier may take to say what it holds of a prompt."""
@@ -111,14 +112,20 @@ class Cake:
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
+        if not isinstance(engine, Engine):
+            raise BadInput(
+                f"the engine is of type {type(engine).__name__}: give TransformersEngine(model), for example"
+            )
+        check_kinds(tenant=tenant, codec=codec, policy=policy, layered_finish=layered_finish, calibration=calibration)
         self.codec = codec_named(codec) if isinstance(codec, str) else codec
         check_options(chunk_tokens, max_span_tokens, deadline_s, ttft_target_s, quality_floor, self.codec)
+        chunk_tokens, max_span_tokens = int(chunk_tokens), int(max_span_tokens)  # of any integer type
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
-        given = [store] if isinstance(store, Store | str) else list(store or ())
-        stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
-        self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
+        given = _listed(store)
+        stores = [one if isinstance(one, Store) else open_store(os.fspath(one), metrics) for one in given]
+        self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
@@ -179,29 +186,39 @@ class Cake:
         return cls(engine, load_tokenizer(os.fspath(model)), store, **options)
 
     def prefill(
-        self, prompt: Prompt, *, mode: Mode = "auto", save: bool = True, on_progress: OnProgress | None = None
+        self,
+        prompt: Prompt,
+        *,
+        mode: Mode = "auto",
+        save: bool = True,
+        on_progress: OnProgress | None = None,
+        room: int = 0,
     ) -> Prefill:
         """Complete a prompt's KV cache, and save what of it was not stored.
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text or token ids.
+        prompt : str, sequence of int, array, tensor, or mapping
+            Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.planner.Restore`.
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None
             Told of every change, from several threads, while everything else waits.
+        room : int
+            For how many more tokens the cache has room, for those who decode by themselves.
 
         Raises
         ------
         BadInput
-            The prompt is empty, too long for the model, or holds tokens it does not know; the mode is unknown.
+            The prompt is none, empty, too long for the model, or holds tokens it does not know; the mode is unknown.
         """
         request = self._arms.arbiter.request(monotonic())
-        token_ids = self._tokens(prompt)
-        return self._restore(request, token_ids, len(token_ids), mode, save, on_progress)
+        notes: list[str] = []
+        token_ids = self._tokens(prompt, notes)
+        capacity = len(token_ids) + whole("room", room, 0)
+        return self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
 
     def generate(
         self,
@@ -239,8 +256,8 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text or token ids.
+        prompt
+            As in `prefill`.
         max_new_tokens : int
             Longest answer, in tokens.
         mode, save, on_progress
@@ -269,8 +286,8 @@ class Cake:
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
         request = self._arms.arbiter.request(monotonic())
-        token_ids = self._tokens(prompt)
-        _check_mode(mode)
+        token_ids = self._tokens(prompt, [])
+        _check_request(mode, None)
         found = self._stored.lookup(token_ids, [])
         return self._restorer(request, self.engine.new_cache(1), token_ids, found, mode).explain()
 
@@ -335,11 +352,11 @@ class Cake:
         on_progress: OnProgress | None,
     ) -> tuple[Prefill, Iterator[int]]:
         request = self._arms.arbiter.request(monotonic())
-        if max_new_tokens < 1:
-            raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        token_ids = self._tokens(prompt)
+        whole("max_new_tokens", max_new_tokens, 1)
+        notes: list[str] = []
+        token_ids = self._tokens(prompt, notes)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress)
+        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
         return prefill, self._decode(request, prefill, choose, max_new_tokens, capacity)
 
     def _decode(
@@ -357,8 +374,8 @@ class Cake:
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        token_ids = self._tokenizing.tokens(prompt)
+    def _tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
+        token_ids = self._tokenizing.tokens(prompt, notes)
         self.engine.check_prompt(token_ids)
         return token_ids
 
@@ -370,13 +387,13 @@ class Cake:
         mode: Mode,
         save: bool,
         on_progress: OnProgress | None,
+        notes: list[str],
     ) -> Prefill:
-        _check_mode(mode)
-        notes: list[str] = []
-        looked_up = monotonic()
+        _check_request(mode, on_progress)
+        looked_up, said = monotonic(), len(notes)
         found = self._stored.lookup(token_ids, notes)
         lookup_s = monotonic() - looked_up
-        if not any(found.holders) and not notes:
+        if not any(found.holders) and len(notes) == said:
             notes += self._stored.why_nothing()
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._stored.save, cache, found.keys if save else [])
@@ -394,6 +411,20 @@ class Cake:
         return Prefill(token_ids, cache, logits, report)
 
 
-def _check_mode(mode: str) -> None:
+def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:
+    given = [store] if isinstance(store, Store | str | os.PathLike) else () if store is None else store
+    odd: list[object] = (
+        [one for one in given if not isinstance(one, Store | str | os.PathLike)]
+        if isinstance(given, list | tuple)
+        else [given]
+    )
+    if odd:
+        raise BadInput(f"store must be a Store, a URL, a path, or a list of them, not of type {type(odd[0]).__name__}")
+    return list(given)
+
+
+def _check_request(mode: str, on_progress: object) -> None:
     if mode not in MODES:
         raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    if on_progress is not None and not callable(on_progress):
+        raise BadInput(f"on_progress must be a function that takes a Progress, not {on_progress!r:.60}")

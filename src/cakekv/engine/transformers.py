@@ -27,6 +27,7 @@ from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, UnsupportedEngine, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.quantities import whole
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
@@ -242,7 +243,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed)
+            generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
         return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
 
     @property
