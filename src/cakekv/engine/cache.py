@@ -238,7 +238,49 @@ class Stack(NamedTuple):
     regions: list[NDArray[np.uint8]]
 
 
-class TwoEndedCache(Cache):  # type: ignore[misc]
+class _Restored(Cache):  # type: ignore[misc]
+    """Refuses what transformers' assisted decoding does with a cache that is not empty.
+
+    Its first forward gets all the tokens that it was given, also those that the cache has, and so they would come twice.
+    """
+
+    _assists = False
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding begins."""
+        super().activate_past_recording()
+        self._assists = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's. Raises `BadInput` if these may be all tokens once more."""
+        covered = self.layers[layer_idx].get_seq_length()
+        if self._assists and 0 < covered < key_states.shape[-2]:
+            raise BadInput(
+                f"assisted decoding computes all tokens that it is given, but the cache has {covered} of them: give it "
+                f"the others, input_ids[:, {covered}:], and attention_mask=torch.ones_like(input_ids) for all"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class RestoredCache(_Restored, DynamicCache):  # type: ignore[misc]
+    """What `Prefill.dynamic_cache` returns: transformers' own cache, which also turns to as many sequences as are asked.
+
+    Beams, and a batch of prompts that begin with this one, all go on from the same prefix.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's."""
+        layer, sequences = self.layers[layer_idx], key_states.shape[0]
+        if layer.keys.shape[0] == 1 < sequences:
+            layer.batch_repeat_interleave(sequences)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class TwoEndedCache(_Restored):
     """The layers of a model, for one sequence, to be passed to its forward as its cache.
 
     Parameters
@@ -298,7 +340,7 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         for layer in self.stored:
             layer.go_to(length)
 
-    def dynamic_cache(self, length: int) -> DynamicCache:
+    def dynamic_cache(self, length: int) -> RestoredCache:
         """A copy of the first `length` tokens as transformers' own cache, which grows, and holds beams and batches.
 
         Raises
@@ -308,7 +350,7 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         """
         for layer in self.stored:
             layer.check_kept(length)
-        cache = DynamicCache()
+        cache = RestoredCache()
         cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
         return cache
 
