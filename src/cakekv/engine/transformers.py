@@ -35,6 +35,14 @@ if TYPE_CHECKING:  # codecs need numba
     from cakekv.codec.on_device import DeviceDecoder
 
 
+_GIVE_A_FOLDER = "give a folder with config.json and safetensors files"
+_FILE_ADVICE = {
+    ".gguf": "GGUF is llama.cpp's format, which is not read here. Give the folder or the name of the model that it was "
+    "made from; or convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW_FOLDER),"
+    " and the same with AutoTokenizer"
+}
+
+
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """Restores KV caches of a causal language model of the transformers library.
 
@@ -115,7 +123,10 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if folder.is_dir():
             source = str(folder)
             if not (folder / "config.json").is_file():
-                raise BadInput(f"the folder {source} holds no model: it has no config.json")
+                advice = _FILE_ADVICE[".gguf"] if any(folder.glob("*.gguf")) else _GIVE_A_FOLDER
+                raise BadInput(f"the folder {source} holds no model, because it has no config.json: {advice}")
+        elif folder.is_file():
+            raise BadInput(f"{source} is a file: {_FILE_ADVICE.get(folder.suffix.lower(), _GIVE_A_FOLDER)}")
         elif folder.is_absolute() or source.startswith((".", "~")):
             raise BadInput(f"there is no model folder {source}")
         try:
@@ -263,19 +274,38 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 def context_length(config: Any) -> int:
     """Tokens that a model can have in its context; `sys.maxsize` if its positions have no end (ALiBi).
 
-    LongRoPE turns the keys of *all* positions differently once a prompt is longer than the model's original context,
-    so that what is stored for a short prompt would be wrong for a long one. Such a model is used within its original
-    context only.
+    A scaling of RoPE that turns a key alike in every prompt takes the context as far as it reaches: YaRN to `factor`
+    times the original context, as model cards have it, where `max_position_embeddings` is left as it was; linear scaling
+    to `factor` times `max_position_embeddings`, unless layers differ in their RoPE (Gemma 3), where that is the scaled
+    context already; Llama 3's to `factor` times the original context, if `max_position_embeddings` is still that one.
+
+    LongRoPE and dynamic scaling turn the keys of *all* positions differently once a prompt is longer than the original
+    context, so that what is stored for a short prompt would be wrong for a long one. Such a model is used within its
+    original context only.
     """
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     limits = [limit for name in names if (limit := getattr(text, name, None))]
-    length = int(limits[0]) if limits else sys.maxsize
+    if not limits:
+        return sys.maxsize
+    stated = int(limits[0])
     rope = getattr(text, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
-            length = min(length, int(parameters["original_max_position_embeddings"]))
-    return length
+    by_layer = [parameters for parameters in rope.values() if isinstance(parameters, dict)]
+    reaches = [_reach(parameters, stated, same_everywhere=not by_layer) for parameters in by_layer or [rope]]
+    return min([max(stated, *reaches), *(reach for reach in reaches if reach < stated)])
+
+
+def _reach(rope: dict[str, Any], stated: int, same_everywhere: bool) -> int:
+    """Tokens that one RoPE of a model reaches whose configuration has `stated` as its context."""
+    kind, factor = rope.get("rope_type"), float(rope.get("factor") or 1.0)
+    original = int(rope.get("original_max_position_embeddings") or stated)
+    if kind == "longrope":
+        return original
+    if kind == "yarn":
+        return max(stated, int(factor * original))
+    if (kind == "linear" and same_everywhere) or (kind == "llama3" and original == stated):
+        return int(factor * original)
+    return stated
 
 
 def load_tokenizer(name_or_folder: str | Path) -> Any:
