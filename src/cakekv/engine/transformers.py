@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, Gate
+from cakekv.engine.base import Engine, Gate, Result
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
 from cakekv.engine.rotation import find_rotations
@@ -209,6 +209,30 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def staging(self, size: int) -> memoryview:
         """As `Engine.staging`."""
         return self._transfer.staging(size)
+
+    def held_bytes(self, cache: TwoEndedCache) -> int:
+        """As `Engine.held_bytes`."""
+        return sum(region.nbytes for layer in cache.stored for region in layer.regions)
+
+    def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """As `Engine.carry`: the number of torch's threads, autocast, and the current stream."""
+        threads, kind = torch.get_num_threads(), self.device.type
+        settings: list[Callable[[], AbstractContextManager[Any]]] = []
+        if kind == "cuda":
+            settings.append(partial(torch.cuda.stream, torch.cuda.current_stream(self.device)))
+        if torch.is_autocast_enabled(kind):
+            cached = torch.is_autocast_cache_enabled()
+            settings.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
+
+        def carried() -> Result:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            with ExitStack() as stack:
+                for setting in settings:
+                    stack.enter_context(setting())
+                return work()
+
+        return carried
 
     def sampler(
         self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
