@@ -102,7 +102,9 @@ class Executor:
         self._run(last)
         with suppress(IndexError):
             while True:
-                self._idle.pop().inbox.put(None)
+                worker = self._idle.pop()
+                worker.inbox.put(None)
+                worker.join()
 
     def _run(self, work: Callable[[], Result]) -> Result:
         outer: _Call[Any] | None = getattr(_ours, "call", None)
@@ -114,8 +116,8 @@ class Executor:
             call.ended.get()
         except BaseException:
             call.cancelled = True
-            self._begin(_Call(self, self._wake))
-            if not call.has_ended:
+            if call.has_begun and not call.has_ended:
+                self._begin(_Call(self, self._wake))
                 with suppress(Empty):
                     call.ended.get(timeout=GRACE_S)
             raise
@@ -155,11 +157,12 @@ class _Call(Generic[Result]):
         self._result: Any = None
         self._error: BaseException | None = None
         self.cancelled = False
-        self.has_ended = False
+        self.has_begun = self.has_ended = False
         self.ended: SimpleQueue[None] = SimpleQueue()
 
     def run(self) -> None:
         assert self._work is not None
+        self.has_begun = True
         outer, _ours.call = getattr(_ours, "call", None), self
         try:
             check()
@@ -189,16 +192,25 @@ class _Worker:
         self._idle = idle
         self.inbox: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self.has_ended = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin. `Thread.start` takes locks, so it is left to another thread."""
         _thread.start_new_thread(self._start, ())
 
     def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="cakekv-call", daemon=True)
         try:
-            threading.Thread(target=self._work, name="cakekv-call", daemon=True).start()
-        except RuntimeError:  # no second one
-            self._work()
+            self._thread.start()
+        except BaseException:  # most likely there is no second one
+            if not self._thread.is_alive():
+                self._thread = None
+                self._work()
+
+    def join(self) -> None:
+        """Wait until it has ended, once it was told to."""
+        if self._thread is not None:
+            self._thread.join(GRACE_S)
 
     def _work(self) -> None:
         while (call := self._next()) is not None:

@@ -97,7 +97,7 @@ class StoredPrefixes:
                 start = chunk * tokens
                 gather = partial(self._engine.gather, cache, start, tokens)
                 exact = self._is_recent(chunk, restorer.prompt_tokens)
-                self._saver.save(keys[chunk], start, gather, source, exact=exact, waiting=restorer.lent)
+                self._saver.save(keys[chunk], start, gather, exact, source, restorer.lent)
 
     def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
         """Whether tokens of the chunk are in the window that the codec keeps exact."""

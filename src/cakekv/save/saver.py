@@ -65,6 +65,10 @@ class Source(NamedTuple):
     """About how many of its chunks are to be saved."""
 
 
+UNKNOWN = Source(None, None, 1)
+"""A cache of which nothing is known: the chunk is copied out of it at once."""
+
+
 class _Job(NamedTuple):
     """A chunk that waits."""
 
@@ -158,7 +162,6 @@ class Saver:
 
     def introduce(self, root: str, fields: Mapping[str, str]) -> None:
         """Leave an identity in the store, to explain misses later; see `Store.remember_identity`."""
-
         if not self._closed:
             with self._changed:
                 self._pending += 1
@@ -170,9 +173,8 @@ class Saver:
         key: ChunkKey,
         position: int,
         gather: Gather,
-        source: Source,
-        *,
         exact: bool = False,
+        source: Source = UNKNOWN,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Hand over a chunk whose region of the cache is covered and will not change; from any thread.
@@ -183,10 +185,10 @@ class Saver:
             The chunk's.
         gather : callable
             Copies it out of its cache.
-        source : Source
-            That cache.
         exact : bool
             Whether it is stored as it is, whatever the codec.
+        source : Source
+            That cache.
         waiting : callable
             Gives a context that is entered while there is no room.
         """
@@ -202,10 +204,12 @@ class Saver:
                 copy = self._staging.new()
                 gather(segments(self._coder.exact, copy))
                 job = job._replace(gather=_nothing, copy=copy)
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
                 self._done(job)
-                return
+                if isinstance(error, Exception):
+                    return
+                raise
         self._queue.put(job)
         self._begin()
 
@@ -241,44 +245,54 @@ class Saver:
         with self._changed:
             if self._thread is not None and self._thread.is_alive():
                 return
-            thread = threading.Thread(target=self._work, name="cakekv-save", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="cakekv-save", daemon=True)
             try:
-                thread.start()
-                self._thread = thread
+                self._thread.start()
                 return
             except RuntimeError as error:
+                self._thread = None
                 reason = f"no thread can be started to save chunks: {error}"
         self._drop_all("no thread", reason)
 
     def _take_room(self, job: _Job, waiting: Callable[[], AbstractContextManager[None]]) -> bool:
         """Wait until the queue may keep what the job keeps. False if that is not to be."""
+        took = self._took_room(job)
+        if not took and not self._closed and not self.hangs:
+            try:
+                with waiting():
+                    took = self._await_room(job)
+            except BaseException:
+                if took:
+                    self._done(job)
+                raise
+        if not took:
+            reason = "the Cake was closed before the chunk was saved" if self._closed else self._silence()
+            self._lost("late", reason)
+        return took
+
+    def _await_room(self, job: _Job) -> bool:
         with self._changed:
-            if self._took_room(job):
-                return True
-            hopeless = self._closed or self.hangs
-        if not hopeless:
-            with waiting(), self._changed:
-                self._waiting += 1
-                try:
-                    while not self._closed and not self.hangs:
-                        if self._took_room(job):
-                            return True
-                        self._changed.wait(LOOK_S)
-                        check()
-                finally:
-                    self._waiting -= 1
-        self._lost("late", "the Cake was closed before the chunk was saved" if self._closed else self._silence())
+            self._waiting += 1
+            try:
+                while not self._closed and not self.hangs:
+                    if self._took_room(job):
+                        return True
+                    self._changed.wait(LOOK_S)
+                    check()
+            finally:
+                self._waiting -= 1
         return False
 
     def _took_room(self, job: _Job) -> bool:
-        """Take the room for a job if there is enough. Called with the lock held."""
-        more = 0 if id(job.keeps) in self._kept else job.size
-        if self._closed or (self._kept and self._kept_bytes + more > self.limit):
-            return False
-        self._kept[id(job.keeps)] += 1
-        self._kept_bytes += more
-        self._pending += 1
-        return True
+        """Take the room for a job, if there is enough."""
+        with self._changed:
+            more = 0 if id(job.keeps) in self._kept else job.size
+            if self._closed or (self._kept and self._kept_bytes + more > self.limit):
+                return False
+            self._kept[id(job.keeps)] += 1
+            self._kept_bytes += more
+            self._pending += 1
+            return True
 
     def _done(self, job: _Job | _Note) -> None:
         """The job is over, one way or the other."""
@@ -328,6 +342,7 @@ class Saver:
         while (job := self._queue.get()) is not None:
             if self._abandoned:
                 self._drop(job, "late", self._silence())
+                del job
                 continue
             self._busy_since = monotonic()
             try:
