@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from types import NoneType
 from typing import TYPE_CHECKING, TypedDict
 
 from cakekv.codec.base import Codec
 from cakekv.errors import BadInput
 from cakekv.prompt import check_text
-from cakekv.quantities import real, whole
+from cakekv.quantities import parse_bytes, real, whole
 from cakekv.restore.priority import Policy
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     policy: str | Policy
     layered_finish: bool
     deadline_s: float
+    save_queue: int | str
     ttft_target_s: float
     quality_floor: int
     calibration: str | os.PathLike[str] | None
@@ -61,10 +63,43 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
+LONGEST_DEADLINE_S = 3e7
+"""About a year. Who is more patient than that, up to infinity, waits as long: locks have their own limit."""
+
+
+def patience(deadline_s: float) -> float:
+    """A deadline as the system can wait for it, in seconds.
+
+    Raises
+    ------
+    BadInput
+        It is not a number of seconds above 0.
+    """
+    is_real = isinstance(deadline_s, Real) and not isinstance(deadline_s, bool)
+    if not is_real or not deadline_s > 0:
+        raise BadInput(f"deadline_s is a number of seconds above 0, such as 30, or inf; not {deadline_s!r}")
+    return min(float(deadline_s), LONGEST_DEADLINE_S)
+
+
+def queue_bytes(save_queue: int | str) -> int:
+    """The size of a save queue, in bytes.
+
+    Raises
+    ------
+    BadInput
+        It is not a size.
+    """
+    if isinstance(save_queue, bool) or not isinstance(save_queue, int | str):
+        raise BadInput(f'save_queue is a size, such as "1GB" or 1000000000; not {save_queue!r}')
+    try:
+        return parse_bytes(save_queue)
+    except BadInput as error:
+        raise BadInput(f"save_queue: {error}") from error
+
+
 def check_options(
     chunk_tokens: int,
     max_span_tokens: int,
-    deadline_s: float,
     ttft_target_s: float,
     quality_floor: int,
     codec: Codec,
@@ -80,8 +115,6 @@ def check_options(
     whole("max_span_tokens", max_span_tokens, 1, MOST_TOKENS)
     if max_span_tokens < chunk_tokens:
         raise BadInput(f"max_span_tokens must be at least chunk_tokens; got {max_span_tokens} and {chunk_tokens}")
-    if not deadline_s > 0:
-        raise BadInput(f"deadline_s is more than 0 s, not {deadline_s}")
     real("ttft_target_s", ttft_target_s, 0.0)
     if not 1 <= whole("quality_floor", quality_floor, 1) <= codec.parts_read:
         raise BadInput(

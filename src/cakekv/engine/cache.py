@@ -241,7 +241,7 @@ class Stack(NamedTuple):
 class _Restored(Cache):  # type: ignore[misc]
     """Refuses what transformers' assisted decoding does with a cache that is not empty.
 
-    Its first forward gets all the tokens that it was given, also those that the cache has, and so they would come twice.
+    Its first forward gets all the tokens that it was given, and those that the cache has would come twice.
     """
 
     _assists = False
@@ -265,9 +265,9 @@ class _Restored(Cache):  # type: ignore[misc]
 
 
 class RestoredCache(_Restored, DynamicCache):  # type: ignore[misc]
-    """What `Prefill.dynamic_cache` returns: transformers' own cache, which also turns to as many sequences as are asked.
+    """What `Prefill.dynamic_cache` returns: transformers' own cache, for as many sequences as go on from its prefix.
 
-    Beams, and a batch of prompts that begin with this one, all go on from the same prefix.
+    They may be beams, or a batch of prompts that begin alike.
     """
 
     def update(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, Gate
+from cakekv.engine.base import Engine, Gate, Result
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
 from cakekv.engine.rotation import find_rotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # codecs need numba
 _GIVE_A_FOLDER = "give a folder with config.json and safetensors files"
 _FILE_ADVICE = {
     ".gguf": "GGUF is llama.cpp's format, which is not read here. Give the folder or the name of the model that it was "
-    "made from; or convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW_FOLDER),"
-    " and the same with AutoTokenizer"
+    "made from; or convert it, by AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW), "
+    "and the same with AutoTokenizer"
 }
 
 
@@ -245,6 +245,30 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.staging`."""
         return self._transfer.staging(size)
 
+    def held_bytes(self, cache: TwoEndedCache) -> int:
+        """As `Engine.held_bytes`."""
+        return sum(region.nbytes for layer in cache.stored for region in layer.regions)
+
+    def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """As `Engine.carry`: the number of torch's threads, autocast, and the current stream."""
+        threads, kind = torch.get_num_threads(), self.device.type
+        settings: list[Callable[[], AbstractContextManager[Any]]] = []
+        if kind == "cuda":
+            settings.append(partial(torch.cuda.stream, torch.cuda.current_stream(self.device)))
+        if torch.is_autocast_enabled(kind):
+            cached = torch.is_autocast_cache_enabled()
+            settings.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
+
+        def carried() -> Result:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            with ExitStack() as stack:
+                for setting in settings:
+                    stack.enter_context(setting())
+                return work()
+
+        return carried
+
     def sampler(
         self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
     ) -> Callable[[torch.Tensor], int]:
@@ -275,9 +299,9 @@ def context_length(config: Any) -> int:
     """Tokens that a model can have in its context; `sys.maxsize` if its positions have no end (ALiBi).
 
     A scaling of RoPE that turns a key alike in every prompt takes the context as far as it reaches: YaRN to `factor`
-    times the original context, as model cards have it, where `max_position_embeddings` is left as it was; linear scaling
-    to `factor` times `max_position_embeddings`, unless layers differ in their RoPE (Gemma 3), where that is the scaled
-    context already; Llama 3's to `factor` times the original context, if `max_position_embeddings` is still that one.
+    times the original context, also where `max_position_embeddings` was left as it was, as model cards have it; linear
+    scaling to `factor` times `max_position_embeddings`, unless layers differ in their RoPE (Gemma 3), where that is the
+    scaled context already; Llama 3's to `factor` times the original context, if the configuration states that one.
 
     LongRoPE and dynamic scaling turn the keys of *all* positions differently once a prompt is longer than the original
     context, so that what is stored for a short prompt would be wrong for a long one. Such a model is used within its
