@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import partial, wraps
+from inspect import unwrap
 from threading import Lock, get_ident
 from time import monotonic
 from types import TracebackType
@@ -19,13 +20,13 @@ from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError
-from cakekv.executor import Executor
+from cakekv.executor import Executor, check
 from cakekv.forks import on_fork
 from cakekv.keys import Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
-from cakekv.options import Options, check_kinds, check_options, patience, queue_bytes
+from cakekv.options import Answering, Options, check_kinds, check_options, patience, queue_bytes
 from cakekv.prompt import Prompt
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
@@ -66,6 +67,21 @@ def _handed_over(
     def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         return self._run(lambda: method(self, *arguments, **options))
 
+    return run
+
+
+def _awaited(
+    method: Callable[Concatenate[Cake, Parameters], Result],
+) -> Callable[Concatenate[Cake, Parameters], Coroutine[Any, Any, Result]]:
+    """A method that was handed over, for asyncio."""
+    inner = unwrap(method)
+
+    @wraps(method)
+    async def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await self._executor.arun(self._call(lambda: inner(self, *arguments, **options)))
+
+    run.__name__ = f"a{method.__name__}"
+    run.__doc__ = f"As `{method.__name__}`, for asyncio: the loop goes on meanwhile, and cancelling ends the work."
     return run
 
 
@@ -311,10 +327,32 @@ class Cake:
         BadInput
             As in `prefill`, or there is no tokenizer, or a sampling parameter is out of range.
         """
-        if self.tokenizer is None:
-            raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        pieces = self._begin(prompt, max_new_tokens, mode, (temperature, top_k, top_p, seed), save, on_progress)
+        pieces = self._begin(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            save=save,
+            on_progress=on_progress,
+        )
         while (piece := self._next(pieces)) is not None:
+            yield piece
+
+    aprefill, agenerate = _awaited(prefill), _awaited(generate)
+
+    async def astream(self, prompt: Prompt, **options: Unpack[Answering]) -> AsyncIterator[str]:
+        """As `stream`, for asyncio: the loop goes on meanwhile, and cancelling ends the work.
+
+        Examples
+        --------
+        >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
+        ...     print(piece, end="")
+        """
+        pieces = await self._abegin(prompt, **options)
+        while (piece := await self._anext(pieces)) is not None:
             yield piece
 
     @_handed_over
@@ -365,6 +403,10 @@ class Cake:
 
     def _run(self, work: Callable[[], Result]) -> Result:
         """Have a call run by a thread of the executor's; every call that an interrupt may end goes through here."""
+        return self._executor.run(self._call(work))
+
+    def _call(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """What such a thread is to do."""
         if not self._stale and self._arms.arbiter.teller == get_ident():
             raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
 
@@ -372,7 +414,7 @@ class Cake:
             self._renew()
             return work()
 
-        return self._executor.run(self.engine.carry(renewed))
+        return self.engine.carry(renewed)
 
     def _wake(self) -> None:
         if not self._stale:
@@ -426,20 +468,28 @@ class Cake:
     def _begin(
         self,
         prompt: Prompt,
-        max_new_tokens: int,
-        mode: Mode,
-        sampling: tuple[float, int | None, float | None, int | None],
-        save: bool,
-        on_progress: OnProgress | None,
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "auto",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        save: bool = True,
+        on_progress: OnProgress | None = None,
     ) -> Iterator[str]:
         """The pieces of an answer, to be computed one by one."""
-        choose = self.engine.sampler(*sampling)
+        if self.tokenizer is None:
+            raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
+        choose = self.engine.sampler(temperature, top_k, top_p, seed)
         _, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
         return self._tokenizing.pieces(answer)
 
     @_handed_over
     def _next(self, pieces: Iterator[str]) -> str | None:
         return next(pieces, None)
+
+    _abegin, _anext = _awaited(_begin), _awaited(_next)
 
     def _restorer(
         self,
@@ -492,6 +542,7 @@ class Cake:
             yield token
             if position == capacity:
                 break
+            check()
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1

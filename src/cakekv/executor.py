@@ -9,6 +9,7 @@ call's own thread, in which no signal is ever handled; an interrupted caller onl
 from __future__ import annotations
 
 import _thread
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Cancelled(BaseException):
 def check() -> None:
     """Raise `Cancelled` if the call that this thread runs was cancelled."""
     call: _Call[Any] | None = getattr(_ours, "call", None)
-    if call is not None and call.cancelled:
+    if call is not None and (call.cancelled or call.loop is not None and call.loop.is_closed()):
         raise Cancelled
 
 
@@ -69,6 +70,32 @@ class Executor:
             The executor is closed, or this is a call from within one of its calls.
         """
 
+        return self._run(self._counted(work, though_closed))
+
+    async def arun(self, work: Callable[[], Result]) -> Result:
+        """As `run`, without blocking asyncio's loop. If it is cancelled, the call is asked to end, and given a moment.
+
+        Raises
+        ------
+        BadInput
+            The executor is closed.
+        """
+        call: _Call[Result] = _Call(self, copy_context().run, self._counted(work))
+        call.loop = loop = asyncio.get_running_loop()
+        call.ended = ended = _Signal(loop)
+        self._begin(call)
+        try:
+            await asyncio.shield(ended.future)
+        except asyncio.CancelledError:
+            call.cancelled = True
+            self._begin(_Call(self, self._wake))
+            await asyncio.wait([ended.future], timeout=GRACE_S)
+            raise
+        return call.outcome()
+
+    def _counted(self, work: Callable[[], Result], though_closed: bool = False) -> Callable[[], Result]:
+        """The work, while which the executor cannot close."""
+
         def counted() -> Result:
             with self._changed:
                 if self.closed and not though_closed:
@@ -81,7 +108,7 @@ class Executor:
                     self._running -= 1
                     self._changed.notify_all()
 
-        return self._run(counted)
+        return counted
 
     def close(self, work: Callable[[], None]) -> None:
         """Take no more calls, wait for those that run, and run a last one; again, if it was interrupted."""
@@ -148,6 +175,22 @@ class Executor:
                 return
 
 
+class _Signal:
+    """Tells asyncio's loop what a `SimpleQueue` tells a waiting thread: that a call has ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.future: asyncio.Future[None] = loop.create_future()
+
+    def put(self, item: None) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self._loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+
 class _Call(Generic[Result]):
     """A call, and what became of it."""
 
@@ -158,7 +201,9 @@ class _Call(Generic[Result]):
         self._error: BaseException | None = None
         self.cancelled = False
         self.has_begun = self.has_ended = False
-        self.ended: SimpleQueue[None] = SimpleQueue()
+        self.ended: Any = SimpleQueue()  # or a _Signal
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Whose coroutine waits; once it is closed, nobody does."""
 
     def run(self) -> None:
         assert self._work is not None

@@ -15,6 +15,21 @@ from cakekv.restore.priority import Policy
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
+    from cakekv.restore.planner import Mode
+    from cakekv.restorer import OnProgress
+
+
+class Answering(TypedDict, total=False):
+    """Keyword arguments of `Cake.stream`, which says what they are."""
+
+    max_new_tokens: int
+    mode: Mode
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    save: bool
+    on_progress: OnProgress | None
 
 
 MOST_TOKENS = 2**31 - 1
