@@ -39,7 +39,7 @@ class Cancelled(BaseException):
 def check() -> None:
     """Raise `Cancelled` if the call that this thread runs was cancelled."""
     call: _Call[Any] | None = getattr(_ours, "call", None)
-    if call is not None and (call.cancelled or call.loop is not None and call.loop.is_closed()):
+    if call is not None and (call.cancelled or (call.loop is not None and call.loop.is_closed())):
         raise Cancelled
 
 
