@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from cakekv.errors import BadInput
+from cakekv.executor import check
 from cakekv.layout import LayerLayout, PlaneLayout
 from cakekv.quantities import format_bytes
 
@@ -118,7 +119,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def _go_on() -> None:
-    """Nothing to wait for."""
+    """Nothing to wait for. Layer by layer, a span ends soon if nobody wants it any more."""
+    check()
 
 
 class Stack(NamedTuple):
