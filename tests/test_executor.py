@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import subprocess
 import sys
 import threading
 import weakref
@@ -184,3 +185,25 @@ def test_an_interrupted_caller_has_its_call_cancelled() -> None:
         calls.run(work)
     assert [type(error) for error in ended] == [Cancelled], "it has ended before the caller goes on"
     assert calls.run(lambda: 1) == 1
+
+
+ENDING = """
+import os, signal, sys, threading, time, torch
+from cakekv.executor import Executor
+calls, matrix = Executor(), torch.zeros(2000, 2000)
+def work():
+    threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        matrix @ matrix
+try:
+    calls.run(work)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_a_process_that_ends_while_a_call_goes_on_ends_well() -> None:
+    """A thread that the end of the process finds within torch would abort it."""
+    run = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=55, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "interrupted\n", "")

@@ -371,6 +371,7 @@ class Cake:
         """Block until everything computed so far is stored; returns the totals of this `Cake`, also of a closed one."""
         if self._saver is None or self._stale:
             return SaveReport()
+        self._check_caller()
         return self._executor.run(self._saver.wait, though_closed=True)
 
     def close(self) -> None:
@@ -387,6 +388,7 @@ class Cake:
         if self._stale:  # saving, and the stores, are the other process's business
             self._executor.closed = True
         elif not self._is_finished:
+            self._check_caller()
             self._executor.close(self._finish)
 
     def _finish(self) -> None:
@@ -407,14 +409,17 @@ class Cake:
 
     def _call(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """What such a thread is to do."""
-        if not self._stale and self._arms.arbiter.teller == get_ident():
-            raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
+        self._check_caller()
 
         def renewed() -> Result:
             self._renew()
             return work()
 
         return self.engine.carry(renewed)
+
+    def _check_caller(self) -> None:
+        if not self._stale and self._arms.arbiter.teller == get_ident():
+            raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
 
     def _wake(self) -> None:
         if not self._stale:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import atexit
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from queue import Empty, SimpleQueue
+from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
 
 from cakekv.errors import BadInput
@@ -29,7 +32,11 @@ GRACE_S = 1.0
 LOOK_S = 0.2
 """Seconds after which whoever waits within a call, and is not woken when it is cancelled, looks whether it was."""
 
+EXIT_S = 10.0
+"""Seconds that the process waits, when it ends, for calls that nobody waits for any more."""
+
 _ours = threading.local()
+_calls: set[_Call[Any]] = set()
 
 
 class Cancelled(BaseException):
@@ -69,7 +76,6 @@ class Executor:
         BadInput
             The executor is closed, or this is a call from within one of its calls.
         """
-
         return self._run(self._counted(work, though_closed))
 
     async def arun(self, work: Callable[[], Result]) -> Result:
@@ -87,8 +93,7 @@ class Executor:
         try:
             await asyncio.shield(ended.future)
         except asyncio.CancelledError:
-            call.cancelled = True
-            self._begin(_Call(self, self._wake))
+            self._cancel(call)
             await asyncio.wait([ended.future], timeout=GRACE_S)
             raise
         return call.outcome()
@@ -142,9 +147,8 @@ class Executor:
             self._begin(call)
             call.ended.get()
         except BaseException:
-            call.cancelled = True
+            self._cancel(call)
             if call.has_begun and not call.has_ended:
-                self._begin(_Call(self, self._wake))
                 with suppress(Empty):
                     call.ended.get(timeout=GRACE_S)
             raise
@@ -152,6 +156,11 @@ class Executor:
             return call.outcome()
         finally:
             del call
+
+    def _cancel(self, call: _Call[Any]) -> None:
+        call.cancelled = True
+        if call.has_begun and not call.has_ended:
+            self._begin(_Call(self, self._wake))
 
     def _begin(self, call: _Call[Any]) -> None:
         """Have a call run, by a thread that is idle if there is one."""
@@ -191,6 +200,20 @@ class _Signal:
             self.future.set_result(None)
 
 
+def _settle() -> None:
+    """Let calls end before the process does: a thread that is killed within C++ takes the process with it."""
+    for call in list(_calls):
+        call.executor._cancel(call)
+    until = monotonic() + EXIT_S
+    while _calls and monotonic() < until:
+        sleep(0.01)
+
+
+atexit.register(_settle)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_calls.clear)  # their threads are the parent's
+
+
 class _Call(Generic[Result]):
     """A call, and what became of it."""
 
@@ -208,6 +231,7 @@ class _Call(Generic[Result]):
     def run(self) -> None:
         assert self._work is not None
         self.has_begun = True
+        _calls.add(self)
         outer, _ours.call = getattr(_ours, "call", None), self
         try:
             check()
@@ -217,6 +241,7 @@ class _Call(Generic[Result]):
         _ours.call = outer
         self._work = None
         self.has_ended = True
+        _calls.discard(self)
 
     def outcome(self) -> Result:
         """What the call has returned; raises what it has raised. To be asked for once."""

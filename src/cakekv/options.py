@@ -93,7 +93,7 @@ def patience(deadline_s: float) -> float:
     is_real = isinstance(deadline_s, Real) and not isinstance(deadline_s, bool)
     if not is_real or not deadline_s > 0:
         raise BadInput(f"deadline_s is a number of seconds above 0, such as 30, or inf; not {deadline_s!r}")
-    return min(float(deadline_s), LONGEST_DEADLINE_S)
+    return float(min(deadline_s, LONGEST_DEADLINE_S))
 
 
 def queue_bytes(save_queue: int | str) -> int:

@@ -285,6 +285,7 @@ class Restorer(Generic[Cache, Logits]):
 
     def _gate(self, layer: int) -> None:
         """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
+        check()
         group = self._group_of[layer]
         with self._arbiter.lock:
             if self._restore.layer_ready(group):

@@ -106,7 +106,7 @@ def test_a_callback_that_calls_the_cake_is_refused(
                 cake.explain(prompt)
 
         mode: Any = "load" if where == "cakekv-load" else "compute"
-        with pytest.raises(BadInput, match="from within|on_progress"):
+        with pytest.raises(BadInput, match=r"from within|on_progress"):
             cake.prefill(prompt, mode=mode, save=False, on_progress=progress)
         assert len(cake.generate(prompt, max_new_tokens=2).token_ids) == 2
 

@@ -232,7 +232,7 @@ def test_a_server_stopped_in_mid_restore(
         loads_again(cake, prompt)
 
 
-@pytest.mark.parametrize("deadline_s", [float("inf"), 1e300, 1e10, 10**30, 7])
+@pytest.mark.parametrize("deadline_s", [float("inf"), 1e300, 1e10, 10**400, 7])
 def test_a_deadline_may_be_as_long_as_one_likes(
     engine: TransformersEngine, prompt: list[int], filled: MemoryStore, expected: list[int], deadline_s: float
 ) -> None:

@@ -23,6 +23,7 @@ from cakekv.engine.versions import (
     DynamicSlidingWindowLayer,
 )
 from cakekv.errors import BadInput
+from cakekv.executor import check
 from cakekv.layout import LayerLayout, PlaneLayout
 from cakekv.quantities import format_bytes
 
@@ -220,7 +221,8 @@ _INSTEAD = "give transformers' generate() what Prefill.dynamic_cache() returns"
 
 
 def _go_on() -> None:
-    """Nothing to wait for."""
+    """Nothing to wait for. Layer by layer, a span ends soon if nobody wants it any more."""
+    check()
 
 
 class Stack(NamedTuple):
