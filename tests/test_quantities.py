@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
-from cakekv.quantities import format_bytes, parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
+from cakekv.quantities import (
+    format_bytes,
+    parse_bandwidth,
+    parse_bytes,
+    parse_count,
+    parse_duration,
+    parse_switch,
+    real,
+    whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +144,26 @@ def test_switches():
     for text in ("", "yes", "True", "1"):
         with pytest.raises(BadInput, match="neither"):
             parse_switch(text)
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(7), np.uint8(1)])
+def test_whole_numbers(value):
+    assert whole("room", value, 1, 7) == value
+    assert type(whole("room", value, 1)) is int
+
+
+@pytest.mark.parametrize("value", [0, 8, -1, 10**20, 1.0, 1e20, True, "3", None, float("nan"), np.float32(1), [1]])
+def test_what_is_no_whole_number_in_range(value):
+    with pytest.raises(BadInput, match="room must be a whole number from 1 to 7, not"):
+        whole("room", value, 1, 7)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 2, np.float32(0.5), float("inf")])
+def test_real_numbers(value):
+    assert real("ttft_target_s", value, 0.0) == value
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("-inf"), True, "0.5", None, 1j])
+def test_what_is_no_real_number_in_range(value):
+    with pytest.raises(BadInput, match="ttft_target_s must be a number from 0 on, not"):
+        real("ttft_target_s", value, 0.0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
+from cakekv.executor import check
 from cakekv.restore.contention import Burden, burdens
 from cakekv.restore.priority import Kind, Policy, RequestState, Turns
 
@@ -66,6 +67,8 @@ class Arbiter:
         self._asking: dict[str, Request] = {}
         self._open: dict[str, Request] = {}
         self._numbers = 0
+        self.teller: int | None = None
+        """The thread that runs a caller's callback with the lock held."""
 
     def request(self, arrived_s: float) -> Request:
         """A new request."""
@@ -95,10 +98,11 @@ class Arbiter:
                 if first is not None:  # the order has changed since this request was woken
                     first.woken.notify_all()
                 request.woken.wait()
+                check()
+            self._turns.take(request.id, request.describe().kind)
         except BaseException:
             self.give_back(request)
             raise
-        self._turns.take(request.id, request.describe().kind)
 
     def give_back(self, request: Request, asks_again: bool = False) -> None:
         """The request has computed, or has nothing to compute for now."""
@@ -124,12 +128,18 @@ class Arbiter:
 
     # The following are called without it.
 
+    def wake(self) -> None:
+        """Have all who wait for their turn `check` whether they still should."""
+        with self.lock:
+            for request in [*self._asking.values(), *self._open.values()]:
+                request.woken.notify_all()
+
     @contextmanager
     def turn(self, request: Request) -> Iterator[None]:
         """The compute arm for the duration of the `with` block."""
-        with self.lock:
-            self.take(request)
         try:
+            with self.lock:
+                self.take(request)
             yield
         finally:
             with self.lock:

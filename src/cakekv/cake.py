@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from functools import partial, wraps
+from inspect import unwrap
+from threading import Lock, get_ident
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from cakekv.arbiter import Request
 from cakekv.calibration import KnownCosts
@@ -16,11 +19,16 @@ from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
-from cakekv.errors import BadInput, UnsupportedEngine
+from cakekv.errors import BadInput, StoreError, UnsupportedEngine
+from cakekv.executor import Executor, check
+from cakekv.forks import on_fork
 from cakekv.keys import Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
-from cakekv.options import Options, check_options
+from cakekv.logs import emit
+from cakekv.options import Answering, Options, check_kinds, check_options, patience, queue_bytes
+from cakekv.prompt import Prompt
+from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode
@@ -28,7 +36,7 @@ from cakekv.restore.priority import Policy, open_policy
 from cakekv.restore.report import RestoreReport
 from cakekv.restorer import Arms, OnProgress, Progress, Restorer
 from cakekv.results import Generation, Prefill
-from cakekv.save.saver import Saver, SaveReport
+from cakekv.save.saver import SAVE_QUEUE_BYTES, Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 from cakekv.stored import Found, StoredPrefixes
@@ -39,11 +47,42 @@ if TYPE_CHECKING:
 
 __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 
-Prompt = str | Sequence[int]
-Stores = Store | str | Sequence[Store | str] | None
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+Stores = Store | str | os.PathLike[str] | Sequence[Store | str | os.PathLike[str]] | None
+
+_LOG = logging.getLogger(__name__)
 
 LOOKUP_DEADLINE_S = 2.0
 """Seconds that a tier may take to say what it holds of a prompt."""
+
+
+def _handed_over(
+    method: Callable[Concatenate[Cake, Parameters], Result],
+) -> Callable[Concatenate[Cake, Parameters], Result]:
+    """Have a method of `Cake` run where its caller's interrupts do not reach it; see `cakekv.executor`."""
+
+    @wraps(method)
+    def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return self._run(lambda: method(self, *arguments, **options))
+
+    return run
+
+
+def _awaited(
+    method: Callable[Concatenate[Cake, Parameters], Result],
+) -> Callable[Concatenate[Cake, Parameters], Coroutine[Any, Any, Result]]:
+    """A method that was handed over, for asyncio."""
+    inner = unwrap(method)
+
+    @wraps(method)
+    async def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await self._executor.arun(self._call(lambda: inner(self, *arguments, **options)))
+
+    run.__name__ = f"a{method.__name__}"
+    run.__doc__ = f"As `{method.__name__}`, for asyncio: the loop goes on meanwhile, and cancelling ends the work."
+    return run
 
 
 class Cake:
@@ -74,6 +113,9 @@ class Cake:
     deadline_s : float
         Seconds that a tier may take for one chunk: one that has not arrived by then is computed, and a tier that has
         not taken one by then is not waited for. Look-ups get no more than 2 s.
+    save_queue : int or str
+        Memory that what waits to be saved may keep, in bytes or such as "1GB"; a prompt waits for room, but not for a
+        store that hangs. A chunk keeps its prompt's whole cache, or a copy of itself if little of that is to be saved.
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
         "two_plane"), each load reads as many of them as that allows, given the bandwidth at that moment: all if there
@@ -106,19 +148,26 @@ class Cake:
         policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
         deadline_s: float = 30.0,
+        save_queue: int | str = SAVE_QUEUE_BYTES,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        if not isinstance(engine, Engine):
+            raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
+        check_kinds(tenant=tenant, codec=codec, policy=policy, layered_finish=layered_finish, calibration=calibration)
         self.codec = codec_named(codec) if isinstance(codec, str) else codec
-        check_options(chunk_tokens, max_span_tokens, deadline_s, ttft_target_s, quality_floor, self.codec)
+        check_options(chunk_tokens, max_span_tokens, ttft_target_s, quality_floor, self.codec)
+        chunk_tokens, max_span_tokens = int(chunk_tokens), int(max_span_tokens)  # of any integer type
+        deadline_s, limit = patience(deadline_s), queue_bytes(save_queue)
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
-        given = [store] if isinstance(store, Store | str) else list(store or ())
-        stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
-        self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
+        given = _listed(store)
+        stores = [one if isinstance(one, Store) else open_store(os.fspath(one), metrics) for one in given]
+        self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
         self.chunk_tokens = chunk_tokens
         self.max_span_tokens = max_span_tokens
@@ -136,7 +185,9 @@ class Cake:
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
         self._metrics = metrics
         on_save = metrics.add_save if metrics is not None else None
-        self._saver = Saver(stores[0], coder, staging, deadline_s=deadline_s, on_save=on_save) if stores else None
+        self._saver = (
+            Saver(stores[0], coder, staging, limit, deadline_s=deadline_s, on_save=on_save) if stores else None
+        )
         self._arms = Arms.of(
             engine,
             open_policy(policy) if isinstance(policy, str) else policy,
@@ -151,6 +202,13 @@ class Cake:
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
         self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
+        self._executor = Executor(self._wake)
+        self._is_finished = False
+        self._arguments = arguments
+        self._stale = False
+        """Whether this is the copy of another process's, and was not used since the fork."""
+        self._why_no_stores: list[str] = []
+        on_fork(self)
 
     @classmethod
     def from_pretrained(
@@ -183,31 +241,43 @@ class Cake:
         engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
         return cls(engine, load_tokenizer(os.fspath(model)), store, **options)
 
+    @_handed_over
     def prefill(
-        self, prompt: Prompt, *, mode: Mode = "auto", save: bool = True, on_progress: OnProgress | None = None
+        self,
+        prompt: Prompt,
+        *,
+        mode: Mode = "auto",
+        save: bool = True,
+        on_progress: OnProgress | None = None,
+        room: int = 0,
     ) -> Prefill:
         """Complete a prompt's KV cache, and save what of it was not stored.
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text or token ids.
+        prompt : str, sequence of int, array, tensor, or mapping
+            Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.planner.Restore`.
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None
             Told of every change, from several threads, while everything else waits.
+        room : int
+            For how many more tokens the cache has room, for those who decode by themselves.
 
         Raises
         ------
         BadInput
-            The prompt is empty, too long for the model, or holds tokens it does not know; the mode is unknown.
+            The prompt is none, empty, too long for the model, or holds tokens it does not know; the mode is unknown.
         """
         request = self._arms.arbiter.request(monotonic())
-        token_ids = self._tokens(prompt)
-        return self._restore(request, token_ids, len(token_ids), mode, save, on_progress)
+        notes: list[str] = []
+        token_ids = self._tokens(prompt, notes)
+        capacity = len(token_ids) + whole("room", room, 0)
+        return self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
 
+    @_handed_over
     def generate(
         self,
         prompt: Prompt,
@@ -244,8 +314,8 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text or token ids.
+        prompt
+            As in `prefill`.
         max_new_tokens : int
             Longest answer, in tokens.
         mode, save, on_progress
@@ -262,35 +332,73 @@ class Cake:
         BadInput
             As in `prefill`, or there is no tokenizer, or a sampling parameter is out of range.
         """
-        if self.tokenizer is None:
-            raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        choose = self.engine.sampler(temperature, top_k, top_p, seed)
-        _, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
-        yield from self._tokenizing.pieces(answer)
+        pieces = self._begin(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            save=save,
+            on_progress=on_progress,
+        )
+        while (piece := self._next(pieces)) is not None:
+            yield piece
 
+    aprefill, agenerate = _awaited(prefill), _awaited(generate)
+
+    async def astream(self, prompt: Prompt, **options: Unpack[Answering]) -> AsyncIterator[str]:
+        """As `stream`, for asyncio: the loop goes on meanwhile, and cancelling ends the work.
+
+        Examples
+        --------
+        >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
+        ...     print(piece, end="")
+        """
+        pieces = await self._abegin(prompt, **options)
+        while (piece := await self._anext(pieces)) is not None:
+            yield piece
+
+    @_handed_over
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
 
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
         request = self._arms.arbiter.request(monotonic())
-        token_ids = self._tokens(prompt)
-        _check_mode(mode)
+        token_ids = self._tokens(prompt, [])
+        _check_request(mode, None)
         found = self._stored.lookup(token_ids, [])
         return self._restorer(request, self.engine.new_cache(1), token_ids, found, mode).explain()
 
     def wait_saved(self) -> SaveReport:
-        """Block until everything computed so far is stored; returns the totals of this `Cake`."""
-        return self._saver.wait() if self._saver is not None else SaveReport()
+        """Block until everything computed so far is stored; returns the totals of this `Cake`, also of a closed one."""
+        if self._saver is None or self._stale:
+            return SaveReport()
+        self._check_caller()
+        return self._executor.run(self._saver.wait, though_closed=True)
 
     def close(self) -> None:
-        """Finish saving. Stores that were given as such stay open: they belong to the caller.
+        """Finish what other threads have asked for, and saving. Whatever is asked for later is refused.
+
+        Stores that were given as such stay open: they belong to the caller. May be called again, also after it was
+        interrupted: then it goes on.
 
         Raises
         ------
         CakeError
             The calibration cannot be written.
         """
+        if self._stale:  # saving, and the stores, are the other process's business
+            self._executor.closed = True
+        elif not self._is_finished:
+            self._check_caller()
+            self._executor.close(self._finish)
+
+    def _finish(self) -> None:
+        if self._is_finished:
+            return
         if self._saver is not None:
             self._saver.close()
         try:
@@ -298,6 +406,65 @@ class Cake:
         finally:
             for store in self._own:
                 store.close()
+            self._is_finished = True
+
+    def _run(self, work: Callable[[], Result]) -> Result:
+        """Have a call run by a thread of the executor's; every call that an interrupt may end goes through here."""
+        return self._executor.run(self._call(work))
+
+    def _call(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """What such a thread is to do."""
+        self._check_caller()
+
+        def renewed() -> Result:
+            self._renew()
+            return work()
+
+        return self.engine.carry(renewed)
+
+    def _check_caller(self) -> None:
+        if not self._stale and self._arms.arbiter.teller == get_ident():
+            raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
+
+    def _wake(self) -> None:
+        if not self._stale:
+            self._arms.arbiter.wake()
+
+    def _forked(self) -> None:
+        """This is a child process: threads are gone, locks may be taken, and connections are the parent's."""
+        closed = self._executor.closed
+        self._executor = Executor(self._wake)
+        self._executor.closed = closed
+        self._renewing = Lock()
+        self._stale = True
+
+    def _renew(self) -> None:
+        """In a child process, begin anew."""
+        if not self._stale:
+            return
+        with self._renewing:
+            if not self._stale:
+                return
+            given, why = self._arguments["store"], ""
+            urls = _listed(given)
+            if any(isinstance(url, Store) for url in urls):
+                why = "whose stores were given as objects: give URLs"
+            kept = ("_executor", "_arguments", "_renewing", "_stale")
+            try:
+                fresh = Cake(**self._arguments | {"store": None if why else urls})
+            except StoreError as error:
+                why = f"and its stores cannot be opened again: {error}. Try again"
+                fresh = Cake(**self._arguments | {"store": None})
+            self._inherited = vars(self).copy()  # else connections that the parent uses might be closed
+            vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
+            if why:
+                why = (
+                    "Nothing is loaded or saved here, in a process forked from the one that made this Cake, "
+                    f"{why}, or make the Cake after the fork."
+                )
+                self._why_no_stores = [why]
+                emit(_LOG, logging.WARNING, "forked", reason=why)
+            self._stale = False
 
     def __enter__(self) -> Self:
         return self
@@ -306,6 +473,33 @@ class Cake:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @_handed_over
+    def _begin(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "auto",
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        save: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[str]:
+        """The pieces of an answer, to be computed one by one."""
+        if self.tokenizer is None:
+            raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
+        choose = self.engine.sampler(temperature, top_k, top_p, seed)
+        _, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
+        return self._tokenizing.pieces(answer)
+
+    @_handed_over
+    def _next(self, pieces: Iterator[str]) -> str | None:
+        return next(pieces, None)
+
+    _abegin, _anext = _awaited(_begin), _awaited(_next)
 
     def _restorer(
         self,
@@ -340,11 +534,11 @@ class Cake:
         on_progress: OnProgress | None,
     ) -> tuple[Prefill, Iterator[int]]:
         request = self._arms.arbiter.request(monotonic())
-        if max_new_tokens < 1:
-            raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        token_ids = self._tokens(prompt)
+        whole("max_new_tokens", max_new_tokens, 1)
+        notes: list[str] = []
+        token_ids = self._tokens(prompt, notes)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress)
+        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
         return prefill, self._decode(request, prefill, choose, max_new_tokens, capacity)
 
     def _decode(
@@ -358,12 +552,13 @@ class Cake:
             yield token
             if position == capacity:
                 break
+            check()
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        token_ids = self._tokenizing.tokens(prompt)
+    def _tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
+        token_ids = self._tokenizing.tokens(prompt, notes)
         self.engine.check_prompt(token_ids)
         return token_ids
 
@@ -375,13 +570,14 @@ class Cake:
         mode: Mode,
         save: bool,
         on_progress: OnProgress | None,
+        notes: list[str],
     ) -> Prefill:
-        _check_mode(mode)
-        notes: list[str] = []
-        looked_up = monotonic()
+        _check_request(mode, on_progress)
+        notes += self._why_no_stores
+        looked_up, said = monotonic(), len(notes)
         found = self._stored.lookup(token_ids, notes)
         lookup_s = monotonic() - looked_up
-        if not any(found.holders) and not notes:
+        if not any(found.holders) and len(notes) == said:
             notes += self._stored.why_nothing()
         cache = self.engine.new_cache(capacity)
         on_span = partial(self._stored.save, cache, found.keys if save else [])
@@ -399,6 +595,20 @@ class Cake:
         return Prefill(token_ids, cache, logits, report)
 
 
-def _check_mode(mode: str) -> None:
+def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:
+    given = [store] if isinstance(store, Store | str | os.PathLike) else () if store is None else store
+    odd: list[object] = (
+        [one for one in given if not isinstance(one, Store | str | os.PathLike)]
+        if isinstance(given, list | tuple)
+        else [given]
+    )
+    if odd:
+        raise BadInput(f"store must be a Store, a URL, a path, or a list of them, not of type {type(odd[0]).__name__}")
+    return list(given)
+
+
+def _check_request(mode: str, on_progress: object) -> None:
     if mode not in MODES:
         raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    if on_progress is not None and not callable(on_progress):
+        raise BadInput(f"on_progress must be a function that takes a Progress, not {on_progress!r:.60}")

@@ -1,9 +1,11 @@
-"""Sizes, bandwidths and durations as people write them: "10GB", "7Gbps", "2ms"."""
+"""Sizes, bandwidths and durations as people write them ("10GB", "7Gbps", "2ms"), and numbers as callers give them."""
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
+from numbers import Integral, Real
 
 from cakekv.errors import BadInput
 
@@ -118,6 +120,36 @@ def parse_switch(text: str) -> bool:
     if text not in ("true", "false"):
         raise BadInput(f'{text!r} is neither "true" nor "false"')
     return text == "true"
+
+
+def whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    """An argument that must be a whole number, of any integer type.
+
+    Raises
+    ------
+    BadInput
+        It is not one (a bool is none), or out of range.
+    """
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < least or (most is not None and number > most):
+        until = "on" if most is None else f"to {most}"
+        raise BadInput(f"{name} must be a whole number from {least} {until}, not {value!r}")
+    return number
+
+
+def real(name: str, value: object, least: float, most: float = math.inf) -> float:
+    """An argument that must be a number, of any real type.
+
+    Raises
+    ------
+    BadInput
+        It is not one (a bool is none), or out of range.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not least <= number <= most:
+        until = "on" if most == math.inf else f"to {most:g}"
+        raise BadInput(f"{name} must be a number from {least:g} {until}, not {value!r}")
+    return number
 
 
 def format_bytes(size: int) -> str:

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from threading import get_ident
 from time import monotonic
 from typing import Generic, NamedTuple, Self
 
 from cakekv.arbiter import Arbiter, Request
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Cache, Engine, Logits
+from cakekv.executor import LOOK_S, check
 from cakekv.keys import ChunkKey
 from cakekv.load.loader import Loader, Loading
 from cakekv.load.pieces import layer_groups, levels_of
@@ -46,8 +49,8 @@ OnProgress = Callable[[Progress], None]
 
 _LAST_LOADS_S = 0.3
 """Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
-_LOOK_S = 0.2
-"""Seconds after which a layer that waits looks for loads that are late."""
+_LONGEST_WAIT_S = 3600.0
+"""After this long, whoever waits for a load looks again, however patient the deadline is."""
 
 
 class _LoadLost(Exception):
@@ -225,6 +228,7 @@ class Restorer(Generic[Cache, Logits]):
                 if self._loads:
                     loader.open(self._loading)
             while True:
+                check()
                 with arbiter.lock:
                     arbiter.take(request)
                     self._loading.raise_crash()
@@ -233,19 +237,28 @@ class Restorer(Generic[Cache, Logits]):
                     if isinstance(answer, Wait):
                         arbiter.give_back(request)
                         loader.check_late(monotonic())
-                        request.woken.wait(max(0.0, answer.until - monotonic()))
+                        request.woken.wait(min(max(0.0, answer.until - monotonic()), _LONGEST_WAIT_S))
                         continue
                     loader.wake()
                 if answer is None:
-                    assert logits is not None, "the last position is always computed"
-                    return logits
+                    break
                 logits = self._compute(answer)
                 with arbiter.lock:
                     arbiter.give_back(request, asks_again=True)
-        finally:
-            with arbiter.lock:
-                loader.close(self._loading)
-                arbiter.close(request)
+        except BaseException:
+            self._end()
+            self.release()  # a load that hangs in its tier would keep the cache
+            raise
+        self._end()
+        assert logits is not None, "the last position is always computed"
+        return logits
+
+    def _end(self) -> None:
+        with self._arbiter.lock:
+            try:
+                self._arms.loader.close(self._loading)
+            finally:
+                self._arbiter.close(self._request)
 
     def _compute(self, span: Span) -> Logits | None:
         """Compute a span; None if it had to be given up."""
@@ -266,11 +279,13 @@ class Restorer(Generic[Cache, Logits]):
                 self._loading.parts.pop(chunk, None)
             self._tell()
             self._arms.loader.wake()
+        check()  # who was interrupted may have changed the model since
         self._on_span(self, span)
         return logits
 
     def _gate(self, layer: int) -> None:
         """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
+        check()
         group = self._group_of[layer]
         with self._arbiter.lock:
             if self._restore.layer_ready(group):
@@ -278,11 +293,12 @@ class Restorer(Generic[Cache, Logits]):
             began = monotonic()
             self._arbiter.give_back(self._request)
             while not self._restore.layer_ready(group):
+                check()
                 self._loading.raise_crash()
                 self._arms.loader.check_late(monotonic())
                 if self._restore.lost:
                     raise _LoadLost
-                self._request.woken.wait(_LOOK_S)
+                self._request.woken.wait(LOOK_S)
             self._arbiter.take(self._request)
             self._waited_s += monotonic() - began
 
@@ -305,6 +321,12 @@ class Restorer(Generic[Cache, Logits]):
     def is_missing(self, chunk: int) -> bool:
         """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""
         return not self._restore.coverage.holders[chunk]
+
+    @cached_property
+    def missing_chunks(self) -> int:
+        """How many full chunks of the prompt no tier can deliver, as far as was known when this was first asked."""
+        full = self.prompt_tokens // self._restore.chunk_tokens
+        return sum(not held for held in self._restore.coverage.holders[:full])
 
     def report(self) -> RestoreReport:
         """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
@@ -366,14 +388,18 @@ class Restorer(Generic[Cache, Logits]):
             return
         restore = self._restore
         latest = restore.latest
-        self._on_progress(
-            Progress(
-                restore.mode,
-                restore.prompt_tokens,
-                restore.prefix_tokens,
-                latest.front,
-                latest.back,
-                restore.coverage.bands(),
-                monotonic() - self._request.arrived_s,
+        self._arbiter.teller = get_ident()
+        try:
+            self._on_progress(
+                Progress(
+                    restore.mode,
+                    restore.prompt_tokens,
+                    restore.prefix_tokens,
+                    latest.front,
+                    latest.back,
+                    restore.coverage.bands(),
+                    monotonic() - self._request.arrived_s,
+                )
             )
-        )
+        finally:
+            self._arbiter.teller = None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cakekv.quantities import whole
 from cakekv.restore.report import RestoreReport
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 
 @dataclass
@@ -17,7 +21,7 @@ class Prefill:
     token_ids : list of int
         The prompt.
     cache : object
-        The engine's cache, covering the prompt.
+        The engine's cache, covering the prompt, with the room that was asked for behind it.
     logits : object
         Of the prompt's last token, shape (vocabulary,).
     report : RestoreReport
@@ -28,6 +32,31 @@ class Prefill:
     cache: Any
     logits: Any
     report: RestoreReport
+
+    def dynamic_cache(self, tokens: int | None = None) -> DynamicCache:
+        """A copy of the cache as transformers' own `DynamicCache`, for its `generate` or a forward of the model.
+
+        Parameters
+        ----------
+        tokens : int or None
+            How many of the prompt's tokens it covers. None: all but the last, because `generate` computes at least one
+            of those it is given, and would compute them all again, behind themselves, if the cache covered all.
+
+        Raises
+        ------
+        BadInput
+            There are not so many, or the model has layers with a window, of which the restore left out what only a
+            token before the last would see.
+
+        Examples
+        --------
+        >>> prefill = cake.prefill(token_ids)                                            # doctest: +SKIP
+        >>> inputs = torch.tensor([prefill.token_ids])                                   # doctest: +SKIP
+        >>> model.generate(inputs, past_key_values=prefill.dynamic_cache(), num_beams=4)  # doctest: +SKIP
+        """
+        length = len(self.token_ids)
+        covered = length - 1 if tokens is None else whole("tokens", tokens, 0, length)
+        return self.cache.dynamic_cache(covered)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from cakekv.keys import ChunkKey, Identity, chunk_keys
 from cakekv.load.lookup import Lookup
 from cakekv.restore.planner import Span
 from cakekv.restorer import Restorer
-from cakekv.save.saver import Saver
+from cakekv.save.saver import Saver, Source
 from cakekv.store.base import Store
 
 
@@ -92,12 +91,13 @@ class StoredPrefixes:
             return
         self._introduce(self._saver)
         tokens = self._coder.exact.tokens
+        source = Source(cache, self._engine.held_bytes(cache), restorer.missing_chunks)
         for chunk in range(span.start // tokens, min((span.start + span.tokens) // tokens, len(keys))):
             if restorer.is_missing(chunk):
                 start = chunk * tokens
-                with restorer.lent() if self._saver.full else nullcontext():
-                    gather = partial(self._engine.gather, cache, start, tokens)
-                    self._saver.save(keys[chunk], start, gather, exact=self._is_recent(chunk, restorer.prompt_tokens))
+                gather = partial(self._engine.gather, cache, start, tokens)
+                exact = self._is_recent(chunk, restorer.prompt_tokens)
+                self._saver.save(keys[chunk], start, gather, exact, source, restorer.lent)
 
     def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
         """Whether tokens of the chunk are in the window that the codec keeps exact."""

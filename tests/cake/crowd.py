@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -20,12 +21,14 @@ from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
 
 CHUNK = 16
+REQUEST = ContextVar("REQUEST", default="")
+"""Name of the request that is served."""
 WAIT_S = 60.0
 """A safety net: what is waited for happens in milliseconds."""
 
 
 class Watched(Poisoned):
-    """Knows who computes: `spans` are (thread, first position, tokens). Calls `before` with each."""
+    """Knows who computes: `spans` are (request, first position, tokens). Calls `before` with each."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -35,7 +38,7 @@ class Watched(Poisoned):
         self.buffers = 0
 
     def compute(self, cache: Any, token_ids: Any, start: int, gate: Any = None) -> torch.Tensor:
-        name = threading.current_thread().name
+        name = REQUEST.get()
         self.spans.append((name, start, len(token_ids)))
         self.before(*self.spans[-1])
         return super().compute(cache, token_ids, start, gate)
@@ -73,10 +76,11 @@ class Watching(MemoryStore):
 
 
 def start(name: str, call: Callable[[], Any]) -> Future[Any]:
-    """Run a request in a thread of this name."""
+    """Run a request of this name in a thread of its own."""
     future: Future[Any] = Future()
 
     def run() -> None:
+        REQUEST.set(name)
         try:
             future.set_result(call())
         except BaseException as error:

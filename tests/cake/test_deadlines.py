@@ -102,7 +102,7 @@ def test_a_tier_that_hangs_in_writing_holds_nobody_up(
     with hanging(inner, "write.hang:1") as store:
         with Cake(engine, store=store, chunk_tokens=CHUNK, deadline_s=DEADLINE_S) as cake:
             assert cake._saver is not None
-            cake._saver._queue.maxsize = 4
+            cake._saver.limit = 4 * cake._coder.exact.total_bytes
             assert restore(cake, prompt).token_ids == expected
             saved = cake.wait_saved()
             assert saved.failed_chunks == CHUNKS
@@ -165,9 +165,10 @@ def test_other_operations_that_hang(
         store.well.set()
 
 
-def test_a_deadline_is_positive(engine: TransformersEngine) -> None:
+@pytest.mark.parametrize("deadline_s", [0, -1, float("nan"), float("-inf"), True, "30", None, [1.0]])
+def test_a_deadline_is_a_positive_number(engine: TransformersEngine, deadline_s: Any) -> None:
     with pytest.raises(BadInput, match="deadline_s"):
-        Cake(engine, deadline_s=0)
+        Cake(engine, deadline_s=deadline_s)
 
 
 # A real server that is stopped
@@ -229,3 +230,19 @@ def test_a_server_stopped_in_mid_restore(
             assert answer.report.miss_reasons()["late"] > 0
         go_on()
         loads_again(cake, prompt)
+
+
+@pytest.mark.parametrize("deadline_s", [float("inf"), 1e300, 1e10, 10**400, 7])
+def test_a_deadline_may_be_as_long_as_one_likes(
+    engine: TransformersEngine, prompt: list[int], filled: MemoryStore, expected: list[int], deadline_s: float
+) -> None:
+    """Also where something has to be waited for."""
+    with (
+        FaultyStore(filled, parse_faults("seed:1,slow:1,slow_s:30ms")) as store,
+        Cake(engine, store=store, chunk_tokens=CHUNK, max_span_tokens=CHUNK, deadline_s=deadline_s) as cake,
+    ):
+        answer = restore(cake, prompt, mode="load")
+        assert answer.token_ids == expected
+        assert answer.report.loaded_tokens == CHUNKS * CHUNK
+        cake.prefill(prompt[1:])
+        assert cake.wait_saved().failed_chunks == 0

@@ -205,7 +205,7 @@ def test_ctrl_c_in_mid_restore_leaves_the_store_whole(
         with pytest.raises(KeyboardInterrupt):
             answer(engine, disk, prompt, mode="both")
     for thread in threading.enumerate():
-        if thread.name.startswith("cakekv-load"):
+        if thread.name.startswith("cakekv"):
             thread.join(10)
     assert threading.active_count() <= before
     for file in disk.path.glob("chunks/*/*.chunk"):

@@ -58,3 +58,74 @@ def test_set_length_moves_every_layer_that_stores() -> None:
 def test_a_cache_that_no_memory_holds_is_refused() -> None:
     with pytest.raises(BadInput, match="no memory for a KV cache"):
         TwoEndedCache([LayerShape(*SAME, None)], 1 << 45, CPU)
+
+
+def states(tokens: int, sequences: int = 1) -> list[torch.Tensor]:
+    return [torch.randn(sequences, plane.heads, tokens, plane.width) for plane in SAME]
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
+    (layer,) = TwoEndedCache([LayerShape(*SAME, None)], 10, CPU).stored
+    layer.update(*states(10))
+    before = layer.keys.clone()
+    for tokens in (1, 5):
+        with pytest.raises(BadInput, match=f"room for 10 tokens: {tokens} more do not fit behind the 10.*room=N"):
+            layer.update(*states(tokens))
+    assert (layer.length, layer.keys.equal(before)) == (10, True)
+
+
+def test_it_holds_one_sequence_and_no_gradients() -> None:
+    (layer,) = TwoEndedCache([LayerShape(*SAME, None)], 10, CPU).stored
+    for refused in (
+        lambda: layer.update(*states(1, sequences=2)),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.batch_select_indices(torch.tensor([0])),
+        lambda: layer.reorder_cache(torch.tensor([0])),
+    ):
+        with pytest.raises(BadInput, match="one sequence.*dynamic_cache"):
+            refused()
+    keys, values = states(1)
+    with pytest.raises(BadInput, match="no_grad"):
+        layer.update(keys.requires_grad_(), values)
+    assert layer.length == 0
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_keys_and_values_are_what_the_next_token_sees(window: int | None) -> None:
+    (ours,) = TwoEndedCache([LayerShape(*SAME, window)], 20, CPU).stored
+    theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+    for tokens in (2, 5, 1):
+        new = states(tokens)
+        ours.update(*new)
+        theirs.update(*new)
+        assert ours.keys.equal(theirs.keys)
+        assert ours.values.equal(theirs.values)
+
+
+def test_crop_forgets_the_last_tokens() -> None:
+    cache = TwoEndedCache([LayerShape(*SAME, None), None, LayerShape(*SAME, 4)], 20, CPU)
+    for layer in cache.stored:
+        layer.update(*states(12))
+    kept = [layer.keys.clone() for layer in cache.stored]
+    for layer in cache.stored:
+        layer.update(*states(3))
+    cache.crop(-3)
+    assert [layer.keys.equal(keys) for layer, keys in zip(cache.stored, kept, strict=True)] == [True, True]
+    for wrong in (5, -13):
+        with pytest.raises(BadInput, match=rf"crop\({wrong}\) of 12 tokens"):
+            cache.crop(wrong)
+
+
+def test_a_window_goes_back_no_further_than_what_was_loaded() -> None:
+    cache = TwoEndedCache([LayerShape(*SAME, None), LayerShape(*SAME, 4)], 20, CPU)
+    cache.set_length(11)  # a suffix begins here, which sees the positions from 8 on; earlier ones may not be there
+    for layer in cache.stored:
+        layer.update(*states(2))
+    assert cache.dynamic_cache(11).get_seq_length() == 11
+    for refused in (lambda: cache.dynamic_cache(10), lambda: cache.crop(-3)):
+        with pytest.raises(BadInput, match=r"cannot be cut to 10: .* window of 4 only the positions from 8 .*prefill"):
+            refused()
+    cache.set_length(13)
+    assert cache.dynamic_cache(12).get_seq_length() == 12, "going on where it ended takes nothing away"
+    with pytest.raises(BadInput, match="cannot be cut to 14"):
+        cache.dynamic_cache(14)

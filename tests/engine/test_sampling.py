@@ -50,6 +50,14 @@ def test_a_seed_repeats_itself() -> None:
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": None}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": "1"}, "top_p"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -62,3 +70,18 @@ def test_damaged_logits() -> None:
         choose_token(torch.tensor([0.0, float("nan")]))
     with pytest.raises(BadInput, match="shape"):
         choose_token(torch.zeros(1, 4))
+    with pytest.raises(BadInput, match="infinity"):
+        choose_token(torch.tensor([0.0, float("inf")]), temperature=1.0)
+    with pytest.raises(BadInput, match="infinity"):
+        choose_token(torch.full((3,), -float("inf")), temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 1e-300])
+def test_however_low_the_temperature_is(temperature: float) -> None:
+    assert set(drawn(temperature=temperature)) == {0}
+
+
+def test_tokens_that_are_ruled_out_are_never_drawn_and_k_may_exceed_the_vocabulary() -> None:
+    logits = torch.tensor([0.0, -float("inf"), 0.0])
+    generator = torch.Generator().manual_seed(0)
+    assert {choose_token(logits, 1.0, top_k=10**30, generator=generator) for _ in range(100)} == {0, 2}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
+Result = TypeVar("Result")
 
 
 Gate = Callable[[int], None]
@@ -115,6 +116,17 @@ class Engine(ABC, Generic[Cache, Logits]):
         BadInput
             It is empty, longer than the context, or holds a token id outside the vocabulary.
         """
+
+    def held_bytes(self, cache: Cache) -> int | None:
+        """Memory that is free again once the cache is let go of; None if that cannot be told."""
+        return None
+
+    def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """The same work, to be done in another thread as it would be in this one.
+
+        Some libraries keep settings per thread; those that the model's computing depends on go with the work.
+        """
+        return work
 
     @abstractmethod
     def sampler(

@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cakekv.engine.versions import Cache, CacheLayerMixin, DummyLayer
+from cakekv.engine.versions import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from cakekv.errors import BadInput
+from cakekv.executor import check
 from cakekv.layout import LayerLayout, PlaneLayout
 from cakekv.quantities import format_bytes
 
@@ -57,22 +65,28 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     ----------
     length : int
         The next forward writes at this position and may read every position below it that its window shows.
+    keys, values : Tensor
+        What the next token will see, (1, heads, tokens, width): a view.
     regions : list of Tensor
         The layer's memory, each (heads, capacity, width). One after the other, the bytes of [:, start:end] are a
         segment, as `KVLayout.segment_bytes` lays it out. Keys and values of one shape share a region, so that a
         segment is placed with a single copy.
+    kept_from : int
+        Every position from here to `length` is there. With a window, those before it may never have been loaded.
     token_bytes : int
         Bytes of one token.
     before_read : callable
         Called before a span reads the layer; returns once what it may see is there.
     """
 
-    def __init__(self, shape: LayerShape, regions: list[torch.Tensor]) -> None:
-        super().__init__()
+    is_croppable = True
+
+    def __init__(self, shape: LayerShape, regions: list[torch.Tensor]) -> None:  # the base class's sets keys and values
         self.window = shape.window
         self.regions = regions
         self.capacity = regions[0].shape[1]
         self.length = 0
+        self.kept_from = 0
         self.before_read: Callable[[], None] = _go_on
         self.is_sliding = self.window is not None
         self.is_initialized = True
@@ -87,9 +101,24 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a span's keys and values behind what is covered, and return all that the span may see."""
+        """Write a span's keys and values behind what is covered, and return all that the span may see.
+
+        Raises
+        ------
+        BadInput
+            They do not fit, are of several sequences, or belong to a graph of gradients. Nothing was written.
+        """
         self.before_read()
         first, end = self._first_visible(), self.length + key_states.shape[-2]
+        if key_states.shape[0] != 1:
+            raise BadInput(f"this cache holds one sequence, not {key_states.shape[0]}: {_INSTEAD}")
+        if end > self.capacity:
+            raise BadInput(
+                f"this cache has room for {self.capacity} tokens: {end - self.length} more do not fit behind the "
+                f"{self.length} that it holds. Ask for room with Cake.prefill(prompt, room=N), or {_INSTEAD}"
+            )
+        if key_states.requires_grad:
+            raise BadInput("this cache keeps no gradients: call the model under torch.no_grad()")
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.length = end
@@ -108,17 +137,92 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Capacity in tokens."""
         return self.capacity
 
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._keys[:, :, self._first_visible() : self.length]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._values[:, :, self._first_visible() : self.length]
+
     def reset(self) -> None:
         """Forget what is covered."""
-        self.length = 0
+        self.length = self.kept_from = 0
 
-    def _first_visible(self) -> int:
-        """The lowest position that a query at `length` sees."""
-        return 0 if self.window is None else max(0, self.length - self.window + 1)
+    def go_to(self, length: int) -> None:
+        """Go on at `length`; all that is visible from there is covered."""
+        first = self._first_visible(length)
+        self.kept_from = first if length > self.length else min(first, self.kept_from)
+        self.length = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            How many, as a negative number or 0: as for transformers' own layers.
+
+        Raises
+        ------
+        BadInput
+            There are not so many, or what would be visible then was never loaded.
+        """
+        length = self.length + tokens_to_remove
+        if tokens_to_remove > 0 or length < 0:
+            raise BadInput(f"crop({tokens_to_remove}) of {self.length} tokens: give minus how many to remove")
+        self.check_kept(length)
+        self.length = length
+
+    def check_kept(self, length: int) -> None:
+        """Refuse to go on at `length` if what is visible from there may not be there.
+
+        Raises
+        ------
+        BadInput
+            It may not.
+        """
+        if not length <= self.length or self._first_visible(length) < self.kept_from:
+            raise BadInput(
+                f"a cache of {self.length} tokens cannot be cut to {length}: of layers with a window of {self.window} "
+                f"only the positions from {self.kept_from} on are there. Use Cake.prefill(token_ids[:{length}])"
+            )
+
+    def dynamic(self, length: int) -> DynamicLayer:
+        """A copy of the first `length` tokens, as transformers' own layer for them."""
+        first = self._first_visible(length)
+        keys, values = (plane[:, :, first:length].clone() for plane in (self._keys, self._values))
+        layer = DynamicLayer() if self.window is None else DynamicSlidingWindowLayer(self.window)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if self.window is not None:
+            layer.cumulative_length = length
+        return layer
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused, like `batch_select_indices` and `reorder_cache`: there is one sequence."""
+        raise BadInput(f"this cache holds one sequence: {_INSTEAD}")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As `batch_repeat_interleave`."""
+        raise BadInput(f"this cache holds one sequence: {_INSTEAD}")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """As `batch_repeat_interleave`."""
+        raise BadInput(f"this cache holds one sequence: {_INSTEAD}")
+
+    def _first_visible(self, length: int | None = None) -> int:
+        """The lowest position that a query at `length` (at the layer's, if not given) sees."""
+        length = self.length if length is None else length
+        return 0 if self.window is None else max(0, length - self.window + 1)
+
+
+_INSTEAD = "give transformers' generate() what Prefill.dynamic_cache() returns"
 
 
 def _go_on() -> None:
-    """Nothing to wait for."""
+    """Nothing to wait for. Layer by layer, a span ends soon if nobody wants it any more."""
+    check()
 
 
 class Stack(NamedTuple):
@@ -136,7 +240,49 @@ class Stack(NamedTuple):
     regions: list[NDArray[np.uint8]]
 
 
-class TwoEndedCache(Cache):  # type: ignore[misc]
+class _Restored(Cache):  # type: ignore[misc]
+    """Refuses what transformers' assisted decoding does with a cache that is not empty.
+
+    Its first forward gets all the tokens that it was given, and those that the cache has would come twice.
+    """
+
+    _assists = False
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding begins."""
+        super().activate_past_recording()
+        self._assists = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's. Raises `BadInput` if these may be all tokens once more."""
+        covered = self.layers[layer_idx].get_seq_length()
+        if self._assists and 0 < covered < key_states.shape[-2]:
+            raise BadInput(
+                f"assisted decoding computes all tokens that it is given, but the cache has {covered} of them: give it "
+                f"the others, input_ids[:, {covered}:], and attention_mask=torch.ones_like(input_ids) for all"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class RestoredCache(_Restored, DynamicCache):  # type: ignore[misc]
+    """What `Prefill.dynamic_cache` returns: transformers' own cache, for as many sequences as go on from its prefix.
+
+    They may be beams, or a batch of prompts that begin alike.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's."""
+        layer, sequences = self.layers[layer_idx], key_states.shape[0]
+        if layer.keys.shape[0] == 1 < sequences:
+            layer.batch_repeat_interleave(sequences)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class TwoEndedCache(_Restored):
     """The layers of a model, for one sequence, to be passed to its forward as its cache.
 
     Parameters
@@ -182,16 +328,33 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
             self.stacks.append(Stack(len(self.stored), [region.view(torch.uint8).numpy() for region in joint]))
             memory = [region.unbind() for region in joint]
         else:
-            memory = [
-                [torch.empty(size, dtype=plane.dtype, device=device) for _ in shapes]
-                for size, plane in zip(sizes, planes, strict=True)
-            ]
+            try:
+                memory = [
+                    [torch.empty(size, dtype=plane.dtype, device=device) for _ in shapes]
+                    for size, plane in zip(sizes, planes, strict=True)
+                ]
+            except RuntimeError as error:  # torch's OutOfMemoryError is one
+                raise _no_memory(len(shapes) * self.capacity * shapes[0].layout.token_bytes) from error
         self.stored += [TwoEndedLayer(shape, list(regions)) for shape, *regions in zip(shapes, *memory, strict=True)]
 
     def set_length(self, length: int) -> None:
         """Say that the next forward begins at `length` and that all it can see below is covered."""
         for layer in self.stored:
-            layer.length = length
+            layer.go_to(length)
+
+    def dynamic_cache(self, length: int) -> RestoredCache:
+        """A copy of the first `length` tokens as transformers' own cache, which grows, and holds beams and batches.
+
+        Raises
+        ------
+        BadInput
+            The cache does not hold so many, or layers with a window do not have what would be visible from there.
+        """
+        for layer in self.stored:
+            layer.check_kept(length)
+        cache = RestoredCache()
+        cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
+        return cache
 
     @contextmanager
     def gated(self, gate: Callable[[int], None]) -> Iterator[None]:
@@ -210,9 +373,15 @@ def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     length = math.prod(size) * dtype.itemsize
     try:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise BadInput(f"there is no memory for a KV cache of {format_bytes(length)}: shorten the prompt") from error
+    except (OSError, OverflowError) as error:
+        raise _no_memory(length) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(size)).view(size)
+
+
+def _no_memory(length: int) -> BadInput:
+    return BadInput(
+        f"there is no memory for a KV cache of {format_bytes(length)}: shorten the prompt, or ask for fewer new tokens"
+    )

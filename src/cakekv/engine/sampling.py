@@ -7,6 +7,7 @@ import math
 import torch
 
 from cakekv.errors import BadInput
+from cakekv.quantities import real, whole
 
 
 def choose_token(
@@ -34,7 +35,7 @@ def choose_token(
     Raises
     ------
     BadInput
-        A setting is out of range, or the logits hold a NaN.
+        A setting is out of range, or the logits hold a NaN, or an infinity to sample by.
     """
     if logits.ndim != 1 or not logits.numel():
         raise BadInput(f"logits must have shape (vocabulary,), not {tuple(logits.shape)}")
@@ -44,8 +45,14 @@ def choose_token(
     if temperature == 0:
         return int(logits.argmax())
 
-    ranked, tokens = (logits.float() / temperature).sort(descending=True, stable=True)
-    ranked = ranked[:top_k]
+    logits = logits.float()
+    best = logits.max()
+    if not bool(best.isfinite()):
+        raise BadInput("the logits hold an infinity: the model's weights or its KV cache are damaged")
+    # So that none becomes infinite, however low the temperature; what softmax gives is the same.
+    scaled = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
+    ranked, tokens = scaled.sort(descending=True, stable=True)
+    ranked = ranked[: None if top_k is None else min(top_k, len(ranked))]
     probabilities = ranked.softmax(dim=0)
     if top_p is not None:
         before = probabilities.cumsum(dim=0) - probabilities
@@ -55,9 +62,9 @@ def choose_token(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise `BadInput` if a setting of `choose_token` is out of range."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise BadInput(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BadInput(f"top_p must be above 0 and at most 1, not {top_p}")
+    if real("temperature", temperature, 0.0) == math.inf:
+        raise BadInput("temperature must be 0 (greedy) or a positive number, not inf")
+    if top_k is not None:
+        whole("top_k", top_k, 1)
+    if top_p is not None and real("top_p", top_p, 0.0, 1.0) == 0:
+        raise BadInput("top_p must be above 0 and at most 1, not 0")

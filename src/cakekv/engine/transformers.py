@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, Gate
+from cakekv.engine.base import Engine, Gate, Result
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
 from cakekv.engine.rotation import find_rotations
@@ -27,11 +27,20 @@ from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, UnsupportedEngine, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.quantities import whole
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
     from cakekv.codec.coder import ChunkCoder
     from cakekv.codec.on_device import DeviceDecoder
+
+
+_GIVE_A_FOLDER = "give a folder with config.json and safetensors files"
+_FILE_ADVICE = {
+    ".gguf": "GGUF is llama.cpp's format, which is not read here. Give the folder or the name of the model that it was "
+    "made from; or convert it, by AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW), "
+    "and the same with AutoTokenizer"
+}
 
 
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
@@ -114,7 +123,10 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if folder.is_dir():
             source = str(folder)
             if not (folder / "config.json").is_file():
-                raise BadInput(f"the folder {source} holds no model: it has no config.json")
+                advice = _FILE_ADVICE[".gguf"] if any(folder.glob("*.gguf")) else _GIVE_A_FOLDER
+                raise BadInput(f"the folder {source} holds no model, because it has no config.json: {advice}")
+        elif folder.is_file():
+            raise BadInput(f"{source} is a file: {_FILE_ADVICE.get(folder.suffix.lower(), _GIVE_A_FOLDER)}")
         elif folder.is_absolute() or source.startswith((".", "~")):
             raise BadInput(f"there is no model folder {source}")
         try:
@@ -233,6 +245,30 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.staging`."""
         return self._transfer.staging(size)
 
+    def held_bytes(self, cache: TwoEndedCache) -> int:
+        """As `Engine.held_bytes`."""
+        return sum(region.nbytes for layer in cache.stored for region in layer.regions)
+
+    def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """As `Engine.carry`: the number of torch's threads, autocast, and the current stream."""
+        threads, kind = torch.get_num_threads(), self.device.type
+        settings: list[Callable[[], AbstractContextManager[Any]]] = []
+        if kind == "cuda":
+            settings.append(partial(torch.cuda.stream, torch.cuda.current_stream(self.device)))
+        if torch.is_autocast_enabled(kind):
+            cached = torch.is_autocast_cache_enabled()
+            settings.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=cached))
+
+        def carried() -> Result:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            with ExitStack() as stack:
+                for setting in settings:
+                    stack.enter_context(setting())
+                return work()
+
+        return carried
+
     def sampler(
         self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
     ) -> Callable[[torch.Tensor], int]:
@@ -242,7 +278,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed)
+            generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
         return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
 
     @property
@@ -262,19 +298,38 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 def context_length(config: Any) -> int:
     """Tokens that a model can have in its context; `sys.maxsize` if its positions have no end (ALiBi).
 
-    LongRoPE turns the keys of *all* positions differently once a prompt is longer than the model's original context,
-    so that what is stored for a short prompt would be wrong for a long one. Such a model is used within its original
-    context only.
+    A scaling of RoPE that turns a key alike in every prompt takes the context as far as it reaches: YaRN to `factor`
+    times the original context, also where `max_position_embeddings` was left as it was, as model cards have it; linear
+    scaling to `factor` times `max_position_embeddings`, unless layers differ in their RoPE (Gemma 3), where that is the
+    scaled context already; Llama 3's to `factor` times the original context, if the configuration states that one.
+
+    LongRoPE and dynamic scaling turn the keys of *all* positions differently once a prompt is longer than the original
+    context, so that what is stored for a short prompt would be wrong for a long one. Such a model is used within its
+    original context only.
     """
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
     limits = [limit for name in names if (limit := getattr(text, name, None))]
-    length = int(limits[0]) if limits else sys.maxsize
+    if not limits:
+        return sys.maxsize
+    stated = int(limits[0])
     rope = getattr(text, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
-            length = min(length, int(parameters["original_max_position_embeddings"]))
-    return length
+    by_layer = [parameters for parameters in rope.values() if isinstance(parameters, dict)]
+    reaches = [_reach(parameters, stated, same_everywhere=not by_layer) for parameters in by_layer or [rope]]
+    return min([max(stated, *reaches), *(reach for reach in reaches if reach < stated)])
+
+
+def _reach(rope: dict[str, Any], stated: int, same_everywhere: bool) -> int:
+    """Tokens that one RoPE of a model reaches whose configuration has `stated` as its context."""
+    kind, factor = rope.get("rope_type"), float(rope.get("factor") or 1.0)
+    original = int(rope.get("original_max_position_embeddings") or stated)
+    if kind == "longrope":
+        return original
+    if kind == "yarn":
+        return max(stated, int(factor * original))
+    if (kind == "linear" and same_everywhere) or (kind == "llama3" and original == stated):
+        return int(factor * original)
+    return stated
 
 
 def load_tokenizer(name_or_folder: str | Path) -> Any:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -174,11 +174,30 @@ class Loader:
             if not self._open:
                 free.notify_all()
                 continue
-            while self._workers[source] < self._places(source):
-                name = f"cakekv-load-{self._tiers[source].name}"
-                threading.Thread(target=self._work, args=(source,), name=name, daemon=True).start()
-                self._workers[source] += 1
+            while self._workers[source] < self._places(source) and self._hire(source):
+                pass
             free.notify()
+
+    def _hire(self, source: int) -> bool:
+        """Start a worker. If the system has no thread to spare, those at work will do; without any, nothing loads."""
+        name = f"cakekv-load-{self._tiers[source].name}"
+        self._workers[source] += 1  # whatever else `start` raises, the thread has begun
+        try:
+            threading.Thread(target=self._work, args=(source,), name=name, daemon=True).start()
+            return True
+        except RuntimeError as error:
+            self._workers[source] -= 1
+            if not self._workers[source]:
+                self._give_up(source, f"store failed: no thread can be started to read it ({error})")
+            return False
+
+    def _give_up(self, source: int, reason: str) -> None:
+        """Have every chunk that this tier should deliver be computed, or delivered by another one."""
+        for loading in self._open.values():
+            now = monotonic()
+            while (load := loading.restore.next_load(source, now)) is not None:
+                loading.restore.failed(load, reason, 0, now)
+            loading.request.woken.notify_all()
 
     def check_late(self, now: float) -> None:
         """Let every open restore give up what it has waited for long enough: others may wait for those workers."""
@@ -266,14 +285,16 @@ class Loader:
         restore = loading.restore
         decodes = self._coder.encodes
         to_buffer = decodes and self._decoder is None
-        with self._staging.buffer() as buffer, self._staging.buffer() if to_buffer else nullcontext() as decoded:
+        with ExitStack() as buffers:
             progress = Progress()
             try:
+                buffer = buffers.enter_context(self._staging.buffer())
+                decoded = buffers.enter_context(self._staging.buffer()) if to_buffer else None
                 parts = self._read(loading, load, buffer, decoded, progress)
             except Abandoned:
                 self._report(loading, lambda now: restore.abandoned(load, progress.bytes, now))
                 return
-            except (CorruptChunk, MissingChunk, StoreError) as error:
+            except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
                 reason = failure_reason(error)
                 self._log_failure(load, loading.keys[load.chunk], error)
                 self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))

@@ -120,4 +120,6 @@ def failure_reason(error: Exception) -> str:
     """Why a load failed, as reports say it."""
     if isinstance(error, CorruptChunk):
         return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
+    if isinstance(error, MemoryError):
+        return f"no memory: {error}"
     return "vanished from the store" if isinstance(error, MissingChunk) else f"store failed: {error}"

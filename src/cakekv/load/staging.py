@@ -24,13 +24,26 @@ class StagingPool:
         self._free: list[memoryview] = []
         self._lock = threading.Lock()
 
+    def new(self) -> memoryview:
+        """A buffer that is not used again.
+
+        Raises
+        ------
+        MemoryError
+            There is no room for it.
+        """
+        try:
+            return self._allocate(self._size)
+        except (OSError, RuntimeError) as error:  # what mmap and torch say
+            raise MemoryError(f"no room for a buffer of {self._size} bytes: {error}") from error
+
     @contextmanager
     def buffer(self) -> Iterator[memoryview]:
         """A buffer for the duration of the `with` block."""
         with self._lock:
             buffer = self._free.pop() if self._free else None
         if buffer is None:
-            buffer = self._allocate(self._size)
+            buffer = self.new()
         try:
             yield buffer
         finally:

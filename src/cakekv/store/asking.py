@@ -43,10 +43,15 @@ class Asker:
         ------
         Late
             Earlier answers are overdue.
+        StoreError
+            It cannot be put: the system has no thread to spare.
         """
         if self._overdue >= self._most_overdue:
             raise Late(f"it still owes an answer that was due within {self.deadline_s:g} s")
-        return Question(self, question)
+        try:
+            return Question(self, question)
+        except RuntimeError as error:
+            raise StoreError(f"no thread can be started to ask it: {error}") from error
 
     def count(self, overdue: int) -> None:
         """So many more, or fewer, answers are overdue."""

@@ -1,0 +1,129 @@
+"""What may be given as a prompt: a text, or the token ids of one sequence. All else is refused, with what to give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+
+from cakekv.errors import BadInput
+
+
+class Array(Protocol):
+    """A numpy array or a tensor, of shape (tokens,) or (1, tokens)."""
+
+    def tolist(self) -> Any:
+        """Its elements, in lists."""
+
+
+Prompt = str | Sequence[int] | Mapping[str, Any] | Array
+"""A text, token ids, or what a tokenizer returns for one text; padding does not count."""
+
+_INT64 = np.iinfo(np.int64)
+_BESIDE = {"attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+"""What a tokenizer may return beside the token ids without changing what a causal model computes."""
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that cannot be written as UTF-8, and that no tokenizer can read.
+
+    Raises
+    ------
+    BadInput
+        It holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{name} is no text: its character {error.start} is half of a surrogate pair. Read or decode it with "
+            "errors='replace'"
+        ) from None
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """The token ids of a prompt that is not a text.
+
+    Parameters
+    ----------
+    prompt : sequence of int, array, tensor, or mapping
+        Integers of any type, flat or as the only row of a batch; or a mapping that has them as "input_ids". Tokens at
+        either end at which its "attention_mask" is 0 are padding, and left out.
+
+    Raises
+    ------
+    BadInput
+        It is something else.
+    """
+    if isinstance(prompt, Mapping):
+        return _unpadded(prompt)
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise BadInput("the prompt is bytes: decode them, such as by prompt.decode(), or give token ids")
+    row = _plain(prompt)
+    if not isinstance(row, Sequence) or isinstance(row, str):
+        raise BadInput(f"a prompt is a text or a flat sequence of token ids, not {_kind(prompt)}")
+    if len(row) == 1 and isinstance(only := _plain(row[0]), list | tuple):
+        row = only
+    tokens = list(row)
+    if not all(type(token) is int for token in tokens):
+        tokens = [_token(_plain(token), position, len(row)) for position, token in enumerate(row)]
+    if tokens and not _INT64.min <= min(tokens) <= max(tokens) <= _INT64.max:
+        raise BadInput("the prompt holds integers of more than 64 bits, and no model has such tokens")
+    return tokens
+
+
+def _unpadded(encoding: Mapping[str, Any]) -> list[int]:
+    if "input_ids" not in encoding:
+        raise BadInput(_no_token(encoding, 0, 1))
+    if odd := sorted(str(name) for name in encoding if name != "input_ids" and name not in _BESIDE):
+        raise BadInput(f"of the prompt only input_ids can be computed, but it has {', '.join(odd)}: leave that out")
+    tokens = token_ids(encoding["input_ids"])
+    if encoding.get("attention_mask") is None:
+        return tokens
+    mask = token_ids(encoding["attention_mask"])
+    seen = [position for position, bit in enumerate(mask) if bit]
+    kept = slice(seen[0], seen[-1] + 1) if seen else slice(0)
+    if len(mask) != len(tokens) or not all(mask[kept]):
+        raise BadInput(
+            f"the prompt's attention_mask has {len(mask)} entries for {len(tokens)} tokens, or a 0 between two others: "
+            "it can mark padding at either end, and nothing else"
+        )
+    return tokens[kept]
+
+
+def _token(value: Any, position: int, length: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise BadInput(_no_token(value, position, length))
+    return int(value)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own form of what an array or a tensor holds."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _kind(prompt: Any) -> str:
+    """What it is instead of a sequence, and what helps."""
+    if isinstance(prompt, Set):
+        return f"a {type(prompt).__name__}, which has no order"
+    if isinstance(prompt, Iterator):
+        return f"a {type(prompt).__name__}, which can be read only once: give list(prompt)"
+    return "None" if prompt is None else f"{prompt!r:.40} of type {type(prompt).__name__}"
+
+
+def _no_token(value: Any, position: int, length: int) -> str:
+    """Why it cannot stand for a token."""
+    if isinstance(value, Mapping) and "role" in value:
+        return (
+            "the prompt is chat messages: give what tokenizer.apply_chat_template(messages, "
+            "add_generation_prompt=True) returns"
+        )
+    if isinstance(value, list | tuple):
+        return f"the prompt is a batch of {length}, or nested: give one sequence of token ids at a time"
+    if isinstance(value, Mapping):
+        return f"the prompt is a mapping with {', '.join(map(repr, value)):.60}: it must have 'input_ids'"
+    texts = "; a text is given by itself, not in a list" if isinstance(value, str) else ""
+    kind = type(value).__name__
+    return f"the prompt's element {position} is {value!r:.40} of type {kind}: token ids are integers{texts}"
