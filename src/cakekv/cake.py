@@ -144,7 +144,7 @@ class Cake:
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
-        given = [store] if isinstance(store, Store | str) else list(store or ())
+        self._given = given = [store] if isinstance(store, Store | str) else list(store or ())
         stores = [open_store(one, metrics) if isinstance(one, str) else one for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if isinstance(one, str)]
         self.tiers = [tier for given in stores for tier in given.tiers]
@@ -374,6 +374,7 @@ class Cake:
         self._executor = Executor(self._wake)
         self._executor.closed = closed
         self._renewing = Lock()
+        self._are_usable = all(store.survives_fork() for store in self._given if isinstance(store, Store))
         self._stale = True
 
     def _renew(self) -> None:
@@ -383,25 +384,22 @@ class Cake:
         with self._renewing:
             if not self._stale:
                 return
-            given, why = self._arguments["store"], ""
-            urls = [given] if isinstance(given, Store | str) else list(given or ())
-            if not all(isinstance(url, str) for url in urls):
-                why = "whose stores were given as objects: give URLs"
-            kept = ("_executor", "_arguments", "_renewing", "_stale")
+            why = "" if self._are_usable else "whose stores were given as objects that it cannot use (give URLs)"
             try:
-                fresh = Cake(**self._arguments | {"store": None if why else urls})
+                fresh = Cake(**self._arguments | {"store": None if why else self._given})
             except StoreError as error:
-                why = f"and its stores cannot be opened again: {error}. Try again"
+                why = f"and the stores cannot be opened again: {error}"
                 fresh = Cake(**self._arguments | {"store": None})
+            kept = ("_executor", "_arguments", "_given", "_are_usable", "_renewing", "_stale")
             self._inherited = vars(self).copy()  # else connections that the parent uses might be closed
             vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
             if why:
-                why = (
-                    "Nothing is loaded or saved here, in a process forked from the one that made this Cake, "
-                    f"{why}, or make the Cake after the fork."
+                note = (
+                    f"Nothing is loaded or saved here: this process was forked from the one that made the Cake, {why}. "
+                    "Make the Cake after the fork."
                 )
-                self._why_no_stores = [why]
-                emit(_LOG, logging.WARNING, "forked", reason=why)
+                self._why_no_stores = [note]
+                emit(_LOG, logging.WARNING, "forked", reason=note)
             self._stale = False
 
     def __enter__(self) -> Self:
