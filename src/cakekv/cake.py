@@ -181,7 +181,7 @@ class Cake:
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
         self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
-        self._executor = Executor(self._wake)
+        self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
         self._arguments = arguments
         self._stale = False
@@ -364,14 +364,10 @@ class Cake:
         if not self._stale and self._arms.arbiter.teller == get_ident():
             raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
 
-    def _wake(self) -> None:
-        if not self._stale:
-            self._arms.arbiter.wake()
-
     def _forked(self) -> None:
         """This is a child process: threads are gone, locks may be taken, and connections are the parent's."""
         closed = self._executor.closed
-        self._executor = Executor(self._wake)
+        self._executor = Executor()
         self._executor.closed = closed
         self._renewing = Lock()
         self._are_usable = all(store.survives_fork() for store in self._given if isinstance(store, Store))
@@ -393,6 +389,7 @@ class Cake:
             kept = ("_executor", "_arguments", "_given", "_are_usable", "_renewing", "_stale")
             self._inherited = vars(self).copy()  # else connections that the parent uses might be closed
             vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
+            self._executor.wake = self._arms.arbiter.wake
             if why:
                 note = (
                     f"Nothing is loaded or saved here: this process was forked from the one that made the Cake, {why}. "
