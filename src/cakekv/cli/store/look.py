@@ -27,7 +27,7 @@ def stats(store: Url, as_json: Json = False) -> None:
         print_json({**held._asdict(), "identities": identities})
         return
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
-    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}", highlight=False)
+    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     for root, fields in identities.items():
         table = Table("model and settings", root[:12], title_justify="left")
         for name, value in fields.items():
