@@ -70,6 +70,10 @@ class NotDeleted(StoreError):
         self.deleted = deleted
 
 
+class Unreadable(StoreError):
+    """The chunk is stored, but this user may not read it: nothing is wrong with the tier."""
+
+
 class CannotEncode(CakeError):
     """A chunk's keys or values are such that no codec can encode them; it is not saved."""
 

@@ -25,6 +25,7 @@ from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.keyring import read_keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.ownership import parse_mode
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -177,7 +178,7 @@ _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
     "memory": Tier(_open_memory, _BOUNDED),
-    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders}),
+    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders, "mode": parse_mode}),
     "redis": Tier(_open_redis, _REDIS),
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
