@@ -295,7 +295,7 @@ class RedisStore(Store):
             if "Cluster mode is not enabled" in str(error):
                 advice = "This server is no node of a cluster: leave cluster=true out."
             reason = str(error).rstrip(".") or type(error).__name__
-            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error
+            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from None  # which may quote a password
 
 
 _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
