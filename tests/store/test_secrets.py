@@ -79,7 +79,11 @@ ELSEWHERE = [
     "az://container?endpoint=https://127.0.0.1:1/account?sig={}",
     "az://container?endpoint=https://127.0.0.1:1/account%23{}",
     "gs://bucket?endpoint=https://user:{}@127.0.0.1:1",
-    *(f"{place}?{name}={{}}" for place in PLACES.values() for name in ("password", "secret_access_key", "token", "sig")),
+    *(
+        f"{place}?{name}={{}}"
+        for place in PLACES.values()
+        for name in ("password", "secret_access_key", "token", "sig")
+    ),
 ]
 KEYS_GIVEN = ["memory://?encrypt={}", "/nowhere/kv?encrypt=env:{}", "redis://127.0.0.1:1?encrypt={}"]
 
@@ -147,7 +151,7 @@ def test_that_there_are_enough_of_them():
         '[[tier]]\nurl = "memory://"\nwrite = "{}"',
         '[[tier]]\nurl = "memory://"\ndeadline = "{}"',
         '[[tier]]\nurl = "redis://user:{}@127.0.0.1:1"\nurl = "again"',
-        '[[tier]]\nurl = redis://user:{}@127.0.0.1:1',
+        "[[tier]]\nurl = redis://user:{}@127.0.0.1:1",
     ],
 )
 def test_in_the_file_of_a_tiered_store(tmp_path, text):
