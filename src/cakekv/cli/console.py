@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 from typer.core import TyperGroup
@@ -34,9 +34,14 @@ class InertConsole(Console):
         super().__init__(stderr=stderr, emoji=False)
 
     @property
-    def options(self) -> ConsoleOptions:
+    def size(self) -> ConsoleDimensions:
+        size = super().size
         narrow = self.is_terminal or "COLUMNS" in os.environ
-        return super().options if narrow else super().options.update(width=_WIDTH_OF_A_FILE)
+        return size if narrow else ConsoleDimensions(_WIDTH_OF_A_FILE, size.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        raise NotImplementedError("the terminal decides")
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(text, **options | {"markup": False})  # which cells of tables ask for
