@@ -31,7 +31,7 @@ _VARIABLES = (
     "AZURE_CLIENT_SECRET",
     "GOOGLE_SERVICE_ACCOUNT_KEY",
 )
-_SHORTEST = 4
+SHORTEST = 4
 """A secret of fewer characters is known by its place only."""
 _SURE = 8
 """A shorter one is found as a word of its own only."""
@@ -58,7 +58,7 @@ def learn(secret: str) -> None:
     forms = {secret, bare, quote(bare, safe="")}
     with _lock:
         for form in forms | {repr(form)[1:-1] for form in forms}:
-            if len(form) >= _SHORTEST:
+            if len(form) >= SHORTEST:
                 _learned[form] = None
         while len(_learned) > _MOST_LEARNED:
             del _learned[next(iter(_learned))]
@@ -69,7 +69,7 @@ def without_secrets(text: str) -> str:
     text = _ASSIGNED.sub(_hidden_if_secret, _USER.sub(f"{HIDDEN}@", text))
     with _lock:
         secrets = list(_learned)
-    secrets += [value for value in map(os.environ.get, _VARIABLES) if value and len(value) >= _SHORTEST]
+    secrets += [value for value in map(os.environ.get, _VARIABLES) if value and len(value) >= SHORTEST]
     for secret in sorted(filter(text.__contains__, secrets), key=len, reverse=True):
         pattern = re.escape(secret)
         text = re.sub(pattern if len(secret) >= _SURE else rf"(?<!\w){pattern}(?!\w)", HIDDEN, text)

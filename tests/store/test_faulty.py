@@ -153,5 +153,5 @@ def test_in_a_stores_url():
     store.write(key_of(0), chunk_of(0))
     with pytest.raises(StoreError, match="injected"):
         store.open(key_of(0))
-    with pytest.raises(BadInput, match=r"option 'faults' in .*: its value is not a fault"):
+    with pytest.raises(BadInput, match=r"option 'faults' in .*: 'boom:1' is not a fault"):
         open_store("memory://?faults=boom:1")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from cakekv.errors import BadInput, StoreError
-from cakekv.messages import HIDDEN, is_key, learn
+from cakekv.messages import HIDDEN, SHORTEST, is_key, learn
 from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
 from cakekv.store.composition import read_composition
@@ -198,6 +198,7 @@ COMMON: Options = {
 }
 """Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
 the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
+_NAME = re.compile("[a-z_]{1,24}")
 _EVERY_OPTION = frozenset(COMMON).union(*(tier.options for tier in TIERS.values()))
 
 
@@ -309,8 +310,14 @@ def shown(url: str) -> str:
         ):
             return f"{beginning}{HIDDEN}"
         place = re.sub(r"^(\w+:/{0,2})?.*@", rf"\1{HIDDEN}@", place, flags=re.DOTALL)
-    named = (f"{name}={HIDDEN}" if name in _EVERY_OPTION else HIDDEN for name, _, _ in items)
+    named = (_shown_option(name, value) for name, _, value in items)
     return f"{place}{question}{'&'.join(named)}"
+
+
+def _shown_option(name: str, value: str) -> str:
+    if name not in _EVERY_OPTION and not _NAME.fullmatch(name):
+        return HIDDEN
+    return f"{name}={value if len(value) < SHORTEST else HIDDEN}"
 
 
 def _is_path(url: str) -> bool:
@@ -357,7 +364,7 @@ def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
         if name not in known:
             if "@" in query and not _is_path(url) and shown(url).endswith(HIDDEN):  # the rest of a password
                 raise BadInput(f"in {shown(url)!r}, a ? before the host is to be written as %3F")
-            option = f"option {name!r}" if re.fullmatch("[a-z_]{1,24}", name) else "option"
+            option = f"option {name!r}" if _NAME.fullmatch(name) else "option"
             hint = "; " + _CREDENTIALS if re.search("password|secret|token|key|user|auth", name) else ""
             raise BadInput(f"unknown {option} in {shown(url)!r}; there are {', '.join(sorted(known))}{hint}")
         if name in options:
@@ -366,6 +373,7 @@ def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
         try:
             options[name] = known[name](value)
         except BadInput as error:
-            reason = str(error).replace(repr(value), "its value")  # which may be a secret in the wrong place
+            # The value may be a secret in the wrong place; parse_faults sees to that itself.
+            reason = str(error) if name == "faults" else str(error).replace(repr(value), "its value")
             raise BadInput(f"option {name!r} in {shown(url)!r}: {reason}") from None
     return options
