@@ -248,11 +248,7 @@ def open_s3(
         The bucket cannot be reached, does not exist, or refuses this client.
     """
     endpoint = reach.get("endpoint")
-    if (
-        not path_style
-        and endpoint
-        and (urlsplit(endpoint).hostname or "").partition(".")[0] != bucket.partition(".")[0]
-    ):
+    if not path_style and endpoint and f"://{bucket}." not in endpoint:
         raise BadInput(
             "with path_style=false, an endpoint is the bucket's own host: write "
             f"endpoint=https://{bucket}.HOST, or leave path_style=false out"
