@@ -154,6 +154,11 @@ def _summarize(report: RestoreReport) -> None:
     from cakekv.report.table import modes_table
 
     NEWS.print(modes_table({report.mode: report}))
+    if report.prompt_tokens < report.chunk_tokens:
+        NEWS.print(
+            f"The prompt is shorter than a chunk of {report.chunk_tokens:,} tokens: nothing of it is stored.",
+            style="yellow",
+        )
     if not report.exact:
         NEWS.print(
             f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
