@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cakekv.errors import BadInput
 from cakekv.quantities import (
     format_bytes,
+    format_time,
     parse_bandwidth,
     parse_bytes,
     parse_count,
@@ -167,3 +168,12 @@ def test_real_numbers(value):
 def test_what_is_no_real_number_in_range(value):
     with pytest.raises(BadInput, match="ttft_target_s must be a number from 0 on, not"):
         real("ttft_target_s", value, 0.0)
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_any_number_is_a_time_or_not_known(seconds):
+    assert format_time(seconds, "%Y") == "not known" or seconds > 0
+
+
+def test_times():
+    assert format_time(86400 * 365.0, "%Y") in ("1970", "1971")
+    for seconds in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        assert format_time(seconds) == "not known"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 
+from cakekv.messages import said
+
 
 class CakeError(Exception):
-    """Base of all errors raised by cakekv."""
+    """Base of all errors raised by cakekv. Whatever its message is made of, what is shown of it is `said`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(said(message))
 
 
 class BadInput(CakeError, ValueError):
@@ -43,6 +48,30 @@ class MissingChunk(StoreError):
 
 class UnknownKey(StoreError):
     """The chunk is sealed with a key that is not in the keyring."""
+
+
+class ReadOnly(StoreError):
+    """The tier can be loaded from, but not written to."""
+
+
+class NotDeleted(StoreError):
+    """Some chunks could not be deleted; all others that were to go are gone.
+
+    Parameters
+    ----------
+    message : str
+        Which, and why.
+    deleted : int
+        How many chunks are gone.
+    """
+
+    def __init__(self, message: str, deleted: int = 0) -> None:
+        super().__init__(message)
+        self.deleted = deleted
+
+
+class Unreadable(StoreError):
+    """The chunk is stored, but this user may not read it: nothing is wrong with the tier."""
 
 
 class CannotEncode(CakeError):

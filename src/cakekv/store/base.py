@@ -33,7 +33,7 @@ class Removal(NamedTuple):
     """That a chunk was removed."""
 
     at: float
-    """Seconds since the epoch."""
+    """Seconds since the epoch; 0 if it is not known."""
     reason: str
     """"capacity": it was evicted to make room; "request": someone deleted it."""
 
@@ -167,7 +167,15 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, keys: Sequence[ChunkKey]) -> int:
-        """Remove chunks; keys that are not stored are passed over. Returns how many were removed."""
+        """Remove chunks; keys that are not stored are passed over. Returns how many were removed.
+
+        Raises
+        ------
+        NotDeleted
+            Some cannot be removed; the others were.
+        StoreError
+            The tier failed.
+        """
 
     @abstractmethod
     def __iter__(self) -> Iterator[StoredChunk]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TypeVar
 
-from cakekv.errors import MissingChunk, StoreError, StoreFull, UnknownKey
+from cakekv.errors import MissingChunk, NotDeleted, ReadOnly, StoreError, StoreFull, UnknownKey, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker
@@ -129,7 +129,8 @@ class Member(Store):
         inner = self._up()
         try:
             result = operation(inner)
-        except (MissingChunk, StoreFull, UnknownKey):  # of one chunk, or of all, but not of a tier in trouble
+        # Of one chunk, or of all, but not of a tier in trouble.
+        except (MissingChunk, NotDeleted, ReadOnly, StoreFull, UnknownKey, Unreadable):
             raise
         except StoreError as error:
             self.failed(error)

@@ -282,10 +282,20 @@ class RedisStore(Store):
         except CakeError:
             raise
         # The last three: redis-py makes no sense of an answer.
-        except (exceptions.RedisError, OSError, ValueError, TypeError, RecursionError) as error:
+        except (
+            exceptions.RedisError,
+            exceptions.RedisClusterException,
+            OSError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
+            if "Cluster mode is not enabled" in str(error):
+                advice = "This server is no node of a cluster: leave cluster=true out."
             reason = str(error).rstrip(".") or type(error).__name__
-            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error
+            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from None  # which may quote a password
 
 
 _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
@@ -298,8 +308,13 @@ _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str
     (
         (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError),
         StoreError,
-        "Check user name and password (redis://USER:PASSWORD@HOST, or REDISCLI_AUTH in the environment), and what "
-        "this user may do.",
+        "Check user name and password (redis://USER:PASSWORD@HOST, in which @ is written as %40, or REDISCLI_AUTH in "
+        "the environment), and what this user may do.",
+    ),
+    (
+        (exceptions.MovedError, exceptions.AskError, exceptions.ClusterDownError),
+        StoreError,
+        "This server is a node of a cluster: write cluster=true.",
     ),
     (
         (exceptions.TimeoutError, TimeoutError),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, NotDeleted
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 
@@ -58,7 +58,16 @@ class StripedStore(Store):
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         """See `Store`; also where chunks lie that were written before a store was added."""
-        return sum(store.delete(keys) for store in self._stores)
+        deleted, trouble = 0, None
+        for store in self._stores:
+            try:
+                deleted += store.delete(keys)
+            except NotDeleted as error:
+                deleted += error.deleted
+                trouble = trouble or str(error)
+        if trouble is not None:
+            raise NotDeleted(trouble, deleted)
+        return deleted
 
     def __iter__(self) -> Iterator[StoredChunk]:
         for store in self._stores:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from cakekv.cli.console import NEWS, print_json
 from cakekv.cli.store.opened import DryRun, Json, Url, bar, opened, say
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, NotDeleted
 from cakekv.quantities import format_bytes, parse_bytes, parse_duration
+from cakekv.store.base import Store, StoredChunk
 from cakekv.store.eviction import policy_named
 from cakekv.store.maintenance.collect import delete, garbage
-from cakekv.store.maintenance.walking import chosen, unwrapped
+from cakekv.store.maintenance.walking import OnBytes, chosen, unwrapped
 
 
 def rm(
@@ -39,11 +41,13 @@ def rm(
         held = unwrapped(found)
         chunks = list(held) if everything else chosen(held, prefixes or [])
         with bar("deleting", sum(chunk.size for chunk in chunks)) as on_bytes:
-            deleted = delete(held, chunks, on_bytes)
+            deleted, trouble = _deleted(held, chunks, on_bytes)
     if as_json:
         print_json({"deleted": deleted})
     else:
         say(f"{deleted:,} chunks deleted")
+    if trouble is not None:
+        raise trouble
 
 
 def gc(
@@ -82,10 +86,10 @@ def gc(
             going = garbage(found, time.time(), capacity=limit, older_than_s=age_s, policy=policy)
         chunks = [*going.old, *going.surplus]
         size = sum(chunk.size for chunk in chunks)
-        deleted = 0
+        deleted, trouble = 0, None
         if chunks and not dry_run:
             with bar("deleting", size) as on_bytes:
-                deleted = delete(unwrapped(found), chunks, on_bytes)
+                deleted, trouble = _deleted(unwrapped(found), chunks, on_bytes)
     if as_json:
         print_json(
             {
@@ -97,10 +101,26 @@ def gc(
                 "deleted": deleted,
             }
         )
+        if trouble is not None:
+            raise trouble
         return
     if age_s is not None and going.undated:
-        say(f"{going.undated:,} chunks do not count as old: this store does not know when they were used.")
+        say(
+            f"{going.undated:,} chunks do not count as old: this store does not know when they were used, or has it in "
+            "the future, which `cakekv store repair` sets right on disk."
+        )
     what = f"{len(going.old):,} old and {len(going.surplus):,} surplus chunks, {format_bytes(size)}"
+    if trouble is not None:
+        say(f"Of {what}, {deleted:,} were deleted.")
+        raise trouble
     say(f"{'Would delete' if dry_run else 'Deleted'} {what}; {format_bytes(going.kept_bytes)} stay.")
     if not dry_run and deleted < len(chunks):
         say(f"{len(chunks) - deleted:,} of them were gone already.")
+
+
+def _deleted(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes) -> tuple[int, NotDeleted | None]:
+    """How many chunks were deleted, and what is to be said of those that cannot be."""
+    try:
+        return delete(store, chunks, on_bytes), None
+    except NotDeleted as error:
+        return error.deleted, error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from cakekv.cli.console import RESULTS, print_json
 from cakekv.cli.store.opened import Json, Url, opened
-from cakekv.quantities import format_bytes
+from cakekv.quantities import format_bytes, format_time
 
 
 def stats(store: Url, as_json: Json = False) -> None:
@@ -27,7 +26,7 @@ def stats(store: Url, as_json: Json = False) -> None:
         print_json({**held._asdict(), "identities": identities})
         return
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
-    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}", highlight=False)
+    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     for root, fields in identities.items():
         table = Table("model and settings", root[:12], title_justify="left")
         for name, value in fields.items():
@@ -54,8 +53,7 @@ def ls(
         return
     table = Table("key", "size", "last used")
     for chunk in shown:
-        used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(chunk.used_at))
-        table.add_row(chunk.key.hex()[:16], format_bytes(chunk.size), used)
+        table.add_row(chunk.key.hex()[:16], format_bytes(chunk.size), format_time(chunk.used_at))
     RESULTS.print(table)
     if len(shown) < len(chunks):
         RESULTS.print(f"and {len(chunks) - len(shown):,} more", style="dim")

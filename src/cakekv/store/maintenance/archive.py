@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, UnknownKey
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, UnknownKey, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
@@ -34,6 +34,8 @@ _END = bytes(2 * _BLOCK)
 _CHUNK_NAME = re.compile(r"chunks/([0-9a-f]{64})")
 _NOTE_NAME = re.compile(r"identities/([0-9a-f]{64})\.json")
 _PART_BYTES = 1 << 20
+_LATEST = 8**11 - 1
+"""Seconds since the epoch that a header of tar can hold."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ def export(store: Store, stream: BinaryIO, on_bytes: OnBytes = ignore) -> Copied
     chunks = sorted(store, key=lambda chunk: chunk.used_at)
     for chunk, data in in_order(lambda chunk: _read(store, chunk), chunks, store.parallel_reads):
         if isinstance(data, memoryview):
-            _write(stream, f"chunks/{chunk.key.hex()}", data, int(chunk.used_at))
+            _write(stream, f"chunks/{chunk.key.hex()}", data, int(min(max(chunk.used_at, 0.0), _LATEST)))
             copied.chunks += 1
             copied.bytes += len(data)
         elif isinstance(data, MissingChunk):
@@ -157,10 +159,10 @@ def _take(store: Store, key: ChunkKey, data: memoryview, imported: Imported) -> 
         imported.declined += 1
 
 
-def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | MissingChunk | UnknownKey:
+def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | MissingChunk | UnknownKey | Unreadable:
     try:
         return read_anywhere(store, chunk.key)
-    except (CorruptChunk, MissingChunk, UnknownKey) as error:
+    except (CorruptChunk, MissingChunk, UnknownKey, Unreadable) as error:
         return error
 
 

@@ -9,11 +9,11 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from cakekv.chunk import PEEK_BYTES, peek_place
-from cakekv.errors import CorruptChunk, MissingChunk
+from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.disk import DiskStore
-from cakekv.store.eviction.base import Eviction, Held
+from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, unwrapped, walk
 from cakekv.store.memory import MemoryStore
@@ -29,7 +29,7 @@ class Garbage(NamedTuple):
     surplus: list[StoredChunk]
     """Of the others, those that the store is too large by; the first to go first."""
     undated: int
-    """Chunks of which the tier does not know when they were used; they do not count as old."""
+    """Chunks of which the tier does not know when they were used, or says in the future; they do not count as old."""
     kept_bytes: int
     """Of what stays."""
 
@@ -85,7 +85,7 @@ def garbage(
                 break
             surplus.append(chunk)
             left -= chunk.size
-    return Garbage(old, surplus, sum(not chunk.used_at for chunk in chunks), left)
+    return Garbage(old, surplus, sum(not 0 < chunk.used_at <= now + AHEAD_S for chunk in chunks), left)
 
 
 def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = ignore) -> int:
@@ -93,14 +93,22 @@ def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = igno
 
     Raises
     ------
+    NotDeleted
+        Some cannot be removed; all others are gone.
     StoreError
         The store failed; some are gone, some are not.
     """
-    deleted = 0
+    deleted, trouble = 0, None
     for start in range(0, len(chunks), _BATCH):
         batch = chunks[start : start + _BATCH]
-        deleted += store.delete([chunk.key for chunk in batch])
+        try:
+            deleted += store.delete([chunk.key for chunk in batch])
+        except NotDeleted as error:
+            deleted += error.deleted
+            trouble = trouble or str(error)
         on_bytes(sum(chunk.size for chunk in batch))
+    if trouble is not None:
+        raise NotDeleted(trouble, deleted)
     return deleted
 
 
@@ -123,6 +131,6 @@ def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Evicti
 
 def _place(store: Store, key: ChunkKey) -> tuple[int, int]:
     head = memoryview(bytearray(PEEK_BYTES))
-    with suppress(MissingChunk, CorruptChunk), store.open(key) as reader:
+    with suppress(MissingChunk, CorruptChunk, Unreadable), store.open(key) as reader:
         reader.read_into(head, 0)
     return peek_place(head)

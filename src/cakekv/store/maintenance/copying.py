@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from cakekv.errors import CorruptChunk, MissingChunk, StoreError, UnknownKey
+from cakekv.errors import CorruptChunk, MissingChunk, StoreError, UnknownKey, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.reading import read_anywhere
@@ -75,7 +75,7 @@ def copy(
         if isinstance(outcome, int):
             copied.chunks += 1
             copied.bytes += outcome
-        elif isinstance(outcome, CorruptChunk | UnknownKey):
+        elif isinstance(outcome, CorruptChunk | UnknownKey | Unreadable):
             copied.corrupt[chunk[0].key] = str(outcome)
         elif isinstance(outcome, MissingChunk):
             copied.vanished += 1
@@ -96,12 +96,12 @@ def _with_presence(target: Store, chunks: Sequence[StoredChunk]) -> Iterator[tup
 
 def _copy(
     source: Store, target: Store, chunk: StoredChunk, present: bool
-) -> int | CorruptChunk | UnknownKey | MissingChunk | None:
+) -> int | CorruptChunk | UnknownKey | Unreadable | MissingChunk | None:
     """Bytes written, or why not; None if the target has it, or declines it."""
     if present:
         return None
     try:
         data = read_anywhere(source, chunk.key)
-    except (CorruptChunk, UnknownKey, MissingChunk) as error:
+    except (CorruptChunk, UnknownKey, Unreadable, MissingChunk) as error:
         return error
     return len(data) if target.write(chunk.key, data) else None

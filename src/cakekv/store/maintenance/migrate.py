@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cakekv.errors import CorruptChunk, MissingChunk, UnknownKey
+from cakekv.errors import CorruptChunk, MissingChunk, UnknownKey, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.reading import read_chunk
@@ -91,12 +91,12 @@ def _rewrite(
     migrated: Migrated,
     on_bytes: OnBytes,
 ) -> None:
-    def attempt(chunk: StoredChunk) -> str | CorruptChunk | UnknownKey:
+    def attempt(chunk: StoredChunk) -> str | CorruptChunk | UnknownKey | Unreadable:
         try:
             return work(chunk.key)
         except MissingChunk:
             return VANISHED
-        except (CorruptChunk, UnknownKey) as error:
+        except (CorruptChunk, UnknownKey, Unreadable) as error:
             return error
 
     oldest_first: Sequence[StoredChunk] = sorted(chunks, key=lambda chunk: chunk.used_at)
@@ -126,6 +126,8 @@ def _is_current(encrypted: EncryptedStore, chunk: StoredChunk) -> bool:
         return encrypted.is_current(chunk.key)
     except MissingChunk:
         return True
+    except Unreadable:  # which is said when it is to be rewritten
+        return False
 
 
 def _reseal(encrypted: EncryptedStore, inner: Store, key: ChunkKey) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cakekv.errors import CorruptChunk, MissingChunk, StoreError, UnknownKey
+from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, StoreError, UnknownKey, Unreadable
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.reading import read_chunk
@@ -27,7 +27,7 @@ class Condition:
     vanished: int = 0
     """Evicted or deleted meanwhile."""
     error: str | None = None
-    """Why the tier could not be asked, or not to the end."""
+    """Why the tier could not be asked, or not to the end, or not be read or cleaned as a whole."""
 
 
 @dataclass
@@ -95,6 +95,8 @@ def repair(store: Store, on_bytes: OnBytes = ignore, *, drop_unopenable: bool = 
         removed = [*done.found.corrupt, *(done.found.unopenable if drop_unopenable else ())]
         try:
             done.deleted = tier.delete(removed)
+        except NotDeleted as error:
+            done.deleted, done.found.error = error.deleted, str(error)
         except StoreError as error:
             if len(tiers) == 1:
                 raise
@@ -104,12 +106,16 @@ def repair(store: Store, on_bytes: OnBytes = ignore, *, drop_unopenable: bool = 
 
 def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
     condition = Condition(tier.name)
+    unreadable: list[str] = []
     try:
         chunks = list(unwrapped(tier))  # also those of which an encrypted store sees that they are none
         for chunk, trouble in in_order(lambda chunk: _trouble(tier, chunk), chunks, tier.parallel_reads):
             on_bytes(chunk.size)
             if isinstance(trouble, MissingChunk):
                 condition.vanished += 1
+                continue
+            if isinstance(trouble, Unreadable):
+                unreadable.append(str(trouble))
                 continue
             condition.chunks += 1
             condition.bytes += chunk.size
@@ -121,12 +127,14 @@ def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
         if alone:
             raise
         condition.error = str(error)
+    if unreadable and condition.error is None:
+        condition.error = f"{len(unreadable):,} chunk(s) were not read: {unreadable[0]}"
     return condition
 
 
-def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | MissingChunk | UnknownKey | None:
+def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | MissingChunk | UnknownKey | Unreadable | None:
     try:
         read_chunk(tier, chunk.key)
-    except (CorruptChunk, MissingChunk, UnknownKey) as error:
+    except (CorruptChunk, MissingChunk, UnknownKey, Unreadable) as error:
         return error
     return None
