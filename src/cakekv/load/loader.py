@@ -106,8 +106,8 @@ class Loader:
     """Loads what the open restores ask for, from every tier at once, several chunks at a time.
 
     A tier has as many workers as it reads chunks in parallel, however many restores there are; the arbiter says whose
-    turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back; once all
-    of those hang, too, nothing more is loaded. Workers live only while a restore is open.
+    turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back; once as
+    many again hang, nothing more is loaded. Workers live only while a restore is open.
 
     A load is read in slices straight into the staging buffer that it is placed from, and given up between two slices
     once compute has claimed its chunk. Nothing is placed that was not verified.
