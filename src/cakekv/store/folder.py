@@ -21,7 +21,7 @@ import re
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +144,9 @@ class Folder:
             raise
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-    def scan(self) -> Iterator[StoredChunk]:
-        """All chunks."""
-        for shard in self.shards():
+    def scan(self, shards: Iterable[Path] | None = None) -> Iterator[StoredChunk]:
+        """The chunks in these folders; by default all."""
+        for shard in self.shards() if shards is None else shards:
             with suppress(FileNotFoundError), os.scandir(shard) as files:  # removed meanwhile, as it was empty
                 yield from filter(None, (_stored(shard.name, file) for file in files))
 

@@ -116,7 +116,7 @@ def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Evicti
         keys = [chunk.key for chunk in unknown]
         places = [place for _, place in in_order(lambda key: _place(store, key), keys, store.parallel_reads)]
     for chunk, place in zip(unknown, places, strict=True):
-        judge.wrote(Held(*chunk, *place))
+        judge.wrote(Held(chunk.key, chunk.size, chunk.used_at, *place))
     while (victim := judge.evict(now)) is not None:
         yield stored[victim.key]
 
