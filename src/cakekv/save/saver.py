@@ -41,6 +41,10 @@ class SaveReport:
         Lost to an error of the tier, or not to be encoded.
     error : str or None
         The first such error.
+    waiting_copies : int
+        Of what was saved to a tiered store: copies to tiers that are written back which are still to be made.
+    uncopied_chunks : int
+        Such copies that could not be made.
     """
 
     saved_chunks: int = 0
@@ -48,6 +52,8 @@ class SaveReport:
     declined_chunks: int = 0
     failed_chunks: int = 0
     error: str | None = None
+    waiting_copies: int = 0
+    uncopied_chunks: int = 0
 
 
 class Saver:
@@ -126,6 +132,7 @@ class Saver:
         waiting = self._join()
         if self._crash is not None:
             raise self._crash
+        self.report.waiting_copies, self.report.uncopied_chunks = self.store.waiting, self.store.uncopied
         if not waiting:
             return self.report
         failed = self.report.failed_chunks + waiting

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from cakekv.store.waiting_copies import WaitingCopies
 
 
 class StoredChunk(NamedTuple):
@@ -222,6 +225,20 @@ class Store(ABC):
             if remembered is not None:
                 found = remembered | (found or {})
         return found
+
+    @property
+    def waiting(self) -> int:
+        """Copies that are still to be made from one tier to another."""
+        return sum(part.waiting for part in self.parts)
+
+    @property
+    def uncopied(self) -> int:
+        """Chunks that should have been copied from one tier to another, and could not be."""
+        return sum(part.uncopied for part in self.parts)
+
+    def waiting_copies(self) -> WaitingCopies | None:
+        """Where to note, durably, which of its chunks wait to be copied to another tier; None if it has no place."""
+        return next(filter(None, (part.waiting_copies() for part in self.parts)), None)
 
     def tidy(self) -> list[str]:
         """Remove what writers that died left behind. Returns what was found, a sentence each."""

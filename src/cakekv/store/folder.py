@@ -6,6 +6,7 @@
     incoming/SIZE-….tmp    chunks being written, each flock'ed by its writer as long as that lives
     identities/ROOT.json   whose chunks these are
     removals.log, .old     which chunks were removed last, and why
+    uncopied/….keys        which chunks wait to be copied to another tier (see `waiting_copies`)
 
 A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
 lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.
@@ -34,7 +35,7 @@ from cakekv.store.durable import make_folder, write_file
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
-REMOVALS = "removals.log"
+REMOVALS, UNCOPIED = "removals.log", "uncopied"
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}")
 _CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")

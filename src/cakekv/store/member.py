@@ -89,6 +89,11 @@ class Member(Store):
         return [self._inner] if self._inner is not None else []
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it is in use no more."""
+        return self._closed.is_set()
+
+    @property
     def is_up(self) -> bool:
         """Whether it is in use."""
         return self._reason is None

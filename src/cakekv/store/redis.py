@@ -177,17 +177,23 @@ class RedisStore(Store):
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
-        expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
         with self.explained(f"write chunk {key.short}… of {format_bytes(len(data))}", key):
-            name = self.name_of(key)
             try:
-                with self._connection(name) as connection:
-                    packed = connection.pack_command("SET", name, data, *expiry)
-                    connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
-                    connection.read_response()
-            except (exceptions.AskError, exceptions.MovedError):
-                self._client.set(name, data.tobytes(), px=self._ttl_ms)
+                self._set(self.name_of(key), data)
+            except AttributeError:  # redis-py, looking who is who in a cluster, closes connections that are in use
+                self._set(self.name_of(key), data)
         return True
+
+    def _set(self, name: str, data: memoryview) -> None:
+        expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
+        try:
+            with self._connection(name) as connection:
+                packed = connection.pack_command("SET", name, data, *expiry)
+                connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
+                connection.read_response()
+        except (exceptions.AskError, exceptions.MovedError):
+            with self._elsewhere("write a chunk"):
+                self._client.set(name, data.tobytes(), px=self._ttl_ms)
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         self._found.forget(keys)
@@ -248,7 +254,8 @@ class RedisStore(Store):
 
     def getrange(self, name: str, start: int, end: int) -> bytes:
         """What redis-py answers to a GETRANGE; `end` is the last byte's."""
-        data: bytes = self._client.getrange(name, start, end)
+        with self._elsewhere("read a chunk"):
+            data: bytes = self._client.getrange(name, start, end)
         return data
 
     def pool_of(self, name: str) -> Any:
@@ -374,7 +381,7 @@ class RedisStore(Store):
 
         def refresh() -> None:
             with suppress(Exception):  # the next answer that fails asks again
-                self._client.nodes_manager.initialize()
+                self._client.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
 
         with suppress(RuntimeError):  # closed meanwhile
             self._pool.submit(refresh)
@@ -459,13 +466,22 @@ class RedisStore(Store):
             raise OutOfReach(str(error)) from error
 
     @contextmanager
+    def _elsewhere(self, action: str) -> Iterator[None]:
+        """As `explained`, for what redis-py sends on to another node than the one that ought to have it."""
+        try:
+            with self._explained(action):
+                yield
+        except NoAnswer as error:
+            raise OutOfReach(str(error)) from error
+
+    @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
         try:
             yield
         except CakeError:
             raise
-        # The last three: redis-py makes no sense of an answer.
-        except (exceptions.RedisError, OSError, ValueError, TypeError, RecursionError) as error:
+        # The last four: redis-py makes no sense of an answer, or has closed a connection in use.
+        except (exceptions.RedisError, OSError, ValueError, TypeError, RecursionError, AttributeError) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error

@@ -129,9 +129,9 @@ class ObjectStore(Store):
 
     def _delete_each(self, keys: Sequence[ChunkKey]) -> int:
         def delete(key: ChunkKey) -> None:
-            with self._explained(f"delete chunk {key.short}…"):
-                with suppress(FileNotFoundError):  # it was in the batch that failed
-                    obstore.delete(self._backend, [_path(key)])
+            # It may be gone with the batch that failed.
+            with self._explained(f"delete chunk {key.short}…"), suppress(FileNotFoundError):
+                obstore.delete(self._backend, [_path(key)])
 
         left: dict[ChunkKey, str] = {}
         for key, future in ask_each(self._pool, delete, keys, _LOOKUPS_AT_ONCE):
