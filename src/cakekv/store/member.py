@@ -107,9 +107,10 @@ class Member(Store):
         try:
             sizes = self._asker.ask(lambda: inner.lookup(keys)).answer()
         except StoreError as error:
-            if not (isinstance(error, Late) and error.busy):
-                self._go_down(error, "lookup")
-            raise
+            if isinstance(error, Late) and error.busy:
+                raise
+            self._go_down(error, "lookup")
+            raise TierDown(str(error)) from error
         self._succeeded("lookup")
         return sizes
 

@@ -179,7 +179,6 @@ class TieredStore(Store):
                 trouble = error
             except StoreError as error:
                 trouble = StoreError(f"chunks may be left in the {member.name} tier: {error}")
-                left |= dict.fromkeys(unique, str(trouble))
         if trouble is not None:
             raise NotDeleted(str(trouble), max(0, stored - len(left)), left)
         return stored

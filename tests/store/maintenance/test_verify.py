@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import CorruptChunk, StoreError
+from cakekv.errors import CorruptChunk, NoAnswer, StoreError
 from cakekv.store.base import ChunkReader
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
@@ -137,7 +137,7 @@ def test_no_threads_are_left_when_one_fails(tmp_path):
     class FailingOnce(WrappedStore):
         def open(self, key):
             if key == key_of(7):
-                raise StoreError("no luck")
+                raise NoAnswer("no luck")
             return super().open(key)
 
     before = threading.active_count()

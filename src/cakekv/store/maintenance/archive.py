@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, UnknownKey
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 from cakekv.store.maintenance.copying import Copied
+from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import check_chunk, read_anywhere
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order
 
@@ -80,13 +81,24 @@ def export(store: Store, stream: BinaryIO, on_bytes: OnBytes = ignore) -> Copied
     OSError
         The stream did.
     """
-    copied = Copied()
+    copied, patience = Copied(), Patience()
     _write(stream, MARKER, memoryview(_marker()))
-    for root, fields in store.identities().items():
+    found, copied.troubles = listing(store)
+    try:
+        identities = store.identities()
+    except StoreError as error:  # they only serve to explain misses
+        identities = {}
+        copied.troubles.append(str(error))
+    for root, fields in identities.items():
         if is_root(root):
             _write(stream, f"identities/{root}.json", memoryview(encode_note(root, fields).encode()))
-    chunks = sorted(store, key=lambda chunk: chunk.used_at)
+    chunks = sorted(found, key=lambda chunk: chunk.used_at)
     for chunk, data in in_order(lambda chunk: _read(store, chunk), chunks, store.parallel_reads):
+        if isinstance(data, StoreError) and not isinstance(data, MissingChunk | UnknownKey):
+            patience.failed(data)
+            copied.failed[chunk.key] = str(data)
+            continue
+        patience.went_well()
         if isinstance(data, memoryview):
             _write(stream, f"chunks/{chunk.key.hex()}", data, int(chunk.used_at))
             copied.chunks += 1
@@ -157,10 +169,10 @@ def _take(store: Store, key: ChunkKey, data: memoryview, imported: Imported) -> 
         imported.declined += 1
 
 
-def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | MissingChunk | UnknownKey:
+def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | StoreError:
     try:
         return read_anywhere(store, chunk.key)
-    except (CorruptChunk, MissingChunk, UnknownKey) as error:
+    except (CorruptChunk, StoreError) as error:
         return error
 
 
