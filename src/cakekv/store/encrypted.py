@@ -106,6 +106,8 @@ class EncryptedStore(WrappedStore):
                 yield chunk
             elif size := _plain_bytes(chunk.size):
                 yield chunk._replace(size=size)
+            else:
+                yield chunk._replace(size=0, fault=f"no sealed chunk has {chunk.size} bytes")
 
     def stats(self) -> StoreStats:
         """See `Store`; bytes are those of the sealed chunks."""

@@ -9,8 +9,7 @@ from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_chunk
-from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, separate_tiers, unwrapped
-from cakekv.store.member import Member
+from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, separate_tiers, undoubted, unwrapped
 
 
 @dataclass
@@ -110,8 +109,7 @@ def repair(store: Store, on_bytes: OnBytes = ignore, *, drop_unopenable: bool = 
 
 def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
     condition, patience = Condition(tier.name), Patience()
-    if isinstance(tier, Member) and tier.is_up:
-        tier = tier.parts[0]  # which does not take a few bad chunks for its end
+    tier = undoubted(tier)
     try:
         listed = listing(unwrapped(tier))  # also those of which an encrypted store sees that they are none
         condition.error = "; ".join(listed.troubles) or None
