@@ -230,6 +230,22 @@ def test_a_look_up_that_takes_too_long_gives_what_it_knows(monkeypatch, member):
         assert tier.lookup([key_of(0), key_of(100)]) == [SIZE, None]
 
 
+def test_what_a_look_up_did_not_get_to_is_not_written_again(monkeypatch, member):
+    asked = []
+
+    def slowly(request, number):
+        asked.append(request)
+        if b"HEAD" in request:
+            time.sleep(0.05)
+
+    with lying(monkeypatch, slowly) as store:
+        tier = member(store, deadline_s=0.5, first_retry_s=100)
+        keys = [key_of(100 + number) for number in range(1000)] + [key_of(number) for number in range(8)]
+        assert tier.lookup(keys)[-1] is None
+        assert tier.write(key_of(7), chunk_of(7))
+        assert not any(request.startswith(b"PUT") for request in asked)
+
+
 def test_what_cannot_be_deleted_is_named_and_the_rest_goes(shared, monkeypatch):
     with open_s3("bucket", "undeleted", endpoint=shared.s3, http=True) as store:
         for number in range(3):

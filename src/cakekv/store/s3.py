@@ -67,6 +67,8 @@ class ObjectStore(Store):
         self._pool = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="cakekv-lookup")
         self._hanging: dict[ChunkKey, Future[int | None]] = {}
         """Look-ups that nobody waits for any more, but which have not ended."""
+        self._untold: set[ChunkKey] = set()
+        """Chunks that a look-up did not get to in time."""
         self._check("open the store")
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
@@ -92,6 +94,7 @@ class ObjectStore(Store):
             if isinstance(trouble, NoAnswer) or len(failed) >= _LOOKUPS_AT_ONCE:
                 raise trouble
             self._check("look for chunks")  # is it these few, or all?
+        self._untold |= {key for key in asked if key not in known and key not in failed}
         sizes = known_sizes(keys, known, failed)
         self._found.note(keys, sizes)
         return sizes
@@ -106,6 +109,11 @@ class ObjectStore(Store):
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
+        if key in self._untold:  # so it was computed again, and is here, perhaps
+            self._untold.discard(key)
+            with suppress(StoreError):
+                if self._look(key) == len(data):
+                    return True
         with self._explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
             obstore.put(self._backend, _path(key), data, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
         return True

@@ -63,8 +63,8 @@ def import_(
 
     The file need not be trusted: nothing in it but chunks and notes is accepted, names must be keys, lengths are
     bounded, every byte is checked, and nothing is unpacked anywhere. Checksums find damage, not forgery: import from
-    people whom you would let write to the store. Exit code 1 if chunks were corrupt, 2 if there is something else in
-    the file.
+    people whom you would let write to the store. Exit code 1 if chunks were corrupt or could not be written, 2 if there
+    is something else in the file.
 
     Examples:
 
@@ -80,9 +80,9 @@ def import_(
         print_json(result | {"corrupt": corrupt_json(imported.corrupt)})
     else:
         say_corrupt(imported.corrupt)
-        others = counted(**fates, corrupt=len(imported.corrupt))
+        others = counted(**fates, corrupt=len(imported.corrupt), failed=len(imported.failed))
         say(f"{imported.chunks:,} chunks imported, {format_bytes(imported.bytes)}; besides: {others}")
-    if imported.corrupt:
+    if say_left_out([], imported.failed) or imported.corrupt:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, UnknownKey
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
@@ -51,6 +51,8 @@ class Imported:
     """That the store chose not to keep."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """That were not imported, because they cannot be trusted."""
+    failed: dict[ChunkKey, str] = field(default_factory=dict)
+    """That could not be written."""
     identities: int = 0
     """Notes of whose chunks these are."""
 
@@ -134,7 +136,7 @@ def import_archive(stream: BinaryIO, store: Store, on_bytes: OnBytes = ignore) -
     OSError
         The stream failed.
     """
-    imported = Imported()
+    imported, patience = Imported(), Patience()
     members = _members(stream)
     name, size = next(members, ("", 0))
     if name != MARKER or size != len(_marker()) or _content(stream, size) != _marker():
@@ -147,7 +149,15 @@ def import_archive(stream: BinaryIO, store: Store, on_bytes: OnBytes = ignore) -
                 imported.identities += 1
         elif match := _CHUNK_NAME.fullmatch(name):
             data = _content(stream, _bounded(name, size, MAX_CHUNK_BYTES))
-            _take(store, ChunkKey(bytes.fromhex(match[1])), data, imported)
+            key = ChunkKey(bytes.fromhex(match[1]))
+            try:
+                _take(store, key, data, imported)
+                patience.went_well()
+            except StoreFull:
+                raise
+            except StoreError as error:
+                patience.failed(error)
+                imported.failed[key] = str(error)
         else:
             raise BadInput(f"{name[:100]!r} in the archive is neither a chunk nor an identity; nothing was made of it")
         on_bytes(size)
