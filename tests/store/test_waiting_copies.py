@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+import redis
 
 from cakekv.errors import StoreError
 from cakekv.store.disk import DiskStore
@@ -17,8 +18,9 @@ from cakekv.store.folder import UNCOPIED, Folder
 from cakekv.store.maintenance.walking import leave_no_trace
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.redis import RedisStore
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
-from cakekv.store.waiting_copies import WaitingCopies
+from cakekv.store.waiting_in_folder import WaitingInFolder
 
 from .chunks import chunk_of, key_of, read
 from .moody import Moody, eventually
@@ -28,6 +30,7 @@ import sys
 from cakekv.store.disk import DiskStore
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.redis import RedisStore
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
 from tests.store.chunks import chunk_of, key_of
 import threading
@@ -157,6 +160,28 @@ def test_copies_out_of_memory_alone_are_lost_and_said_to_be(caplog, member):
     assert "uncopied tier=back chunks=1 copied=never" in caplog.text
 
 
+def test_a_server_in_front_keeps_notes_too(tmp_path, shared):
+    back = Moody(name="back")
+
+    def opened(**options):
+        front = Member(lambda: RedisStore("127.0.0.1", shared.valkey, prefix=f"{tmp_path}:"), "front")
+        return TieredStore([TierPlan(front), TierPlan(Member(lambda: back, "back", **options), Writing.BACK)])
+
+    back.well.clear()
+    with opened(first_retry_s=100) as store:
+        with pytest.raises(StoreError):
+            store.members[1].lookup([key_of(0)])
+        for number in range(3):
+            store.write(key_of(number), chunk_of(number))
+    assert store.uncopied == 3
+    back.well.set()
+    with opened() as store:
+        store.lookup([key_of(0)])
+        store.flush()
+        assert back.stats().chunks == 3
+    assert redis.Redis(port=shared.valkey).exists(f"{tmp_path}:uncopied") == 0
+
+
 def test_a_front_tier_that_is_away_does_not_make_a_chunk_gone(killed):
     front, back = threading.Event(), MemoryStore()
 
@@ -203,7 +228,7 @@ def test_a_folder_that_cannot_take_notes_still_takes_chunks(folder, caplog):
 @pytest.fixture
 def notes(folder):
     DiskStore(folder)
-    return lambda: WaitingCopies(Folder(folder))
+    return lambda: WaitingInFolder(Folder(folder))
 
 
 def test_notes_cut_off_in_mid_record(notes, folder):

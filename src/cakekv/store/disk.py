@@ -31,7 +31,7 @@ from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
 from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
 from cakekv.store.sizes import known_sizes
-from cakekv.store.waiting_copies import WaitingCopies
+from cakekv.store.waiting_in_folder import WaitingInFolder
 
 FOUND_AT_A_TIME = 16384
 """How many of the least recently used chunks that the policy does not know of yet it is told of at a time."""
@@ -229,8 +229,8 @@ class DiskStore(Store):
         """See `Store`; of the last 18,000 or more that were removed, by whichever process."""
         return self._removals.find(keys)
 
-    def waiting_copies(self) -> WaitingCopies:
-        return WaitingCopies(self._folder)
+    def waiting_copies(self) -> WaitingInFolder:
+        return WaitingInFolder(self._folder)
 
     def tidy(self) -> list[str]:
         """See `Store`; the chunks are counted anew. What is not this program's is named, and left alone."""

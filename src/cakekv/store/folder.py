@@ -6,7 +6,7 @@
     incoming/SIZE-….tmp    chunks being written, each flock'ed by its writer as long as that lives
     identities/ROOT.json   whose chunks these are
     removals.log, .old     which chunks were removed last, and why
-    uncopied/….keys        which chunks wait to be copied to another tier (see `waiting_copies`)
+    uncopied/….keys        which chunks wait to be copied to another tier (see `waiting_in_folder`)
 
 A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
 lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.

@@ -2,6 +2,7 @@
 
     {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GET or GETRANGE
     {prefix}identities  a hash: whose chunks these are
+    {prefix}uncopied    a set: which chunks wait to be copied to another tier, keys as bytes
 
 How much is kept, and what goes first, is the server's business (`maxmemory`, `maxmemory-policy`).
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -44,6 +45,7 @@ from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.identities import decode_note, encode_note, is_root
 from cakekv.store.redis_reader import SLICE_BYTES, RedisReader
 from cakekv.store.sizes import FoundSizes, known_sizes
+from cakekv.store.waiting_copies import WaitingCopies
 
 DEFAULT_PORT = 6379
 TIMEOUT_S = 5.0
@@ -245,6 +247,9 @@ class RedisStore(Store):
                 if fields is not None and is_root(root):
                     found[root] = fields
         return found
+
+    def waiting_copies(self) -> WaitingCopies:
+        return _WaitingInRedis(self, self._client, f"{self._prefix}uncopied")
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -485,6 +490,28 @@ class RedisStore(Store):
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error
+
+
+class _WaitingInRedis(WaitingCopies):
+    """Notes that all processes share: one that begins makes the copies of those that are at it, too, if it is first."""
+
+    def __init__(self, store: RedisStore, client: Any, name: str) -> None:
+        self._store = store
+        self._client = client
+        self._name = name
+
+    def add(self, keys: Iterable[ChunkKey]) -> None:
+        with self._store.explained("note what is to be copied"):
+            self._client.sadd(self._name, *map(bytes, keys))
+
+    def remove(self, key: ChunkKey) -> None:
+        with self._store.explained("note what was copied"):
+            self._client.srem(self._name, bytes(key))
+
+    def take_over(self) -> list[ChunkKey]:
+        with self._store.explained("look for what is to be copied"):
+            members = self._client.smembers(self._name)
+        return [ChunkKey(member) for member in members if len(member) == ChunkKey.LENGTH]
 
 
 _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [

@@ -58,8 +58,8 @@ class TieredStore(Store):
 
     Nothing that goes wrong in one tier is a matter for the others. Copies, back to slower tiers and up to faster ones,
     are made behind the scenes, one thread per tier; what cannot be copied is counted in `uncopied`, and logged. Chunks
-    that wait to be copied back are noted in the first disk tier that is written through; if this process dies, the next
-    one that uses the store goes on.
+    that wait to be copied back are noted in the first tier that is written through and can (disks, Redis); if this
+    process dies, the next one that uses the store goes on.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ class TieredStore(Store):
             forget = key not in self._given_up
             self._given_up.discard(key)
         if forget and self._notes is not None:
-            with suppress(OSError):  # it is copied once more, at the worst
+            with suppress(OSError, StoreError):  # it is copied once more, at the worst
                 self._notes.remove(key)
 
     @property
@@ -294,7 +294,7 @@ class TieredStore(Store):
         if self._notes is not None:
             try:
                 return action(self._notes)
-            except OSError as error:
+            except (OSError, StoreError) as error:
                 if not self._unnoted:
                     self._unnoted = True
                     emit(_LOG, logging.WARNING, "copies_not_noted", reason=str(error))
