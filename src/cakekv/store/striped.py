@@ -71,11 +71,13 @@ class StripedStore(Store):
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         """See `Store`; also where chunks lie that were written before a store was added."""
         deleted, left = 0, dict[ChunkKey, str]()
+        partly: NotDeleted | None = None
         trouble: list[StoreError] = []
         for store in self._stores:
             try:
                 deleted += store.delete(keys)
             except NotDeleted as error:
+                partly = error
                 deleted += error.deleted
                 left |= error.left
             except StoreError as error:
@@ -86,6 +88,8 @@ class StripedStore(Store):
             left |= dict.fromkeys(keys, str(trouble[0]))
         if left:
             raise NotDeleted.of(deleted, left)
+        if partly is not None:
+            raise NotDeleted(str(partly), deleted)
         return deleted
 
     def __iter__(self) -> Iterator[StoredChunk]:
