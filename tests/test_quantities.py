@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
-from cakekv.quantities import format_bytes, parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
+from cakekv.quantities import (
+    format_bytes,
+    format_time,
+    parse_bandwidth,
+    parse_bytes,
+    parse_count,
+    parse_duration,
+    parse_switch,
+)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +142,14 @@ def test_switches():
     for text in ("", "yes", "True", "1"):
         with pytest.raises(BadInput, match="neither"):
             parse_switch(text)
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_any_number_is_a_time_or_not_known(seconds):
+    assert format_time(seconds, "%Y") == "not known" or seconds > 0
+
+
+def test_times():
+    assert format_time(86400 * 365.0, "%Y") in ("1970", "1971")
+    for seconds in (0.0, -1.0, float("nan"), float("inf"), 1e300):
+        assert format_time(seconds) == "not known"

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from cakekv.messages import said
+
 if TYPE_CHECKING:
     from cakekv.keys import ChunkKey
 
 
 class CakeError(Exception):
-    """Base of all errors raised by cakekv."""
+    """Base of all errors raised by cakekv. Whatever its message is made of, what is shown of it is `said`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(said(message))
 
 
 class BadInput(CakeError, ValueError):
@@ -72,7 +77,8 @@ class NotDeleted(StoreError):
     def of(cls, deleted: int, left: Mapping[ChunkKey, str]) -> NotDeleted:
         """Make the message of `left`."""
         key, reason = next(iter(left.items()))
-        return cls(f"{len(left):,} chunk(s) could not be deleted, such as {key.short}…: {reason}", deleted, left)
+        message = f"cannot delete {len(left):,} of {deleted + len(left):,} chunks: {key.short}…: {reason}"
+        return cls(message, deleted, left)
 
 
 class StoreFull(StoreError):
@@ -85,6 +91,14 @@ class MissingChunk(StoreError):
 
 class UnknownKey(StoreError):
     """The chunk is sealed with a key that is not in the keyring."""
+
+
+class ReadOnly(StoreError):
+    """The tier can be loaded from, but not written to."""
+
+
+class Unreadable(StoreError):
+    """The chunk is stored, but this user may not read it: nothing is wrong with the tier."""
 
 
 class CannotEncode(CakeError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cakekv.errors import BadInput, StoreError
 from cakekv.keys import ChunkKey, Identity, chained_keys
+from cakekv.quantities import format_time, is_time
 from cakekv.store.base import Removal, Store
 from cakekv.store.maintenance.walking import walk
 from cakekv.store.tail_only import TailOnlyStore
@@ -181,9 +181,9 @@ def _reasons(missing: Sequence[ChunkKey], tiers: Sequence[Store], notes: list[st
 
 
 def _sentence(tier: str, removal: Removal) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(removal.at))
+    when = f" at {format_time(removal.at, '%Y-%m-%d %H:%M')}" if is_time(removal.at) else ", it is not known when"
     how = "evicted from" if removal.reason == "capacity" else "deleted on request from"
-    return f"{how} {tier} at {when}"
+    return f"{how} {tier}{when}"
 
 
 def _declined(end: int, tiers: Sequence[Store]) -> list[str]:

@@ -7,20 +7,17 @@ shown unless the application asks for it. Fields are numbers, names and reasons;
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 from datetime import UTC, datetime
 from typing import Any
 
 from cakekv.errors import BadInput
+from cakekv.messages import inert, json_text, without_secrets
 
 ROOT = "cakekv"
 VARIABLE = "CAKEKV_LOG"
 """The environment variable that the command line goes by: `text` or `json`, and a level if not info: `json:debug`."""
-
-_USER = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
 
 def emit(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
@@ -39,7 +36,9 @@ def emit(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
     """
     if logger.isEnabledFor(level):
         fields = {name: _shown(value) for name, value in fields.items()}
-        words = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fields.items())
+        words = (
+            f"{name}={inert(value) if isinstance(value, str) else json_text(value)}" for name, value in fields.items()
+        )
         # The message is an argument, so that a per cent sign in it is none of logging's.
         logger.log(level, "%s", " ".join((event, *words)), extra={"event": event, "fields": fields}, stacklevel=2)
 
@@ -62,7 +61,20 @@ class JsonFormatter(logging.Formatter):
             line["message"] = _shown(record.getMessage())
         if record.exc_info:
             line["traceback"] = _shown(self.formatException(record.exc_info))
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json_text(line)
+
+
+class TextFormatter(logging.Formatter):
+    """Time, logger and message in one line; behind it the traceback, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return inert(_shown(super().formatMessage(record)))
+
+    def formatException(self, ei: Any) -> str:
+        return inert(_shown(super().formatException(ei)), line_breaks=True)
 
 
 def configure(setting: str | None = None) -> logging.Handler | None:
@@ -91,7 +103,7 @@ def configure(setting: str | None = None) -> logging.Handler | None:
     if form not in ("text", "json") or number is None:
         raise BadInput(f"{VARIABLE} is text or json, or with a level text:debug or json:warning; not {setting!r}")
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logger = logging.getLogger(ROOT)
     logger.addHandler(handler)
     logger.setLevel(number)
@@ -99,5 +111,9 @@ def configure(setting: str | None = None) -> logging.Handler | None:
 
 
 def _shown(value: Any) -> Any:
-    """A field's value without the user and password of a URL in it, which no error should hold anyway."""
-    return _USER.sub("…@", value) if isinstance(value, str) else value
+    """A field's value without secrets, which no error should hold anyway."""
+    if isinstance(value, dict):
+        return {_shown(name): _shown(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from decimal import Decimal
 
 from cakekv.errors import BadInput
@@ -130,6 +131,16 @@ def format_bytes(size: int) -> str:
         if round(abs(value), 1) < 1000:
             return f"{value:.1f} {unit}"
     return f"{value / 1000:.1f} TB"
+
+
+def is_time(seconds: float) -> bool:
+    """Whether so many seconds since the epoch are a time: after that, and before the year 9999."""
+    return 0 < seconds < 253_370_764_800
+
+
+def format_time(seconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Seconds since the epoch for people, in the local zone; "not known" if they are no time."""
+    return time.strftime(form, time.localtime(seconds)) if is_time(seconds) else "not known"
 
 
 def _amount(match: re.Match[str]) -> Decimal:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 import pytest
 
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
+from cakekv.store.maintenance.collect import garbage
 
 from .chunks import SIZE, chunk_of, key_of, read
 
@@ -112,3 +114,11 @@ def test_what_is_not_ours_is_named_and_left_alone(store, tmp_path):
     assert "thesis.txt" in sentence
     assert listed(store.path) == before
     assert secret.read_text() == "dear"
+
+
+def test_chunks_dated_in_the_future_are_dated_now(store):
+    os.utime(store._folder.file(key_of(1)), (4e9, 4e9))
+    assert garbage(store, time.time(), older_than_s=60.0).undated == 1
+    assert "Dated 1 chunk(s) from the future to now." in store.tidy()
+    assert garbage(store, time.time(), older_than_s=60.0).undated == 0
+    assert store.tidy() == []

@@ -7,6 +7,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -501,6 +502,43 @@ def test_a_cluster(cluster):
         assert store.delete([key_of(number) for number in range(5)]) == 5
         with pytest.raises(MissingChunk):
             store.open(key_of(0))
+
+
+def test_a_node_of_a_cluster_asked_as_if_it_were_alone(cluster):
+    with (
+        open_store(f"redis://127.0.0.1:{cluster[0].get_connection_kwargs()['port']}") as store,
+        pytest.raises(StoreError, match="is a node of a cluster: write cluster=true"),
+    ):
+        store.lookup([key_of(number) for number in range(10)])
+
+
+def test_a_server_that_is_no_node_of_a_cluster(shared):
+    with pytest.raises(StoreError, match="no node of a cluster: leave cluster=true out"):
+        open_store(f"redis://127.0.0.1:{shared.valkey}?cluster=true")
+    with pytest.raises(StoreError, match="See whether the server runs there"):
+        open_store("redis://127.0.0.1:1?cluster=true&timeout=1s")
+
+
+@pytest.mark.parametrize("password", ["a/b", "a#b", "a?b", "a@b/c", "a%zz/b"])
+def test_what_is_to_be_escaped_in_a_password_is_said(password, tmp_path):
+    with pytest.raises(BadInput, match=r"@ is written as %40|is to be written as %3F"):
+        open_store(f"redis://me:{password}@127.0.0.1:1/x")
+    with servers.valkey(tmp_path, "--requirepass", password) as (port, _):
+        with pytest.raises(StoreError, match="in which @ is written as %40"):
+            open_store(f"redis://:wrong@127.0.0.1:{port}")
+        open_store(f"redis://:{quote(password, safe='')}@127.0.0.1:{port}").close()
+
+
+def test_what_a_server_says_is_one_line(shared):
+    """Whatever it sends: line ends, codes for terminals, megabytes."""
+    with (
+        open_store(f"redis://127.0.0.1:{shared.valkey}") as store,
+        pytest.raises(StoreError) as caught,
+        store.explained("ask"),
+    ):
+        raise redis.ResponseError("ERR one\r\ntwo\x1b[2J" + "x" * 10**6)
+    assert "ERR one two\ufffd[2J" in str(caught.value)
+    assert len(str(caught.value)) < 5000
 
 
 def test_slots_that_move_are_followed(cluster):

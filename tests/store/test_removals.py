@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from cakekv.explain import explain_prompt, prompt_keys
 from cakekv.store import removals
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
@@ -135,3 +136,24 @@ def test_memory_is_bounded(monkeypatch):
         key_of(2): CAPACITY,
         key_of(3): CAPACITY,
     }
+
+
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 4e12, -5.0, 0.0])
+def test_times_that_are_none_are_not_passed_on(file, at):
+    """Whoever may write to a folder may put any number there, with the checksum that belongs to it."""
+    part = removals._FIELDS.pack(key_of(0), at, 200)
+    file.write_bytes(removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)))
+    assert RemovalLog(file).find(keys(0)) == {key_of(0): (0.0, REQUEST)}
+
+
+def test_such_a_time_is_explained(tmp_path):
+    with DiskStore(tmp_path / "kv") as store:
+        root = bytes(32)
+        fields = {"chunk_tokens": "4"}
+        (key,) = prompt_keys(root, fields, [1, 2, 3, 4])
+        part = removals._FIELDS.pack(key, float("nan"), 0)
+        (tmp_path / "kv" / "removals.log").write_bytes(
+            removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)) + b"torn"
+        )
+        (chunk,) = explain_prompt(root, fields, [1, 2, 3, 4], [store]).chunks
+        assert chunk.reasons == ["evicted from disk, it is not known when"]

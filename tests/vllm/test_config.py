@@ -1,5 +1,6 @@
 """The plug-in's options: defaults, what they take, and what a wrong one is told."""
 
+import traceback
 from typing import Any
 
 import pytest
@@ -83,6 +84,29 @@ def test_an_unknown_option_is_refused_with_the_likely_one():
 def test_all_wrong_options_are_named_at_once():
     with pytest.raises(BadInput, match=r"option mode .*; option save "):
         options(mode="no", save=1)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "redis://user:hunter2xyz@host?bogus=1",
+        "redis://host?password=hunter2xyz",
+        "/kv?capacity=hunter2xyz",
+        ["/kv", "s3://bucket?hunter2xyz=1"],
+        "memory://?encrypt=hunter2xyz",
+    ],
+)
+def test_a_secret_in_a_store_is_not_shown(store):
+    with pytest.raises(BadOption, match="option store is ") as refused:
+        options(store=store)
+    assert "hunter2xyz" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_options_are_shown_without_secrets():
+    shown = repr(options(store=["/kv?encrypt=hunter2xyz", "redis://user:hunter2xyz@host"], tenant="hunter2xyz"))
+    assert "hunter2xyz" not in shown
+    assert "redis://…@host" in shown
+    assert options(store="redis://user:hunter2xyz@host").store == ("redis://user:hunter2xyz@host",)
 
 
 def test_chunks_are_whole_blocks():

@@ -78,6 +78,8 @@ def test_a_relative_folder_is_the_same_wherever_vllm_is_started(monkeypatch, tmp
         (["--mode", "fast"], "option mode is 'fast'"),
         (["--store", "memory://"], "/dev/shm"),
         (["--chunk-tokens", "200", "--block-size", "128"], "write 128 or 256"),
+        (["--chunk-tokens", "100"], "block size of 16 tokens: write 96 or 112, or change --block-size"),
+        (["--chunk-tokens", "8"], "write 16, or change --block-size"),
     ],
 )
 def test_what_is_wrong_is_refused(words, message):

@@ -14,6 +14,7 @@ from cakekv.calibration import cache_folder
 from cakekv.cli.console import NEWS, print_json, write_text
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
 from cakekv.errors import BadInput
+from cakekv.messages import inert
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.planner import Mode
 from cakekv.store.opening import open_store
@@ -94,7 +95,7 @@ def ask(
             prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
             if explain:
                 for run in cake.explain(prompt, mode=mode):
-                    NEWS.print(str(run), markup=False, highlight=False)
+                    NEWS.print(str(run))
             stream = partial(
                 cake.stream,
                 prompt,
@@ -113,7 +114,7 @@ def ask(
     if saved.error:
         NEWS.print(f"warning: {saved.failed_chunks} chunks could not be saved: {saved.error}", style="yellow")
     for note in restored.notes:
-        NEWS.print(note, style="yellow", markup=False, highlight=False)
+        NEWS.print(note, style="yellow")
     if report is not None:
         write_text(report, restored.to_json(indent=2) + "\n")
     if trace is not None:
@@ -135,7 +136,7 @@ def _answer(label: str, stream: Callable[[OnProgress], Iterator[str]], aloud: bo
     def say(piece: str) -> None:
         pieces.append(piece)
         if aloud:
-            sys.stdout.write(piece)
+            sys.stdout.write(inert(piece, line_breaks=True) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
 
     with restore_bar(NEWS, label) as on_progress:  # until the first token
@@ -153,11 +154,15 @@ def _summarize(report: RestoreReport) -> None:
     from cakekv.report.table import modes_table
 
     NEWS.print(modes_table({report.mode: report}))
+    if report.prompt_tokens < report.chunk_tokens:
+        NEWS.print(
+            f"The prompt is shorter than a chunk of {report.chunk_tokens:,} tokens: nothing of it is stored.",
+            style="yellow",
+        )
     if not report.exact:
         NEWS.print(
             f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
             "them; what was computed behind those is not saved.",
-            highlight=False,
         )
     for reason, tokens in report.miss_reasons().items():
-        NEWS.print(f"{tokens:,} tokens were computed because: {reason}", style="dim", highlight=False, markup=False)
+        NEWS.print(f"{tokens:,} tokens were computed because: {reason}", style="dim")

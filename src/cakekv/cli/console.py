@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 from typer.core import TyperGroup
 
 from cakekv.errors import BadInput, CakeError
+from cakekv.messages import inert, json_text, said
+from cakekv.store.opening import learn_secrets
 
-RESULTS = Console()
+_WIDTH_OF_A_FILE = 1000
+_UsageError: Any = typer.BadParameter.__base__  # which is not exported itself
+
+
+class InertConsole(Console):
+    """Takes whatever is printed for text: it has no markup, and no codes that a terminal would act on.
+
+    What is no terminal is wide, so that tables in a file are whole.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, emoji=False)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        size = super().size
+        narrow = self.is_terminal or "COLUMNS" in os.environ
+        return size if narrow else ConsoleDimensions(_WIDTH_OF_A_FILE, size.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        raise NotImplementedError("the terminal decides")
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(text, **options | {"markup": False})  # which cells of tables ask for
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(inert(segment.text, line_breaks=True), segment.style)
+
+
+RESULTS = InertConsole()
 """Standard output: what was asked for, and nothing else, so that it can be piped."""
-NEWS = Console(stderr=True)
+NEWS = InertConsole(stderr=True)
 """Standard error: progress, remarks and errors."""
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,20 +62,44 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 class Commands(TyperGroup):
     """Commands whose deliberate errors end in one line on standard error and an exit code, not in a traceback."""
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        for argument in args:
+            if url := re.search(r"\w+:/.*", argument, re.DOTALL):
+                learn_secrets(url[0])
+        with _cleaned():
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for option in ("--install-completion", "--show-completion"):
+            if option in args and len(args) > 1:
+                raise typer.BadParameter(f"{option} takes no value: it is for the shell that it is called from", ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _cleaned():
+                return super().invoke(ctx)
         except CakeError as error:
-            NEWS.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+            NEWS.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILED) from error
         except KeyboardInterrupt as interrupt:
             NEWS.print("interrupted", style="bold red")
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
 
+@contextmanager
+def _cleaned() -> Iterator[None]:
+    """What is wrong with a command line is said without the secrets on it."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = said(error.message)
+        raise
+
+
 def print_json(data: Any) -> None:
     """Print data to standard output as JSON, without colours or wrapping."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(data, indent=2) + "\n")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -51,7 +110,7 @@ def write_json(path: Path, data: Any) -> None:
     CakeError
         The file cannot be written.
     """
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

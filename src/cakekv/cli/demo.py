@@ -53,7 +53,7 @@ def demo(
         with load_cake("demo", link) as cake:
             document = read_document("demo", cake.tokenizer, tokens)
             document_tokens = count_tokens(cake.tokenizer, document)
-            NEWS.print(f"{NAME} reads {document_tokens:,} tokens and answers: {QUESTION}", highlight=False)
+            NEWS.print(f"{NAME} reads {document_tokens:,} tokens and answers: {QUESTION}")
             prompt = document_prompt(cake.tokenizer, document, QUESTION)
             result = run_demo(cake, link, prompt, partial(restore_bar, NEWS))
 
@@ -66,9 +66,9 @@ def demo(
         print_json(data)
     else:
         RESULTS.print(modes_table(result.reports, title))
-        RESULTS.print(result.answers["both"].text.strip(), style="italic", markup=False, highlight=False)
+        RESULTS.print(result.answers["both"].text.strip(), style="italic")
         same = "the same answer from all three" if result.identical else "the answers differ"
         RESULTS.print(same, style="green" if result.identical else "bold red")
-        NEWS.print(f"written: {', '.join(str(out / name) for name in FILES)}", highlight=False, soft_wrap=True)
+        NEWS.print(f"written: {', '.join(str(out / name) for name in FILES)}", soft_wrap=True)
     if not result.identical:
         raise CakeError("the three modes gave different answers; see demo.json")

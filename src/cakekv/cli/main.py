@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from cakekv import __version__, logs
 from cakekv.cli import ask, bench, demo, quality, simulate, simulate_cluster, simulate_retention, store, vllm_args
-from cakekv.cli.console import Commands
+from cakekv.cli.console import EXIT_FAILED, Commands
+from cakekv.messages import inert, without_secrets
 
 app = typer.Typer(
     cls=Commands,
@@ -56,4 +59,8 @@ def cakekv(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except Exception:  # a fault of ours, whose traceback may hold anything
+        sys.stderr.write(inert(without_secrets(traceback.format_exc()), line_breaks=True))
+        sys.exit(EXIT_FAILED)

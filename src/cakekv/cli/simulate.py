@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cakekv.cli.console import NEWS, RESULTS
 from cakekv.errors import BadInput, CakeError
 from cakekv.quantities import format_bytes
 
@@ -39,10 +39,9 @@ def paper(json_file: _Json = None, picture: _Picture = None) -> None:
     from cakekv.simulate import paper as tables
     from cakekv.simulate.paper_tables import cells
 
-    predictions = [tables.predict(cell) for cell in track(cells(), "simulating", console=Console(stderr=True))]
+    predictions = [tables.predict(cell) for cell in track(cells(), "simulating", console=NEWS)]
     walks = {ours: [figures.figure_5(seed, ours) for seed in range(FLUCTUATIONS)] for ours in (True, False)}
     drawn = figures.summary(walks[True], walks[False], figures.figure_6())
-    console = Console()
     for number in sorted({prediction.cell.table for prediction in predictions}):
         table = Table("", "", "paper", "baseline", "ours", "baseline/paper", "ours/paper", title=f"Table {number}")
         for prediction in predictions:
@@ -53,12 +52,12 @@ def paper(json_file: _Json = None, picture: _Picture = None) -> None:
                     *(_pair(pair) for pair in (prediction.paper, prediction.baseline, prediction.ours)),
                     *(_difference(pair, prediction.paper) for pair in (prediction.baseline, prediction.ours)),
                 )
-        console.print(table)
+        RESULTS.print(table)
     for line in figures.sentences(drawn):
-        console.print(line, highlight=False)
+        RESULTS.print(line)
     summary = tables.summarise(predictions)
     for line in summary.verdicts():
-        console.print(line, highlight=False)
+        RESULTS.print(line)
     if json_file is not None:
         _write(json_file, [prediction.to_dict() for prediction in predictions])
         beside = json_file.with_stem(json_file.stem + "-figures")
@@ -114,9 +113,8 @@ def plan(
     table.add_row("stored", format_bytes(verdict.stored_bytes))
     if verdict.stored_tokens:
         table.add_row("loading breaks even at", f"{verdict.break_even * 8e-9:.2f} Gbps")
-    console = Console()
-    console.print(table)
-    console.print("Storing pays." if verdict.worth_it else "Storing saves less than a tenth of the time.")
+    RESULTS.print(table)
+    RESULTS.print("Storing pays." if verdict.worth_it else "Storing saves less than a tenth of the time.")
 
 
 @app.command()
@@ -136,7 +134,7 @@ def study(
     from cakekv.simulate import targets
 
     indices = range(configs) if index is None else [index]
-    numbered = track(indices, "simulating", console=Console(stderr=True))
+    numbered = track(indices, "simulating", console=NEWS)
     outcomes = [studies.run(studies.draw(seed, number)) for number in numbered]
     found = targets.groups(outcomes)
     table = Table(
@@ -145,13 +143,12 @@ def study(
     for group in found:
         figures = (group.median, group.p99, group.worst, group.arm_median, group.arm_worst)
         table.add_row(group.name, str(group.count), *(f"{figure:.3f}" for figure in figures))
-    console = Console()
-    console.print(table)
+    RESULTS.print(table)
     for line in targets.verdicts(found):
-        console.print(line, highlight=False)
+        RESULTS.print(line)
     farthest, slowest = targets.worst(outcomes), targets.slowest_against_arm(outcomes)
     for title, worst in (("Farthest from the optimum", farthest), ("Slowest against the better arm", slowest)):
-        console.print(_worst_table(f"{title} (run again with --seed {seed} --index I)", worst))
+        RESULTS.print(_worst_table(f"{title} (run again with --seed {seed} --index I)", worst))
     if json_file is not None:
         groups = [group.to_dict() for group in found]
         _write(

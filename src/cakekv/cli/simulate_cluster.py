@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
+from cakekv.cli.console import NEWS, RESULTS
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth, parse_duration
 from cakekv.restore.priority import open_policy
@@ -122,8 +122,7 @@ def cluster(
         "ttft_target_s": target_s,
     }
     results = []
-    console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=NEWS, transient=True) as progress:
         for name in progress.track(chosen, description="simulating"):
             run = run_cluster(simulated, arrivals, count, factor, name, order)
             results.append(summarise(name, run, simulated, target_s))
@@ -134,5 +133,5 @@ def cluster(
         from cakekv.simulate.cluster.picture import draw
 
         draw(data, picture)
-    console.print(f"{count} requests at {factor:.3g} × the trace's rate on {simulated.nodes} nodes")
-    console.print(table(results, target_s))
+    RESULTS.print(f"{count} requests at {factor:.3g} × the trace's rate on {simulated.nodes} nodes")
+    RESULTS.print(table(results, target_s))

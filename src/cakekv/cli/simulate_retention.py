@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
+from cakekv.cli.console import NEWS, RESULTS
 from cakekv.errors import BadInput
 from cakekv.quantities import format_bytes, parse_bytes
 from cakekv.simulate.cluster.hardware import compute_shape, model_size, read_calibration
@@ -102,8 +102,7 @@ def retention(
     }
     rows: list[Row] = []
     cases: dict[float, list[Case]] = {factor: [] for factor in factors}
-    console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=NEWS, transient=True) as progress:
         for name, size, factor, rule in progress.track(runs, description="replaying"):
             checked = size == sizes[0] and not rule
             keep_every = max(1, len(workload.requests) // _CHECKED_RESTORES) if checked else 0
@@ -124,13 +123,13 @@ def retention(
 
         draw(data, picture)
     for factor in factors:
-        console.print(table(rows, factor))
+        RESULTS.print(table(rows, factor))
     for ratio, check in planner.items():
-        console.print(
+        RESULTS.print(
             f"{ratio} × balance: the planner took {check['mean']:+.1%} longer in {check['restores']} of these "
             f"restores, the median deviation is {check['median_absolute']:.1%}"
         )
-    console.print(f"other victims in a real store than here: {', '.join(differ) or 'none'}")
+    RESULTS.print(f"other victims in a real store than here: {', '.join(differ) or 'none'}")
 
 
 def _positive(text: str, option: str) -> float:

@@ -43,8 +43,11 @@ def vllm_args(
     tenant: Annotated[str | None, typer.Option(help="Share chunks with engines of the same tenant only.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line about every restore.")] = False,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="vLLM's --block-size, to check the chunks against now.")
-    ] = None,
+        int,
+        typer.Option(
+            min=1, help="vLLM's --block-size, to check the chunks against now; 16 divides those it chooses itself."
+        ),
+    ] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the options as a JSON list of words.")] = False,
 ) -> None:
     """Print the two options that put cakekv into `vllm serve`, checked and ready to paste.

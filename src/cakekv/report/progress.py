@@ -17,6 +17,8 @@ from rich.text import Text
 from cakekv.report.colours import COMPUTE, LOAD, MODES
 from cakekv.restorer import OnProgress, Progress
 
+_WIDEST = 200
+
 # Per state of a band: sign, sign where there is only ASCII, style. Told apart without colours, too.
 _SIGNS = {
     "computed": ("█", "#", Style(color=COMPUTE)),
@@ -66,6 +68,7 @@ class RestoreBar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         line = Table.grid(padding=(0, 2), expand=True)
+        line.width = min(options.max_width, _WIDEST)
         line.add_column(no_wrap=True, min_width=7)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True, min_width=34)

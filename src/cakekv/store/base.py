@@ -41,7 +41,7 @@ class Removal(NamedTuple):
     """That a chunk was removed."""
 
     at: float
-    """Seconds since the epoch."""
+    """Seconds since the epoch; 0 if it is not known."""
     reason: str
     """"capacity": it was evicted to make room; "request": someone deleted it."""
 

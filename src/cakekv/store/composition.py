@@ -15,6 +15,7 @@ deadline = "200ms"                          # how long a look-up may take; defau
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +79,8 @@ def _plan(where: str, tier: Any, open_store: Callable[[str], Store]) -> TierPlan
         raise BadInput(f"{where} has no url")
     for name, value in tier.items():
         if name not in _KEYS:
-            raise BadInput(f"{where}: unknown key {name!r}; there are {', '.join(_KEYS)}")
+            shown = f" {name!r}" if re.fullmatch("[a-z_]{1,24}", name) else ""
+            raise BadInput(f"{where}: unknown key{shown}; there are {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[name]):
             raise BadInput(f"{where}: {name} should be {'a string' if _KEYS[name] is str else 'true or false'}")
     url = tier["url"]
@@ -88,8 +90,11 @@ def _plan(where: str, tier: Any, open_store: Callable[[str], Store]) -> TierPlan
         writing = Writing(tier.get("write", "through"))
     except ValueError:
         names = ", ".join(writing.value for writing in Writing)
-        raise BadInput(f"{where}: write is one of {names}, not {tier['write']!r}") from None
-    deadline_s = parse_duration(tier["deadline"]) if "deadline" in tier else DEADLINE_S
+        raise BadInput(f"{where}: write is one of {names}") from None
+    try:
+        deadline_s = parse_duration(tier.get("deadline", f"{DEADLINE_S}s"))
+    except BadInput as error:
+        raise BadInput(f"{where}: deadline: {str(error).replace(repr(tier['deadline']), 'its value')}") from None
     if not deadline_s > 0:
         raise BadInput(f"{where}: a deadline is more than 0 s")
     member = Member(partial(open_store, url), url.partition(":")[0], deadline_s=deadline_s)

@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import errno
 import heapq
+import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 
 from cakekv.chunk import peek_place
-from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.errors import BadInput, MissingChunk, NotDeleted, ReadOnly, StoreError, StoreFull, Unreadable
 from cakekv.keys import ChunkKey
+from cakekv.logs import emit
 from cakekv.quantities import format_bytes
 from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
-from cakekv.store.eviction.base import Eviction, Held
+from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.evictions import Evictions
 from cakekv.store.folder import ABSENT, CHUNKS, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
 from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
+from cakekv.store.ownership import Mode, whose
 from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
 from cakekv.store.sizes import known_sizes
 from cakekv.store.waiting_in_folder import WaitingInFolder
@@ -36,13 +39,20 @@ from cakekv.store.waiting_in_folder import WaitingInFolder
 FOUND_AT_A_TIME = 16384
 """How many of the least recently used chunks that the policy does not know of yet it is told of at a time."""
 
+_LOG = logging.getLogger(__name__)
+
 _SAME_TIME_S = 1e-3
 _SEARCHED_AT_ONCE = 1024
 """A folder of no more chunks is searched whenever one is missing; a larger one in its time."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_USERS = (
+    "Give a folder that this user may write to, or change its permissions; one that several users share is made with "
+    "?mode=group."
+)
 _ADVICE = {
-    errno.EACCES: "Give a folder that this user may write to, or change its permissions.",
-    errno.EPERM: "Give a folder that this user may write to, or change its permissions.",
+    errno.EACCES: _USERS,
+    errno.EPERM: _USERS,
     errno.EROFS: "Give a folder on a file system that can be written to.",
     errno.ENOENT: "The folder cannot be made there, or was removed meanwhile; give another, or open the store again.",
     errno.ENOTDIR: "A file is in the place of a folder; give another path.",
@@ -65,13 +75,17 @@ class DiskStore(Store):
         own, and finds from time to time what others have written, read and removed.
     direct : bool
         Whether chunks that are not in the page cache are read past it (`FileReader`).
+    mode : {"private", "group"}
+        Who may use what is written: this user, or the folder's group as well. A store that its group may write to stays
+        so.
 
     Raises
     ------
     BadInput
         The capacity is not positive.
     StoreError
-        The folder cannot be made or written, holds something else, or a store of another version.
+        The folder cannot be made or read, holds something else, or a store of another version. One that can be read
+        but not written is opened for loading; then whatever writes raises `ReadOnly`.
     """
 
     name = "disk"
@@ -84,6 +98,7 @@ class DiskStore(Store):
         evict: Eviction | None = None,
         *,
         direct: bool = True,
+        mode: Mode = "private",
     ) -> None:
         if capacity is not None and capacity <= 0:
             raise BadInput(f"a store's capacity is at least one byte, not {capacity}")
@@ -94,15 +109,17 @@ class DiskStore(Store):
         self._policy = LeastRecentlyUsed() if evict is None else evict
         self._policy_lock = threading.Lock()  # taken after the folder's
         self._evictions_until_search = 0
-        self._removals = RemovalLog(self.path / REMOVALS)
+        self._stuck = False
+        self._removals = RemovalLog(self.path / REMOVALS, give=lambda file: self._folder.ownership.give(file))
         self._evictions = Evictions(self.name)
+        self._read_only: str | None = None
         with self._explained("open the store"):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.claim()
-            with self._folder.locked() as counts:
-                reserved = self._folder.reserved()
-                if capacity is not None:
-                    self._evict(counts, down_to=max(0, capacity - reserved))
+            try:
+                self._claim(shared=mode == "group")
+            except OSError as error:
+                if error.errno not in _REFUSED or not self._folder.is_readable():
+                    raise
+                self._read_only = _reason(error)
 
     @property
     def policy(self) -> Eviction:
@@ -121,7 +138,7 @@ class DiskStore(Store):
         for key in keys:
             try:
                 with self._explained(f"look for chunk {key.short}…"):
-                    known[key] = self._folder.size(key)
+                    known[key] = self._folder.readable_size(key)
             except StoreError as error:
                 failed[key] = error
         if failed and not known:
@@ -136,6 +153,8 @@ class DiskStore(Store):
             except OSError as error:
                 if error.errno in ABSENT:
                     raise MissingChunk(f"chunk {key.short}… is not in {self.path}") from error
+                if isinstance(error, PermissionError):
+                    raise Unreadable(f"cannot open chunk {key.short}…: {_reason(error)}") from error
                 raise
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -143,15 +162,18 @@ class DiskStore(Store):
                 raise MissingChunk(f"chunk {key.short}… in {self.path} is not a file")
             if self.marks_use:
                 now = time.time_ns()  # finer than the clock the kernel would stamp with
-                with suppress(OSError):  # another user's chunk is read all the same
+                try:
                     os.utime(descriptor, ns=(now, now))
+                except OSError:  # another user's chunk
+                    with suppress(OSError):  # it is read all the same
+                        os.utime(descriptor)
                 with self._policy_lock:
                     self._policy.read(key, now / 1e9)
             return FileReader(descriptor, status.st_size, self.direct)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         size = len(data)
-        with self._explained(f"write chunk {key.short}… of {format_bytes(size)}"):
+        with self._writing(f"write chunk {key.short}… of {format_bytes(size)}"):
             with self._folder.locked() as counts:
                 if not self._make_room(counts, size):
                     return False
@@ -182,13 +204,22 @@ class DiskStore(Store):
         return True
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
-        with self._explained("delete chunks"), self._folder.locked() as counts:
-            removed = [key for key in keys if self._folder.remove(key, counts)]
-            with self._policy_lock:
-                for key in keys:
+        removed: list[ChunkKey] = []
+        stuck: dict[ChunkKey, str] = {}
+        with self._writing("delete chunks"), self._folder.locked() as counts:
+            for key in keys:
+                try:
+                    if self._folder.remove(key, counts):
+                        removed.append(key)
+                except OSError as error:
+                    stuck[key] = _reason(error, named=True)
+                    continue
+                with self._policy_lock:
                     self._policy.removed(key)
             self._removals.note(removed, REQUEST)
-            return len(removed)
+        if stuck:
+            raise NotDeleted.of(len(removed), stuck)
+        return len(removed)
 
     def __iter__(self) -> Iterator[StoredChunk]:
         trouble: StoreError | None = None
@@ -204,16 +235,20 @@ class DiskStore(Store):
             raise trouble
 
     def stats(self) -> StoreStats:
-        with self._explained("count the chunks"), self._folder.locked() as counts:
-            return StoreStats(counts.chunks, counts.bytes, self.capacity)
+        with self._explained("count the chunks"):
+            if self._read_only is not None:
+                sizes = [chunk.size for chunk in self._folder.scan()]
+                return StoreStats(len(sizes), sum(sizes), self.capacity)
+            with self._folder.locked() as counts:
+                return StoreStats(counts.chunks, counts.bytes, self.capacity)
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
         text = encode_note(root, fields)
         file = self.path / IDENTITIES / f"{root}.json"
-        with self._explained("note an identity"), self._folder.locked():
+        with self._writing("note an identity"), self._folder.locked():
             if not file.exists():
-                write_file(file, text)
+                write_file(file, text, self._folder.ownership)
 
     def identities(self) -> dict[str, dict[str, str]]:
         """See `Store`; notes that are damaged are left out: they only serve to explain misses."""
@@ -234,7 +269,7 @@ class DiskStore(Store):
 
     def tidy(self) -> list[str]:
         """See `Store`; the chunks are counted anew. What is not this program's is named, and left alone."""
-        with self._explained("tidy up"), self._folder.locked() as counts:
+        with self._writing("tidy up"), self._folder.locked() as counts:
             return clear_leftovers(self._folder, counts)
 
     @contextmanager
@@ -249,7 +284,29 @@ class DiskStore(Store):
                     "Free some, or give the store a capacity, so that it evicts in time."
                 ) from error
             advice = _ADVICE.get(error.errno or 0, "")
-            raise StoreError(f"cannot {action} in {self.path}: {error.strerror}. {advice}".rstrip()) from error
+            raise StoreError(f"cannot {action} in {self.path}: {_reason(error)}. {advice}".rstrip()) from error
+
+    @contextmanager
+    def _writing(self, action: str) -> Iterator[None]:
+        """As `_explained`, for what changes the folder."""
+        if self._read_only is not None:
+            raise ReadOnly(
+                f"cannot {action} in {self.path}, which could only be opened for loading: {self._read_only}. To write, "
+                "give a folder that this user may write to."
+            )
+        with self._explained(action):
+            yield
+
+    def _claim(self, shared: bool) -> None:
+        if not self.path.is_dir():
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if shared:
+                self.path.chmod(0o2770)
+        self._folder.claim(shared)
+        with self._folder.locked() as counts:
+            reserved = self._folder.reserved()
+            if self.capacity is not None:
+                self._evict(counts, down_to=max(0, self.capacity - reserved))
 
     def _make_room(self, counts: Counts, size: int) -> bool:
         if self.capacity is None:
@@ -259,38 +316,49 @@ class DiskStore(Store):
         down_to = self.capacity - size - self._folder.reserved()
         if down_to < 0:  # other writers have taken the capacity
             return False
-        self._evict(counts, down_to)
-        return True
+        return self._evict(counts, down_to)
 
-    def _evict(self, counts: Counts, down_to: int) -> None:
-        """Remove chunks until no more than `down_to` bytes are stored."""
+    def _evict(self, counts: Counts, down_to: int) -> bool:
+        """Remove chunks until no more than `down_to` bytes are stored; returns whether that could be done."""
         evicted: list[ChunkKey] = []
+        stuck: set[ChunkKey] = set()
         while counts.bytes > down_to:
+            now = time.time()
             self._evictions_until_search -= 1
             with self._policy_lock:
-                victim = self._policy.evict(time.time()) if self._evictions_until_search >= 0 else None
+                victim = self._policy.evict(now) if self._evictions_until_search >= 0 else None
             if victim is None:
-                self._search(counts)
-                continue
+                self._search(counts, stuck)
+                if len(self._policy):
+                    continue
+                break
             try:
                 used_at = os.lstat(self._folder.file(victim.key)).st_mtime
+                if victim.used_at + _SAME_TIME_S < used_at <= now + AHEAD_S:  # another process has read it
+                    with self._policy_lock:
+                        self._policy.wrote(victim)
+                        self._policy.read(victim.key, used_at)
+                    continue
+                self._folder.remove(victim.key, counts)
             except FileNotFoundError:  # evicted by another process, or removed by hand: then the counts are wrong
                 if len(self._policy) <= _SEARCHED_AT_ONCE:
                     self._evictions_until_search = 0
                 continue
-            if used_at > victim.used_at + _SAME_TIME_S:  # another process has read it
-                with self._policy_lock:
-                    self._policy.wrote(victim)
-                    self._policy.read(victim.key, used_at)
-            else:
-                self._folder.remove(victim.key, counts)
-                evicted.append(victim.key)
-                self._evictions.add(victim.size)
+            except OSError as error:  # others go in its place
+                stuck.add(victim.key)
+                if not self._stuck:
+                    self._stuck = True
+                    emit(_LOG, logging.WARNING, "not_evicted", tier=self.name, reason=_reason(error, named=True))
+                continue
+            evicted.append(victim.key)
+            self._evictions.add(victim.size)
         self._removals.note(evicted, CAPACITY)
+        return counts.bytes <= down_to
 
-    def _search(self, counts: Counts) -> None:
-        """Tell the policy what happened in the folder without it."""
-        stored = {chunk.key: chunk for chunk in self._folder.counted(counts)}
+    def _search(self, counts: Counts, stuck: Collection[ChunkKey]) -> None:
+        """Tell the policy what happened in the folder without it, but for chunks that cannot be removed."""
+        stored = {chunk.key: chunk for chunk in self._folder.counted(counts) if chunk.key not in stuck}
+        now = time.time()
         unknown = []
         with self._policy_lock:
             for held in list(self._policy.chunks()):
@@ -299,8 +367,8 @@ class DiskStore(Store):
             for chunk in stored.values():
                 known = self._policy.get(chunk.key)
                 if known is None:
-                    unknown.append(chunk)
-                elif chunk.used_at > known.used_at + _SAME_TIME_S:
+                    unknown.append(chunk._replace(used_at=min(chunk.used_at, now)))
+                elif known.used_at + _SAME_TIME_S < chunk.used_at <= now + AHEAD_S:
                     self._policy.read(chunk.key, chunk.used_at)
         for chunk in heapq.nsmallest(FOUND_AT_A_TIME, unknown, key=attrgetter("used_at")):
             place = self._folder.peek_place(chunk.key) if self._policy.needs_position else (0, 1)
@@ -309,3 +377,11 @@ class DiskStore(Store):
         # Often enough that what is unknown is not spared for long, seldom enough that each eviction pays for a few
         # chunks of the search only.
         self._evictions_until_search = min(max(len(self._policy) // 8, 64), FOUND_AT_A_TIME // 2)
+
+
+def _reason(error: OSError, named: bool = False) -> str:
+    """What the system says, and of a file that this user may not use, whose it is; `named`: of any, which it is."""
+    if error.filename is None or not (named or isinstance(error, PermissionError)):
+        return f"{error.strerror}"
+    file = Path(os.fsdecode(error.filename))
+    return f"{error.strerror}: {whose(file) if isinstance(error, PermissionError) else file}"

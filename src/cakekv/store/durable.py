@@ -6,6 +6,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from cakekv.store.ownership import Ownership
+
 
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write all of `data` (format "B") to an open file."""
@@ -13,11 +15,13 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def write_file(file: Path, text: str) -> None:
+def write_file(file: Path, text: str, ownership: Ownership) -> None:
     """Write a small file by way of a second one, `file` + ".new"; no two callers may do so at once."""
     temporary = file.with_name(f"{file.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
+        ownership.give(descriptor)
         write_all(descriptor, memoryview(text.encode()))
         os.fsync(descriptor)
     finally:
@@ -26,10 +30,15 @@ def write_file(file: Path, text: str) -> None:
     sync_folder(file.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a private folder, unless it exists; its parent must."""
+def make_folder(folder: Path, ownership: Ownership) -> None:
+    """Make a folder, unless it exists; its parent must."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            ownership.give(descriptor)
+        finally:
+            os.close(descriptor)
         sync_folder(folder.parent)
 
 

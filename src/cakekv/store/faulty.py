@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -215,11 +216,12 @@ def parse_faults(text: str) -> FaultPlan:
                 settings[name] = parse_duration(value)
             else:
                 odds.update(dict.fromkeys(_targets(name), float(value)))
-        except ValueError as error:
+        except ValueError:
+            shown = repr(item) if re.fullmatch(r"[a-z._]+:[0-9.]*[a-z]{0,2}", item) else "there is something that"
             raise BadInput(
-                f"{item!r} is not a fault: write FAULT:PROBABILITY or OPERATION.FAULT:PROBABILITY, with one of "
+                f"{shown} is not a fault: write FAULT:PROBABILITY or OPERATION.FAULT:PROBABILITY, with one of "
                 f"{_all_faults()}; or seed:NUMBER, slow_s:50ms, hang_s:60s"
-            ) from error
+            ) from None
     return FaultPlan(odds, int(settings.pop("seed", 0)), **settings)
 
 

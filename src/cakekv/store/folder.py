@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -30,8 +31,12 @@ from pathlib import Path
 from cakekv.chunk import PEEK_BYTES, peek_place
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+from cakekv.logs import emit
 from cakekv.store.base import StoredChunk
 from cakekv.store.durable import make_folder, write_file
+from cakekv.store.ownership import Ownership, is_readable, whose
+
+_LOG = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
@@ -71,33 +76,82 @@ class Folder:
         self.path = path
         self.cleared = 0
         """Temporary files of dead writers that were removed."""
+        self.ownership = Ownership()
+        """Whose what is made here is; known once it is claimed."""
+        self._named = False
 
-    def claim(self) -> None:
-        """Make the folder a store, unless it is one already; refuse one that is something else."""
+    def claim(self, shared: bool = False) -> None:
+        """Make the folder a store, unless it is one already; refuse one that is something else.
+
+        Parameters
+        ----------
+        shared : bool
+            Whether the folder's group may use it. That of a store which is there is known by its folders.
+        """
         ours = {MARKER, f"{MARKER}.new", LOCK, CHUNKS, INCOMING, IDENTITIES}
         # Looked at before the lock file is made, so that a foreign folder is left as it was.
         self._refuse_if_foreign(allowed=ours)
-        descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        chunks = self.path / CHUNKS
+        self.ownership = Ownership.of(chunks if chunks.is_dir() else self.path, shared)
+        if not shared and not chunks.is_dir():
+            self.ownership = self.ownership._replace(shared=False)
+        descriptor = self._open_lock()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            marker = self.path / MARKER
-            if marker.exists():
-                with marker.open("rb") as stream:
-                    text = stream.read(100).decode(errors="replace")
-                if text != _marker_text():
-                    raise StoreError(
-                        f"{self.path} holds a store of another version ({text!r} instead of {_marker_text()!r}). "
-                        "Give another folder, or delete this one if its chunks are no longer needed."
-                    )
-            else:
+            if not self._has_marker():
                 self._refuse_if_foreign(allowed={f"{MARKER}.new", LOCK})
-                write_file(marker, _marker_text())
+                write_file(self.path / MARKER, _marker_text(), self.ownership)
             for name in (CHUNKS, INCOMING, IDENTITIES):
-                make_folder(self.path / name)
+                make_folder(self.path / name, self.ownership)
+            if shared and not chunks.stat().st_mode & stat.S_IWGRP:
+                self._share()
             # Whoever locks next counts anew: someone's `rm` may have made the counts wrong.
             os.pwrite(descriptor, _COUNTS.pack(_CHANGING, 0, 0), 0)
         finally:
             _unlock(descriptor)
+
+    def is_readable(self) -> bool:
+        """Whether this is a store out of which this user may load, though perhaps not write.
+
+        Raises
+        ------
+        StoreError
+            It is one of another version.
+        """
+        try:
+            return self._has_marker() and os.access(self.path / CHUNKS, os.R_OK | os.X_OK)
+        except OSError:
+            return False
+
+    def _has_marker(self) -> bool:
+        marker = self.path / MARKER
+        if not marker.exists():
+            return False
+        with marker.open("rb") as stream:
+            text = stream.read(100).decode(errors="replace")
+        if text != _marker_text():
+            raise StoreError(
+                f"{self.path} holds a store of another version ({text!r} instead of {_marker_text()!r}). "
+                "Give another folder, or delete this one if its chunks are no longer needed."
+            )
+        return True
+
+    def _open_lock(self) -> int:
+        with suppress(FileExistsError):
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            self.ownership.give(descriptor)
+            return descriptor
+        return os.open(self.path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+
+    def _share(self) -> None:
+        """Let the group use a store that was private; the chunks that are there stay private."""
+        folders = [self.path / name for name in (CHUNKS, INCOMING, IDENTITIES)]
+        for path in (self.path, *folders, *self.shards(), self.path / LOCK, self.path / MARKER):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                self.ownership.give(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _refuse_if_foreign(self, allowed: set[str]) -> None:
         names = set(os.listdir(self.path))
@@ -137,19 +191,47 @@ class Folder:
 
     def size(self, key: ChunkKey) -> int | None:
         """Bytes of a chunk; None if it is not stored."""
+        status = self._status(key)
+        return None if status is None else status.st_size
+
+    def readable_size(self, key: ChunkKey) -> int | None:
+        """As `size`, but None, too, if this user may not read it, which is said once in the log."""
+        file = self.file(key)
+        try:
+            status = self._status(key)
+            if status is None or is_readable(file, status):
+                return None if status is None else status.st_size
+        except PermissionError:
+            pass
+        self._name(file)
+        return None
+
+    def _status(self, key: ChunkKey) -> os.stat_result | None:
         try:
             status = os.lstat(self.file(key))
         except OSError as error:
             if error.errno in ABSENT:
                 return None
             raise
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+        return status if stat.S_ISREG(status.st_mode) else None
+
+    def _name(self, path: Path) -> None:
+        if not self._named:
+            self._named = True
+            emit(_LOG, logging.WARNING, "unreadable", path=str(path), reason=whose(path))
 
     def scan(self, shards: Iterable[Path] | None = None) -> Iterator[StoredChunk]:
         """The chunks in these folders; by default all."""
         for shard in self.shards() if shards is None else shards:
-            with suppress(FileNotFoundError), os.scandir(shard) as files:  # removed meanwhile, as it was empty
-                yield from filter(None, (_stored(shard.name, file) for file in files))
+            try:
+                with os.scandir(shard) as files:
+                    yield from filter(None, (_stored(shard.name, file) for file in files))
+            except FileNotFoundError:  # removed meanwhile, as it was empty
+                continue
+            except PermissionError:
+                if shards is not None:
+                    raise
+                self._name(shard)
 
     def shards(self) -> Iterator[Path]:
         """The folders that chunks are in."""
@@ -176,8 +258,11 @@ class Folder:
             if name and _is_written(file):
                 reserved += int(name[1])
             elif name:
-                file.unlink(missing_ok=True)
-                self.cleared += 1
+                try:
+                    file.unlink(missing_ok=True)
+                    self.cleared += 1
+                except OSError:  # another user's: its bytes stay where they are
+                    reserved += int(name[1])
         return reserved
 
     def counted(self, counts: Counts) -> Iterator[StoredChunk]:
@@ -213,6 +298,7 @@ class Folder:
         """A file that reserves `size` bytes until it is published or its writer is gone."""
         file = self.path / INCOMING / f"{size}-{secrets.token_hex(8)}.tmp"
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        self.ownership.give(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return file, descriptor
 
@@ -220,7 +306,7 @@ class Folder:
         """Give a written chunk its name. Returns the size of the chunk that had it before, if one did."""
         replaced = self.size(key)
         file = self.file(key)
-        make_folder(file.parent)
+        make_folder(file.parent, self.ownership)
         temporary.replace(file)
         return replaced
 
@@ -252,6 +338,8 @@ def _is_written(file: Path) -> bool:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
+    except PermissionError:  # another user's
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,10 +11,12 @@ from pathlib import Path
 from blake3 import blake3
 
 from cakekv.errors import BadInput
+from cakekv.messages import learn
 
 KEY_BYTES = 32
 ID_BYTES = 8
 _MAX_BYTES = 64 * 1024
+_KEY = f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}"
 
 
 class Keyring:
@@ -66,18 +68,22 @@ def read_keyring(source: str, tenant: str = "") -> Keyring:
         There is no such file or variable, others may read the file, or it holds something else.
     """
     if source.startswith("env:"):
-        text = os.environ.get(source.removeprefix("env:"))
+        name = source.removeprefix("env:")
+        text = os.environ.get(name)
         if text is None:
-            raise BadInput(f"there is no {source.removeprefix('env:')} in the environment to take keys from")
+            known = name if re.fullmatch("[A-Z][A-Z0-9_]*", name) and not re.fullmatch(_KEY, name) else "such variable"
+            raise BadInput(f"there is no {known} in the environment to take keys from; env: is followed by its name")
     else:
         text = _read_private(Path(source))
     lines = [line.strip() for line in text.splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys or any(not re.fullmatch(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}", key) for key in keys):
+    if not keys or any(not re.fullmatch(_KEY, key) for key in keys):
         raise BadInput(
             f"{source} should hold keys, each a line of {2 * KEY_BYTES} hexadecimal digits, the newest first; "
             "`openssl rand -hex 32` makes one"
         )
+    for key in keys:
+        learn(key)
     return Keyring([bytes.fromhex(key) for key in keys], tenant)
 
 
@@ -88,4 +94,8 @@ def _read_private(file: Path) -> str:
                 raise BadInput(f"others may read the keys in {file}: chmod 600 it")
             return stream.read(_MAX_BYTES).decode(errors="replace")
     except OSError as error:
-        raise BadInput(f"cannot read the keys in {file}: {error.strerror}") from error
+        # What is no file may be a key that was given in its place.
+        where = f"in {file}" if file.is_absolute() and file.parent.is_dir() else "where encrypt= says that they are"
+        raise BadInput(
+            f"cannot read the keys {where}: {error.strerror}. Give the path of a file, or env:NAME, never a key itself."
+        ) from None

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from cakekv.store.eviction.base import AHEAD_S
 from cakekv.store.folder import CHUNKS, IDENTITIES, INCOMING, LOCK, MARKER, REMOVALS, UNCOPIED, Counts, Folder
 from cakekv.store.identities import is_root, read_note
+from cakekv.store.ownership import whose
 
 QUIET_S = 60.0
 """An empty folder that changed within so many seconds may be one that a writer is about to use."""
@@ -38,18 +40,29 @@ def clear_leftovers(folder: Folder, counts: Counts) -> list[str]:
     removed = {"temporary file(s) of writers that died": folder.cleared}
     folder.cleared = 0
     notes = list(_unfinished(folder.path)) + list(_damaged_notes(folder.path / IDENTITIES))
+    stuck = []
     for file in notes:
-        file.unlink(missing_ok=True)
-    removed["identity note(s) that were damaged or half written"] = len(notes)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            stuck.append(file)
+    removed["identity note(s) that were damaged or half written"] = len(notes) - len(stuck)
     removed["empty folder(s)"] = sum(_remove_if_empty(shard) for shard in list(folder.shards()))
     sentences = [f"Removed {number:,} {what}." for what, number in removed.items() if number]
 
     before = counts.chunks, counts.bytes
-    for _ in folder.counted(counts):
-        pass
+    ahead = [chunk.key for chunk in folder.counted(counts) if chunk.used_at > time.time() + AHEAD_S]
+    for key in ahead:
+        with suppress(OSError):
+            os.utime(folder.file(key), follow_symlinks=False)
+    if ahead:
+        sentences.append(f"Dated {len(ahead):,} chunk(s) from the future to now.")
     if (counts.chunks, counts.bytes) != before:
         sentences.append(f"Corrected the count of chunks from {before[0]:,} to {counts.chunks:,}.")
 
+    stuck += [shard for shard in folder.shards() if not os.access(shard, os.R_OK | os.X_OK)]
+    if stuck:
+        sentences.append(f"Could not look into or remove {len(stuck):,} thing(s), such as: {whose(stuck[0])}.")
     foreign = [str(path.relative_to(folder.path)) for path in _foreign(folder)]
     if foreign:
         named = ", ".join(map(repr, foreign[:_NAMED])) + (", …" if len(foreign) > _NAMED else "")
@@ -87,7 +100,7 @@ def _foreign(folder: Folder) -> Iterator[Path]:
         if path not in shards:
             yield path
     for shard in shards:
-        with os.scandir(shard) as files:
+        with suppress(PermissionError), os.scandir(shard) as files:
             yield from (Path(file.path) for file in files if not folder.is_chunk(file))
     yield from (path for path in (folder.path / INCOMING).iterdir() if not folder.is_temporary(path.name))
     for path in (folder.path / IDENTITIES).iterdir():

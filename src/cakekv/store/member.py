@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TypeVar
 
-from cakekv.errors import MissingChunk, NoAnswer, NotDeleted, OutOfReach, StoreError, StoreFull, TierDown, UnknownKey
+from cakekv.errors import (
+    MissingChunk,
+    NoAnswer,
+    NotDeleted,
+    OutOfReach,
+    ReadOnly,
+    StoreError,
+    StoreFull,
+    TierDown,
+    UnknownKey,
+    Unreadable,
+)
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker, Late
@@ -31,7 +42,7 @@ _MOST_OVERDUE = 4
 """Look-ups that may hang in a tier, from times at which it was down, while it is asked again."""
 _PROBE = [ChunkKey(bytes([number]) * ChunkKey.LENGTH) for number in range(16)]
 """What is asked for to see whether a tier is back: of a cluster, all nodes."""
-_OF_ONE_CHUNK = (MissingChunk, StoreFull, UnknownKey, OutOfReach, NotDeleted)
+_OF_ONE_CHUNK = (MissingChunk, StoreFull, UnknownKey, OutOfReach, NotDeleted, ReadOnly, Unreadable)
 """Errors of one chunk, or of all, but not of a tier in trouble."""
 
 

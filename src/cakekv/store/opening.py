@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from cakekv.errors import BadInput, StoreError
+from cakekv.messages import HIDDEN, SHORTEST, is_key, learn
 from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
 from cakekv.store.composition import read_composition
@@ -24,6 +25,7 @@ from cakekv.store.faulty import FaultyStore, parse_faults
 from cakekv.store.keyring import read_keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.ownership import parse_mode
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -47,13 +49,13 @@ class Tier(NamedTuple):
 
 def _open_memory(location: str, **options: Any) -> Store:
     if location:
-        raise BadInput(f"a memory store has no place: write memory:// instead of memory://{location}")
+        raise BadInput("a memory store has no place: write memory://, with nothing between that and the options")
     return MemoryStore(**options)
 
 
 def _open_file(location: str, **options: Any) -> Store:
     if not location.startswith("/"):
-        raise BadInput(f"file://{location} is not absolute: write file:///a/folder, or a plain path")
+        raise BadInput("a folder behind file:// is not absolute: write file:///a/folder, or a plain path")
     folders = [unquote(location), *options.pop("stripe", ())]
     if len(set(folders)) < len(folders):
         raise BadInput(f"a folder is given twice in {', '.join(folders)}")
@@ -67,7 +69,7 @@ def _open_file(location: str, **options: Any) -> Store:
 
 def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
     if not location.startswith("/"):
-        raise BadInput(f"tiered://{location} is not absolute: write tiered:///a/file.toml")
+        raise BadInput("a file behind tiered:// is not absolute: write tiered:///a/file.toml")
     store = read_composition(Path(unquote(location)), partial(open_store, metrics=metrics))
     if metrics is not None:
         metrics.watch(store.members)
@@ -75,10 +77,13 @@ def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
     return store
 
 
+_RESERVED = "in user and password, @ is written as %40, / as %2F, ? as %3F, # as %23, : as %3A and % as %25"
+
+
 def _parse_folders(text: str) -> list[str]:
     folders = text.split(",")
     if not all(folder.startswith("/") for folder in folders):
-        raise BadInput(f"{text!r} are not absolute paths with commas between them, such as /b/kv,/c/kv")
+        raise BadInput("write absolute paths with commas between them, such as /b/kv,/c/kv")
     return folders
 
 
@@ -94,7 +99,10 @@ def _open_redis(location: str, *, tls: bool = False, **options: Any) -> Store:
     except ValueError:
         port, database = None, -1
     if database < 0 or not place.hostname:
-        raise BadInput("write a Redis store as redis://HOST, redis://HOST:PORT/DATABASE or redis://USER:PASSWORD@HOST")
+        raise BadInput(
+            "write a Redis store as redis://HOST, redis://HOST:PORT/DATABASE or redis://USER:PASSWORD@HOST"
+            + (f"; {_RESERVED}" if "@" in location else "")
+        )
     with _extra("redis"):
         from cakekv.store.redis import DEFAULT_PORT, RedisStore
     password = unquote(place.password) if place.password else os.environ.get("REDISCLI_AUTH")
@@ -129,6 +137,11 @@ def _open_bucket(location: str, *, scheme: str, **options: Any) -> Store:
         raise BadInput(
             f"write it as {scheme}://BUCKET or {scheme}://BUCKET/PREFIX; credentials come from the environment"
         )
+    if re.search(r":|^\d+(\.\d+){3}$|^localhost$", bucket):
+        raise BadInput(
+            f"what follows {scheme}:// is a bucket, not a server: write "
+            f"{scheme}://BUCKET/PREFIX?endpoint=https://HOST:PORT for a service of your own"
+        )
     with _extra("s3"):
         from cakekv.store import s3
     openers: dict[str, Callable[..., Store]] = {"s3": s3.open_s3, "gs": s3.open_gcs, "az": s3.open_azure}
@@ -139,6 +152,10 @@ def _renamed(options: dict[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in options.items()}
 
 
+_CREDENTIALS = (
+    "credentials are no options: Redis takes them as redis://USER:PASSWORD@HOST or from REDISCLI_AUTH, object stores "
+    "from the environment"
+)
 _RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
 
 _BOUNDED: Options = {"capacity": parse_bytes, "evict": policy_named}
@@ -162,7 +179,7 @@ _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
     "memory": Tier(_open_memory, _BOUNDED),
-    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders}),
+    "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders, "mode": parse_mode}),
     "redis": Tier(_open_redis, _REDIS),
     "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
     "valkey": Tier(_open_redis, _REDIS),
@@ -182,6 +199,8 @@ COMMON: Options = {
 }
 """Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
 the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
+_NAME = re.compile("[a-z_]{1,24}")
+_EVERY_OPTION = frozenset(COMMON).union(*(tier.options for tier in TIERS.values()))
 
 
 def open_store(url: str, metrics: Metrics | None = None) -> Store:
@@ -257,6 +276,7 @@ def check_urls(urls: Sequence[str]) -> None:
 
 def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     """Scheme, what stands between "://" and "?", and the options."""
+    learn_secrets(url)
     if "\0" in unquote(url):
         raise BadInput(f"there is a zero byte in {shown(url)!r}")
     place, _, query = url.partition("?")
@@ -264,23 +284,69 @@ def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     if not separator:
         if not place or place.partition(":")[0] in TIERS:
             raise BadInput(f"{shown(url)!r} is neither a path nor a store's URL, such as memory:// or file:///a/folder")
+        if re.fullmatch(r"[^/:]*:[^/]*@[^/]+", place):
+            raise BadInput("a server's URL begins with its kind, such as redis://USER:PASSWORD@HOST")
         try:
             scheme, location = "file", quote(str(Path(place).expanduser().absolute()))
         except RuntimeError as error:
-            raise BadInput(f"{url!r}: there is no such user, or no home folder is known") from error
+            raise BadInput(f"{shown(url)!r}: there is no such user, or no home folder is known") from error
     if scheme not in TIERS:
-        raise BadInput(f"unknown kind of store {scheme!r} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
+        kind = f" {scheme!r}" if re.fullmatch("[a-z][a-z0-9+.]{0,15}", scheme) else ""
+        raise BadInput(f"unknown kind of store{kind} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
     return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
 
 
 def shown(url: str) -> str:
-    """A URL for messages: without user name and password, wherever they stand in it.
+    """A URL for messages: without user and password, wherever they stand in it, and without the values of options.
 
     A password may hold what ends it in a URL, so everything up to the last "@" goes, unless it is a folder's name.
     """
-    if re.match(r"[/.~]|file:", url):
-        return url
-    return re.sub(r"^(\w+:/{0,2})?.*@", r"\1…@", url, flags=re.DOTALL)
+    place, question, query = url.partition("?")
+    items = [item.partition("=") for item in query.split("&") if item]
+    if not _is_path(url):
+        scheme = re.match(r"(\w+:/{0,2})?", place)
+        beginning = scheme[0] if scheme else ""
+        if any("@" in value and name not in _EVERY_OPTION for name, _, value in items) or "@" in "".join(
+            name for name, _, _ in items
+        ):
+            return f"{beginning}{HIDDEN}"
+        place = re.sub(r"^(\w+:/{0,2})?.*@", rf"\1{HIDDEN}@", place, flags=re.DOTALL)
+    named = (_shown_option(name, value) for name, _, value in items)
+    return f"{place}{question}{'&'.join(named)}"
+
+
+def _shown_option(name: str, value: str) -> str:
+    if name not in _EVERY_OPTION and not _NAME.fullmatch(name):
+        return HIDDEN
+    return f"{name}={value if len(value) < SHORTEST else HIDDEN}"
+
+
+def _is_path(url: str) -> bool:
+    return re.match(r"[/.~]|file:|tiered:", url) is not None
+
+
+def learn_secrets(url: str) -> None:
+    """Keep whatever may be secret in a URL out of all messages."""
+    place, _, query = url.partition("?")
+    items = [item.partition("=")[::2] for item in query.split("&") if item]
+    if not _is_path(url):
+        foreign = (
+            any("@" in item and name not in _EVERY_OPTION for name, item in items) or "@" in query.partition("=")[0]
+        )
+        before, at, _ = re.sub(r"^\w+:/{0,2}", "", url if foreign else place).rpartition("@")
+        if at:
+            learn(before)
+            learn(before.partition(":")[2])
+    for name, value in items:
+        value = unquote(value)
+        if name not in _EVERY_OPTION:
+            learn(value or name)
+        elif is_key(name, value):
+            learn(value.removeprefix("env:"))
+        for secret in re.findall(r"://([^/]*)@|[?#](.*)", value, flags=re.DOTALL):
+            for part in filter(None, secret):
+                learn(part)
+                learn(part.partition(":")[2])
 
 
 @contextmanager
@@ -297,13 +363,18 @@ def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
     for item in filter(None, query.split("&")):
         name, _, value = item.partition("=")
         if name not in known:
-            if "@" in item:  # the rest of a password
+            if "@" in query and not _is_path(url) and shown(url).endswith(HIDDEN):  # the rest of a password
                 raise BadInput(f"in {shown(url)!r}, a ? before the host is to be written as %3F")
-            raise BadInput(f"unknown option {name!r} in {shown(url)!r}; there are {', '.join(sorted(known))}")
+            option = f"option {name!r}" if _NAME.fullmatch(name) else "option"
+            hint = "; " + _CREDENTIALS if re.search("password|secret|token|key|user|auth", name) else ""
+            raise BadInput(f"unknown {option} in {shown(url)!r}; there are {', '.join(sorted(known))}{hint}")
         if name in options:
             raise BadInput(f"option {name!r} is given twice in {shown(url)!r}")
+        value = unquote(value)
         try:
-            options[name] = known[name](unquote(value))
+            options[name] = known[name](value)
         except BadInput as error:
-            raise BadInput(f"option {name!r} in {shown(url)!r}: {error}") from error
+            # The value may be a secret in the wrong place; parse_faults sees to that itself.
+            reason = str(error) if name == "faults" else str(error).replace(repr(value), "its value")
+            raise BadInput(f"option {name!r} in {shown(url)!r}: {reason}") from None
     return options

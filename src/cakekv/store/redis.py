@@ -306,6 +306,9 @@ class RedisStore(Store):
                 if quietly:
                     pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
                 answers = list(pipeline.execute(raise_on_error=False))
+                for answer in answers:
+                    if not self._is_cluster and isinstance(answer, exceptions.AskError | exceptions.MovedError):
+                        raise answer  # it is a node of one, and no key would fare better
             answers = answers[1:-1] if quietly else answers
             return [self._settled(key, answer, action, command) for key, answer in zip(keys, answers, strict=True)]
 
@@ -486,10 +489,21 @@ class RedisStore(Store):
         except CakeError:
             raise
         # The last four: redis-py makes no sense of an answer, or has closed a connection in use.
-        except (exceptions.RedisError, OSError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        except (
+            exceptions.RedisError,
+            exceptions.RedisClusterException,
+            OSError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+            AttributeError,
+        ) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
+            if "Cluster mode is not enabled" in str(error):
+                advice = "This server is no node of a cluster: leave cluster=true out."
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from error
+            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from None  # which may quote a password
 
 
 class _WaitingInRedis(WaitingCopies):
@@ -524,8 +538,13 @@ _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str
     (
         (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError),
         StoreError,
-        "Check user name and password (redis://USER:PASSWORD@HOST, or REDISCLI_AUTH in the environment), and what "
-        "this user may do.",
+        "Check user name and password (redis://USER:PASSWORD@HOST, in which @ is written as %40, or REDISCLI_AUTH in "
+        "the environment), and what this user may do.",
+    ),
+    (
+        (exceptions.MovedError, exceptions.AskError, exceptions.ClusterDownError),
+        StoreError,
+        "This server is a node of a cluster: write cluster=true.",
     ),
     (
         (exceptions.TimeoutError, TimeoutError),

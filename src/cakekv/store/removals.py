@@ -6,13 +6,14 @@ import os
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
 from cakekv.keys import ChunkKey
+from cakekv.quantities import is_time
 from cakekv.store.base import Removal
 
 CAPACITY, REQUEST = "capacity", "request"
@@ -60,11 +61,16 @@ class RemovalLog:
         The first file; the second has ".old" behind its name.
     max_bytes : int
         Length of each, at most.
+    give : callable
+        Makes a new file's owner and mode what they should be, by its descriptor.
     """
 
-    def __init__(self, file: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, file: Path, max_bytes: int = MAX_BYTES, give: Callable[[int], None] = lambda descriptor: None
+    ) -> None:
         self._file = file
         self._old = file.with_name(f"{file.name}.old")
+        self._give = give
         self._max_records = max_bytes // _RECORD.size
 
     def note(self, keys: Sequence[ChunkKey], reason: str) -> None:
@@ -93,7 +99,11 @@ class RemovalLog:
         return {key: removal for key, removal in self._records() if key in wanted}  # the later ones win
 
     def _opened(self) -> int:
-        return os.open(self._file, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600)
+        with suppress(FileExistsError):
+            descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
+            self._give(descriptor)
+            return descriptor
+        return os.open(self._file, os.O_WRONLY | _FLAGS)
 
     def _records(self) -> Iterator[tuple[ChunkKey, Removal]]:
         for file in (self._old, self._file):
@@ -105,4 +115,4 @@ class RemovalLog:
             for fields, checksum in _RECORD.iter_unpack(data[: len(data) // _RECORD.size * _RECORD.size]):
                 if xxh3_64_intdigest(fields) == checksum:
                     key, at, reason = _FIELDS.unpack(fields)
-                    yield ChunkKey(key), Removal(at, REASONS[min(reason, len(REASONS) - 1)])
+                    yield ChunkKey(key), Removal(at if is_time(at) else 0.0, REASONS[min(reason, len(REASONS) - 1)])

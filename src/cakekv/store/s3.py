@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
+from urllib.parse import urlsplit
 
 import obstore
 from obstore import exceptions
@@ -25,6 +26,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from cakekv.errors import BadInput, MissingChunk, NoAnswer, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
+from cakekv.messages import learn, without_secrets
 from cakekv.quantities import format_bytes
 from cakekv.store.asking import ask_each
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
@@ -290,6 +292,12 @@ def open_s3(
     StoreError
         The bucket cannot be reached, does not exist, or refuses this client.
     """
+    endpoint = reach.get("endpoint")
+    if not path_style and endpoint and f"://{bucket}." not in endpoint:
+        raise BadInput(
+            "with path_style=false, an endpoint is the bucket's own host: write "
+            f"endpoint=https://{bucket}.HOST, or leave path_style=false out"
+        )
     config: dict[str, Any] = {"virtual_hosted_style_request": not path_style, **_profile_credentials()}
     config |= {"region": region} if region else {}
     return _open(S3Store, "s3", "s3", bucket, prefix, "endpoint", config, **reach)
@@ -322,16 +330,32 @@ def _open(
     timeout_s: float = TIMEOUT_S,
 ) -> ObjectStore:
     """`address` is what the client calls the endpoint; `config` is what else it is to be told."""
+    if endpoint is not None:
+        _check_no_credentials(endpoint)
     if endpoint is not None and not endpoint.startswith("https://") and not (http and endpoint.startswith("http://")):
         raise BadInput(
-            f"the endpoint {endpoint!r} is not an https:// address; what is stored would go over the network in the "
-            "open. If that is what you want, write endpoint=http://… and http=true"
+            f"the endpoint {f'{endpoint} ' if '://' in endpoint else ''}is not an https:// address; what is stored "
+            "would go over the network in the open. If that is what you want, write endpoint=http://… and http=true"
         )
     at = {address: endpoint} if endpoint else {}
     where = f"{scheme}://{bucket}/{prefix}".rstrip("/") + (f" at {endpoint}" if endpoint else "")
     with _constructed(where):
         backend = client(bucket, prefix=prefix or None, **config, **at, **_client(timeout_s, ca, http))
     return ObjectStore(backend, where, name)
+
+
+def _check_no_credentials(endpoint: str) -> None:
+    """Raise `BadInput` if an endpoint holds more than a place: what else there is would be sent along, and shown."""
+    try:
+        place = urlsplit(endpoint)
+        whole = not (place.username or place.password or place.query or place.fragment) and (place.port or True)
+    except ValueError:
+        whole = False
+    if not whole or "@" in endpoint:
+        raise BadInput(
+            "an endpoint is https://HOST or https://HOST:PORT, for Azure with /ACCOUNT; user, password and signatures "
+            "are no part of it: credentials come from the environment (AZURE_STORAGE_SAS_KEY takes a SAS token)"
+        )
 
 
 def _client(timeout_s: float, ca: str | None, http: bool) -> dict[str, Any]:
@@ -341,7 +365,7 @@ def _client(timeout_s: float, ca: str | None, http: bool) -> dict[str, Any]:
     try:
         trusted = {"root_certificate": Path(ca).read_bytes()} if ca else {}
     except OSError as error:
-        raise BadInput(f"cannot read the certificate {ca}: {error.strerror}") from error
+        raise BadInput(f"cannot read the certificate that ca= names: {error.strerror}") from None
     timeout = timedelta(seconds=timeout_s)
     return {
         "client_options": {"timeout": timeout, "connect_timeout": timeout, "allow_http": http, **trusted},
@@ -368,7 +392,10 @@ def _profile_credentials() -> dict[str, str]:
         return {}
     names = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
     names["aws_session_token"] = "session_token"
-    return {names[name]: value for name, value in profiles.items(profile) if name in names}
+    found = {names[name]: value for name, value in profiles.items(profile) if name in names}
+    for secret in (found.get("secret_access_key"), found.get("session_token")):
+        learn(secret or "")
+    return found
 
 
 @contextmanager
@@ -384,7 +411,9 @@ def _reason(error: Exception) -> str:
     """The first lines of an error, without what might be secret in an address."""
     text = " ".join(str(error).partition("Debug source")[0].split()).rstrip(". :")
     text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", text)  # a chunk's name
-    return re.sub(r"(?i)\b(sig|signature|token|key|credential)=[^&\s\"']+", r"\1=…", text)[:400] or type(error).__name__
+    # Whose address it is stands before it; but that of a machine's credentials tells that there are no others.
+    text = re.sub(r" for url \([^)]*\)|(?<=[A-Z]) https?://(?!169\.254\.)\S+", "", text)
+    return without_secrets(text)[:400] or type(error).__name__
 
 
 def _path(key: ChunkKey) -> str:

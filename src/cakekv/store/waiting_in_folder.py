@@ -72,7 +72,7 @@ class WaitingInFolder(WaitingCopies):
             with self._folder.locked():
                 for file in self._path.glob("*.keys"):
                     if self._file is None or file != self._file[0]:
-                        with suppress(FileNotFoundError, BlockingIOError):
+                        with suppress(FileNotFoundError, BlockingIOError, PermissionError):
                             left.append((file, _locked(file, os.O_RDONLY)))
                 for _, descriptor in left:
                     found.update(dict.fromkeys(_noted(descriptor)))
@@ -107,9 +107,10 @@ class WaitingInFolder(WaitingCopies):
         """Begin a new file with these keys. Returns the one before."""
         before = self._file
         with self._folder.locked():  # so that nobody takes it for a dead process's before it is locked
-            make_folder(self._path)
+            make_folder(self._path, self._folder.ownership)
             file = self._path / f"{secrets.token_hex(8)}.keys"
             self._file = file, _locked(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+            self._folder.ownership.give(self._file[1])
         self._records = 0
         if keys:
             self._write(b"+", keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
@@ -10,9 +10,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from cakekv.codec import codec_named
 from cakekv.errors import BadOption
+from cakekv.messages import HIDDEN
 from cakekv.quantities import parse_bytes, parse_duration
 from cakekv.restore.planner import MODES, Mode
-from cakekv.store.opening import check_urls
+from cakekv.store.opening import check_urls, shown
 
 DEFAULT_STORE = "~/.cache/cakekv/vllm?capacity=20GB"
 """Where chunks go unless told otherwise: a folder of the user who runs vLLM, of at most 20 GB."""
@@ -131,7 +132,8 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         try:
             return cls.model_validate(dict(extra_config))
         except ValidationError as error:
-            raise BadOption("; ".join(cls._explain(details) for details in error.errors())) from error
+            # Not from the error, which shows what it was given: a store's URL may hold a password.
+            raise BadOption("; ".join(cls._explain(details) for details in error.errors())) from None
 
     def check_block_size(self, block_size: int) -> None:
         """Refuse chunks that are not whole blocks.
@@ -154,6 +156,10 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
                 f"{block_size} tokens: write {allowed}, or change --block-size"
             )
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """The fields as messages may show them."""
+        yield from ((name, _as_shown(name, value) if name else value) for name, value in super().__repr_args__())
+
     @classmethod
     def _explain(cls, details: Any) -> str:
         name, value = str(details["loc"][0]), details["input"]
@@ -163,4 +169,13 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
             return f"unknown option {name} in kv_connector_extra_config: {hint}there are {', '.join(cls.model_fields)}"
         reason = details.get("ctx", {}).get("error") or details["msg"]
         text = str(reason)
-        return f"option {name} is {value!r}: {text[:1].lower()}{text[1:]}"
+        return f"option {name} is {_as_shown(name, value)!r}: {text[:1].lower()}{text[1:]}"
+
+
+def _as_shown(option: str, value: object) -> object:
+    """The value of an option without the secrets in it."""
+    if option == "tenant" and value and isinstance(value, str):
+        return HIDDEN
+    if option == "store" and isinstance(value, list | tuple):
+        return type(value)(_as_shown(option, one) for one in value)
+    return shown(value) if option == "store" and isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -22,6 +23,7 @@ from cakekv.store.opening import open_store
 from cakekv.store.striped import StripedStore
 
 from ..chunks import SIZE, chunk_of, key_of, read
+from ..disk_folder import file_of
 
 NOW = 1e9
 TIERS = {"memory": lambda folder, *options: MemoryStore(*options), "disk": DiskStore}
@@ -325,3 +327,63 @@ def test_policies_by_url(tmp_path):
         assert one is not other
     with pytest.raises(BadInput, match="there are keep_the_tail, lfu, lru, s3fifo"):
         open_store("memory://?evict=fifo")
+
+
+# A clock that was ahead
+
+
+def test_chunks_used_while_the_clock_was_ahead_are_not_kept_for_that(policy):
+    for number in range(40):
+        policy.wrote(held(number, -1e8 if number < 20 else 0.0))
+    for number in range(10):
+        policy.read(key_of(number), NOW + 1e8)
+    policy.asked([key_of(number) for number in range(20)], NOW + 1e8)
+    first = [policy.evict(NOW + second) for second in range(1, 6)]
+    assert None not in first
+    for round_ in range(1, 30):  # those written since are read again and again
+        for number in range(20, 40):
+            policy.read(key_of(number), NOW + 600.0 * round_)
+    now = NOW + 600.0 * 30
+    gone = {policy.evict(now).key for _ in range(15)}
+    ahead = {key_of(number) for number in range(20)}
+    assert len(gone & ahead) >= 10, "what nobody reads any more goes first"
+
+
+@pytest.mark.parametrize("evict", ["lru", "keep_the_tail", "lfu"])
+def test_a_tier_whose_clock_was_ahead(evict, open_tier, monkeypatch):
+    real, ahead = time.time, [1e8]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(time, "time_ns", lambda: int((real() + ahead[0]) * 1e9))
+    store = open_tier(10 * SIZE, policy_named(evict))
+    for number in range(10):
+        store.write(key_of(number), chunk_of(number))
+    for number in range(10, 15):
+        ahead[0] = 60.0 * (number - 10)
+        store.write(key_of(number), chunk_of(number))
+    for round_ in range(1, 20):
+        ahead[0] = 600.0 * round_
+        for number in range(10, 15):
+            if store.lookup([key_of(number)])[0] is not None:
+                store.open(key_of(number)).close()
+    for number in range(20, 26):
+        store.write(key_of(number), chunk_of(number))
+    left = {chunk.key for chunk in store}
+    assert not left & {key_of(number) for number in range(10)}, "all that was written ahead of time has gone by now"
+
+
+def test_a_folder_with_chunks_dated_in_the_future(tmp_path):
+    folder = tmp_path / "store"
+    with DiskStore(folder) as store:
+        for number in range(6):
+            store.write(key_of(number), chunk_of(number))
+        for number in range(3):
+            os.utime(file_of(folder, number), (4e9, 4e9))
+    with DiskStore(folder, 6 * SIZE) as store:
+        store.write(key_of(10), chunk_of(10))  # finds them
+        for number in (*range(3, 6), 10):
+            if store.lookup([key_of(number)])[0] is not None:
+                store.open(key_of(number)).close()
+        for number in range(11, 14):
+            store.write(key_of(number), chunk_of(number))
+        left = {chunk.key for chunk in store}
+        assert not left & {key_of(number) for number in range(3)}

@@ -87,6 +87,16 @@ def test_it_comes_through_a_pipe_and_keeps_the_order_of_use(archive):
     assert {chunk.key for chunk in store} == {key_of(2), key_of(0)}, "the one used last is written last"
 
 
+@pytest.mark.parametrize("at", [-1e9, 0.0, 4e9, 1e12, 1e300])
+def test_chunks_whose_time_is_none_are_exported(at):
+    store = MemoryStore(clock=lambda: at)
+    store.write(key_of(0), chunk_of(0))
+    stream = io.BytesIO()
+    assert export(store, stream).chunks == 1
+    stream.seek(0)
+    assert import_archive(stream, MemoryStore()).chunks == 1
+
+
 def test_a_sealed_store_is_exported_in_the_open_and_sealed_again(archive):
     inner = MemoryStore()
     store = EncryptedStore(inner, Keyring([bytes(32)]))

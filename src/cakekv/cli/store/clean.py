@@ -117,19 +117,23 @@ def gc(
             }
         )
     else:
-        _say_collected(going, deleted, len(left), older=age_s is not None, dry_run=dry_run)
+        _say_collected(going, deleted, incomplete=bool(left or troubles), older=age_s is not None, dry_run=dry_run)
     if say_left_out(troubles, left):
         raise typer.Exit(EXIT_FAILED)
 
 
-def _say_collected(going: Garbage, deleted: int, left: int, *, older: bool, dry_run: bool) -> None:
+def _say_collected(going: Garbage, deleted: int, *, incomplete: bool, older: bool, dry_run: bool) -> None:
     chunks = [*going.old, *going.surplus]
     size = sum(chunk.size for chunk in chunks)
     if older and going.undated:
-        say(f"{going.undated:,} chunks do not count as old: this store does not know when they were used.")
+        say(
+            f"{going.undated:,} chunks do not count as old: this store does not know when they were used, or has it in "
+            "the future, which `cakekv store repair` sets right on disk."
+        )
     what = f"{len(going.old):,} old and {len(going.surplus):,} surplus chunks, {format_bytes(size)}"
+    if not dry_run and incomplete:
+        say(f"Of {what}, {deleted:,} were deleted.")
+        return
     say(f"{'Would delete' if dry_run else 'Deleted'} {what}; {format_bytes(going.kept_bytes)} stay.")
-    if left:
-        say(f"{left:,} of them could not be deleted.")
-    if not dry_run and deleted + left < len(chunks):
-        say(f"{len(chunks) - deleted - left:,} of them were gone already.")
+    if not dry_run and deleted < len(chunks):
+        say(f"{len(chunks) - deleted:,} of them were gone already.")

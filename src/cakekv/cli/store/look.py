@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from cakekv.cli.console import EXIT_FAILED, RESULTS, print_json
 from cakekv.cli.store.opened import Json, Url, opened, say_left_out
 from cakekv.errors import StoreError
-from cakekv.quantities import format_bytes
+from cakekv.quantities import format_bytes, format_time
 from cakekv.store.base import StoredChunk, StoreStats
 from cakekv.store.maintenance.listing import down, listing
 
@@ -45,7 +44,7 @@ def stats(store: Url, as_json: Json = False) -> None:
 
 def _show(held: StoreStats, identities: Mapping[str, Mapping[str, str]]) -> None:
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
-    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}", highlight=False)
+    RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     for root, fields in identities.items():
         table = Table("model and settings", root[:12], title_justify="left")
         for name, value in fields.items():
@@ -87,8 +86,7 @@ def _as_json(chunk: StoredChunk) -> dict[str, Any]:
 def _show_chunks(shown: Sequence[StoredChunk], count: int) -> None:
     table = Table("key", "size", "last used")
     for chunk in shown:
-        used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(chunk.used_at))
-        table.add_row(chunk.key.hex()[:16], format_bytes(chunk.size), used)
+        table.add_row(chunk.key.hex()[:16], format_bytes(chunk.size), format_time(chunk.used_at))
     RESULTS.print(table)
     if len(shown) < count:
         RESULTS.print(f"and {count - len(shown):,} more", style="dim")

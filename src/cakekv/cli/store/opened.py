@@ -65,7 +65,7 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 def say(text: str) -> None:
     """A line of the result, as it is."""
-    RESULTS.print(text, highlight=False, markup=False, soft_wrap=True)
+    RESULTS.print(text, soft_wrap=True)
 
 
 def say_corrupt(corrupt: Mapping[ChunkKey, str]) -> None:

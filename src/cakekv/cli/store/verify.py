@@ -91,7 +91,7 @@ def _show(condition: Condition, *, named: bool) -> None:
     tier = f"{condition.tier}: " if named else ""
     say(f"{tier}{condition.chunks:,} chunks, {len(condition.corrupt):,} corrupt{unreadable}{unopenable}")
     if condition.error is not None:
-        NEWS.print(f"The {condition.tier} tier: {condition.error}", style="yellow", highlight=False, markup=False)
+        NEWS.print(f"The {condition.tier} tier: {condition.error}", style="yellow")
 
 
 def _as_json(conditions: list[Condition]) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from cakekv.keys import ChunkKey
+
+AHEAD_S = 1.0
+"""A time that is further ahead was told by a clock that was wrong."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +43,8 @@ class Eviction(ABC):
 
     def __init__(self) -> None:
         self._held: dict[ChunkKey, Held] = {}
+        self._latest = float("-inf")
+        """The latest time that it was told of."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -51,13 +57,15 @@ class Eviction(ABC):
         """All chunks that it knows of, in no particular order."""
         return iter(self._held.values())
 
-    def asked(self, keys: Sequence[ChunkKey], now: float) -> None:  # noqa: B027 - only some policies want to know
+    def asked(self, keys: Sequence[ChunkKey], now: float) -> None:
         """These were looked up, stored or not: usually the chunks of one prompt, in order. That is no use of them."""
+        self._latest = max(self._latest, now)
 
     def wrote(self, chunk: Held) -> None:
         """A chunk was written, or found in the tier. What was known under its key is forgotten."""
         self.removed(chunk.key)
         self._held[chunk.key] = chunk
+        self._latest = max(self._latest, chunk.used_at)
         self._came(chunk)
 
     def read(self, key: ChunkKey, now: float) -> None:
@@ -66,6 +74,7 @@ class Eviction(ABC):
         if chunk is not None:
             self._before_read(chunk, now)
             chunk.used_at = max(chunk.used_at, now)
+            self._latest = max(self._latest, now)
             chunk.uses += 1
 
     def removed(self, key: ChunkKey) -> None:
@@ -84,6 +93,13 @@ class Eviction(ABC):
         """
         if not self._held:
             return None
+        if self._latest > now + AHEAD_S:
+            # Chunks used while the clock was ahead would outlive all others until it is there again.
+            ahead = sorted((chunk for chunk in self._held.values() if chunk.used_at > now), key=attrgetter("used_at"))
+            for held in ahead:
+                held.used_at = now
+            self._latest = now
+            self._redated(ahead, now)
         chunk = self._victim(now)
         del self._held[chunk.key]
         self._went(chunk)
@@ -98,6 +114,9 @@ class Eviction(ABC):
 
     def _before_read(self, chunk: Held, now: float) -> None:  # noqa: B027
         """A chunk is about to be marked as read."""
+
+    def _redated(self, chunks: Sequence[Held], now: float) -> None:  # noqa: B027
+        """The clock was ahead and is not any more; these chunks, last used first to last, count as used now."""
 
     def _went(self, chunk: Held) -> None:  # noqa: B027
         """A chunk is not in the index any more."""

@@ -63,6 +63,7 @@ class KeepTheTail(Sampled):
         return kept.saved_s_per_byte * needed * self._rates.rate(now - kept.seen_at, kept.classes)
 
     def asked(self, keys: Sequence[ChunkKey], now: float) -> None:
+        super().asked(keys, now)
         held = [key in self._held for key in keys]
         self._seen.asked(keys, held)
         for key, is_held in zip(keys, held, strict=True):
@@ -85,6 +86,10 @@ class KeepTheTail(Sampled):
         kept.seen_at = max(kept.seen_at, now)
         kept.returns += 1
         kept.classify(chunk, place)
+
+    def _redated(self, chunks: Sequence[Held], now: float) -> None:
+        for kept in self._kept.values():
+            kept.seen_at = min(kept.seen_at, now)
 
     def _victim(self, now: float) -> Held:
         chunk = super()._victim(now)

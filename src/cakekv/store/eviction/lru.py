@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
@@ -27,6 +28,12 @@ class LeastRecentlyUsed(Eviction):
         if len(self._heap) > 2 * len(self._held) + 64:  # most are of chunks that were removed
             self._heap = [self._entry(held) for held in self._held.values()]
             heapify(self._heap)
+
+    def _redated(self, chunks: Sequence[Held], now: float) -> None:
+        ahead = {chunk.key for chunk in chunks}
+        others = (chunk for key, chunk in self._held.items() if key not in ahead)
+        self._heap = [self._entry(chunk) for chunk in (*others, *chunks)]
+        heapify(self._heap)
 
     def _victim(self, now: float) -> Held:
         while True:

@@ -35,6 +35,8 @@ _END = bytes(2 * _BLOCK)
 _CHUNK_NAME = re.compile(r"chunks/([0-9a-f]{64})")
 _NOTE_NAME = re.compile(r"identities/([0-9a-f]{64})\.json")
 _PART_BYTES = 1 << 20
+_LATEST = 8**11 - 1
+"""Seconds since the epoch that a header of tar can hold."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ def export(store: Store, stream: BinaryIO, on_bytes: OnBytes = ignore) -> Copied
             continue
         patience.went_well()
         if isinstance(data, memoryview):
-            _write(stream, f"chunks/{chunk.key.hex()}", data, int(chunk.used_at))
+            _write(stream, f"chunks/{chunk.key.hex()}", data, int(min(max(chunk.used_at, 0.0), _LATEST)))
             copied.chunks += 1
             copied.bytes += len(data)
         elif isinstance(data, MissingChunk):

@@ -13,7 +13,7 @@ from cakekv.errors import CorruptChunk, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.disk import DiskStore
-from cakekv.store.eviction.base import Eviction, Held
+from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.maintenance.listing import listing
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, unwrapped, walk
@@ -30,7 +30,7 @@ class Garbage(NamedTuple):
     surplus: list[StoredChunk]
     """Of the others, those that the store is too large by; the first to go first."""
     undated: int
-    """Chunks of which the tier does not know when they were used; they do not count as old."""
+    """Chunks of which the tier does not know when they were used, or says in the future; they do not count as old."""
     kept_bytes: int
     """Of what stays."""
     troubles: Sequence[str] = ()
@@ -88,7 +88,7 @@ def garbage(
                 break
             surplus.append(chunk)
             left -= chunk.size
-    return Garbage(old, surplus, sum(not chunk.used_at for chunk in chunks), left, troubles)
+    return Garbage(old, surplus, sum(not 0 < chunk.used_at <= now + AHEAD_S for chunk in chunks), left, troubles)
 
 
 def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = ignore) -> int:

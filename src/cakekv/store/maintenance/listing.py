@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cakekv.errors import NoAnswer, StoreError
+from cakekv.errors import NoAnswer, StoreError, Unreadable
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.walking import separate_tiers, walk
 from cakekv.store.member import Member
@@ -64,6 +64,8 @@ class Patience:
 
     def failed(self, error: StoreError) -> None:
         """One item failed; raises the error if the next will fare no better."""
+        if isinstance(error, Unreadable):  # of however many
+            return
         self._in_a_row += 1
         self.first = self.first or error
         if isinstance(error, NoAnswer) or self._in_a_row >= _IN_A_ROW:
