@@ -168,6 +168,8 @@ def test_real_numbers(value):
 def test_what_is_no_real_number_in_range(value):
     with pytest.raises(BadInput, match="ttft_target_s must be a number from 0 on, not"):
         real("ttft_target_s", value, 0.0)
+
+
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_any_number_is_a_time_or_not_known(seconds):
     assert format_time(seconds, "%Y") == "not known" or seconds > 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from cakekv.messages import said
+
+if TYPE_CHECKING:
+    from cakekv.keys import ChunkKey
 
 
 class CakeError(Exception):
@@ -38,6 +43,44 @@ class StoreError(CakeError):
     """A tier could not be opened, read or written."""
 
 
+class NoAnswer(StoreError):
+    """A tier has not answered in time, or cannot be reached: what else it is asked for now will fare no better."""
+
+
+class OutOfReach(StoreError):
+    """One chunk cannot be had, since what holds it does not answer; the rest of the tier does."""
+
+
+class TierDown(NoAnswer):
+    """A tier of a tiered store is known to be down, and is not asked."""
+
+
+class NotDeleted(StoreError):
+    """Some chunks could not be deleted; all others that were to go are gone.
+
+    Parameters
+    ----------
+    message : str
+        Which, and why.
+    deleted : int
+        How many chunks are gone.
+    left : mapping of ChunkKey to str, or None
+        Those that are not, as far as that is known, each with the reason.
+    """
+
+    def __init__(self, message: str, deleted: int = 0, left: Mapping[ChunkKey, str] | None = None) -> None:
+        super().__init__(message)
+        self.deleted = deleted
+        self.left = dict(left or {})
+
+    @classmethod
+    def of(cls, deleted: int, left: Mapping[ChunkKey, str]) -> NotDeleted:
+        """Make the message of `left`."""
+        key, reason = next(iter(left.items()))
+        message = f"cannot delete {len(left):,} of {deleted + len(left):,} chunks: {key.short}…: {reason}"
+        return cls(message, deleted, left)
+
+
 class StoreFull(StoreError):
     """A chunk does not fit: it is larger than the capacity, or the device behind the tier has no room left."""
 
@@ -52,22 +95,6 @@ class UnknownKey(StoreError):
 
 class ReadOnly(StoreError):
     """The tier can be loaded from, but not written to."""
-
-
-class NotDeleted(StoreError):
-    """Some chunks could not be deleted; all others that were to go are gone.
-
-    Parameters
-    ----------
-    message : str
-        Which, and why.
-    deleted : int
-        How many chunks are gone.
-    """
-
-    def __init__(self, message: str, deleted: int = 0) -> None:
-        super().__init__(message)
-        self.deleted = deleted
 
 
 class Unreadable(StoreError):

@@ -74,6 +74,12 @@ class Metrics:
         self.seconds = Histogram(
             "cakekv:tier_seconds", "Seconds of operations that succeeded.", of, buckets=SECONDS, registry=registry
         )
+        self.uncopied = Counter(
+            "cakekv:tier_uncopied_chunks",
+            "Chunks that could not be copied to the tier, which is written back.",
+            ["tier"],
+            registry=registry,
+        )
         self._tiers = _Tiers()
         registry.register(self._tiers)
 
@@ -86,6 +92,10 @@ class Metrics:
     def watch(self, members: Iterable[Member]) -> None:
         """Show whether these tiers of a tiered store are up."""
         self._tiers.members.update(members)
+
+    def add_uncopied(self, tier: str, chunks: int) -> None:
+        """Count chunks that could not be copied to a tier."""
+        self.uncopied.labels(tier).inc(chunks)
 
     def add_restore(self, report: RestoreReport) -> None:
         """Count a restore that has ended."""
@@ -175,7 +185,7 @@ class _Tiers(Collector):
             evicted[store.name] = _sum(evicted.get(store.name, Evicted()), store.evicted)
             if store.counts_cheaply:
                 self._count(store, gauges)
-        for member in list(self.members):
+        for member in [member for member in self.members if not member.is_closed]:
             up, pause = gauges["cakekv:tier_up"], gauges["cakekv:tier_retry_seconds"]
             up[member.name] = min(up.get(member.name, 1), int(member.is_up))
             pause[member.name] = max(pause.get(member.name, 0.0), member.retry_s)

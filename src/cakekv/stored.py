@@ -16,6 +16,7 @@ from cakekv.restore.planner import Span
 from cakekv.restorer import Restorer
 from cakekv.save.saver import Saver, Source
 from cakekv.store.base import Store
+from cakekv.store.sizes import doubt_of
 
 
 class Found(NamedTuple):
@@ -73,6 +74,8 @@ class StoredPrefixes:
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
                 continue
+            if (doubt := doubt_of(sizes)) is not None:
+                notes.append(f"Of the {tier.name} tier, {doubt}")
             for chunk, size in enumerate(sizes):
                 if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, len(token_ids))):
                     found.holders[chunk] += (index,)

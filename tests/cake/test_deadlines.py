@@ -17,10 +17,12 @@ from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.store.base import ChunkReader, Store
 from cakekv.store.faulty import FaultyStore, parse_faults
+from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
+from cakekv.store.tiered import TieredStore, TierPlan
 from cakekv.store.wrapper import WrappedStore
-from store.servers import valkey
+from store.servers import suspend, valkey
 
 CHUNK = 16
 CHUNKS = 20
@@ -205,6 +207,37 @@ def test_a_server_stopped_before_it_is_asked(
         assert "no answer within" in answer.report.notes[0]
         go_on()
         loads_again(cake, prompt)
+
+
+@pytest.mark.parametrize("timeout_s", [0.3, 1.0])
+@pytest.mark.parametrize("tiered", [False, True])
+def test_a_server_that_hangs_after_the_look_up_is_waited_for_once(
+    engine: TransformersEngine, prompt: list[int], expected: list[int], tmp_path: Path, timeout_s: float, tiered: bool
+) -> None:
+    class Stopped(WrappedStore):
+        """Its server stops when it has said what it holds."""
+
+        def lookup(self, keys: Any) -> Any:
+            found = super().lookup(keys)
+            suspend(process)
+            return found
+
+    with (
+        valkey(tmp_path) as (port, process),
+        RedisStore("127.0.0.1", port) as sound,
+        RedisStore("127.0.0.1", port, timeout_s=timeout_s) as store,
+    ):
+        with Cake(engine, store=sound, chunk_tokens=CHUNK) as cake:
+            cake.prefill(prompt)
+        stopped = Stopped(store)
+        one = TieredStore([TierPlan(Member(lambda: stopped, "redis"))]) if tiered else stopped
+        with Cake(engine, store=one, chunk_tokens=CHUNK) as cake:
+            answer = restore(cake, prompt, mode="load", save=False)
+        assert answer.token_ids == expected
+        report = answer.report
+        assert (report.loaded_tokens, report.recomputed_tokens) == (0, CHUNKS * CHUNK)
+        assert len(report.loads) <= store.parallel_reads, "no chunk was waited for after those"
+        process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize("mode", ["auto", "load"])

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
+import redis
 
+from cakekv.bench.servers import free_port
 from cakekv.store.disk import DiskStore
 from cakekv.store.opening import open_store
 from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.conftest import shared
 
 from .test_store import damage, folder, run, run_json
 
-__all__ = ["folder"]  # the fixture
+__all__ = ["folder", "shared"]  # the fixtures
 
 KEYS = ["11" * 32, "22" * 32]
 
@@ -154,3 +161,102 @@ def test_warm(folder: Path, tmp_path: Path) -> None:
     tokens.write_text(" ".join(map(str, range(200))))
     assert run("warm", url, "--tokens", tokens, key_of(0).hex())[0] == 2
     assert run("warm", folder)[0] == 2
+
+
+# What is no chunk, and what cannot be reached
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path, shared: Any) -> str:
+    """Four chunks in a real server, and a list under the name of a fifth."""
+    url = f"redis://127.0.0.1:{shared.valkey}?prefix={quote(str(tmp_path), safe='')}:"
+    with open_store(url) as store:
+        for number in range(4):
+            store.write(key_of(number), chunk_of(number))
+        redis.Redis(port=shared.valkey).rpush(store.name_of(key_of(4)), "a list")  # type: ignore[attr-defined]
+    return url
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (["stats"], 1, "4 chunks"),
+        (["ls"], 1, key_of(3).hex()[:16]),
+        (["verify"], 1, "5 chunks, 1 corrupt"),
+        (["gc", "--older-than", "1h"], 0, "Deleted 0 old"),
+        (["gc", "--capacity", "1B"], 0, "Deleted 0 old and 4 surplus"),
+        (["rm", "--all"], 0, "5 chunks deleted"),
+        (["rm", key_of(4).hex()], 0, "1 chunks deleted"),
+        (["rm", key_of(0).hex()], 0, "1 chunks deleted"),
+    ],
+)
+def test_commands_get_past_what_is_no_chunk(redis_url: str, command: list[str], code: int, said: str) -> None:
+    found, out, err = run(command[0], redis_url, *command[1:])
+    assert found == code, out + err
+    assert said in out
+    if code:
+        assert key_of(4).hex() in out + err
+
+
+def test_moving_gets_past_what_is_no_chunk(redis_url: str, tmp_path: Path) -> None:
+    for command, target in (("cp", tmp_path / "copy"), ("export", tmp_path / "kv.tar")):
+        code, out, err = run(command, redis_url, target)
+        assert (code, "4 chunks" in out) == (1, True), out + err
+        assert key_of(4).hex() in out + err
+    assert run("migrate", redis_url)[0] == 0
+    assert DiskStore(tmp_path / "copy").stats().chunks == 4
+    assert run_json("repair", redis_url)["deleted"] == 1
+    assert run("verify", redis_url)[0] == 0
+
+
+def test_commands_do_what_they_can_when_a_tier_is_away(tmp_path: Path, folder: Path) -> None:
+    config = tmp_path / "kv.toml"
+    config.write_text(f"""
+        [[tier]]
+        url = "file://{quote(str(folder))}"
+        [[tier]]
+        url = "redis://127.0.0.1:{free_port()}"
+    """)
+    url = f"tiered://{config}"
+    for command in (["stats"], ["ls"], ["gc", "--older-than", "1h"], ["rm", "--all"]):
+        code, out, err = run(command[0], url, *command[1:])
+        assert code == 1, out + err
+        assert "redis tier" in err
+    assert DiskStore(folder).stats().chunks == 0
+
+
+def test_a_store_that_is_wholly_away_is_an_error_at_once() -> None:
+    url = f"redis://127.0.0.1:{free_port()}"
+    for command in (["stats"], ["ls"], ["verify"], ["gc", "--older-than", "1h"], ["rm", "--all"]):
+        code, _, err = run(command[0], url, *command[1:])
+        assert (code, "See whether the server runs" in err) == (1, True)
+
+
+def test_a_killed_export_leaves_nothing(tmp_path: Path, folder: Path) -> None:
+    command = [Path(sys.executable).with_name("cakekv"), "store", "export", f"{folder}?bandwidth=10KB/s"]
+    target = tmp_path / "out" / "kv.tar"
+    target.parent.mkdir()
+    (target.parent / f".kv.tar.{1 << 30}").write_text("what a version before left")
+    process = subprocess.Popen([*command, target], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while (target.parent / f".kv.tar.{1 << 30}").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list(target.parent.iterdir()) == []
+
+
+def test_an_export_without_nameless_files(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    target = tmp_path / "out" / "kv.tar"
+    target.parent.mkdir()
+    assert run("export", folder, target)[0] == 0
+    assert [file.name for file in target.parent.iterdir()] == ["kv.tar"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600

@@ -128,7 +128,8 @@ class Driver:
             if load.cancelled and self.random.random() < 0.5:
                 self.restore.abandoned(load, load.size // 2, self.now)
             elif self.random.random() < self.failing:
-                self.restore.failed(load, "corrupt: bit flip", load.size, self.now)
+                silent = self.random.random() < 0.2
+                self.restore.failed(load, "corrupt: bit flip", load.size, self.now, silent=silent)
             elif self.restore.arrived(load, self.now):
                 self.placing.append(load)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cakekv.errors import MissingChunk, StoreError, UnknownKey
+from cakekv.errors import MissingChunk, NoAnswer, StoreError, UnknownKey
 from cakekv.store.member import FAILURES, Member
 from cakekv.store.memory import MemoryStore
 
-from .chunks import chunk_of, key_of, read
+from .chunks import SIZE, chunk_of, key_of, read
 from .moody import OPERATIONS, Moody, eventually
 
 
@@ -87,6 +88,80 @@ def test_one_failure_of_another_kind_is_not_the_end(member):
         with pytest.raises(StoreError):
             tier.write(key_of(0), chunk_of(0))
     assert not tier.is_up
+
+
+def test_a_step_without_io_is_no_sign_of_health(member):
+    class Unreadable(MemoryStore):
+        def open(self, key):
+            reader = super().open(key)
+            reader.read_into = lambda buffer, offset: (_ for _ in ()).throw(StoreError("no reading"))
+            return reader
+
+    store = Unreadable()
+    store.write(key_of(0), chunk_of(0))
+    tier = member(store, first_retry_s=1000)
+    for _ in range(FAILURES):
+        assert tier.lookup([key_of(0)]) == [SIZE]
+        with pytest.raises(StoreError, match="no reading"):
+            read(tier, key_of(0))
+        tier._inner.write(key_of(0), chunk_of(0))
+    assert not tier.is_up
+
+
+def test_no_answer_takes_a_tier_down_at_once_unless_others_got_one(member):
+    class Silent(MemoryStore):
+        others = False
+
+        def write(self, key, data):
+            if self.others:
+                tier.lookup([key_of(0)])
+            raise NoAnswer("silence")
+
+    store = Silent()
+    tier = member(store, first_retry_s=1000)
+    store.others = True
+    with pytest.raises(NoAnswer):
+        tier.write(key_of(0), chunk_of(0))
+    assert tier.is_up
+    store.others = False
+    with pytest.raises(NoAnswer):
+        tier.write(key_of(0), chunk_of(0))
+    assert not tier.is_up
+
+
+def test_a_tier_that_only_answers_look_ups_is_asked_less_and_less(member):
+    class Unwritable(MemoryStore):
+        def write(self, key, data):
+            raise NoAnswer("silence")
+
+    tier = member(Unwritable(), first_retry_s=0.01)
+    pauses = []
+    for _ in range(4):
+        with pytest.raises(NoAnswer):
+            tier.write(key_of(0), chunk_of(0))
+        pauses.append(tier.retry_s)
+        eventually(lambda: tier.is_up)
+    assert pauses == [0.01, 0.02, 0.04, 0.08]
+
+
+def test_a_look_up_that_is_late_while_others_are_answered_takes_nothing_down(member):
+    go_on = threading.Event()
+
+    class Busy(MemoryStore):
+        def lookup(self, keys):
+            if len(keys) > 1:
+                go_on.wait(60)
+            return super().lookup(keys)
+
+    tier = member(Busy(), deadline_s=0.5, first_retry_s=1000)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(tier.lookup, [key_of(0), key_of(1)])
+        while not long.done():
+            assert tier.lookup([key_of(0)]) == [None]
+        with pytest.raises(NoAnswer):
+            long.result()
+    assert tier.is_up
+    go_on.set()
 
 
 def test_missing_chunks_are_no_failures(member):

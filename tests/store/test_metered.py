@@ -159,6 +159,29 @@ def test_tiers_of_a_tiered_store_come_and_go(scraped, tmp_path):
             assert scraped("tier_held_bytes", tier="memory") == 2 * SIZE
 
 
+def test_a_store_that_was_closed_says_nothing_about_those_that_are_open(scraped, tmp_path):
+    (tmp_path / "kv.toml").write_text('[[tier]]\nurl = "memory://"\n')
+    first, second = (open_store(f"tiered://{tmp_path}/kv.toml", scraped.metrics) for _ in range(2))
+    first.close()
+    assert scraped("tier_up", tier="memory") == 1
+    second.close()
+    assert scraped("tier_up", tier="memory") is None
+
+
+def test_copies_that_are_lost_are_counted(scraped, tmp_path):
+    (tmp_path / "kv.toml").write_text(f"""
+        [[tier]]
+        url = "memory://"
+        [[tier]]
+        url = "redis://127.0.0.1:{free_port()}"
+        write = "back"
+    """)
+    with open_store(f"tiered://{tmp_path}/kv.toml", scraped.metrics) as store:
+        for number in range(3):
+            store.write(key_of(number), chunk_of(number))
+    assert scraped("tier_uncopied_chunks_total", tier="redis") == 3
+
+
 def test_a_tier_that_does_not_count_in_time_is_left_out(scraped):
     import threading
 

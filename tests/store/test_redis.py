@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
 
@@ -12,9 +13,13 @@ import pytest
 import redis
 
 from cakekv.chunk import verify_chunk
-from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, NotDeleted, OutOfReach, StoreError, StoreFull
+from cakekv.store.base import StoreStats
+from cakekv.store.maintenance.listing import listing
+from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 from cakekv.store.redis import RedisStore
+from cakekv.store.sizes import doubt_of
 
 from . import servers
 from .certificates import make_certificates, tls_relay
@@ -165,8 +170,56 @@ def test_names_of_others_are_no_chunks(shared):
         client.hset("others:identities", mapping={"no root": "{}", key_of(0).hex(): "not JSON"})
         assert store.identities() == {}
         client.rpush(f"others:chunk:{key_of(2).hex()}", "a list")
-        with pytest.raises(StoreError, match="WRONGTYPE"):
-            store.lookup([key_of(2)])
+        assert store.lookup([key_of(2)]) == [None]
+
+
+def test_a_value_of_another_kind_is_a_miss_and_nobody_elses(shared, member, tiered):
+    client = redis.Redis(port=shared.valkey)
+    with RedisStore("127.0.0.1", shared.valkey, prefix="kinds:") as store:
+        for number in range(3):
+            store.write(key_of(number), chunk_of(number))
+        reader = store.open(key_of(1))
+        name = store.name_of(key_of(1))
+        client.delete(name)
+        client.rpush(name, "a list")
+        keys = [key_of(number) for number in range(4)]
+        found = store.lookup(keys)
+        assert found == [SIZE, None, SIZE, None]
+        assert "1 of 4 chunks could not be looked up" in doubt_of(found)
+        assert "no string" in doubt_of(found)
+        with pytest.raises(CorruptChunk, match="no string"):
+            store.open(key_of(1))
+        with pytest.raises(CorruptChunk, match="no string"):
+            reader.read_into(memoryview(bytearray(SIZE)), 0)
+        assert {chunk.key: bool(chunk.fault) for chunk in store} == {key_of(n): n == 1 for n in range(3)}
+        assert store.stats()[:2] == (2, 2 * SIZE)
+        assert [key_of(1).hex() in one for one in store.stats().uncounted] == [True]
+        together = tiered((MemoryStore(),), (member(store),))
+        for _ in range(5):
+            assert together.lookup([key_of(1)]) == [None]
+            with pytest.raises(CorruptChunk):
+                together.open(key_of(1))
+        assert together.lookup(keys) == [SIZE, None, SIZE, None]
+        assert all(one.is_up for one in together.members)
+        assert store.write(key_of(1), chunk_of(1)), "saving heals it"
+        assert store.lookup(keys) == [SIZE, SIZE, SIZE, None]
+        assert doubt_of(store.lookup(keys)) is None
+        client.delete(name)
+        client.rpush(name, "a list")
+        assert store.delete(keys) == 3
+
+
+def test_more_look_ups_than_connections_wait_for_one(tmp_path):
+    with servers.valkey(tmp_path) as (port, process), RedisStore("127.0.0.1", port) as store:
+        store.write(key_of(0), chunk_of(0))
+        servers.suspend(process)
+        with ThreadPoolExecutor(200) as pool:
+            asked = [pool.submit(store.lookup, [key_of(0)]) for _ in range(200)]
+            time.sleep(0.3)
+            process.send_signal(signal.SIGCONT)
+            assert [one.result() for one in asked] == [[SIZE]] * 200
+        assert redis.Redis(port=port).info("clients")["maxclients"] > 200
+        assert redis.Redis(port=port).info("stats")["total_connections_received"] < 100
 
 
 # Passwords and TLS
@@ -356,14 +409,21 @@ def test_a_server_killed_and_started_again(tmp_path):
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """Two nodes, each with half of the slots. Yields their ports."""
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-port")
+def cluster(nodes):
+    """Two nodes, each with half of the slots."""
+    return [node for node, _ in nodes]
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """The same, with their processes."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
+    options += ("--cluster-allow-reads-when-down", "yes", "--cluster-port")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with (
-        servers.valkey(tmp_path / "a", *options, servers.free_port()) as (first, _),
-        servers.valkey(tmp_path / "b", *options, buses := servers.free_port()) as (second, _),
+        servers.valkey(tmp_path / "a", *options, servers.free_port()) as (first, one),
+        servers.valkey(tmp_path / "b", *options, buses := servers.free_port()) as (second, other),
     ):
         nodes = [redis.Redis(port=port) for port in (first, second)]
         nodes[0].execute_command("CLUSTER ADDSLOTSRANGE 0 8191")
@@ -373,7 +433,58 @@ def cluster(tmp_path):
         while any(node.cluster("info")["cluster_state"] != "ok" for node in nodes):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield nodes
+        yield list(zip(nodes, (one, other), strict=True))
+
+
+@pytest.mark.parametrize("how", ["dead", "hanging"])
+def test_a_node_that_is_away_costs_its_own_chunks(nodes, member, how):
+    (first, _), (_, process) = nodes
+    port = first.get_connection_kwargs()["port"]
+    keys = [key_of(number) for number in range(30)]
+    with RedisStore("127.0.0.1", port, cluster=True, timeout_s=1.0) as store:
+        for number in range(30):
+            store.write(key_of(number), chunk_of(number))
+        there = {name.decode() for name in first.keys("*")}
+        sizes = [SIZE if store.name_of(key) in there else None for key in keys]
+        assert 0 < sizes.count(None) < 30
+        process.kill() if how == "dead" else servers.suspend(process)
+        tier = member(store, deadline_s=2.0)
+        found = tier.lookup(keys)
+        assert found == sizes
+        assert f"{sizes.count(None)} of 30 chunks could not be looked up" in doubt_of(found)
+        gone = [key for key, size in zip(keys, sizes, strict=True) if size is None]
+        assert tier.lookup(gone[:1]) == [None], "not even of one chunk does the tier go down"
+        for key in gone[:5]:
+            with pytest.raises(OutOfReach):
+                tier.open(key)
+            with pytest.raises(OutOfReach):
+                tier.write(key, chunk_of(0))
+        assert tier.is_up
+        for number, size in enumerate(sizes):
+            if size is not None:
+                assert read(tier, key_of(number)) == chunk_of(number)
+        listed = listing(store)
+        assert {chunk.key for chunk in listed.chunks} == {
+            key for key, size in zip(keys, sizes, strict=True) if size is not None
+        }
+        assert "is left out" in listed.troubles[0]
+        assert store.stats().chunks == 30 - len(gone)
+        with pytest.raises(NotDeleted) as caught:
+            store.delete(keys)
+        assert caught.value.deleted == 30 - len(gone)
+        assert set(caught.value.left) == set(gone)
+        assert first.dbsize() == 0
+
+
+def test_a_cluster_of_which_nothing_answers_is_down(nodes, member):
+    port = nodes[0][0].get_connection_kwargs()["port"]
+    with RedisStore("127.0.0.1", port, cluster=True, timeout_s=0.5) as store:
+        tier = member(store, deadline_s=2.0, first_retry_s=100)
+        for _, process in nodes:
+            process.kill()
+        with pytest.raises(StoreError):
+            tier.lookup([key_of(number) for number in range(30)])
+        assert not tier.is_up
 
 
 def test_a_cluster(cluster):
@@ -385,7 +496,7 @@ def test_a_cluster(cluster):
         for number in range(10):
             assert read(store, key_of(number)) == chunk_of(number)
         assert {chunk.key for chunk in store} == {key_of(number) for number in range(10)}
-        assert store.stats() == (10, 10 * SIZE, None)
+        assert store.stats() == StoreStats(10, 10 * SIZE, None)
         store.remember_identity(key_of(20).hex(), {"dtype": "float32"})
         assert store.identities() == {key_of(20).hex(): {"dtype": "float32"}}
         assert store.delete([key_of(number) for number in range(5)]) == 5

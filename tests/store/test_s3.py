@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import contextmanager
+
 import obstore
 import pytest
 
 from cakekv.bench.servers import S3_SECRET, S3_USER
-from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.errors import BadInput, MissingChunk, NotDeleted, StoreError
 from cakekv.store import s3
 from cakekv.store.opening import open_store
 from cakekv.store.s3 import open_s3
+from cakekv.store.sizes import doubt_of
 
 from . import servers
 from .certificates import make_certificates, tls_relay
@@ -172,6 +177,103 @@ def test_credentials_from_a_file(shared, monkeypatch, tmp_path):
 def test_a_bucket_that_is_not_there(shared):
     with pytest.raises(StoreError, match="Make the bucket first"):
         open_s3("missing-bucket", endpoint=shared.s3, http=True)
+
+
+# One object that is not like the others
+
+
+@contextmanager
+def lying(monkeypatch, answer):
+    """A store of 8 objects in front of which sits a service that answers `answer(request)`, if that is not None."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_USER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    names = {key_of(number).hex().encode(): number for number in range(8)}
+
+    def serve(connection):
+        for request in requests(connection):
+            number = next((number for name, number in names.items() if name in request), None)
+            if (other := answer(request, number)) is not None:
+                connection.sendall(other)
+            elif b"list-type" in request:
+                connection.sendall(reply(b"200 OK", LISTING))
+            elif number is None:
+                connection.sendall(reply(b"404 Not Found"))
+            elif b"HEAD" in request:
+                connection.sendall(reply(b"200 OK", length=SIZE))
+            else:
+                connection.sendall(reply(b"200 OK", bytes(chunk_of(number))))
+
+    with servers.answering(serve) as port, open_s3("b", endpoint=f"http://127.0.0.1:{port}", http=True) as store:
+        yield store
+
+
+@pytest.mark.parametrize("status", [b"403 Forbidden", b"400 Bad Request", b"500 Internal Server Error"])
+def test_one_object_that_may_not_be_looked_at_is_a_miss(monkeypatch, member, status):
+    with lying(monkeypatch, lambda request, n: reply(status) if b"HEAD" in request and n == 3 else None) as store:
+        tier = member(store, deadline_s=10, first_retry_s=100)
+        keys = [key_of(number) for number in range(9)]
+        found = tier.lookup(keys)
+        assert found == [SIZE] * 3 + [None] + [SIZE] * 4 + [None]
+        assert "1 of 9 chunks could not be looked up" in doubt_of(found)
+        assert key_of(3).hex() not in doubt_of(found)
+        assert tier.lookup([key_of(3)]) == [None], "nor does the tier go down for it alone"
+        assert tier.is_up
+        assert read(tier, key_of(4)) == chunk_of(4)
+
+
+def test_one_object_that_hangs_is_not_waited_for_by_the_others(monkeypatch, member):
+    well = threading.Event()
+    with lying(monkeypatch, lambda request, n: well.wait(60) and None if n == 3 else None) as store:
+        tier = member(store, deadline_s=1.0, first_retry_s=100)
+        keys = [key_of(number) for number in range(8)]
+        for _ in range(3):
+            assert tier.lookup(keys) == [SIZE] * 3 + [None] + [SIZE] * 4
+        assert tier.is_up
+        well.set()
+
+
+def test_a_look_up_that_takes_too_long_gives_what_it_knows(monkeypatch, member):
+    with lying(monkeypatch, lambda request, n: time.sleep(0.05) if b"HEAD" in request else None) as store:
+        tier = member(store, deadline_s=0.5, first_retry_s=100)
+        found = tier.lookup([key_of(number) for number in range(8)] + [key_of(100 + n) for n in range(1000)])
+        assert found[:8] == [SIZE] * 8
+        assert "did not answer in time" in doubt_of(found)
+        assert tier.is_up
+        assert tier.lookup([key_of(0), key_of(100)]) == [SIZE, None]
+
+
+def test_what_a_look_up_did_not_get_to_is_not_written_again(monkeypatch, member):
+    asked = []
+
+    def slowly(request, number):
+        asked.append(request)
+        if b"HEAD" in request:
+            time.sleep(0.05)
+
+    with lying(monkeypatch, slowly) as store:
+        tier = member(store, deadline_s=0.5, first_retry_s=100)
+        keys = [key_of(100 + number) for number in range(1000)] + [key_of(number) for number in range(8)]
+        assert tier.lookup(keys)[-1] is None
+        assert tier.write(key_of(7), chunk_of(7))
+        assert not any(request.startswith(b"PUT") for request in asked)
+
+
+def test_what_cannot_be_deleted_is_named_and_the_rest_goes(shared, monkeypatch):
+    with open_s3("bucket", "undeleted", endpoint=shared.s3, http=True) as store:
+        for number in range(3):
+            store.write(key_of(number), chunk_of(number))
+        real = obstore.delete
+
+        def refuse(backend, paths):
+            if any(key_of(1).hex() in path for path in paths):
+                raise obstore.exceptions.PermissionDeniedError("403 Forbidden")
+            real(backend, paths)
+
+        monkeypatch.setattr(obstore, "delete", refuse)
+        with pytest.raises(NotDeleted) as caught:
+            store.delete([key_of(number) for number in range(3)])
+        assert (caught.value.deleted, list(caught.value.left)) == (2, [key_of(1)])
+        assert [chunk.key for chunk in store] == [key_of(1)]
 
 
 # Trouble

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, NotDeleted, StoreError
+from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
+from cakekv.store.maintenance.listing import listing
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
+from cakekv.store.sizes import doubt_of
 from cakekv.store.striped import StripedStore
 
 from .chunks import SIZE, chunk_of, key_of, read
@@ -65,3 +68,38 @@ def test_bad_folders(tmp_path, stripe, monkeypatch):
 def test_nothing_to_stripe_over():
     with pytest.raises(BadInput, match="at least one"):
         StripedStore([])
+
+
+def test_a_folder_that_fails_costs_its_own_chunks():
+    class Away(MemoryStore):
+        def lookup(self, keys):
+            raise StoreError("away")
+
+        def delete(self, keys):
+            raise StoreError("away")
+
+        def stats(self):
+            raise StoreError("away")
+
+        def __iter__(self):
+            raise StoreError("away")
+
+    stores = [MemoryStore(), MemoryStore(), Away()]
+    store = StripedStore(stores)
+    fill(store, 30)
+    keys = [key_of(number) for number in range(30)]
+    held = [store.place_of(key) is not stores[2] for key in keys]
+    found = store.lookup(keys)
+    assert found == [1 if there else None for there in held]
+    assert f"{held.count(False)} of 30" in doubt_of(found)
+    assert store.stats() == StoreStats(sum(held), sum(held), None, ("away",))
+    listed = listing(store)
+    assert (len(listed.chunks), listed.troubles) == (sum(held), ["away"])
+    with pytest.raises(NotDeleted) as caught:
+        store.delete(keys)
+    assert caught.value.deleted == sum(held)
+    assert [part.stats().chunks for part in stores[:2]] == [0, 0]
+    store = StripedStore([Away()])
+    for everything in (store.stats, lambda: store.lookup(keys), lambda: list(store), lambda: store.delete(keys)):
+        with pytest.raises(StoreError, match="away"):
+            everything()

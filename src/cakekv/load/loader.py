@@ -14,7 +14,7 @@ from cakekv.arbiter import Arbiter, Request
 from cakekv.chunk import ChunkHeader
 from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import CorruptChunk, MissingChunk, StoreError
+from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.decoding import decoded_layers
 from cakekv.load.reading import Abandoned, Progress, failure_reason, read_chunk
@@ -301,7 +301,8 @@ class Loader:
             except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
                 reason = failure_reason(error)
                 self._log_failure(load, loading.keys[load.chunk], error)
-                self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now))
+                silent = isinstance(error, NoAnswer)
+                self._report(loading, lambda now: restore.failed(load, reason, progress.bytes, now, silent))
                 return
             with self._lock:
                 if decodes:

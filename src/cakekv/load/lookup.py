@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TypeVar
 
-from cakekv.errors import StoreError
+from cakekv.errors import StoreError, TierDown
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
+from cakekv.store.sizes import Sizes, doubt_of
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +37,9 @@ class Lookup:
         self._tiers = tiers
         self._hangs = hangs
         self._askers = [Asker(deadline_s) for _ in tiers]
+        self._lock = threading.Lock()
+        self._failed_at: dict[tuple[int, str], float] = {}
+        """Since when each tier has failed to answer each kind of question; that is said once."""
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[list[int | None] | StoreError]:
         """As `Store.lookup` of each tier, or why it could not be asked."""
@@ -53,11 +59,37 @@ class Lookup:
             except StoreError as error:
                 questions.append(error)
         answers: list[Answer | StoreError] = []
-        for tier, question in zip(self._tiers, questions, strict=True):
+        for index, question in enumerate(questions):
             try:
                 answers.append(question if isinstance(question, StoreError) else question.answer())
             except StoreError as error:
                 answers.append(error)
-                name = "deadline_missed" if isinstance(error, Late) else "tier_failed"
-                emit(_LOG, logging.WARNING, name, tier=tier.name, operation=operation, reason=str(error))
+            self._log(index, operation, answers[-1])
         return answers
+
+    def _log(self, index: int, operation: str, answer: object) -> None:
+        tier, failed = self._tiers[index].name, isinstance(answer, StoreError)
+        doubt = doubt_of(answer) if isinstance(answer, Sizes) else None
+        with self._lock:
+            since = self._failed_at.get((index, operation))
+            if not failed and doubt is None:
+                self._failed_at.pop((index, operation), None)
+            else:
+                self._failed_at.setdefault((index, operation), monotonic())
+        if failed or doubt is not None:
+            first = since is None and not isinstance(answer, TierDown)  # of that, the tier itself has told
+            name = (
+                "lookup_incomplete" if not failed else "deadline_missed" if isinstance(answer, Late) else "tier_failed"
+            )
+            reason = str(answer) if failed else doubt
+            level = logging.WARNING if first else logging.DEBUG
+            emit(_LOG, level, name, tier=tier, operation=operation, reason=reason)
+        elif since is not None:
+            emit(
+                _LOG,
+                logging.INFO,
+                "tier_answers",
+                tier=tier,
+                operation=operation,
+                after_s=round(monotonic() - since, 3),
+            )

@@ -25,10 +25,11 @@ class Cancellable(Protocol):
 
 
 class Progress:
-    """Bytes read so far by one load, and whether its chunk is in the coded form."""
+    """Bytes read so far by one load, whether its chunk is in the coded form, and whether the tier did not answer."""
 
     bytes = 0
     coded = False
+    silent = False
 
 
 def read_chunk(

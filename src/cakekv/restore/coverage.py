@@ -138,6 +138,15 @@ class Coverage:
         self.holders[chunk] = tuple(holder for holder in self.holders[chunk] if holder != source)
         self.give_back(chunk)
 
+    def drop_source(self, source: int) -> list[int]:
+        """The source delivers no chunk any more. Returns those that it was still to deliver."""
+        dropped = [
+            chunk for chunk in self.uncovered if self.state[chunk] is State.STORED and source in self.holders[chunk]
+        ]
+        for chunk in dropped:
+            self.drop_holder(chunk, source)
+        return dropped
+
     def give_back(self, chunk: int) -> None:
         """The chunk is uncovered again."""
         if self.state[chunk] > State.LOADING:

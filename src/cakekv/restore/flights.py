@@ -163,6 +163,22 @@ class Flights:
             self.cancel(load)
         return wanted
 
+    def give_up(self, source: int) -> list[Load]:
+        """Cancel the loads of a source that does not answer, and return those that were still wanted."""
+        wanted = self.wanted(source)
+        for load in self._flying:
+            if load.source == source and not load.late:
+                load.late = True
+                self._stuck[source] += 1
+        for load in wanted:
+            self.cancel(load)
+        return wanted
+
+    def nothing_since(self, load: Load) -> bool:
+        """Whether its source has delivered nothing since the load began."""
+        last = self._sources[load.source].cost.last_completed
+        return last is None or last <= load.began
+
     def next_look(self, now: float) -> float:
         """When a wait should be thought over: a while after the next load should have ended, or must have."""
         looks = [now + 1.0]

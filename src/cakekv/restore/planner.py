@@ -350,13 +350,20 @@ class Restore:
         self._answered(load, size, now)
         self._note(load, size, now, load.why_cancelled)
 
-    def failed(self, load: Load, reason: str, size: int, now: float) -> None:
-        """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole."""
+    def failed(self, load: Load, reason: str, size: int, now: float, silent: bool = False) -> None:
+        """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole.
+
+        `silent`: because the source did not answer. If nothing else came from it meanwhile, it is asked for nothing
+        more: each chunk would be waited for as long as this one.
+        """
+        hangs = silent and self._flights.nothing_since(load)
         self._answered(load, size, now)
         self._note(load, size, now, reason)
         if not load.cancelled:
             self._flights.land(load)
             self._lose(load, reason)
+        if hangs:
+            self._give_up(load.source, reason)
 
     def check_late(self, now: float) -> None:
         """Give up loads that took too long; a chunk is asked for once more if its source still moves."""
@@ -367,6 +374,15 @@ class Restore:
         layered = self._finish.layered
         if layered is not None and any(map(self._flights.stalled, layered.asked)):
             layered.broken = True
+
+    def _give_up(self, source: int, reason: str) -> None:
+        """Ask a source for nothing more, and wait for nothing that it was asked for."""
+        for load in self._flights.give_up(source):
+            self.coverage.late.add(load.chunk)
+            self._lose(load, "late")
+        for chunk in self.coverage.drop_source(source):
+            self._record.lost(self.coverage.start_of(chunk), reason)
+        self._plan.upset()
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""

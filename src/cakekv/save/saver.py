@@ -46,6 +46,10 @@ class SaveReport:
         Lost to an error of the tier or of the system, or not to be encoded.
     error : str or None
         The first such error.
+    waiting_copies : int
+        Of what was saved to a tiered store: copies to tiers that are written back which are still to be made.
+    uncopied_chunks : int
+        Such copies that could not be made.
     """
 
     saved_chunks: int = 0
@@ -53,6 +57,8 @@ class SaveReport:
     declined_chunks: int = 0
     failed_chunks: int = 0
     error: str | None = None
+    waiting_copies: int = 0
+    uncopied_chunks: int = 0
 
 
 class Source(NamedTuple):
@@ -221,6 +227,7 @@ class Saver:
         self._join()
         with self._changed:
             report, unfinished = replace(self.report), self._kept.total()
+        report.waiting_copies, report.uncopied_chunks = self.store.waiting, self.store.uncopied
         if unfinished:
             report.failed_chunks += unfinished
             report.error = report.error or self._silence()

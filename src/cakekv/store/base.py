@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from cakekv.store.waiting_copies import WaitingCopies
 
 
 class StoredChunk(NamedTuple):
@@ -18,6 +22,8 @@ class StoredChunk(NamedTuple):
     """Bytes, header included."""
     used_at: float
     """Seconds since the epoch at which it was last written or read, as far as the tier knows."""
+    fault: str = ""
+    """Why it is no chunk, or why nothing is known but its name; its size is 0 then."""
 
 
 class StoreStats(NamedTuple):
@@ -27,6 +33,8 @@ class StoreStats(NamedTuple):
     bytes: int
     capacity: int | None
     """Bytes it may hold, or None if it is not bounded."""
+    uncounted: tuple[str, ...] = ()
+    """What could not be counted, and what is no chunk but bears the name of one; a sentence each."""
 
 
 class Removal(NamedTuple):
@@ -125,7 +133,15 @@ class Store(ABC):
 
     @abstractmethod
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        """Size in bytes of each chunk, or None where it is not stored. One round trip for the whole batch."""
+        """Size in bytes of each chunk, or None where it is not stored. One round trip for the whole batch.
+
+        Where that cannot be told of some chunks, they count as not stored, and the answer is one of `Sizes`.
+
+        Raises
+        ------
+        StoreError
+            The tier tells nothing of any chunk.
+        """
 
     @abstractmethod
     def open(self, key: ChunkKey) -> ChunkReader:
@@ -135,6 +151,8 @@ class Store(ABC):
         ------
         MissingChunk
             It is not stored.
+        CorruptChunk
+            What bears its name is no chunk.
         StoreError
             The tier failed.
         """
@@ -172,14 +190,20 @@ class Store(ABC):
         Raises
         ------
         NotDeleted
-            Some cannot be removed; the others were.
+            Some could not be removed.
         StoreError
             The tier failed.
         """
 
     @abstractmethod
     def __iter__(self) -> Iterator[StoredChunk]:
-        """All chunks, in no particular order."""
+        """All chunks, in no particular order.
+
+        Raises
+        ------
+        StoreError
+            The tier, or a part of it, could not be listed; raised after what could be.
+        """
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -202,6 +226,20 @@ class Store(ABC):
                 found = remembered | (found or {})
         return found
 
+    @property
+    def waiting(self) -> int:
+        """Copies that are still to be made from one tier to another."""
+        return sum(part.waiting for part in self.parts)
+
+    @property
+    def uncopied(self) -> int:
+        """Chunks that should have been copied from one tier to another, and could not be."""
+        return sum(part.uncopied for part in self.parts)
+
+    def waiting_copies(self) -> WaitingCopies | None:
+        """Where to note, durably, which of its chunks wait to be copied to another tier; None if it has no place."""
+        return next(filter(None, (part.waiting_copies() for part in self.parts)), None)
+
     def tidy(self) -> list[str]:
         """Remove what writers that died left behind. Returns what was found, a sentence each."""
         return [sentence for part in self.parts for sentence in part.tidy()]
@@ -223,6 +261,23 @@ class Store(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def count(store: Store) -> StoreStats:
+    """What a store holds, by listing it; what cannot be listed or is no chunk is named, as long as something is."""
+    chunks = size = 0
+    uncounted = []
+    try:
+        for chunk in store:
+            chunks += not chunk.fault
+            size += chunk.size
+            if chunk.fault:
+                uncounted.append(f"{chunk.key.hex()}: {chunk.fault}")
+    except StoreError as error:
+        if not chunks and not uncounted:
+            raise
+        uncounted.append(str(error))
+    return StoreStats(chunks, size, None, tuple(uncounted))
 
 
 def distinct_names(tiers: Sequence[Store]) -> list[str]:

@@ -28,11 +28,13 @@ from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.evictions import Evictions
-from cakekv.store.folder import ABSENT, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
+from cakekv.store.folder import ABSENT, CHUNKS, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
 from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
 from cakekv.store.ownership import Mode, whose
 from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
+from cakekv.store.sizes import known_sizes
+from cakekv.store.waiting_in_folder import WaitingInFolder
 
 FOUND_AT_A_TIME = 16384
 """How many of the least recently used chunks that the policy does not know of yet it is told of at a time."""
@@ -131,8 +133,18 @@ class DiskStore(Store):
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._policy_lock:
             self._policy.asked(keys, time.time())
-        with self._explained("look for chunks"):
-            return [self._folder.readable_size(key) for key in keys]
+        known: dict[ChunkKey, int | None] = {}
+        failed: dict[ChunkKey, StoreError] = {}
+        for key in keys:
+            try:
+                with self._explained(f"look for chunk {key.short}…"):
+                    known[key] = self._folder.readable_size(key)
+            except StoreError as error:
+                failed[key] = error
+        if failed and not known:
+            with self._explained("look for chunks"):
+                os.scandir(self.path / CHUNKS).close()  # is it that one, or all?
+        return known_sizes(keys, known, failed)
 
     def open(self, key: ChunkKey) -> ChunkReader:
         with self._explained(f"open chunk {key.short}…"):
@@ -193,28 +205,34 @@ class DiskStore(Store):
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         removed: list[ChunkKey] = []
-        stuck: list[str] = []
+        stuck: dict[ChunkKey, str] = {}
         with self._writing("delete chunks"), self._folder.locked() as counts:
             for key in keys:
                 try:
                     if self._folder.remove(key, counts):
                         removed.append(key)
                 except OSError as error:
-                    stuck.append(_reason(error, named=True))
+                    stuck[key] = _reason(error, named=True)
                     continue
                 with self._policy_lock:
                     self._policy.removed(key)
             self._removals.note(removed, REQUEST)
         if stuck:
-            raise NotDeleted(
-                f"cannot delete {len(stuck):,} of {len(keys):,} chunks: {stuck[0]}" + (", …" if stuck[1:] else ""),
-                len(removed),
-            )
+            raise NotDeleted.of(len(removed), stuck)
         return len(removed)
 
     def __iter__(self) -> Iterator[StoredChunk]:
+        trouble: StoreError | None = None
         with self._explained("list the chunks"):
-            yield from self._folder.scan()
+            shards = list(self._folder.shards())
+        for shard in shards:
+            try:
+                with self._explained(f"list the chunks in {shard.name}"):
+                    yield from self._folder.scan([shard])
+            except StoreError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def stats(self) -> StoreStats:
         with self._explained("count the chunks"):
@@ -248,6 +266,9 @@ class DiskStore(Store):
 
     def survives_fork(self) -> bool:
         return not self._policy_lock.locked()
+
+    def waiting_copies(self) -> WaitingInFolder:
+        return WaitingInFolder(self._folder)
 
     def tidy(self) -> list[str]:
         """See `Store`; the chunks are counted anew. What is not this program's is named, and left alone."""
@@ -355,7 +376,7 @@ class DiskStore(Store):
         for chunk in heapq.nsmallest(FOUND_AT_A_TIME, unknown, key=attrgetter("used_at")):
             place = self._folder.peek_place(chunk.key) if self._policy.needs_position else (0, 1)
             with self._policy_lock:
-                self._policy.wrote(Held(*chunk, *place))
+                self._policy.wrote(Held(chunk.key, chunk.size, chunk.used_at, *place))
         # Often enough that what is unknown is not spared for long, seldom enough that each eviction pays for a few
         # chunks of the search only.
         self._evictions_until_search = min(max(len(self._policy) // 8, 64), FOUND_AT_A_TIME // 2)

@@ -24,6 +24,7 @@ from cakekv.errors import ChunkFault, CorruptChunk, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.keyring import ID_BYTES, Keyring
+from cakekv.store.sizes import Sizes, doubt_of
 from cakekv.store.wrapper import WrappedStore
 
 MAGIC = b"\x89CAKESEA"
@@ -55,7 +56,10 @@ class EncryptedStore(WrappedStore):
         self._keyring = keyring
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        return [None if size is None else _plain_bytes(size) for size in self._inner.lookup(keys)]
+        sealed = self._inner.lookup(keys)
+        plain = [None if size is None else _plain_bytes(size) for size in sealed]
+        doubt = doubt_of(sealed)
+        return plain if doubt is None else Sizes(plain, doubt)
 
     def open(self, key: ChunkKey) -> ChunkReader:
         reader = self._inner.open(key)
@@ -98,8 +102,12 @@ class EncryptedStore(WrappedStore):
 
     def __iter__(self) -> Iterator[StoredChunk]:
         for chunk in self._inner:
-            if size := _plain_bytes(chunk.size):
+            if chunk.fault:
+                yield chunk
+            elif size := _plain_bytes(chunk.size):
                 yield chunk._replace(size=size)
+            else:
+                yield chunk._replace(size=0, fault=f"no sealed chunk has {chunk.size} bytes")
 
     def stats(self) -> StoreStats:
         """See `Store`; bytes are those of the sealed chunks."""

@@ -6,6 +6,7 @@
     incoming/SIZE-….tmp    chunks being written, each flock'ed by its writer as long as that lives
     identities/ROOT.json   whose chunks these are
     removals.log, .old     which chunks were removed last, and why
+    uncopied/….keys        which chunks wait to be copied to another tier (see `waiting_in_folder`)
 
 A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
 lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.
@@ -22,7 +23,7 @@ import re
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
-REMOVALS = "removals.log"
+REMOVALS, UNCOPIED = "removals.log", "uncopied"
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}")
 _CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")
@@ -219,15 +220,17 @@ class Folder:
             self._named = True
             emit(_LOG, logging.WARNING, "unreadable", path=str(path), reason=whose(path))
 
-    def scan(self) -> Iterator[StoredChunk]:
-        """All chunks."""
-        for shard in self.shards():
+    def scan(self, shards: Iterable[Path] | None = None) -> Iterator[StoredChunk]:
+        """The chunks in these folders; by default all."""
+        for shard in self.shards() if shards is None else shards:
             try:
                 with os.scandir(shard) as files:
                     yield from filter(None, (_stored(shard.name, file) for file in files))
             except FileNotFoundError:  # removed meanwhile, as it was empty
                 continue
             except PermissionError:
+                if shards is not None:
+                    raise
                 self._name(shard)
 
     def shards(self) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cakekv.store.eviction.base import AHEAD_S
-from cakekv.store.folder import CHUNKS, IDENTITIES, INCOMING, LOCK, MARKER, REMOVALS, Counts, Folder
+from cakekv.store.folder import CHUNKS, IDENTITIES, INCOMING, LOCK, MARKER, REMOVALS, UNCOPIED, Counts, Folder
 from cakekv.store.identities import is_root, read_note
 from cakekv.store.ownership import whose
 
@@ -93,7 +93,7 @@ def _remove_if_empty(shard: Path) -> bool:
 
 
 def _foreign(folder: Folder) -> Iterator[Path]:
-    known = {MARKER, f"{MARKER}.new", LOCK, CHUNKS, INCOMING, IDENTITIES, REMOVALS, f"{REMOVALS}.old"}
+    known = {MARKER, f"{MARKER}.new", LOCK, CHUNKS, INCOMING, IDENTITIES, REMOVALS, UNCOPIED, f"{REMOVALS}.old"}
     yield from (path for path in folder.path.iterdir() if path.name not in known)
     shards = set(folder.shards())
     for path in (folder.path / CHUNKS).iterdir():

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TypeVar
 
-from cakekv.errors import MissingChunk, NotDeleted, ReadOnly, StoreError, StoreFull, UnknownKey, Unreadable
+from cakekv.errors import (
+    MissingChunk,
+    NoAnswer,
+    NotDeleted,
+    OutOfReach,
+    ReadOnly,
+    StoreError,
+    StoreFull,
+    TierDown,
+    UnknownKey,
+    Unreadable,
+)
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
-from cakekv.store.asking import Asker
+from cakekv.store.asking import Asker, Late
 from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
 from cakekv.store.wrapper import WrappedReader
 
@@ -22,18 +35,23 @@ _LOG = logging.getLogger(__name__)
 DEADLINE_S = 1.0
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 FAILURES = 3
-"""So many failed operations in a row mean that a tier is down; a look-up that fails means so at once."""
+"""So many operations of a kind that fail in a row mean that a tier is down. One that gets no answer means so at once,
+if nobody else has got one meanwhile; and so does a look-up that fails."""
 
 _MOST_OVERDUE = 4
 """Look-ups that may hang in a tier, from times at which it was down, while it is asked again."""
-_PROBE = ChunkKey(bytes(ChunkKey.LENGTH))
+_PROBE = [ChunkKey(bytes([number]) * ChunkKey.LENGTH) for number in range(16)]
+"""What is asked for to see whether a tier is back: of a cluster, all nodes."""
+_OF_ONE_CHUNK = (MissingChunk, StoreFull, UnknownKey, OutOfReach, NotDeleted, ReadOnly, Unreadable)
+"""Errors of one chunk, or of all, but not of a tier in trouble."""
 
 
 class Member(Store):
     """A store that may come and go.
 
     While it is down every operation fails at once with a `StoreError` that says why; a thread of its own finds out
-    when it is back, with pauses that double from 1 s to 60 s.
+    when it is back, with pauses that double from 1 s to 60 s; they go on from there if it fails again before it has
+    done again what it failed in.
 
     Parameters
     ----------
@@ -61,7 +79,13 @@ class Member(Store):
         self._first_retry_s = first_retry_s
         self._inner: Store | None = None
         self._reason: str | None = None
-        self._failures = 0
+        self._failures: Counter[str] = Counter()
+        """In a row, by kind of operation."""
+        self._down_by = ""
+        """The kind of operation that last took it down."""
+        self._answered_at = -math.inf
+        """When an operation last got an answer, be it an error."""
+        self._next_retry_s = first_retry_s
         self.retry_s = 0.0
         """The pause before it is asked again, in seconds; 0 while it is up."""
         self._lock = threading.Lock()
@@ -69,11 +93,16 @@ class Member(Store):
         try:
             self._opened()
         except StoreError as error:
-            self._go_down(error)
+            self._go_down(error, "lookup")
 
     @property
     def parts(self) -> Sequence[Store]:
         return [self._inner] if self._inner is not None else []
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is in use no more."""
+        return self._closed.is_set()
 
     @property
     def is_up(self) -> bool:
@@ -87,22 +116,32 @@ class Member(Store):
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         inner = self._up()
         try:
-            return self._asker.ask(lambda: inner.lookup(keys)).answer()
+            sizes = self._asker.ask(lambda: inner.lookup(keys)).answer()
         except StoreError as error:
-            self._go_down(error)
-            raise
+            if isinstance(error, Late) and error.busy:
+                raise
+            self._go_down(error, "lookup")
+            raise TierDown(str(error)) from error
+        self._succeeded("lookup")
+        return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        return _MemberReader(self, self.attempt(lambda inner: inner.open(key)))
+        # No sign of health: where it is known what the tier holds, nothing is asked of it.
+        return _MemberReader(self, self.attempt(lambda inner: inner.open(key), "read", proves=False))
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
-        return self.attempt(lambda inner: inner.write(key, data))
+        return self.attempt(lambda inner: inner.write(key, data), "write")
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         return self.attempt(lambda inner: inner.delete(keys))
 
     def __iter__(self) -> Iterator[StoredChunk]:
-        return iter(self.attempt(list))
+        inner, began = self._up(), monotonic()
+        try:
+            yield from inner
+        except StoreError as error:
+            self.failed(error, "list", began)
+            raise
 
     def stats(self) -> StoreStats:
         return self.attempt(lambda inner: inner.stats())
@@ -124,30 +163,40 @@ class Member(Store):
         if inner is not None:
             inner.close()
 
-    def attempt(self, operation: Callable[[Store], Result]) -> Result:
-        """Do something with the store, if it is up, and draw conclusions if it fails."""
-        inner = self._up()
+    def attempt(self, operation: Callable[[Store], Result], kind: str = "", *, proves: bool = True) -> Result:
+        """Do something with the store, if it is up, and draw conclusions if it fails; and if it succeeds, if that
+        `proves` that the tier can do it."""
+        inner, began = self._up(), monotonic()
         try:
             result = operation(inner)
-        # Of one chunk, or of all, but not of a tier in trouble.
-        except (MissingChunk, NotDeleted, ReadOnly, StoreFull, UnknownKey, Unreadable):
+        except _OF_ONE_CHUNK:
             raise
         except StoreError as error:
-            self.failed(error)
+            self.failed(error, kind, began)
             raise
-        self._failures = 0
+        if proves:
+            self._succeeded(kind)
         return result
 
-    def failed(self, error: StoreError) -> None:
-        """An operation failed."""
-        self._failures += 1
-        if self._failures >= FAILURES:
-            self._go_down(error)
+    def failed(self, error: StoreError, kind: str, began: float) -> None:
+        """An operation that began then failed."""
+        self._failures[kind] += 1
+        silent = isinstance(error, NoAnswer) and max(self._answered_at, self._asker.answered_at) <= began
+        if not isinstance(error, NoAnswer):
+            self._answered_at = monotonic()
+        if silent or self._failures[kind] >= FAILURES:
+            self._go_down(error, kind)
+
+    def _succeeded(self, kind: str) -> None:
+        self._answered_at = monotonic()
+        self._failures[kind] = 0
+        if kind == self._down_by:
+            self._next_retry_s = self._first_retry_s
 
     def _up(self) -> Store:
         inner, reason = self._inner, self._reason
         if inner is None or reason is not None:
-            raise StoreError(f"the {self.name} tier is down and will be tried again: {reason}")
+            raise TierDown(f"the {self.name} tier is down and will be tried again: {reason}")
         return inner
 
     def _opened(self) -> Store:
@@ -157,11 +206,12 @@ class Member(Store):
             self._inner = inner
         return self._inner
 
-    def _go_down(self, error: StoreError) -> None:
+    def _go_down(self, error: StoreError, kind: str) -> None:
         with self._lock:
             if self._reason is None and not self._closed.is_set():
                 self._reason = str(error)
-                self.retry_s = self._first_retry_s
+                self._down_by = kind
+                self.retry_s = self._next_retry_s
                 emit(_LOG, logging.WARNING, "tier_down", tier=self.name, reason=self._reason)
                 threading.Thread(target=self._recover, name=f"cakekv-retry-{self.name}", daemon=True).start()
 
@@ -169,12 +219,13 @@ class Member(Store):
         down_at = monotonic()
         while not self._closed.wait(self.retry_s):
             try:
-                self._opened().lookup([_PROBE])
+                self._opened().lookup(_PROBE)
             except StoreError as error:
                 self._reason = str(error)
                 self.retry_s = min(2 * self.retry_s, LAST_RETRY_S)
             else:
-                self._failures = 0
+                self._failures.clear()
+                self._next_retry_s = min(2 * self.retry_s, LAST_RETRY_S)
                 self.retry_s = 0.0
                 emit(_LOG, logging.INFO, "tier_up", tier=self.name, down_s=round(monotonic() - down_at, 3))
                 self._reason = None
@@ -189,4 +240,4 @@ class _MemberReader(WrappedReader):
         self._member = member
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        return self._member.attempt(lambda _: self._inner.read_into(buffer, offset))
+        return self._member.attempt(lambda _: self._inner.read_into(buffer, offset), "read")

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from typing import Any, TypeVar
 
-from cakekv.errors import BadInput, MissingChunk, StoreError, StoreFull
+from cakekv.errors import BadInput, MissingChunk, NoAnswer, NotDeleted, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
 from cakekv.store import mooncake_client as answers
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 from cakekv.store.mooncake_client import CLIENTS, SLICE_BYTES
-from cakekv.store.sizes import FoundSizes
+from cakekv.store.sizes import FoundSizes, known_sizes
 
 DEFAULT_PORT, DEFAULT_ADMIN_PORT = 50051, 9003
 TIMEOUT_S = 5.0
@@ -99,12 +99,19 @@ class MooncakeStore(Store):
         """See `Store`; two round trips if something is found, since sizes are told of what there is only."""
         if not keys:
             return []
-        sizes = self._sizes([self._name(key) for key in keys])
+        asked = dict(zip(keys, self._sizes([self._name(key) for key in keys]), strict=True))
+        known = {key: size for key, size in asked.items() if not isinstance(size, StoreError)}
+        failed = {key: size for key, size in asked.items() if isinstance(size, StoreError)}
+        if failed and not known:
+            raise next(iter(failed.values()))
+        sizes = known_sizes(keys, known, failed)
         self._found.note(keys, sizes)
         return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
         size = self._found.take(key) or self._sizes([self._name(key)])[0]
+        if isinstance(size, StoreError):
+            raise size
         if size is None:
             raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
         return _MooncakeReader(self, key, size)
@@ -121,9 +128,18 @@ class MooncakeStore(Store):
         names = [self._name(key) for key in keys]
         # By force, because Mooncake leases what was looked up to whoever did, for some seconds.
         codes = self._ask("delete chunks", lambda client: client.batch_remove(names, True))
-        for code in codes:
-            self._check("delete chunks", 0 if code in _OTHERS else code)
-        return sum(code == 0 for code in codes)
+        left: dict[ChunkKey, StoreError] = {}
+        for key, code in zip(keys, codes, strict=True):
+            try:
+                self._check("delete chunks", 0 if code in _OTHERS else code)
+            except StoreError as error:
+                left[key] = error
+        deleted = sum(int(code == 0) for code in codes)
+        if left and len(left) == len(codes):
+            raise next(iter(left.values()))
+        if left:
+            raise NotDeleted.of(deleted, {key: str(error) for key, error in left.items()})
+        return deleted
 
     def __iter__(self) -> Iterator[StoredChunk]:
         """See `Store`; `used_at` is 0, because the master does not tell."""
@@ -132,12 +148,14 @@ class MooncakeStore(Store):
             batch = names[start : start + _BATCH]
             sizes = self._sizes([f"{self._prefix}chunk:{name}" for name in batch])
             for name, size in zip(batch, sizes, strict=True):
-                if size is not None:
-                    yield StoredChunk(ChunkKey(bytes.fromhex(name)), size, 0.0)
+                key = ChunkKey(bytes.fromhex(name))
+                if isinstance(size, StoreError):
+                    yield StoredChunk(key, 0, 0.0, str(size))
+                elif size is not None:
+                    yield StoredChunk(key, size, 0.0)
 
     def stats(self) -> StoreStats:
-        sizes = [chunk.size for chunk in self]
-        return StoreStats(len(sizes), sum(sizes), None)
+        return count(self)
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
@@ -149,7 +167,7 @@ class MooncakeStore(Store):
         roots = [name for name in self._listed("identity") if is_root(name)]
         found = {}
         for root, size in zip(roots, self._sizes([f"{self._prefix}identity:{root}" for root in roots]), strict=True):
-            if size is None or size > MAX_NOTE_BYTES:
+            if not isinstance(size, int) or size > MAX_NOTE_BYTES:
                 continue
             note = memoryview(bytearray(size))
             try:
@@ -172,8 +190,8 @@ class MooncakeStore(Store):
     def _name(self, key: ChunkKey) -> str:
         return f"{self._prefix}chunk:{key.hex()}"
 
-    def _sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Size of each object, None where there is none."""
+    def _sizes(self, names: Sequence[str]) -> list[int | StoreError | None]:
+        """Size of each object, None where there is none, or why it cannot be told."""
 
         def ask(client: Any) -> tuple[list[int], dict[str, Any]]:
             exists = client.batch_is_exist(list(names))
@@ -181,11 +199,16 @@ class MooncakeStore(Store):
             return exists, client.batch_get_replica_desc(there) if there else {}
 
         exists, replicas = self._ask("look for chunks", ask)
-        for answer in exists:
-            self._check("look for chunks", min(answer, 0))
-        return [self._size(name, replicas.get(name, ())) for name in names]
+        return [self._size(name, answer, replicas.get(name, ())) for name, answer in zip(names, exists, strict=True)]
 
-    def _size(self, name: str, replicas: Sequence[Any]) -> int | None:
+    def _size(self, name: str, exists: int, replicas: Sequence[Any]) -> int | StoreError | None:
+        try:
+            self._check("look for chunks", min(exists, 0))
+            return self._size_of(name, replicas)
+        except StoreError as error:
+            return error
+
+    def _size_of(self, name: str, replicas: Sequence[Any]) -> int | None:
         if not replicas:
             return None
         for replica in replicas:
@@ -200,8 +223,8 @@ class MooncakeStore(Store):
         self._check_open("read a chunk")
         code = self._client.read(name, buffer, offset, self._timeout_s)
         if code in _GONE:
-            raise MissingChunk(f"{name} was evicted from {self._where}, or replaced, meanwhile")
-        self._check(f"read {name}", code)
+            raise MissingChunk(f"{_short(name)} was evicted from {self._where}, or replaced, meanwhile")
+        self._check(f"read {_short(name)}", code)
 
     def _put(self, action: str, name: str, data: memoryview) -> bool:
         self._check_open(action)
@@ -257,7 +280,7 @@ class MooncakeStore(Store):
                 "the master's --eviction_high_watermark_ratio."
             )
         reason = _REASONS.get(code, "Mooncake's client refuses")
-        raise StoreError(
+        raise (NoAnswer if code in (answers.NO_CONNECTION, answers.NO_ANSWER) else StoreError)(
             f"cannot {action} in {self._where}: {reason} ({code}). See the logs of the master and the nodes."
         )
 
@@ -276,3 +299,9 @@ class _MooncakeReader(ChunkReader):
             part = buffer[start : min(start + SLICE_BYTES, wanted)]
             self._store.read_range(self._key, part, offset + start)
         return wanted
+
+
+def _short(name: str) -> str:
+    """A name for messages."""
+    beginning, separator, key = name.rpartition(":")
+    return f"{beginning}{separator}{key[:12]}…"

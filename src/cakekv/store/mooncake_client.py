@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from mooncake.store import MooncakeDistributedStore
 
-from cakekv.errors import StoreError
+from cakekv.errors import NoAnswer, StoreError
 from cakekv.store.buffers import Buffer, KeptBuffers
 
 SLICE_BYTES = 1 << 20
@@ -63,7 +63,7 @@ class MooncakeClient:
             with socket.create_connection((host, port), timeout_s) as probe:
                 own_address = probe.getsockname()[0]
         except OSError as error:
-            raise StoreError(
+            raise NoAnswer(
                 f"cannot open the store in {self._where}: {error}. See whether Mooncake's master runs there."
             ) from error
         # Neither memory for the pool nor staging memory of its own.
@@ -125,7 +125,7 @@ class MooncakeClient:
             return future.result(deadline - time.monotonic())
         except TimeoutError as error:
             future.add_done_callback(ended)
-            raise StoreError(
+            raise NoAnswer(
                 f"cannot {action} in {self._where}: no answer within {seconds:g} s. See whether the master and its "
                 "nodes hang, or give a longer timeout=."
             ) from error

@@ -73,6 +73,7 @@ def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
     store = read_composition(Path(unquote(location)), partial(open_store, metrics=metrics))
     if metrics is not None:
         metrics.watch(store.members)
+        store.on_uncopied = metrics.add_uncopied
     return store
 
 

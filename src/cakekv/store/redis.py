@@ -2,6 +2,7 @@
 
     {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GET or GETRANGE
     {prefix}identities  a hash: whose chunks these are
+    {prefix}uncopied    a set: which chunks wait to be copied to another tier, keys as bytes
 
 How much is kept, and what goes first, is the server's business (`maxmemory`, `maxmemory-policy`).
 
@@ -11,9 +12,11 @@ redis-py connects, authenticates and pools; the bytes of chunks are received by 
 from __future__ import annotations
 
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -23,18 +26,39 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CakeError, MissingChunk, StoreError, StoreFull
+from cakekv.errors import (
+    BadInput,
+    CakeError,
+    ChunkFault,
+    CorruptChunk,
+    MissingChunk,
+    NoAnswer,
+    NotDeleted,
+    OutOfReach,
+    StoreError,
+    StoreFull,
+)
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.asking import ask_each
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.identities import decode_note, encode_note, is_root
 from cakekv.store.redis_reader import SLICE_BYTES, RedisReader
-from cakekv.store.sizes import FoundSizes
+from cakekv.store.sizes import FoundSizes, known_sizes
+from cakekv.store.waiting_copies import WaitingCopies
 
 DEFAULT_PORT = 6379
 TIMEOUT_S = 5.0
 _BATCH = 1000
 """Chunks per round trip when all are listed."""
+_CONNECTIONS = 64
+"""To each server, at the most; who finds them all in use waits for one."""
+_NODES_AT_ONCE = 32
+_REFRESH_S = 1.0
+"""Seconds between two questions who is who in a cluster, after a node failed."""
+_NODE_PAUSE_S = 5.0
+"""Seconds for which a cluster's node that did not answer is not asked: it costs its timeout once, and not each time."""
+_NOT_TEXT = "WRONGTYPE"
 
 
 class RedisStore(Store):
@@ -114,71 +138,99 @@ class RedisStore(Store):
             options |= {"ssl": True, "ssl_ca_certs": ca, "ssl_certfile": certificate, "ssl_keyfile": private_key}
         self._is_cluster = cluster
         self._found = FoundSizes()
+        self._pool = ThreadPoolExecutor(_NODES_AT_ONCE, thread_name_prefix="cakekv-node")
+        self._refreshed_at = time.monotonic()
+        self._silent: dict[str, tuple[float, str]] = {}
+        """Nodes of a cluster that did not answer: until when they are not asked, and what was wrong."""
+        self._lock = threading.Lock()
         self._client: Any
         with self.explained("open the store"):
-            self._client = RedisCluster(**options) if cluster else redis.Redis(db=database, **options)
+            self._client = RedisCluster(**options) if cluster else self._bound(redis.Redis(db=database, **options))
             self._client.ping()
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        with self.explained("look for chunks"):
-            sizes = [size or None for size in self._sizes([self.name_of(key) for key in keys], use=self.marks_use)]
+        """See `Store`; of a cluster, what is known if a node does not answer in time."""
+        known: dict[ChunkKey, int | None] = {}
+        failed: dict[ChunkKey, StoreError] = {}
+        answered = False
+        for key, size in self._sizes(list(dict.fromkeys(keys)), "look for chunks", use=self.marks_use).items():
+            if isinstance(size, int):
+                known[key] = size or None
+            else:
+                failed[key] = size if isinstance(size, StoreError) else StoreError(str(size))
+            answered |= not isinstance(size, StoreError)
+        if failed and not answered and not self._some_nodes_answer():
+            raise next(iter(failed.values()))
+        sizes = known_sizes(keys, known, failed)
         self._found.note(keys, sizes)
         return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        size = self._found.take(key)
+        size: int | StoreError | CorruptChunk | None = self._found.take(key)
         if size is None:
-            with self.explained(f"open chunk {key.short}…"):
-                [size] = self._sizes([self.name_of(key)], use=self.marks_use)
+            [size] = self._sizes([key], f"open chunk {key.short}…", use=self.marks_use).values()
+        if isinstance(size, NoAnswer) and self._is_cluster:
+            raise OutOfReach(str(size)) from size
+        if not isinstance(size, int):
+            raise size
         if not size:
             raise MissingChunk(f"chunk {key.short}… is not in {self.where}")
         return RedisReader(self, key, size)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
-        expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
-        with self.explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
-            name = self.name_of(key)
+        with self.explained(f"write chunk {key.short}… of {format_bytes(len(data))}", key):
             try:
-                with self._connection(name) as connection:
-                    packed = connection.pack_command("SET", name, data, *expiry)
-                    connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
-                    connection.read_response()
-            except (exceptions.AskError, exceptions.MovedError):
-                self._client.set(name, data.tobytes(), px=self._ttl_ms)
+                self._set(self.name_of(key), data)
+            except AttributeError:  # redis-py, looking who is who in a cluster, closes connections that are in use
+                self._set(self.name_of(key), data)
         return True
 
+    def _set(self, name: str, data: memoryview) -> None:
+        expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
+        try:
+            with self._connection(name) as connection:
+                packed = connection.pack_command("SET", name, data, *expiry)
+                connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
+                connection.read_response()
+        except (exceptions.AskError, exceptions.MovedError):
+            with self._elsewhere("write a chunk"):
+                self._client.set(name, data.tobytes(), px=self._ttl_ms)
+
     def delete(self, keys: Sequence[ChunkKey]) -> int:
-        if not keys:
-            return 0
         self._found.forget(keys)
-        with self.explained("delete chunks"), self._client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.unlink(self.name_of(key))
-            return sum(pipeline.execute())
+        unique = list(dict.fromkeys(keys))
+        answers = self._ask(unique, "delete chunks", lambda pipeline, name: pipeline.unlink(name))
+        left = {key: str(answer) for key, answer in answers.items() if isinstance(answer, Exception)}
+        if left and len(left) == len(unique):
+            raise next(answer for answer in answers.values() if isinstance(answer, Exception))
+        deleted = sum(answer for answer in answers.values() if isinstance(answer, int))
+        if left:
+            raise NotDeleted.of(deleted, left)
+        return deleted
 
     def __iter__(self) -> Iterator[StoredChunk]:
         """See `Store`; `used_at` is 0 where the server's eviction policy keeps no such time."""
-        with self.explained("list the chunks"):
-            for keys in self._scan():
-                names = [self.name_of(key) for key in keys]
-                with self._client.pipeline(transaction=False) as pipeline:
-                    for name in names:
-                        pipeline.object("IDLETIME", name)
-                    idle = pipeline.execute(raise_on_error=False)
-                now = time.time()
-                for key, idle_s, size in zip(keys, idle, self._sizes(names, use=False), strict=True):
-                    if size:
-                        yield StoredChunk(key, size, now - idle_s if isinstance(idle_s, int) else 0.0)
+        trouble: StoreError | None = None
+        for keys in self._scan():
+            if isinstance(keys, StoreError):
+                trouble = keys
+                continue
+            idle = self._ask(keys, "list the chunks", lambda pipeline, name: pipeline.object("IDLETIME", name))
+            sizes = self._sizes(keys, "list the chunks", use=False)
+            now = time.time()
+            for key in keys:
+                size, idle_s = sizes[key], idle[key]
+                used_at = now - idle_s if isinstance(idle_s, int) else 0.0
+                if not isinstance(size, int):
+                    yield StoredChunk(key, 0, used_at, str(size))
+                elif size:
+                    yield StoredChunk(key, size, used_at)
+        if trouble is not None:
+            raise trouble
 
     def stats(self) -> StoreStats:
-        with self.explained("count the chunks"):
-            chunks = size = 0
-            for keys in self._scan():
-                sizes = [size for size in self._sizes([self.name_of(key) for key in keys], use=False) if size]
-                chunks += len(sizes)
-                size += sum(sizes)
-            return StoreStats(chunks, size, None)
+        return count(self)
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
@@ -196,68 +248,194 @@ class RedisStore(Store):
                     found[root] = fields
         return found
 
+    def waiting_copies(self) -> WaitingCopies:
+        return _WaitingInRedis(self, self._client, f"{self._prefix}uncopied")
+
     def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
         if not self._is_cluster:
             self._client.connection_pool.disconnect()
 
     def getrange(self, name: str, start: int, end: int) -> bytes:
         """What redis-py answers to a GETRANGE; `end` is the last byte's."""
-        data: bytes = self._client.getrange(name, start, end)
+        with self._elsewhere("read a chunk"):
+            data: bytes = self._client.getrange(name, start, end)
         return data
 
     def pool_of(self, name: str) -> Any:
         """The connections to the server that holds `name`."""
-        client = self._client
-        if self._is_cluster:
-            client = client.get_redis_connection(client.get_node_from_key(name))
+        client = self._node(self._node_of(name)) if self._is_cluster else self._client
         return client.connection_pool
 
     def name_of(self, key: ChunkKey) -> str:
         """What a chunk is called in the server."""
         return f"{self._prefix}chunk:{key.hex()}"
 
-    def _sizes(self, names: Sequence[str], *, use: bool) -> list[int]:
-        """Length of each string, 0 where there is none, in one round trip; if not for use, no idle time ends by it.
+    def _sizes(
+        self, keys: Sequence[ChunkKey], action: str, *, use: bool
+    ) -> dict[ChunkKey, int | StoreError | CorruptChunk]:
+        """Length of each string, 0 where there is none, or what is wrong; if not for use, no idle time ends by it.
 
         Only servers from 7.2 on can be asked so, and no clusters.
         """
-        if not names:
-            return []
         quietly = not use and not self._is_cluster
-        with self._client.pipeline(transaction=False) as pipeline:
-            if quietly:
-                pipeline.execute_command("CLIENT NO-TOUCH", "ON")
-            for name in names:
-                pipeline.strlen(name)
-            if quietly:
-                pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
-            answers = list(pipeline.execute(raise_on_error=not quietly))
-        sizes = answers[1:-1] if quietly else answers
-        for size in sizes:
-            if isinstance(size, Exception):
-                raise size
-            if not isinstance(size, int) or not 0 <= size <= MAX_CHUNK_BYTES:
-                raise StoreError(f"{self.where} gives {str(size)[:40]!r} as a chunk's length: is it a Redis server?")
-        return sizes
+        answers = self._ask(keys, action, lambda pipeline, name: pipeline.strlen(name), quietly=quietly)
+        return {key: self._size(answer) for key, answer in answers.items()}
 
-    def _scan(self) -> Iterator[list[ChunkKey]]:
-        """The keys of all chunks, each once, in batches."""
+    def _size(self, answer: Any) -> int | StoreError | CorruptChunk:
+        if isinstance(answer, StoreError):
+            if _NOT_TEXT in str(answer):
+                return CorruptChunk(ChunkFault.BAD_MAGIC, f"what bears its name in {self.where} is no string")
+            return answer
+        if not isinstance(answer, int) or not 0 <= answer <= MAX_CHUNK_BYTES:
+            return StoreError(f"{self.where} gives {str(answer)[:40]!r} as a chunk's length: is it a Redis server?")
+        return answer
+
+    def _ask(
+        self, keys: Sequence[ChunkKey], action: str, command: Callable[[Any, str], Any], *, quietly: bool = False
+    ) -> dict[ChunkKey, Any]:
+        """What the servers answer to a command for each key, or the `StoreError`; one round trip for each server."""
+
+        def ask(client: Any, keys: Sequence[ChunkKey]) -> list[Any]:
+            with self.explained(action), client.pipeline(transaction=False) as pipeline:
+                if quietly:
+                    pipeline.execute_command("CLIENT NO-TOUCH", "ON")
+                for key in keys:
+                    command(pipeline, self.name_of(key))
+                if quietly:
+                    pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
+                answers = list(pipeline.execute(raise_on_error=False))
+                for answer in answers:
+                    if not self._is_cluster and isinstance(answer, exceptions.AskError | exceptions.MovedError):
+                        raise answer  # it is a node of one, and no key would fare better
+            answers = answers[1:-1] if quietly else answers
+            return [self._settled(key, answer, action, command) for key, answer in zip(keys, answers, strict=True)]
+
+        if not keys:
+            return {}
+        if not self._is_cluster:
+            try:
+                return dict(zip(keys, ask(self._client, keys), strict=True))
+            except StoreError as error:
+                return dict.fromkeys(keys, error)
+        found: dict[ChunkKey, Any] = {}
+        shares: dict[str, tuple[Any, list[ChunkKey]]] = {}
+        for key in keys:
+            try:
+                with self.explained(action):
+                    node = self._node_of(self.name_of(key))
+                    share = shares.setdefault(node.name, (self._node(node), []))
+            except StoreError as error:
+                found[key] = error
+            else:
+                share[1].append(key)
+        silent = dict.fromkeys(shares, "it does not answer in time")
+        for name, future in ask_each(self._pool, lambda name: ask(*shares[name]), shares, _NODES_AT_ONCE):
+            try:
+                found |= zip(shares[name][1], future.result(), strict=True)
+                del silent[name]
+            except NoAnswer as error:
+                silent[name] = str(error)
+            except StoreError as error:
+                found |= dict.fromkeys(shares[name][1], error)
+                del silent[name]
+        for name, reason in silent.items():
+            found |= dict.fromkeys(shares[name][1], self._pause(name, reason))
+        return found
+
+    def _settled(self, key: ChunkKey, answer: Any, action: str, command: Callable[[Any, str], Any]) -> Any:
+        """An answer; what a cluster has moved is asked for where it has gone, and an error becomes the store's own."""
+        try:
+            with self.explained(action):
+                if isinstance(answer, exceptions.AskError | exceptions.MovedError):
+                    with self._client.pipeline(transaction=False) as pipeline:
+                        command(pipeline, self.name_of(key))
+                        [answer] = pipeline.execute(raise_on_error=False)
+                if isinstance(answer, Exception):
+                    raise answer
+        except StoreError as error:
+            return error
+        return answer
+
+    def _node_of(self, name: str) -> Any:
+        """The node of the cluster that holds `name`; raises `NoAnswer` if it does not answer."""
+        node = self._client.get_node_from_key(name)
+        until, reason = self._silent.get(node.name, (0.0, ""))
+        if time.monotonic() < until:
+            raise NoAnswer(reason)
+        return node
+
+    def _pause(self, node: str, reason: str) -> NoAnswer:
+        """A node of the cluster has not answered: it is left alone for a while. Returns why."""
+        reason = f"the node {node} does not answer: {reason}"
+        self._silent[node] = time.monotonic() + _NODE_PAUSE_S, reason
+        self._refresh()
+        return NoAnswer(reason)
+
+    def _some_nodes_answer(self) -> bool:
+        """Whether this is a cluster that is not down as a whole, as far as is known."""
+        if not self._is_cluster:
+            return False
+        silent = {name for name, (until, _) in self._silent.items() if time.monotonic() < until}
+        return any(node.name not in silent for node in self._client.get_primaries())
+
+    def _refresh(self) -> None:
+        """Ask the cluster behind the scenes who holds what now: a replica may have taken over."""
+        with self._lock:
+            if time.monotonic() - self._refreshed_at < _REFRESH_S:
+                return
+            self._refreshed_at = time.monotonic()
+
+        def refresh() -> None:
+            with suppress(Exception):  # the next answer that fails asks again
+                self._client.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
+
+        with suppress(RuntimeError):  # closed meanwhile
+            self._pool.submit(refresh)
+
+    def _node(self, node: Any) -> Any:
+        """The client of a cluster's node."""
+        return self._bound(self._client.get_redis_connection(node))
+
+    def _bound(self, client: Any) -> Any:
+        """The client, such that who finds all connections in use waits for one, and does not fail."""
+        with self._lock:
+            old = client.connection_pool
+            if not isinstance(old, redis.BlockingConnectionPool):
+                make: Any = redis.BlockingConnectionPool
+                client.connection_pool = make(
+                    _CONNECTIONS, self.timeout_s, old.connection_class, **old.connection_kwargs
+                )
+        return client
+
+    def _scan(self) -> Iterator[list[ChunkKey] | StoreError]:
+        """The keys of all chunks, each once, in batches; of each server that cannot be asked, why."""
         beginning = f"{self._prefix}chunk:"
         pattern = re.compile(re.escape(beginning.encode()) + rb"([0-9a-f]{64})")
+        glob = re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "*"
         seen: set[ChunkKey] = set()  # SCAN may name a key twice
         batch: list[ChunkKey] = []
-        for name in self._client.scan_iter(match=re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "*", count=_BATCH):
-            match = pattern.fullmatch(name)
-            key = ChunkKey(bytes.fromhex(match[1].decode())) if match else None
-            if key is None or key in seen:
+        nodes = self._client.get_primaries() if self._is_cluster else []
+        for client in [self._node(node) for node in nodes] or [self._client]:
+            try:
+                with self.explained("list the chunks"):
+                    for name in client.scan_iter(match=glob, count=_BATCH):
+                        match = pattern.fullmatch(name)
+                        key = ChunkKey(bytes.fromhex(match[1].decode())) if match else None
+                        if key is None or key in seen:
+                            continue
+                        seen.add(key)
+                        batch.append(key)
+                        if len(batch) == _BATCH:
+                            yield batch
+                            batch = []
+            except StoreError as error:
+                at = client.connection_pool.connection_kwargs
+                yield type(error)(f"{at.get('host')}:{at.get('port')} is left out: {error}") if nodes else error
                 continue
-            seen.add(key)
-            batch.append(key)
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-        yield batch
+            yield batch
+            batch = []
 
     @contextmanager
     def _connection(self, name: str) -> Iterator[Any]:
@@ -275,13 +453,42 @@ class RedisStore(Store):
             pool.release(connection)
 
     @contextmanager
-    def explained(self, action: str) -> Iterator[None]:
-        """Turn an error of redis-py or the system into the store's own."""
+    def explained(self, action: str, key: ChunkKey | None = None) -> Iterator[None]:
+        """Turn an error of redis-py or the system into the store's own; that of a cluster's node is its chunks' only.
+
+        Parameters
+        ----------
+        action : str
+            For the message.
+        key : ChunkKey or None
+            If it is about a single chunk.
+        """
+        try:
+            with self._explained(action):
+                yield
+        except NoAnswer as error:
+            if key is None or not self._is_cluster:
+                raise
+            with suppress(exceptions.RedisClusterException, StoreError):
+                self._pause(self._node_of(self.name_of(key)).name, str(error))
+            raise OutOfReach(str(error)) from error
+
+    @contextmanager
+    def _elsewhere(self, action: str) -> Iterator[None]:
+        """As `explained`, for what redis-py sends on to another node than the one that ought to have it."""
+        try:
+            with self._explained(action):
+                yield
+        except NoAnswer as error:
+            raise OutOfReach(str(error)) from error
+
+    @contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
         try:
             yield
         except CakeError:
             raise
-        # The last three: redis-py makes no sense of an answer.
+        # The last four: redis-py makes no sense of an answer, or has closed a connection in use.
         except (
             exceptions.RedisError,
             exceptions.RedisClusterException,
@@ -290,12 +497,35 @@ class RedisStore(Store):
             TypeError,
             ArithmeticError,
             RecursionError,
+            AttributeError,
         ) as error:
             kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
             if "Cluster mode is not enabled" in str(error):
                 advice = "This server is no node of a cluster: leave cluster=true out."
-            reason = str(error).rstrip(".") or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from None  # which may quote a password
+
+
+class _WaitingInRedis(WaitingCopies):
+    """Notes that all processes share: one that begins makes the copies of those that are at it, too, if it is first."""
+
+    def __init__(self, store: RedisStore, client: Any, name: str) -> None:
+        self._store = store
+        self._client = client
+        self._name = name
+
+    def add(self, keys: Iterable[ChunkKey]) -> None:
+        with self._store.explained("note what is to be copied"):
+            self._client.sadd(self._name, *map(bytes, keys))
+
+    def remove(self, key: ChunkKey) -> None:
+        with self._store.explained("note what was copied"):
+            self._client.srem(self._name, bytes(key))
+
+    def take_over(self) -> list[ChunkKey]:
+        with self._store.explained("look for what is to be copied"):
+            members = self._client.smembers(self._name)
+        return [ChunkKey(member) for member in members if len(member) == ChunkKey.LENGTH]
 
 
 _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
@@ -318,12 +548,12 @@ _ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str
     ),
     (
         (exceptions.TimeoutError, TimeoutError),
-        StoreError,
+        NoAnswer,
         "The server does not answer in time: see whether it hangs, or give a longer timeout=.",
     ),
     (
         (exceptions.ConnectionError, exceptions.RedisClusterException, OSError),
-        StoreError,
+        NoAnswer,
         "See whether the server runs there and can be reached, and whether it wants TLS (rediss://).",
     ),
     (Exception, StoreError, "See the server's log."),

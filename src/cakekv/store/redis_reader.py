@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions
 
-from cakekv.errors import MissingChunk
+from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader
 
@@ -53,7 +53,7 @@ class RedisReader(ChunkReader):
 
     def _read(self, buffer: memoryview, offset: int) -> None:
         store, name = self._store, self._store.name_of(self._key)
-        with store.explained(f"read chunk {self._key.short}…"):
+        with store.explained(f"read chunk {self._key.short}…", self._key):
             deadline = time.monotonic() + store.timeout_s
             if self._stream is None or self._stream.position != offset:
                 self.close()
@@ -66,8 +66,10 @@ class RedisReader(ChunkReader):
                 return
             if not other.startswith(b"-"):
                 raise MissingChunk(f"chunk {self._key.short}… was evicted from {store.where}, or replaced, meanwhile")
+            if other.startswith(b"-WRONGTYPE"):
+                raise CorruptChunk(ChunkFault.BAD_MAGIC, f"what bears its name in {store.where} is no string")
             if not other.startswith((b"-MOVED ", b"-ASK ")):
-                raise exceptions.ResponseError(other[1:].decode(errors="replace"))
+                raise exceptions.ResponseError(other[1:].decode(errors="replace").strip())
             data = store.getrange(name, offset, offset + len(buffer) - 1)  # redis-py goes where the chunk has gone
             if len(data) != len(buffer):
                 raise MissingChunk(f"chunk {self._key.short}… was replaced in {store.where} meanwhile")

@@ -12,10 +12,9 @@ from __future__ import annotations
 import configparser
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -25,13 +24,14 @@ import obstore
 from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.errors import BadInput, MissingChunk, NoAnswer, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.messages import learn, without_secrets
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.store.asking import ask_each
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
-from cakekv.store.sizes import FoundSizes
+from cakekv.store.sizes import FoundSizes, doubt_of, known_sizes
 
 TIMEOUT_S = 10.0
 MAX_RETRIES = 3
@@ -67,50 +67,89 @@ class ObjectStore(Store):
         self._where = where
         self._found = FoundSizes()
         self._pool = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="cakekv-lookup")
-        with self._explained("open the store"):
-            next(iter(obstore.list(backend, "chunks", chunk_size=1)), None)
+        self._hanging: dict[ChunkKey, Future[int | None]] = {}
+        """Look-ups that nobody waits for any more, but which have not ended."""
+        self._untold: set[ChunkKey] = set()
+        """Chunks that a look-up did not get to in time."""
+        self._check("open the store")
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        """See `Store`; the service takes no batches, so this is one request per chunk, many at a time."""
-        failed = threading.Event()
+        """See `Store`; the service takes no batches, so this is one request per chunk, many at a time.
 
-        def size(key: ChunkKey) -> int | None:
+        What the service does not tell in time, or not to us, is not known; of the others it is.
+        """
+        known: dict[ChunkKey, int | None] = {}
+        failed: dict[ChunkKey, StoreError] = {}
+        silent = 0
+        self._hanging = {key: future for key, future in self._hanging.items() if not future.done()}
+        asked = [key for key in dict.fromkeys(keys) if key not in self._hanging]
+        for key, future in ask_each(self._pool, self._look, asked, _LOOKUPS_AT_ONCE, self._hanging):
             try:
-                return None if failed.is_set() else self._size(key)
-            except BaseException:
-                failed.set()
-                raise
-
-        with self._explained("look for chunks"):
-            asked = [self._pool.submit(size, key) for key in keys]
-            broken = [future for future in wait(asked).done if future.exception()]
-            sizes = [future.result() for future in broken or asked]
+                known[key], silent = future.result(), 0
+            except StoreError as error:
+                failed[key] = error
+                silent = silent + 1 if isinstance(error, NoAnswer) else 0
+            if silent == _LOOKUPS_AT_ONCE or (not known and len(failed) == _LOOKUPS_AT_ONCE):
+                break
+        if keys and not known:
+            trouble = next(iter(failed.values()), NoAnswer(f"cannot look for chunks in {self._where}: it is late"))
+            if isinstance(trouble, NoAnswer) or len(failed) >= _LOOKUPS_AT_ONCE:
+                raise trouble
+            self._check("look for chunks")  # is it these few, or all?
+        self._untold |= {key for key in asked if key not in known and key not in failed}
+        sizes = known_sizes(keys, known, failed)
         self._found.note(keys, sizes)
         return sizes
 
     def open(self, key: ChunkKey) -> ChunkReader:
         size = self._found.take(key)
         if size is None:
-            with self._explained(f"open chunk {key.short}…"):
-                size = self._size(key)
+            size = self._look(key)
         if size is None:
             raise MissingChunk(f"chunk {key.short}… is not in {self._where}")
         return _ObjectReader(self, key, size)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
+        if key in self._untold:  # so it was computed again, and is here, perhaps
+            self._untold.discard(key)
+            with suppress(StoreError):
+                if self._look(key) == len(data):
+                    return True
         with self._explained(f"write chunk {key.short}… of {format_bytes(len(data))}"):
             obstore.put(self._backend, _path(key), data, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
         return True
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         unique = list(dict.fromkeys(keys))
-        stored = [key for key, size in zip(unique, self.lookup(unique), strict=True) if size is not None]
-        self._found.forget(keys)
-        if stored:
+        sizes = self.lookup(unique)
+        self._found.forget(unique)
+        unsure = doubt_of(sizes) is not None
+        stored = [key for key, size in zip(unique, sizes, strict=True) if size is not None or unsure]
+        if not stored:
+            return 0
+        try:
             with self._explained("delete chunks"):
                 obstore.delete(self._backend, [_path(key) for key in stored])
-        return len(stored)
+            return len(stored)
+        except NoAnswer:
+            raise
+        except StoreError:  # of which of them?
+            return self._delete_each(stored)
+
+    def _delete_each(self, keys: Sequence[ChunkKey]) -> int:
+        def delete(key: ChunkKey) -> None:
+            # It may be gone with the batch that failed.
+            with self._explained(f"delete chunk {key.short}…"), suppress(FileNotFoundError):
+                obstore.delete(self._backend, [_path(key)])
+
+        left: dict[ChunkKey, str] = {}
+        for key, future in ask_each(self._pool, delete, keys, _LOOKUPS_AT_ONCE):
+            if (error := future.exception()) is not None:
+                left[key] = str(error)
+        if left:
+            raise NotDeleted.of(len(keys) - len(left), left)
+        return len(keys)
 
     def __iter__(self) -> Iterator[StoredChunk]:
         """See `Store`; `used_at` is when a chunk was written: reading leaves no trace."""
@@ -123,8 +162,7 @@ class ObjectStore(Store):
                         yield StoredChunk(key, meta["size"], meta["last_modified"].timestamp())
 
     def stats(self) -> StoreStats:
-        sizes = [chunk.size for chunk in self]
-        return StoreStats(len(sizes), sum(sizes), None)
+        return count(self)
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
@@ -163,11 +201,18 @@ class ObjectStore(Store):
             raise MissingChunk(f"chunk {key.short}… in {self._where} was replaced meanwhile")
         buffer[:] = memoryview(data)
 
-    def _size(self, key: ChunkKey) -> int | None:
-        try:
-            return obstore.head(self._backend, _path(key))["size"]
-        except FileNotFoundError:
-            return None
+    def _look(self, key: ChunkKey) -> int | None:
+        """Size of a chunk; None if it is not stored."""
+        with self._explained("look for chunks"):
+            try:
+                return obstore.head(self._backend, _path(key))["size"]
+            except FileNotFoundError:
+                return None
+
+    def _check(self, action: str) -> None:
+        """Raise why the service does not let us in, if it does not."""
+        with self._explained(action):
+            next(iter(obstore.list(self._backend, "chunks", chunk_size=1)), None)
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:
@@ -177,16 +222,16 @@ class ObjectStore(Store):
         except StoreError:
             raise
         except (exceptions.BaseError, OSError, ValueError) as error:
-            reason = _reason(error)
+            reason, kind = _reason(error), StoreError
             if re.search("40[13] (Forbidden|Unauthorized)", reason):
                 advice = "Check the credentials in the environment, and what they allow."
             elif "NoSuchBucket" in reason:
                 advice = "Make the bucket first, or check its name."
             elif "timed out" in reason or "error sending request" in reason:
-                advice = "See whether the service can be reached, and check endpoint= and timeout=."
+                advice, kind = "See whether the service can be reached, and check endpoint= and timeout=.", NoAnswer
             else:
                 advice = "Check the store's URL, region= and endpoint=."
-            raise StoreError(f"cannot {action} in {self._where}: {reason}. {advice}") from None
+            raise kind(f"cannot {action} in {self._where}: {reason}. {advice}") from None
 
 
 class _ObjectReader(ChunkReader):
@@ -365,6 +410,7 @@ def _constructed(where: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The first lines of an error, without what might be secret in an address."""
     text = " ".join(str(error).partition("Debug source")[0].split()).rstrip(". :")
+    text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", text)  # a chunk's name
     # Whose address it is stands before it; but that of a machine's credentials tells that there are no others.
     text = re.sub(r" for url \([^)]*\)|(?<=[A-Z]) https?://(?!169\.254\.)\S+", "", text)
     return without_secrets(text)[:400] or type(error).__name__

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from cakekv.errors import BadInput, NotDeleted
+from cakekv.errors import BadInput, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
+from cakekv.store.sizes import Sizes, doubt_of, known_sizes
 
 
 class StripedStore(Store):
@@ -45,10 +46,21 @@ class StripedStore(Store):
         return Evicted(*map(sum, zip(*(store.evicted for store in self._stores), strict=True)))
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        sizes: dict[ChunkKey, int | None] = {}
+        known: dict[ChunkKey, int | None] = {}
+        failed: dict[ChunkKey, StoreError] = {}
+        doubt = None
         for store, share in self._shares(keys):
-            sizes.update(zip(share, store.lookup(share), strict=True))
-        return [sizes[key] for key in keys]
+            try:
+                sizes = store.lookup(share)
+            except StoreError as error:
+                failed |= dict.fromkeys(share, error)
+            else:
+                known |= zip(share, sizes, strict=True)
+                doubt = doubt or doubt_of(sizes)
+        if failed and not known:
+            raise next(iter(failed.values()))
+        found = known_sizes(keys, known, failed)
+        return Sizes(found, doubt) if doubt and not failed else found
 
     def open(self, key: ChunkKey) -> ChunkReader:
         return self.place_of(key).open(key)
@@ -58,28 +70,54 @@ class StripedStore(Store):
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         """See `Store`; also where chunks lie that were written before a store was added."""
-        deleted, trouble = 0, None
+        deleted, left = 0, dict[ChunkKey, str]()
+        partly: NotDeleted | None = None
+        trouble: list[StoreError] = []
         for store in self._stores:
             try:
                 deleted += store.delete(keys)
             except NotDeleted as error:
+                partly = error
                 deleted += error.deleted
-                trouble = trouble or str(error)
-        if trouble is not None:
-            raise NotDeleted(trouble, deleted)
+                left |= error.left
+            except StoreError as error:
+                trouble.append(error)
+        if len(trouble) == len(self._stores):
+            raise trouble[0]
+        if trouble:  # who knows what was in there
+            left |= dict.fromkeys(keys, str(trouble[0]))
+        if left:
+            raise NotDeleted.of(deleted, left)
+        if partly is not None:
+            raise NotDeleted(str(partly), deleted)
         return deleted
 
     def __iter__(self) -> Iterator[StoredChunk]:
+        trouble: StoreError | None = None
         for store in self._stores:
-            yield from store
+            try:
+                yield from store
+            except StoreError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def stats(self) -> StoreStats:
-        held = [store.stats() for store in self._stores]
+        held: list[StoreStats] = []
+        trouble: list[StoreError] = []
+        for store in self._stores:
+            try:
+                held.append(store.stats())
+            except StoreError as error:
+                trouble.append(error)
+        if not held:
+            raise trouble[0]
         capacities = [stats.capacity for stats in held]
         return StoreStats(
             sum(stats.chunks for stats in held),
             sum(stats.bytes for stats in held),
             None if None in capacities else sum(capacity or 0 for capacity in capacities),
+            tuple(map(str, trouble)) + sum((stats.uncounted for stats in held), ()),
         )
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:

@@ -12,10 +12,13 @@ from enum import Enum
 from typing import NamedTuple, TypeVar
 
 from cakekv.chunk import MAGIC, MAX_CHUNK_BYTES, verify_chunk
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, StoreFull
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, NotDeleted, StoreError, StoreFull, TierDown
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+from cakekv.logs import emit
+from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.member import FAILURES, Member
+from cakekv.store.sizes import Sizes, doubt_of
+from cakekv.store.waiting_copies import WaitingCopies
 from cakekv.store.wrapper import WrappedReader, WrappedStore
 
 Answer = TypeVar("Answer")
@@ -54,7 +57,9 @@ class TieredStore(Store):
     """Several tiers, the fastest first.
 
     Nothing that goes wrong in one tier is a matter for the others. Copies, back to slower tiers and up to faster ones,
-    are made behind the scenes, one thread per tier; what cannot be copied is counted in `uncopied`.
+    are made behind the scenes, one thread per tier; what cannot be copied is counted in `uncopied`, and logged. Chunks
+    that wait to be copied back are noted in the first tier that is written through and can (disks, Redis); if this
+    process dies, the next one that uses the store goes on.
 
     Parameters
     ----------
@@ -74,7 +79,18 @@ class TieredStore(Store):
             raise BadInput("a tiered store needs a tier that is written through, to write to and to copy from")
         self._plan = list(plan)
         self.members = [tier.member for tier in plan]
-        self._copiers = [_Copier(tier.member, self._read) for tier in plan]
+        self.on_uncopied: Callable[[str, int], None] = lambda tier, chunks: None
+        """Told of chunks that could not be copied to a tier."""
+        self._copiers = [_Copier(tier.member, self) for tier in plan]
+        self._backs = [copier for tier, copier in zip(plan, self._copiers, strict=True) if tier.write is Writing.BACK]
+        self._owed: dict[ChunkKey, int] = {}
+        """To how many tiers each chunk is still to be copied back."""
+        self._given_up: set[ChunkKey] = set()
+        """Those of them that could not be copied to all."""
+        self._notes: WaitingCopies | None = None
+        self._unnoted = False
+        self._resumed = not self._backs
+        self._lock = threading.Lock()
         self._promoting = [
             [copier for tier, copier in zip(plan[:index], self._copiers, strict=False) if tier.promote]
             for index in range(len(plan))
@@ -92,34 +108,44 @@ class TieredStore(Store):
 
     @property
     def tiers(self) -> Sequence[Store]:
+        self._resume()
         return [_Promoting(*pair) for pair in zip(self.members, self._promoting, strict=True)]
 
     @property
+    def waiting(self) -> int:
+        with self._lock:
+            return sum(self._owed.values())
+
+    @property
     def uncopied(self) -> int:
-        """Chunks that should have been copied to a tier and could not be."""
         return sum(copier.uncopied for copier in self._copiers)
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         """See `Store`; raises `StoreError` only if no tier can be asked."""
+        self._resume()
         sizes: list[int | None] = [None] * len(keys)
         answers = self._each(lambda member: member.lookup(keys))
         for answer in answers:
             sizes = [size if size is not None else other for size, other in zip(sizes, answer, strict=True)]
-        return sizes
+        doubt = next(filter(None, map(doubt_of, answers)), None)
+        return sizes if doubt is None else Sizes(sizes, doubt)
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        trouble: StoreError | None = None
+        self._resume()
+        trouble: StoreError | CorruptChunk | None = None
         for tier in self.tiers if self.marks_use else self.members:
             try:
                 return tier.open(key)
             except MissingChunk:
                 continue
-            except StoreError as error:
+            except (StoreError, CorruptChunk) as error:
                 trouble = error
         raise trouble or MissingChunk(f"chunk {key.short}… is in no tier")
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         """See `Store`; True once a tier has it. If none of those that are written through do, the others are asked."""
+        self._resume()
+        self._owe(key)
         kept, trouble = False, None
         for writing in (Writing.THROUGH, Writing.BACK):
             for tier, copier in zip(self._plan, self._copiers, strict=True):
@@ -132,6 +158,8 @@ class TieredStore(Store):
                     kept |= tier.member.write(key, data)
                 except StoreError as error:
                     trouble = error
+                if writing is Writing.BACK:
+                    self.settle(key)
         if not kept and trouble is not None:
             raise trouble
         return kept
@@ -140,30 +168,39 @@ class TieredStore(Store):
         """See `Store`; deletes from every tier that can be reached, and raises `StoreError` if not all could."""
         unique = list(dict.fromkeys(keys))
         stored = sum(size is not None for size in self.lookup(unique))
-        trouble = None
+        trouble: StoreError | None = None
+        left: dict[ChunkKey, str] = {}
         for member, copier in zip(self.members, self._copiers, strict=True):
             copier.drop(unique)
             try:
                 member.delete(unique)
+            except NotDeleted as error:
+                left |= {key: f"in the {member.name} tier: {reason}" for key, reason in error.left.items()}
+                trouble = error
             except StoreError as error:
                 trouble = StoreError(f"chunks may be left in the {member.name} tier: {error}")
         if trouble is not None:
-            raise trouble
+            raise NotDeleted(str(trouble), max(0, stored - len(left)), left)
         return stored
 
     def __iter__(self) -> Iterator[StoredChunk]:
-        """See `Store`; a chunk that is in several tiers comes once."""
+        """See `Store`; a chunk that is in several tiers comes once. Tiers that cannot be listed are passed over."""
         seen: set[ChunkKey] = set()
-        for chunks in self._each(list):
-            for chunk in chunks:
-                if chunk.key not in seen:
-                    seen.add(chunk.key)
-                    yield chunk
+        trouble: list[StoreError] = []
+        for member in self.members:
+            try:
+                for chunk in member:
+                    if chunk.key not in seen:
+                        seen.add(chunk.key)
+                        yield chunk
+            except StoreError as error:
+                trouble.append(error)
+        if len(trouble) == len(self.members):
+            raise trouble[-1]
 
     def stats(self) -> StoreStats:
         """See `Store`; each chunk counts once."""
-        sizes = [chunk.size for chunk in self]
-        return StoreStats(len(sizes), sum(sizes), None)
+        return count(self)
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         for tier in self._plan:
@@ -185,6 +222,8 @@ class TieredStore(Store):
         """Finish copying, and close the tiers."""
         for copier in self._copiers:
             copier.close()
+        if self._notes is not None:
+            self._notes.close()
         for member in self.members:
             member.close()
 
@@ -200,16 +239,86 @@ class TieredStore(Store):
             raise trouble
         return answers
 
-    def _read(self, key: ChunkKey, to: Member) -> memoryview | None:
-        """A chunk's bytes, from the first tier but one that has it; None if none does."""
+    def settle(self, key: ChunkKey, *, copied: bool = True) -> None:
+        """A copy back of a chunk needs not be made any more; or it was given up, and is for whoever comes next."""
+        with self._lock:
+            self._owed[key] = self._owed.get(key, 1) - 1
+            if not copied:
+                self._given_up.add(key)
+            if self._owed[key] > 0:
+                return
+            del self._owed[key]
+            forget = key not in self._given_up
+            self._given_up.discard(key)
+        if forget and self._notes is not None:
+            with suppress(OSError, StoreError):  # it is copied once more, at the worst
+                self._notes.remove(key)
+
+    @property
+    def notes_copies(self) -> bool:
+        """Whether the copies that wait when this process ends are made by another one."""
+        return self._notes is not None
+
+    def _owe(self, key: ChunkKey) -> None:
+        """A chunk that is about to be written is to be copied back."""
+        if not self._backs:
+            return
+        with self._lock:
+            self._owed[key] = self._owed.get(key, 0) + len(self._backs)
+        self._note(lambda notes: notes.add([key]))
+
+    def _resume(self) -> None:
+        """Go on with what processes that died have not copied; not if a command only looks into the store."""
+        if self._resumed or not self.marks_use:
+            return
+        with self._lock:
+            if self._resumed:
+                return
+            self._resumed = True
+        for key in self._note(lambda notes: notes.take_over()) or []:
+            with self._lock:
+                self._owed[key] = self._owed.get(key, 0) + len(self._backs)
+            for copier in self._backs:
+                copier.copy(key, if_missing=True)
+        if self.waiting:
+            emit(_LOG, logging.INFO, "copies_resumed", chunks=self.waiting)
+        if self._notes is None and not all(member.is_up for member in self.members):
+            self._resumed = False  # the tier with the notes may come up yet
+
+    def _note(self, action: Callable[[WaitingCopies], Answer]) -> Answer | None:
+        """Do something with the notes, if there is a place for them."""
+        if self._notes is None:
+            through = [tier.member for tier in self._plan if tier.write is Writing.THROUGH]
+            with self._lock:
+                self._notes = self._notes or next(filter(None, (one.waiting_copies() for one in through)), None)
+        if self._notes is not None:
+            try:
+                return action(self._notes)
+            except (OSError, StoreError) as error:
+                if not self._unnoted:
+                    self._unnoted = True
+                    emit(_LOG, logging.WARNING, "copies_not_noted", reason=str(error))
+        return None
+
+    def read(self, key: ChunkKey, to: Member) -> memoryview | None:
+        """A chunk's bytes, from the first tier but one that has it; None if none does, `StoreError` if one may."""
+        trouble: StoreError | None = None
         for member in self.members:
-            if member is not to:
-                with suppress(StoreError, CorruptChunk), member.open(key) as reader:
+            if member is to:
+                continue
+            try:
+                with member.open(key) as reader:
                     if reader.size > MAX_CHUNK_BYTES:
                         continue
                     buffer = memoryview(bytearray(reader.size))
                     if reader.read_into(buffer, 0) == reader.size and _is_sound(buffer):
                         return buffer
+            except (MissingChunk, CorruptChunk):
+                continue
+            except StoreError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
         return None
 
 
@@ -264,19 +373,30 @@ def _is_sound(data: memoryview) -> bool:
     return True
 
 
+class _Job(NamedTuple):
+    """A chunk to write into a tier."""
+
+    key: ChunkKey
+    data: bytes | None = None
+    """What was read of it, to promote it; None: it is read from another tier when its turn comes."""
+    if_missing: bool = False
+    """Whether it is passed over if the tier has it."""
+
+
 class _Copier:
     """Writes chunks into a tier, one after the other, in a thread of its own."""
 
-    def __init__(self, member: Member, read: Callable[[ChunkKey, Member], memoryview | None]) -> None:
+    def __init__(self, member: Member, store: TieredStore) -> None:
         self._member = member
-        self._read = read
-        self._queue: queue.Queue[tuple[ChunkKey, bytes | None] | None] = queue.Queue(QUEUE_CHUNKS)
+        self._store = store
+        self._queue: queue.Queue[_Job | None] = queue.Queue(QUEUE_CHUNKS)
         self._promotions: set[ChunkKey] = set()
         """Those that wait; what is deleted meanwhile is not among them any more."""
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closing = False
         self._copying_since: float | None = None
+        self._failing = False
         self.uncopied = 0
 
     @property
@@ -284,15 +404,16 @@ class _Copier:
         """Whether it would take a promotion."""
         return len(self._promotions) < PROMOTIONS and self._member.is_up
 
-    def copy(self, key: ChunkKey) -> None:
+    def copy(self, key: ChunkKey, *, if_missing: bool = False) -> None:
         """Copy a chunk that was just written to another tier, once this one is up."""
-        self._put((key, None))
+        if not self._put(_Job(key, if_missing=if_missing)):
+            self._lost(key, "too many wait already")
 
     def promote(self, key: ChunkKey, data: bytes) -> None:
         """Write these bytes, unless the tier has them or is down."""
         with self._lock:
             self._promotions.add(key)
-        if not self._put((key, data)):
+        if not self._put(_Job(key, data)):
             self.drop([key])
 
     def drop(self, keys: Sequence[ChunkKey]) -> None:
@@ -307,17 +428,28 @@ class _Copier:
 
     def close(self) -> None:
         """Finish what can be done, and stop."""
+        if self._closing:
+            return
         self._closing = True
+        before = self.uncopied
         while self._thread is not None and not self._put(None) and not self._hangs():
             time.sleep(_LOOK_S)
         while self._thread is not None and self._thread.is_alive() and not self._hangs():
             self._thread.join(_LOOK_S)
+        with self._queue.mutex:
+            stuck = [job for job in self._queue.queue if job is not None and job.data is None]
+        for job in stuck:
+            self._lost(job.key, "the store was closed")
+        self.uncopied += self._thread is not None and self._thread.is_alive()  # what it hangs in
+        if (chunks := self.uncopied - before) > 0:
+            later = "when the store is used again" if self._store.notes_copies else "never"
+            emit(_LOG, logging.WARNING, "uncopied", tier=self._member.name, chunks=chunks, copied=later)
 
     def _hangs(self) -> bool:
         since = self._copying_since
         return since is not None and time.monotonic() - since > HANG_S
 
-    def _put(self, job: tuple[ChunkKey, bytes | None] | None) -> bool:
+    def _put(self, job: _Job | None) -> bool:
         """Queue a job, or the end. Returns whether there was room."""
         with self._lock:
             if self._thread is None and job is not None:
@@ -326,27 +458,41 @@ class _Copier:
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            self.uncopied += job is not None
             return False
         return True
+
+    def _lost(self, key: ChunkKey, reason: str, *, for_good: bool = False) -> None:
+        """A chunk is not copied; `for_good` if nobody could any more."""
+        self.uncopied += 1
+        self._store.on_uncopied(self._member.name, 1)
+        self._store.settle(key, copied=for_good)
+        if not self._failing and not self._closing:
+            self._failing = True
+            emit(_LOG, logging.WARNING, "copy_failed", tier=self._member.name, chunk=key.short, reason=reason)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             try:
-                self._perform(*job)
-            except (StoreError, CorruptChunk):
-                self.uncopied += 1
-            except Exception:  # such as no memory: the next one may fare better
-                self.uncopied += 1
+                if job.data is not None:
+                    self._promote(job.key, job.data)
+                else:
+                    self._copy(job)
+            except (StoreError, CorruptChunk) as error:
+                self._failed(job, str(error))
+            except Exception as error:  # such as no memory: the next one may fare better
                 _LOG.exception("a chunk could not be copied to the %s tier", self._member.name)
+                self._failed(job, repr(error))
             finally:
                 self._copying_since = None
                 self._queue.task_done()
 
-    def _perform(self, key: ChunkKey, data: bytes | None) -> None:
-        if data is None:
-            self._copy(key)
-            return
+    def _failed(self, job: _Job, reason: str) -> None:
+        if job.data is None:
+            self._lost(job.key, reason)
+        else:  # of a promotion nothing is lost
+            self.uncopied += 1
+
+    def _promote(self, key: ChunkKey, data: bytes) -> None:
         with self._lock:
             wanted = key in self._promotions
             self._promotions.discard(key)
@@ -354,16 +500,25 @@ class _Copier:
         if wanted and self._member.lookup([key])[0] is None:
             self._member.write(key, memoryview(data))
 
-    def _copy(self, key: ChunkKey) -> None:
+    def _copy(self, job: _Job) -> None:
         """Copy a chunk. Failures are tried again until they have shown that the tier is down, and after that."""
         for attempt in range(FAILURES + 1):
             while not self._member.is_up and not self._closing:
                 time.sleep(_LOOK_S)
             self._copying_since = time.monotonic()
-            found = self._read(key, self._member)
             try:
-                if found is None or not self._member.write(key, found):
-                    self.uncopied += 1
+                if not (job.if_missing and self._member.lookup([job.key])[0] is not None):
+                    if not self._member.is_up:
+                        raise TierDown(f"the {self._member.name} tier is down")
+                    found = self._store.read(job.key, self._member)
+                    if found is None:
+                        self._lost(job.key, "no other tier has it any more", for_good=True)
+                        return
+                    if not self._member.write(job.key, found):
+                        self._lost(job.key, "the tier declined it", for_good=True)
+                        return
+                self._failing = False
+                self._store.settle(job.key)
                 return
             except StoreFull:
                 raise

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from time import monotonic
 
-from cakekv.errors import CorruptChunk, MissingChunk, StoreError
+from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
 from cakekv.load.reading import Abandoned, Progress, failure_reason
 from cakekv.store.base import Store
 from cakekv.vllm.messages import LoadOrder, LoadResult
@@ -107,8 +107,8 @@ class LoadPool:
             now = monotonic()
             begun = {number: now - began for number, began in self._begun.items()}
             ended = {
-                number: LoadResult(placed, reason, progress.bytes, now - began_at, now - ended_at, progress.coded)
-                for number, (placed, reason, progress, began_at, ended_at) in self._ended.items()
+                number: LoadResult(placed, reason, read.bytes, now - began_at, now - ended_at, read.coded, read.silent)
+                for number, (placed, reason, read, began_at, ended_at) in self._ended.items()
             }
             self._begun.clear()
             self._ended.clear()
@@ -130,7 +130,7 @@ class LoadPool:
             except Abandoned:
                 pass
             except (CorruptChunk, MissingChunk, StoreError) as error:
-                reason = failure_reason(error)
+                reason, progress.silent = failure_reason(error), isinstance(error, NoAnswer)
             except Exception as error:
                 _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
                 reason = f"crashed: {error!r}"

@@ -11,6 +11,7 @@ from time import monotonic
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
+from cakekv.store.sizes import doubt_of
 from cakekv.vllm.threads import start_thread
 
 _LOG = logging.getLogger("vllm.cakekv")
@@ -152,10 +153,9 @@ class Lookup:
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:
                 found = tier.lookup(keys)
+                self._complain(source, doubt_of(found))
             except CakeError as error:
-                if str(error) != self._complaints[source]:
-                    self._complaints[source] = str(error)
-                    _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
+                self._complain(source, str(error))
                 found = [None] * len(keys)
             except Exception:
                 _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
@@ -166,6 +166,12 @@ class Lookup:
                     count = len(question.keys) * len(self._shards)
                     question.answers[source] = self._held(question, found[:count])
                     found = found[count:]
+
+    def _complain(self, source: int, reason: str | None) -> None:
+        """Say once what a tier does not tell of what it holds; `None`: it tells all, now."""
+        if reason is not None and not self._complaints[source]:
+            _LOG.warning("cakekv: the %s store does not say what it holds: %s", self._tiers[source].name, reason)
+        self._complaints[source] = reason or ""
 
     def _held(self, question: _Question, found: Sequence[int | None]) -> list[bool]:
         """Which of a question's chunks a tier has in a form that will do; `found` are the sizes of all shares."""

@@ -74,6 +74,8 @@ class LoadResult(NamedTuple):
     ended_ago_s: float
     coded: bool
     """Whether what was read had been encoded."""
+    silent: bool = False
+    """Whether it failed because the tier did not answer."""
 
 
 @dataclass

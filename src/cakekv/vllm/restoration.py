@@ -233,7 +233,7 @@ class Restoration:
         if result.reason and number not in self._failed:
             self._failed.add(number)
             self.failed_chunks.add(load.chunk)
-            self.restore.failed(load, result.reason, result.size, at)
+            self.restore.failed(load, result.reason, result.size, at, result.silent)
             load.cancelled = True  # so the other workers are told, too
         if len(results) < ranks:
             return False

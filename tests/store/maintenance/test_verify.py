@@ -7,11 +7,12 @@ import threading
 import pytest
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import CorruptChunk, StoreError
+from cakekv.errors import CorruptChunk, NoAnswer, StoreError
 from cakekv.store.base import ChunkReader
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
+from cakekv.store.maintenance.copying import copy
 from cakekv.store.maintenance.reading import read_anywhere, read_chunk
 from cakekv.store.maintenance.verify import repair, verify
 from cakekv.store.member import Member
@@ -95,6 +96,43 @@ def test_a_store_that_fails_is_an_error():
     assert inner.lookup([key_of(0)]) == [SIZE]
 
 
+def test_one_chunk_that_cannot_be_read_is_named_and_left_alone():
+    class Failing(WrappedStore):
+        def open(self, key):
+            if key == key_of(1):
+                raise StoreError("no luck")
+            return super().open(key)
+
+    inner = MemoryStore()
+    for number in range(3):
+        inner.write(key_of(number), chunk_of(number))
+    damaged = chunk_of(2)
+    damaged[5000] ^= 1
+    inner.write(key_of(2), damaged)
+    [done] = repair(Failing(inner))
+    assert done.found.unreadable == {key_of(1): "no luck"}
+    assert (list(done.found.corrupt), done.deleted, done.found.chunks) == ([key_of(2)], 1, 2)
+    assert inner.lookup([key_of(0), key_of(1), key_of(2)]) == [SIZE, SIZE, None]
+
+
+def test_a_few_chunks_that_cannot_be_read_do_not_end_a_tier():
+    class Failing(WrappedStore):
+        def open(self, key):
+            if key != key_of(9):
+                raise StoreError("no luck")
+            return super().open(key)
+
+    inner = MemoryStore()
+    for number in range(10):
+        inner.write(key_of(number), chunk_of(number))
+    store = TieredStore([TierPlan(Member(lambda: Failing(inner), "tier"))])
+    [found] = verify(store)
+    assert (len(found.unreadable), found.chunks, found.error) == (9, 1, None)
+    assert read_anywhere(store, key_of(9)) == chunk_of(9)
+    assert len(copy(store, MemoryStore()).failed) == 9
+    assert store.members[0].is_up
+
+
 def test_what_cannot_be_opened_is_not_called_corrupt():
     inner = MemoryStore()
     EncryptedStore(inner, Keyring(KEYS[:1])).write(key_of(0), chunk_of(0))
@@ -137,7 +175,7 @@ def test_no_threads_are_left_when_one_fails(tmp_path):
     class FailingOnce(WrappedStore):
         def open(self, key):
             if key == key_of(7):
-                raise StoreError("no luck")
+                raise NoAnswer("no luck")
             return super().open(key)
 
     before = threading.active_count()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
 
 import typer
 
 from cakekv.cli.console import EXIT_FAILED, NEWS, print_json
-from cakekv.cli.store.opened import Json, Url, bar, corrupt_json, counted, opened, say, say_corrupt
+from cakekv.cli.store.opened import Json, Url, bar, corrupt_json, counted, opened, say, say_corrupt, say_left_out
 from cakekv.errors import BadInput, CakeError
 from cakekv.quantities import format_bytes
 from cakekv.store.durable import sync_folder
@@ -24,8 +26,8 @@ File = Annotated[str, typer.Argument(metavar="FILE", help="A file; - for standar
 def export(store: Url, file: File, as_json: Json = False) -> None:
     """Write a store to one portable file: a tar of its chunks and of whose they are.
 
-    Chunks are verified in passing; corrupt ones are left out, and the exit code is 1. The file appears when it is
-    complete, is readable by you alone, and holds chunks in the open, also those of an encrypted store.
+    Chunks are verified in passing; corrupt or unreadable ones are left out, and the exit code is 1. The file appears
+    when it is complete, is readable by you alone, and holds chunks in the open, also those of an encrypted store.
 
     Examples:
 
@@ -43,11 +45,12 @@ def export(store: Url, file: File, as_json: Json = False) -> None:
             {"exported": exported.chunks, "bytes": exported.bytes, "vanished": exported.vanished, "corrupt": corrupt}
         )
     elif file == "-":
-        NEWS.print(f"{exported.chunks:,} chunks exported; left out: {counted(corrupt=len(exported.corrupt))}")
+        others = counted(corrupt=len(exported.corrupt), failed=len(exported.failed))
+        NEWS.print(f"{exported.chunks:,} chunks exported; left out: {others}")
     else:
         say_corrupt(exported.corrupt)
         say(f"{exported.chunks:,} chunks exported, {format_bytes(exported.bytes)}")
-    if exported.corrupt:
+    if say_left_out(exported.troubles, exported.failed) or exported.corrupt:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -60,8 +63,8 @@ def import_(
 
     The file need not be trusted: nothing in it but chunks and notes is accepted, names must be keys, lengths are
     bounded, every byte is checked, and nothing is unpacked anywhere. Checksums find damage, not forgery: import from
-    people whom you would let write to the store. Exit code 1 if chunks were corrupt, 2 if there is something else in
-    the file.
+    people whom you would let write to the store. Exit code 1 if chunks were corrupt or could not be written, 2 if there
+    is something else in the file.
 
     Examples:
 
@@ -77,9 +80,9 @@ def import_(
         print_json(result | {"corrupt": corrupt_json(imported.corrupt)})
     else:
         say_corrupt(imported.corrupt)
-        others = counted(**fates, corrupt=len(imported.corrupt))
+        others = counted(**fates, corrupt=len(imported.corrupt), failed=len(imported.failed))
         say(f"{imported.chunks:,} chunks imported, {format_bytes(imported.bytes)}; besides: {others}")
-    if imported.corrupt:
+    if say_left_out([], imported.failed) or imported.corrupt:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -93,18 +96,38 @@ def _written(file: str) -> Iterator[BinaryIO]:
             yield sys.stdout.buffer
             sys.stdout.buffer.flush()
             return
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        _clear_scratch(path)
+        descriptor, named = _open_scratch(scratch)
         try:
             with open(descriptor, "wb") as stream:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 yield stream
                 stream.flush()
                 os.fsync(descriptor)
-            scratch.replace(path)
+                if not named:  # a directory's descriptor is asked for, so that the link is followed; it is not used
+                    os.link(f"/proc/self/fd/{descriptor}", scratch, src_dir_fd=descriptor)
+                scratch.replace(path)
             sync_folder(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise CakeError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def _open_scratch(scratch: Path) -> tuple[int, bool]:
+    """A private file to write to, and whether it has a name. One without ends with its process, however that ends."""
+    with suppress(OSError):  # not every file system has such
+        return os.open(scratch.parent, os.O_WRONLY | os.O_TMPFILE, 0o600), False
+    return os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), True
+
+
+def _clear_scratch(path: Path) -> None:
+    """Remove what exports to this file left behind that were killed; those at work hold a lock."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"\d+")
+    for file in [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]:
+        with suppress(OSError), open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
 
 
 @contextmanager

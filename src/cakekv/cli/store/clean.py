@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
-from cakekv.cli.console import NEWS, print_json
-from cakekv.cli.store.opened import DryRun, Json, Url, bar, opened, say
+from cakekv.cli.console import EXIT_FAILED, NEWS, print_json
+from cakekv.cli.store.opened import DryRun, Json, Url, bar, opened, say, say_left_out
 from cakekv.errors import BadInput, NotDeleted
+from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes, parse_bytes, parse_duration
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.eviction import policy_named
-from cakekv.store.maintenance.collect import delete, garbage
-from cakekv.store.maintenance.walking import OnBytes, chosen, unwrapped
+from cakekv.store.maintenance.collect import Garbage, delete, garbage
+from cakekv.store.maintenance.listing import listing
+from cakekv.store.maintenance.walking import chosen, unwrapped
 
 
 def rm(
@@ -28,6 +30,8 @@ def rm(
 ) -> None:
     """Delete chunks from a store. What is deleted is computed afresh when it is needed.
 
+    Exit code 1 if something could not be deleted, or not be listed; that is named, and all else is deleted.
+
     Examples:
 
         cakekv store rm out/demo-store 1f3a9c 77e0
@@ -39,15 +43,27 @@ def rm(
     chosen([], prefixes or [])
     with opened(store) as found:
         held = unwrapped(found)
-        chunks = list(held) if everything else chosen(held, prefixes or [])
-        with bar("deleting", sum(chunk.size for chunk in chunks)) as on_bytes:
-            deleted, trouble = _deleted(held, chunks, on_bytes)
+        chunks, troubles = listing(held)
+        if not everything:
+            chunks = chosen(chunks, prefixes or [])
+        deleted, left = _deleted(held, chunks, troubles)
     if as_json:
         print_json({"deleted": deleted})
     else:
         say(f"{deleted:,} chunks deleted")
-    if trouble is not None:
-        raise trouble
+    if say_left_out(troubles, left):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _deleted(store: Store, chunks: Sequence[StoredChunk], troubles: list[str]) -> tuple[int, dict[ChunkKey, str]]:
+    """Delete chunks. Returns how many there were, and those that could not be deleted; adds what else went wrong."""
+    try:
+        with bar("deleting", sum(chunk.size for chunk in chunks)) as on_bytes:
+            return delete(store, chunks, on_bytes), {}
+    except NotDeleted as error:
+        if not error.left:
+            troubles.append(str(error))
+        return error.deleted, error.left
 
 
 def gc(
@@ -86,10 +102,9 @@ def gc(
             going = garbage(found, time.time(), capacity=limit, older_than_s=age_s, policy=policy)
         chunks = [*going.old, *going.surplus]
         size = sum(chunk.size for chunk in chunks)
-        deleted, trouble = 0, None
+        deleted, left, troubles = 0, dict[ChunkKey, str](), list(going.troubles)
         if chunks and not dry_run:
-            with bar("deleting", size) as on_bytes:
-                deleted, trouble = _deleted(unwrapped(found), chunks, on_bytes)
+            deleted, left = _deleted(unwrapped(found), chunks, troubles)
     if as_json:
         print_json(
             {
@@ -101,26 +116,24 @@ def gc(
                 "deleted": deleted,
             }
         )
-        if trouble is not None:
-            raise trouble
-        return
-    if age_s is not None and going.undated:
+    else:
+        _say_collected(going, deleted, incomplete=bool(left or troubles), older=age_s is not None, dry_run=dry_run)
+    if say_left_out(troubles, left):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _say_collected(going: Garbage, deleted: int, *, incomplete: bool, older: bool, dry_run: bool) -> None:
+    chunks = [*going.old, *going.surplus]
+    size = sum(chunk.size for chunk in chunks)
+    if older and going.undated:
         say(
             f"{going.undated:,} chunks do not count as old: this store does not know when they were used, or has it in "
             "the future, which `cakekv store repair` sets right on disk."
         )
     what = f"{len(going.old):,} old and {len(going.surplus):,} surplus chunks, {format_bytes(size)}"
-    if trouble is not None:
+    if not dry_run and incomplete:
         say(f"Of {what}, {deleted:,} were deleted.")
-        raise trouble
+        return
     say(f"{'Would delete' if dry_run else 'Deleted'} {what}; {format_bytes(going.kept_bytes)} stay.")
     if not dry_run and deleted < len(chunks):
         say(f"{len(chunks) - deleted:,} of them were gone already.")
-
-
-def _deleted(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes) -> tuple[int, NotDeleted | None]:
-    """How many chunks were deleted, and what is to be said of those that cannot be."""
-    try:
-        return delete(store, chunks, on_bytes), None
-    except NotDeleted as error:
-        return error.deleted, error

@@ -7,9 +7,21 @@ from typing import Annotated
 import typer
 
 from cakekv.cli.console import EXIT_FAILED, print_json
-from cakekv.cli.store.opened import DryRun, Json, Url, bar, corrupt_json, counted, opened, say, say_corrupt
+from cakekv.cli.store.opened import (
+    DryRun,
+    Json,
+    Url,
+    bar,
+    corrupt_json,
+    counted,
+    opened,
+    say,
+    say_corrupt,
+    say_left_out,
+)
 from cakekv.quantities import format_bytes, parse_bytes
 from cakekv.store.maintenance.copying import copy
+from cakekv.store.maintenance.listing import listing
 from cakekv.store.maintenance.migrate import MOVED, RESEALED
 from cakekv.store.maintenance.migrate import migrate as migrate_store
 from cakekv.store.maintenance.walking import chosen, newest
@@ -30,7 +42,8 @@ def cp(
 
     What is there already is passed over, so an interrupted copy can be repeated. Of what does not fit the other store's
     capacity, or the limit, the chunks used last are copied. Encryption is each store's own: with ?encrypt= at one of
-    the two, chunks are opened or sealed on the way. Exit code 1 if chunks were corrupt, or could not be opened.
+    the two, chunks are opened or sealed on the way. Exit code 1 if chunks were corrupt, or could not be opened, read or
+    written.
 
     Examples:
 
@@ -43,7 +56,8 @@ def cp(
     limit = None if limit_bytes is None else parse_bytes(limit_bytes)
     chosen([], prefixes or [])
     with opened(source) as former, opened(target, make=True) as latter:
-        chunks = chosen(former, prefixes) if prefixes else list(former)
+        chunks, troubles = listing(former)
+        chunks = chosen(chunks, prefixes) if prefixes else chunks
         capacity = limit if limit is not None else latter.stats().capacity
         with bar("copying", sum(chunk.size for chunk in newest(chunks, capacity))) as on_bytes:
             copied = copy(former, latter, chunks, limit_bytes=limit, on_bytes=on_bytes)
@@ -53,9 +67,9 @@ def cp(
         print_json({"copied": copied.chunks, "bytes": copied.bytes, **fates, "corrupt": corrupt})
     else:
         say_corrupt(copied.corrupt)
-        others = counted(**fates, corrupt=len(copied.corrupt))
+        others = counted(**fates, corrupt=len(copied.corrupt), failed=len(copied.failed))
         say(f"{copied.chunks:,} chunks copied, {format_bytes(copied.bytes)}; besides: {others}")
-    if copied.corrupt:
+    if say_left_out([*troubles, *copied.troubles], copied.failed) or copied.corrupt:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -65,7 +79,7 @@ def migrate(store: Url, dry_run: DryRun = False, as_json: Json = False) -> None:
     With ?encrypt=, chunks that are sealed with another key than the newest, or lie in the open, are sealed anew; once
     nothing is left to do, the older keys may go from the file. With ?stripe=, chunks are moved to the folders in which
     they are looked for, after a folder was added at the end. Both versions of the chunk format are current, so there
-    is nothing to do about those. Exit code 1 if chunks were corrupt, or could not be opened.
+    is nothing to do about those. Exit code 1 if chunks were corrupt, or could not be opened, read or written.
 
     Examples:
 
@@ -80,6 +94,7 @@ def migrate(store: Url, dry_run: DryRun = False, as_json: Json = False) -> None:
         print_json({**fates, "corrupt": corrupt_json(migrated.corrupt)})
     else:
         say_corrupt(migrated.corrupt)
-        say(f"{'To do: ' if dry_run else ''}{counted(**fates, corrupt=len(migrated.corrupt))}")
-    if migrated.corrupt:
+        others = counted(**fates, corrupt=len(migrated.corrupt), failed=len(migrated.failed))
+        say(f"{'To do: ' if dry_run else ''}{others}")
+    if say_left_out(migrated.troubles, migrated.failed) or migrated.corrupt:
         raise typer.Exit(EXIT_FAILED)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from cakekv.cli.console import RESULTS, print_json
-from cakekv.cli.store.opened import Json, Url, opened
+from cakekv.cli.console import EXIT_FAILED, RESULTS, print_json
+from cakekv.cli.store.opened import Json, Url, opened, say_left_out
+from cakekv.errors import StoreError
 from cakekv.quantities import format_bytes, format_time
+from cakekv.store.base import StoredChunk, StoreStats
+from cakekv.store.maintenance.listing import down, listing
 
 
 def stats(store: Url, as_json: Json = False) -> None:
     """Show how many chunks and bytes a store holds, and whose they are.
+
+    Exit code 1 if something could not be counted, or bears the name of a chunk and is none; that is named.
 
     Example:
 
@@ -21,10 +27,22 @@ def stats(store: Url, as_json: Json = False) -> None:
     """
     with opened(store) as found:
         held = found.stats()
-        identities = found.identities()
+        troubles = [*held.uncounted, *(f"the {one.name} tier is down" for one in down(found))]
+        identities: dict[str, dict[str, str]] = {}
+        try:
+            identities = found.identities()
+        except StoreError as error:
+            troubles.append(str(error))
     if as_json:
-        print_json({**held._asdict(), "identities": identities})
-        return
+        plain = {"chunks": held.chunks, "bytes": held.bytes, "capacity": held.capacity, "identities": identities}
+        print_json(plain | ({"uncounted": troubles} if troubles else {}))
+    else:
+        _show(held, identities)
+    if say_left_out(troubles):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _show(held: StoreStats, identities: Mapping[str, Mapping[str, str]]) -> None:
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
     RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     for root, fields in identities.items():
@@ -41,19 +59,34 @@ def ls(
 ) -> None:
     """List the chunks of a store, last used first.
 
+    Exit code 1 if something could not be listed, or bears the name of a chunk and is none; that is named.
+
     Example:
 
         cakekv store ls out/demo-store --limit 20
     """
     with opened(store) as found:
-        chunks = sorted(found, key=lambda chunk: chunk.used_at, reverse=True)
-    shown = chunks[:limit]
+        listed = listing(found)
+    chunks = sorted(listed.chunks, key=lambda chunk: chunk.used_at, reverse=True)
+    faulty = [chunk for chunk in chunks if chunk.fault]
+    shown = [chunk for chunk in chunks if not chunk.fault][:limit]
     if as_json:
-        print_json([{**chunk._asdict(), "key": chunk.key.hex()} for chunk in shown])
-        return
+        print_json([_as_json(chunk) for chunk in [*shown, *faulty]])
+    else:
+        _show_chunks(shown, len(chunks) - len(faulty))
+    if say_left_out(listed.troubles, {chunk.key: chunk.fault for chunk in faulty}):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _as_json(chunk: StoredChunk) -> dict[str, Any]:
+    plain = {"key": chunk.key.hex(), "size": chunk.size, "used_at": chunk.used_at}
+    return plain | ({"fault": chunk.fault} if chunk.fault else {})
+
+
+def _show_chunks(shown: Sequence[StoredChunk], count: int) -> None:
     table = Table("key", "size", "last used")
     for chunk in shown:
         table.add_row(chunk.key.hex()[:16], format_bytes(chunk.size), format_time(chunk.used_at))
     RESULTS.print(table)
-    if len(shown) < len(chunks):
-        RESULTS.print(f"and {len(chunks) - len(shown):,} more", style="dim")
+    if len(shown) < count:
+        RESULTS.print(f"and {count - len(shown):,} more", style="dim")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +20,8 @@ from cakekv.store.opening import check_urls, open_store
 
 Url = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as file:///var/cache/kv.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_NAMED = 20
+"""What goes wrong with more chunks than that is not said of each."""
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 
@@ -70,6 +72,16 @@ def say_corrupt(corrupt: Mapping[ChunkKey, str]) -> None:
     """Each chunk that cannot be trusted, with the reason."""
     for key, reason in corrupt.items():
         say(f"{key.hex()}: {reason}")
+
+
+def say_left_out(troubles: Sequence[str], failed: Mapping[ChunkKey, str] | None = None) -> bool:
+    """Say on standard error what a command could not do, if there is something. Returns whether there is."""
+    lines = [*troubles, *(f"{key.hex()}: {reason}" for key, reason in (failed or {}).items())]
+    for line in lines[:_NAMED]:
+        NEWS.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if len(lines) > _NAMED:
+        NEWS.print(f"and {len(lines) - _NAMED:,} more", style="yellow", highlight=False)
+    return bool(lines)
 
 
 def counted(**numbers: int) -> str:

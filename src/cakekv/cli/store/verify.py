@@ -35,7 +35,7 @@ def verify(store: Url, as_json: Json = False) -> None:
     else:
         for condition in conditions:
             _show(condition, named=len(conditions) > 1)
-    if any(one.corrupt or one.unopenable or one.error for one in conditions):
+    if any(one.corrupt or one.unreadable or one.unopenable or one.error for one in conditions):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -50,7 +50,8 @@ def repair(
 
     Every chunk is read, as by verify. On disk, temporary files without a living writer, notes that are damaged or half
     written and empty folders go, and the chunks are counted anew; files that this program does not make are named and
-    left alone. A store may be in use meanwhile. Exit code 1 if a tier of a tiered store could not be repaired.
+    left alone. A store may be in use meanwhile. Exit code 1 if a tier of a tiered store, or a chunk,
+    could not be read or not be deleted.
 
     Examples:
 
@@ -69,7 +70,7 @@ def repair(
             _show(done.found, named=len(repairs) > 1)
             for sentence in [*done.tidied, *([f"Deleted {done.deleted:,} chunk(s)."] if done.deleted else [])]:
                 say(sentence)
-    if any(condition.error for condition in conditions):
+    if any(condition.error or condition.unreadable for condition in conditions):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -82,18 +83,25 @@ def _bytes(store: Store) -> int:
 
 
 def _show(condition: Condition, *, named: bool) -> None:
-    say_corrupt(condition.corrupt)
+    say_corrupt(condition.corrupt | condition.unreadable)
     for key in condition.unopenable:
         say(f"{key.hex()}: sealed with a key that is not in the keyring")
+    unreadable = f", {len(condition.unreadable):,} could not be read" if condition.unreadable else ""
     unopenable = f", {len(condition.unopenable):,} cannot be opened" if condition.unopenable else ""
     tier = f"{condition.tier}: " if named else ""
-    say(f"{tier}{condition.chunks:,} chunks, {len(condition.corrupt):,} corrupt{unopenable}")
+    say(f"{tier}{condition.chunks:,} chunks, {len(condition.corrupt):,} corrupt{unreadable}{unopenable}")
     if condition.error is not None:
         NEWS.print(f"The {condition.tier} tier: {condition.error}", style="yellow")
 
 
 def _as_json(conditions: list[Condition]) -> dict[str, Any]:
-    return {
+    unreadable = [
+        {"tier": one.tier, "key": key.hex(), "reason": reason}
+        for one in conditions
+        for key, reason in one.unreadable.items()
+    ]
+    plain: dict[str, Any] = {"unreadable": unreadable} if unreadable else {}
+    return plain | {
         "chunks": sum(one.chunks for one in conditions),
         "bytes": sum(one.bytes for one in conditions),
         "corrupt": [

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from cakekv.chunk import MAX_CHUNK_BYTES
-from cakekv.errors import BadInput, CorruptChunk, MissingChunk, UnknownKey, Unreadable
+from cakekv.errors import BadInput, CorruptChunk, MissingChunk, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.identities import MAX_NOTE_BYTES, decode_note, encode_note, is_root
 from cakekv.store.maintenance.copying import Copied
+from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import check_chunk, read_anywhere
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order
 
@@ -52,6 +53,8 @@ class Imported:
     """That the store chose not to keep."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """That were not imported, because they cannot be trusted."""
+    failed: dict[ChunkKey, str] = field(default_factory=dict)
+    """That could not be written."""
     identities: int = 0
     """Notes of whose chunks these are."""
 
@@ -82,13 +85,24 @@ def export(store: Store, stream: BinaryIO, on_bytes: OnBytes = ignore) -> Copied
     OSError
         The stream did.
     """
-    copied = Copied()
+    copied, patience = Copied(), Patience()
     _write(stream, MARKER, memoryview(_marker()))
-    for root, fields in store.identities().items():
+    found, copied.troubles = listing(store)
+    try:
+        identities = store.identities()
+    except StoreError as error:  # they only serve to explain misses
+        identities = {}
+        copied.troubles.append(str(error))
+    for root, fields in identities.items():
         if is_root(root):
             _write(stream, f"identities/{root}.json", memoryview(encode_note(root, fields).encode()))
-    chunks = sorted(store, key=lambda chunk: chunk.used_at)
+    chunks = sorted(found, key=lambda chunk: chunk.used_at)
     for chunk, data in in_order(lambda chunk: _read(store, chunk), chunks, store.parallel_reads):
+        if isinstance(data, StoreError) and not isinstance(data, MissingChunk | UnknownKey):
+            patience.failed(data)
+            copied.failed[chunk.key] = str(data)
+            continue
+        patience.went_well()
         if isinstance(data, memoryview):
             _write(stream, f"chunks/{chunk.key.hex()}", data, int(min(max(chunk.used_at, 0.0), _LATEST)))
             copied.chunks += 1
@@ -124,7 +138,7 @@ def import_archive(stream: BinaryIO, store: Store, on_bytes: OnBytes = ignore) -
     OSError
         The stream failed.
     """
-    imported = Imported()
+    imported, patience = Imported(), Patience()
     members = _members(stream)
     name, size = next(members, ("", 0))
     if name != MARKER or size != len(_marker()) or _content(stream, size) != _marker():
@@ -137,7 +151,15 @@ def import_archive(stream: BinaryIO, store: Store, on_bytes: OnBytes = ignore) -
                 imported.identities += 1
         elif match := _CHUNK_NAME.fullmatch(name):
             data = _content(stream, _bounded(name, size, MAX_CHUNK_BYTES))
-            _take(store, ChunkKey(bytes.fromhex(match[1])), data, imported)
+            key = ChunkKey(bytes.fromhex(match[1]))
+            try:
+                _take(store, key, data, imported)
+                patience.went_well()
+            except StoreFull:
+                raise
+            except StoreError as error:
+                patience.failed(error)
+                imported.failed[key] = str(error)
         else:
             raise BadInput(f"{name[:100]!r} in the archive is neither a chunk nor an identity; nothing was made of it")
         on_bytes(size)
@@ -159,10 +181,10 @@ def _take(store: Store, key: ChunkKey, data: memoryview, imported: Imported) -> 
         imported.declined += 1
 
 
-def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | MissingChunk | UnknownKey | Unreadable:
+def _read(store: Store, chunk: StoredChunk) -> memoryview | CorruptChunk | StoreError:
     try:
         return read_anywhere(store, chunk.key)
-    except (CorruptChunk, MissingChunk, UnknownKey, Unreadable) as error:
+    except (CorruptChunk, StoreError) as error:
         return error
 
 

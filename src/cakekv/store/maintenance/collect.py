@@ -9,12 +9,13 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from cakekv.chunk import PEEK_BYTES, peek_place
-from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, Unreadable
+from cakekv.errors import CorruptChunk, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.maintenance.listing import listing
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, unwrapped, walk
 from cakekv.store.memory import MemoryStore
 
@@ -32,6 +33,8 @@ class Garbage(NamedTuple):
     """Chunks of which the tier does not know when they were used, or says in the future; they do not count as old."""
     kept_bytes: int
     """Of what stays."""
+    troubles: Sequence[str] = ()
+    """Why something was left out of account."""
 
 
 def policy_of(store: Store) -> Eviction:
@@ -73,7 +76,7 @@ def garbage(
     StoreError
         The store failed.
     """
-    chunks = list(unwrapped(store))  # in their true sizes, also if they are sealed
+    chunks, troubles = listing(unwrapped(store))  # in their true sizes, also if they are sealed
     old = [chunk for chunk in chunks if older_than_s is not None and 0 < chunk.used_at < now - older_than_s]
     gone = {chunk.key for chunk in old}
     rest = [chunk for chunk in chunks if chunk.key not in gone]
@@ -85,7 +88,7 @@ def garbage(
                 break
             surplus.append(chunk)
             left -= chunk.size
-    return Garbage(old, surplus, sum(not 0 < chunk.used_at <= now + AHEAD_S for chunk in chunks), left)
+    return Garbage(old, surplus, sum(not 0 < chunk.used_at <= now + AHEAD_S for chunk in chunks), left, troubles)
 
 
 def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = ignore) -> int:
@@ -94,21 +97,31 @@ def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = igno
     Raises
     ------
     NotDeleted
-        Some cannot be removed; all others are gone.
+        Some could not be removed; all others are gone.
     StoreError
-        The store failed; some are gone, some are not.
+        The store failed before anything was removed.
     """
-    deleted, trouble = 0, None
+    deleted = 0
+    left: dict[ChunkKey, str] = {}
+    reasons: dict[str, None] = {}
     for start in range(0, len(chunks), _BATCH):
         batch = chunks[start : start + _BATCH]
         try:
             deleted += store.delete([chunk.key for chunk in batch])
         except NotDeleted as error:
             deleted += error.deleted
-            trouble = trouble or str(error)
+            left |= error.left
+            reasons[str(error)] = None
+        except StoreError as error:
+            if not deleted and not left:
+                raise
+            left |= dict.fromkeys((chunk.key for chunk in chunks[start:]), str(error))
+            break
         on_bytes(sum(chunk.size for chunk in batch))
-    if trouble is not None:
-        raise NotDeleted(trouble, deleted)
+    if left:
+        raise NotDeleted.of(deleted, left)
+    if reasons:
+        raise NotDeleted("; ".join(reasons), deleted)
     return deleted
 
 
@@ -124,13 +137,13 @@ def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Evicti
         keys = [chunk.key for chunk in unknown]
         places = [place for _, place in in_order(lambda key: _place(store, key), keys, store.parallel_reads)]
     for chunk, place in zip(unknown, places, strict=True):
-        judge.wrote(Held(*chunk, *place))
+        judge.wrote(Held(chunk.key, chunk.size, chunk.used_at, *place))
     while (victim := judge.evict(now)) is not None:
         yield stored[victim.key]
 
 
 def _place(store: Store, key: ChunkKey) -> tuple[int, int]:
     head = memoryview(bytearray(PEEK_BYTES))
-    with suppress(MissingChunk, CorruptChunk, Unreadable), store.open(key) as reader:
+    with suppress(StoreError, CorruptChunk), store.open(key) as reader:
         reader.read_into(head, 0)
     return peek_place(head)

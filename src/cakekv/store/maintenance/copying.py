@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from cakekv.errors import CorruptChunk, MissingChunk, StoreError, UnknownKey, Unreadable
+from cakekv.errors import CorruptChunk, MissingChunk, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
+from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_anywhere
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, newest
 
@@ -31,6 +31,10 @@ class Copied:
     """That were evicted or deleted meanwhile."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """That were not copied, because they cannot be trusted, or not be opened."""
+    failed: dict[ChunkKey, str] = field(default_factory=dict)
+    """That could not be read, or not be written."""
+    troubles: list[str] = field(default_factory=list)
+    """Why something was left out, in sentences."""
 
 
 def copy(
@@ -63,19 +67,28 @@ def copy(
     StoreError
         Either store failed, or the target is full.
     """
-    copied = Copied()
+    copied, patience = Copied(), Patience()
     capacity = target.stats().capacity if limit_bytes is None else limit_bytes
-    fitting = newest(source if chunks is None else chunks, capacity)[::-1]
-    for root, fields in source.identities().items():
-        with suppress(StoreError):  # they only serve to explain misses
+    if chunks is None:
+        chunks, copied.troubles = listing(source)
+    fitting = newest(chunks, capacity)[::-1]
+    try:
+        for root, fields in source.identities().items():
             target.remember_identity(root, fields)
+    except StoreError as error:  # they only serve to explain misses
+        copied.troubles.append(str(error))
     workers = max(source.parallel_reads, 1)
     for chunk, outcome in in_order(lambda one: _copy(source, target, *one), _with_presence(target, fitting), workers):
         on_bytes(chunk[0].size)
+        if isinstance(outcome, StoreError) and not isinstance(outcome, MissingChunk | UnknownKey):
+            patience.failed(outcome)
+            copied.failed[chunk[0].key] = str(outcome)
+            continue
+        patience.went_well()
         if isinstance(outcome, int):
             copied.chunks += 1
             copied.bytes += outcome
-        elif isinstance(outcome, CorruptChunk | UnknownKey | Unreadable):
+        elif isinstance(outcome, CorruptChunk | UnknownKey):
             copied.corrupt[chunk[0].key] = str(outcome)
         elif isinstance(outcome, MissingChunk):
             copied.vanished += 1
@@ -94,14 +107,14 @@ def _with_presence(target: Store, chunks: Sequence[StoredChunk]) -> Iterator[tup
             yield chunk, size is not None
 
 
-def _copy(
-    source: Store, target: Store, chunk: StoredChunk, present: bool
-) -> int | CorruptChunk | UnknownKey | Unreadable | MissingChunk | None:
+def _copy(source: Store, target: Store, chunk: StoredChunk, present: bool) -> int | CorruptChunk | StoreError | None:
     """Bytes written, or why not; None if the target has it, or declines it."""
     if present:
         return None
     try:
         data = read_anywhere(source, chunk.key)
-    except (CorruptChunk, UnknownKey, Unreadable, MissingChunk) as error:
+        return len(data) if target.write(chunk.key, data) else None
+    except StoreFull:
+        raise
+    except (CorruptChunk, StoreError) as error:
         return error
-    return len(data) if target.write(chunk.key, data) else None

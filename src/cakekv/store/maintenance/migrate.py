@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cakekv.errors import CorruptChunk, MissingChunk, UnknownKey, Unreadable
+from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
+from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_chunk
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, walk
 from cakekv.store.striped import StripedStore
@@ -34,6 +35,10 @@ class Migrated:
     because they do not fit where they should go; `vanished`, evicted or deleted meanwhile."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """Those that stay as they were, because they cannot be trusted, or not be opened."""
+    failed: dict[ChunkKey, str] = field(default_factory=dict)
+    """Those that stay as they were, because they could not be read, or not be written."""
+    troubles: list[str] = field(default_factory=list)
+    """Why something was left out, in sentences."""
 
 
 def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) -> Migrated:
@@ -60,14 +65,14 @@ def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) 
     migrated = Migrated()
     for striped in [part for part in walk(store) if isinstance(part, StripedStore)]:
         for folder in striped.parts:
-            astray = [chunk for chunk in folder if striped.place_of(chunk.key) is not folder]
+            astray = [chunk for chunk in _listed(folder, migrated) if striped.place_of(chunk.key) is not folder]
             if dry_run:
                 migrated.fates[MOVED] += len(astray)
             else:
                 _rewrite(astray, partial(_move, striped, folder), folder.parallel_reads, migrated, on_bytes)
     for encrypted in _encrypted(store):
         [inner] = encrypted.parts
-        asked = in_order(partial(_is_current, encrypted), list(inner), inner.parallel_reads)
+        asked = in_order(partial(_is_current, encrypted), _listed(inner, migrated), inner.parallel_reads)
         outdated = [chunk for chunk, current in asked if not current]
         if dry_run:
             migrated.fates[RESEALED] += len(outdated)
@@ -91,17 +96,26 @@ def _rewrite(
     migrated: Migrated,
     on_bytes: OnBytes,
 ) -> None:
-    def attempt(chunk: StoredChunk) -> str | CorruptChunk | UnknownKey | Unreadable:
+    patience = Patience()
+
+    def attempt(chunk: StoredChunk) -> str | CorruptChunk | StoreError:
         try:
             return work(chunk.key)
         except MissingChunk:
             return VANISHED
-        except (CorruptChunk, UnknownKey, Unreadable) as error:
+        except StoreFull:
+            raise
+        except (CorruptChunk, StoreError) as error:
             return error
 
     oldest_first: Sequence[StoredChunk] = sorted(chunks, key=lambda chunk: chunk.used_at)
     for chunk, outcome in in_order(attempt, oldest_first, workers):
         on_bytes(chunk.size)
+        if isinstance(outcome, StoreError) and not isinstance(outcome, UnknownKey):
+            patience.failed(outcome)
+            migrated.failed[chunk.key] = str(outcome)
+            continue
+        patience.went_well()
         if isinstance(outcome, str):
             migrated.fates[outcome] += 1
         else:
@@ -121,13 +135,21 @@ def _move(striped: StripedStore, former: Store, key: ChunkKey) -> str:
     return MOVED
 
 
+def _listed(store: Store, migrated: Migrated) -> list[StoredChunk]:
+    chunks, troubles = listing(store)
+    migrated.troubles += troubles
+    return chunks
+
+
 def _is_current(encrypted: EncryptedStore, chunk: StoredChunk) -> bool:
     try:
         return encrypted.is_current(chunk.key)
     except MissingChunk:
         return True
-    except Unreadable:  # which is said when it is to be rewritten
-        return False
+    except NoAnswer:
+        raise
+    except (StoreError, CorruptChunk):
+        return False  # which resealing it will tell more of
 
 
 def _reseal(encrypted: EncryptedStore, inner: Store, key: ChunkKey) -> str:

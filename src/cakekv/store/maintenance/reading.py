@@ -6,7 +6,7 @@ from cakekv.chunk import ALIGNMENT, MAX_CHUNK_BYTES, header_bytes_of, read_heade
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store
-from cakekv.store.maintenance.walking import separate_tiers
+from cakekv.store.maintenance.walking import separate_tiers, undoubted
 
 _WITHOUT_A_LOOK = 64 << 20
 """Of what is longer, the header is checked before memory is set aside for the whole."""
@@ -39,7 +39,7 @@ def read_anywhere(store: Store, key: ChunkKey) -> memoryview:
     failed: StoreError | None = None
     for tier in separate_tiers(store):
         try:
-            return read_chunk(tier, key)
+            return read_chunk(undoubted(tier), key)
         except CorruptChunk as error:
             corrupt = corrupt or error
         except StoreError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, StoreError, UnknownKey, Unreadable
+from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, StoreError, UnknownKey
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
+from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_chunk
-from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, separate_tiers, unwrapped
+from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, separate_tiers, undoubted, unwrapped
 
 
 @dataclass
@@ -22,12 +23,14 @@ class Condition:
     """Of those."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """What is wrong with each."""
+    unreadable: dict[ChunkKey, str] = field(default_factory=dict)
+    """Why the tier did not deliver each; whether they are sound cannot be told."""
     unopenable: list[ChunkKey] = field(default_factory=list)
     """Sealed with a key that is not in the keyring; whether they are sound cannot be told."""
     vanished: int = 0
     """Evicted or deleted meanwhile."""
     error: str | None = None
-    """Why the tier could not be asked, or not to the end, or not be read or cleaned as a whole."""
+    """Why the tier could not be asked, or not about everything."""
 
 
 @dataclass
@@ -105,36 +108,39 @@ def repair(store: Store, on_bytes: OnBytes = ignore, *, drop_unopenable: bool = 
 
 
 def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
-    condition = Condition(tier.name)
-    unreadable: list[str] = []
+    condition, patience = Condition(tier.name), Patience()
+    tier = undoubted(tier)
     try:
-        chunks = list(unwrapped(tier))  # also those of which an encrypted store sees that they are none
-        for chunk, trouble in in_order(lambda chunk: _trouble(tier, chunk), chunks, tier.parallel_reads):
+        listed = listing(unwrapped(tier))  # also those of which an encrypted store sees that they are none
+        condition.error = "; ".join(listed.troubles) or None
+        for chunk, trouble in in_order(lambda chunk: _trouble(tier, chunk), listed.chunks, tier.parallel_reads):
             on_bytes(chunk.size)
             if isinstance(trouble, MissingChunk):
                 condition.vanished += 1
                 continue
-            if isinstance(trouble, Unreadable):
-                unreadable.append(str(trouble))
+            if isinstance(trouble, StoreError) and not isinstance(trouble, UnknownKey):
+                patience.failed(trouble)
+                condition.unreadable[chunk.key] = str(trouble)
                 continue
+            patience.went_well()
             condition.chunks += 1
             condition.bytes += chunk.size
             if isinstance(trouble, UnknownKey):
                 condition.unopenable.append(chunk.key)
             elif trouble is not None:
                 condition.corrupt[chunk.key] = str(trouble)
+        if patience.first is not None and not condition.chunks:
+            raise patience.first
     except StoreError as error:
         if alone:
             raise
         condition.error = str(error)
-    if unreadable and condition.error is None:
-        condition.error = f"{len(unreadable):,} chunk(s) were not read: {unreadable[0]}"
     return condition
 
 
-def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | MissingChunk | UnknownKey | Unreadable | None:
+def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | StoreError | None:
     try:
         read_chunk(tier, chunk.key)
-    except (CorruptChunk, MissingChunk, UnknownKey, Unreadable) as error:
+    except (CorruptChunk, StoreError) as error:
         return error
     return None

@@ -42,6 +42,11 @@ def separate_tiers(store: Store) -> Sequence[Store]:
     return store.parts if isinstance(store, TieredStore) else [store]
 
 
+def undoubted(tier: Store) -> Store:
+    """A tier, without what would take a few chunks that cannot be read for its end."""
+    return tier.parts[0] if isinstance(tier, Member) and tier.is_up else tier
+
+
 def unwrapped(store: Store) -> Store:
     """The store inside of all that only changes how it is used, or what its chunks look like."""
     while isinstance(store, WrappedStore | Member) and store.parts:  # a member that was never up has none

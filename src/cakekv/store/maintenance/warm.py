@@ -9,6 +9,7 @@ from cakekv.errors import BadInput, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.copying import Copied, copy
+from cakekv.store.maintenance.listing import listing
 from cakekv.store.maintenance.walking import OnBytes, ignore, newest, walk
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tiered import TieredStore
@@ -91,14 +92,14 @@ def _free(tier: Store) -> int:
 
 def _behind(store: TieredStore, index: int, keys: Collection[ChunkKey] | None) -> list[StoredChunk]:
     """The chunks that are behind a tier and not in it. A tier that fails has none."""
-    held = {chunk.key for chunk in store.plan[index].member}
+    held = {chunk.key for chunk in listing(store.plan[index].member).chunks}
     found: dict[ChunkKey, StoredChunk] = {}
     for tier in store.plan[index + 1 :]:
         try:
-            chunks = list(tier.member)
+            chunks = listing(tier.member).chunks
         except StoreError:
             continue
         for chunk in chunks:
-            if chunk.key not in held and (keys is None or chunk.key in keys):
+            if not chunk.fault and chunk.key not in held and (keys is None or chunk.key in keys):
                 found.setdefault(chunk.key, chunk)
     return list(found.values())
