@@ -72,7 +72,7 @@ class WaitingInFolder(WaitingCopies):
             with self._folder.locked():
                 for file in self._path.glob("*.keys"):
                     if self._file is None or file != self._file[0]:
-                        with suppress(FileNotFoundError, BlockingIOError):
+                        with suppress(FileNotFoundError, BlockingIOError, PermissionError):
                             left.append((file, _locked(file, os.O_RDONLY)))
                 for _, descriptor in left:
                     found.update(dict.fromkeys(_noted(descriptor)))
