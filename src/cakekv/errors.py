@@ -72,7 +72,8 @@ class NotDeleted(StoreError):
     def of(cls, deleted: int, left: Mapping[ChunkKey, str]) -> NotDeleted:
         """Make the message of `left`."""
         key, reason = next(iter(left.items()))
-        return cls(f"{len(left):,} chunk(s) could not be deleted, such as {key.short}…: {reason}", deleted, left)
+        message = f"cannot delete {len(left):,} of {deleted + len(left):,} chunks: {key.short}…: {reason}"
+        return cls(message, deleted, left)
 
 
 class StoreFull(StoreError):

@@ -306,6 +306,9 @@ class RedisStore(Store):
                 if quietly:
                     pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
                 answers = list(pipeline.execute(raise_on_error=False))
+                for answer in answers:
+                    if not self._is_cluster and isinstance(answer, exceptions.AskError | exceptions.MovedError):
+                        raise answer  # it is a node of one, and no key would fare better
             answers = answers[1:-1] if quietly else answers
             return [self._settled(key, answer, action, command) for key, answer in zip(keys, answers, strict=True)]
 
