@@ -163,3 +163,13 @@ def test_an_interrupted_load_exits_with_130_and_leaves_the_store_sound(
     verified = run_json("store", "verify", store)
     assert verified["chunks"] == chunks
     assert verified["corrupt"] == []
+
+
+def test_a_prompt_shorter_than_a_chunk_is_told_so(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Green.")
+    common = ["ask", "--question", "?", "--max-new-tokens", "1", "--model", tiny_model, "--store", tmp_path / "store"]
+    report = run_json(*common, "--document", tmp_path / "short.txt")["report"]
+    _, _, err = run(*common, "--document", tmp_path / "short.txt")
+    assert ("nothing of it is stored" in err) == (report["prompt_tokens"] < report["chunk_tokens"])  # type: ignore[index]
+    (tmp_path / "long.txt").write_text("Green. " * 100)
+    assert "nothing of it is stored" not in run(*common, "--document", tmp_path / "long.txt")[2]

@@ -97,5 +97,6 @@ def _plan(where: str, tier: Any, open_store: Callable[[str], Store]) -> TierPlan
         raise BadInput(f"{where}: deadline: {str(error).replace(repr(tier['deadline']), 'its value')}") from None
     if not deadline_s > 0:
         raise BadInput(f"{where}: a deadline is more than 0 s")
-    member = Member(partial(open_store, url), url.partition(":")[0], deadline_s=deadline_s)
+    name = url.partition("://")[0] if "://" in url else "disk"  # until it is open
+    member = Member(partial(open_store, url), name, deadline_s=deadline_s)
     return TierPlan(member, writing, tier.get("promote", True))

@@ -279,7 +279,7 @@ def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     learn_secrets(url)
     if "\0" in unquote(url):
         raise BadInput(f"there is a zero byte in {shown(url)!r}")
-    place, _, query = url.partition("?")
+    place = url.partition("?")[0]
     scheme, separator, location = place.partition("://")
     if not separator:
         if not place or place.partition(":")[0] in TIERS:
@@ -293,7 +293,7 @@ def _parse_url(url: str) -> tuple[str, str, dict[str, Any]]:
     if scheme not in TIERS:
         kind = f" {scheme!r}" if re.fullmatch("[a-z][a-z0-9+.]{0,15}", scheme) else ""
         raise BadInput(f"unknown kind of store{kind} in {shown(url)!r}; there are {', '.join(sorted(TIERS))}")
-    return scheme, location, _parse_options(url, query, TIERS[scheme].options | COMMON)
+    return scheme, location, _parse_options(url, TIERS[scheme].options | COMMON)
 
 
 def shown(url: str) -> str:
@@ -301,52 +301,52 @@ def shown(url: str) -> str:
 
     A password may hold what ends it in a URL, so everything up to the last "@" goes, unless it is a folder's name.
     """
-    place, question, query = url.partition("?")
-    items = [item.partition("=") for item in query.split("&") if item]
+    place, question, _ = url.partition("?")
+    if _breaks_off(url):
+        return re.sub(r"^(\w+:/{0,2})?.*", rf"\1{HIDDEN}", place, flags=re.DOTALL)
     if not _is_path(url):
-        scheme = re.match(r"(\w+:/{0,2})?", place)
-        beginning = scheme[0] if scheme else ""
-        if any("@" in value and name not in _EVERY_OPTION for name, _, value in items) or "@" in "".join(
-            name for name, _, _ in items
-        ):
-            return f"{beginning}{HIDDEN}"
         place = re.sub(r"^(\w+:/{0,2})?.*@", rf"\1{HIDDEN}@", place, flags=re.DOTALL)
-    named = (_shown_option(name, value) for name, _, value in items)
-    return f"{place}{question}{'&'.join(named)}"
-
-
-def _shown_option(name: str, value: str) -> str:
-    if name not in _EVERY_OPTION and not _NAME.fullmatch(name):
-        return HIDDEN
-    return f"{name}={value if len(value) < SHORTEST else HIDDEN}"
-
-
-def _is_path(url: str) -> bool:
-    return re.match(r"[/.~]|file:|tiered:", url) is not None
+    options = (
+        f"{name}={value if len(value) < SHORTEST else HIDDEN}"
+        if name in _EVERY_OPTION or _NAME.fullmatch(name)
+        else HIDDEN
+        for name, value in _items(url)
+    )
+    return f"{place}{question}{'&'.join(options)}"
 
 
 def learn_secrets(url: str) -> None:
     """Keep whatever may be secret in a URL out of all messages."""
-    place, _, query = url.partition("?")
-    items = [item.partition("=")[::2] for item in query.split("&") if item]
     if not _is_path(url):
-        foreign = (
-            any("@" in item and name not in _EVERY_OPTION for name, item in items) or "@" in query.partition("=")[0]
-        )
-        before, at, _ = re.sub(r"^\w+:/{0,2}", "", url if foreign else place).rpartition("@")
-        if at:
-            learn(before)
-            learn(before.partition(":")[2])
-    for name, value in items:
+        user, _, _ = re.sub(r"^\w+:/{0,2}", "", url if _breaks_off(url) else url.partition("?")[0]).rpartition("@")
+        learn(user)
+        learn(user.partition(":")[2])
+    for name, value in _items(url):
         value = unquote(value)
         if name not in _EVERY_OPTION:
             learn(value or name)
         elif is_key(name, value):
             learn(value.removeprefix("env:"))
-        for secret in re.findall(r"://([^/]*)@|[?#](.*)", value, flags=re.DOTALL):
-            for part in filter(None, secret):
-                learn(part)
-                learn(part.partition(":")[2])
+        for user, signature in re.findall(r"://([^/]*)@|[?#](.*)", value, flags=re.DOTALL):
+            for secret in (user, user.partition(":")[2], signature):
+                learn(secret)
+
+
+def _items(url: str) -> list[tuple[str, str]]:
+    """What stands behind the "?" in a URL: names, and values as they were written."""
+    items = (item.partition("=") for item in url.partition("?")[2].split("&") if item)
+    return [(name, value) for name, _, value in items]
+
+
+def _breaks_off(url: str) -> bool:
+    """Whether what stands behind the "?" in a URL is the rest of a password in which it was not escaped."""
+    return not _is_path(url) and any(
+        "@" in name or ("@" in value and name not in _EVERY_OPTION) for name, value in _items(url)
+    )
+
+
+def _is_path(url: str) -> bool:
+    return re.match(r"[/.~]|file:|tiered:", url) is not None
 
 
 @contextmanager
@@ -358,15 +358,14 @@ def _extra(name: str) -> Iterator[None]:
         raise StoreError(f"this kind of store needs more packages ({error}): pip install 'cakekv[{name}]'") from error
 
 
-def _parse_options(url: str, query: str, known: Options) -> dict[str, Any]:
+def _parse_options(url: str, known: Options) -> dict[str, Any]:
+    if _breaks_off(url):
+        raise BadInput(f"in {shown(url)!r}, a ? before the host is to be written as %3F")
     options: dict[str, Any] = {}
-    for item in filter(None, query.split("&")):
-        name, _, value = item.partition("=")
+    for name, value in _items(url):
         if name not in known:
-            if "@" in query and not _is_path(url) and shown(url).endswith(HIDDEN):  # the rest of a password
-                raise BadInput(f"in {shown(url)!r}, a ? before the host is to be written as %3F")
             option = f"option {name!r}" if _NAME.fullmatch(name) else "option"
-            hint = "; " + _CREDENTIALS if re.search("password|secret|token|key|user|auth", name) else ""
+            hint = f"; {_CREDENTIALS}" if re.search("password|secret|token|key|user|auth", name) else ""
             raise BadInput(f"unknown {option} in {shown(url)!r}; there are {', '.join(sorted(known))}{hint}")
         if name in options:
             raise BadInput(f"option {name!r} is given twice in {shown(url)!r}")
