@@ -81,7 +81,7 @@ def test_it_holds_one_sequence_and_no_gradients() -> None:
         lambda: layer.batch_select_indices(torch.tensor([0])),
         lambda: layer.reorder_cache(torch.tensor([0])),
     ):
-        with pytest.raises(BadInput, match="one sequence.*dynamic_cache"):
+        with pytest.raises(BadInput, match=r"one sequence.*dynamic_cache"):
             refused()
     keys, values = states(1)
     with pytest.raises(BadInput, match="no_grad"):

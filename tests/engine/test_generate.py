@@ -36,7 +36,7 @@ class Halves(LogitsProcessor):  # type: ignore[misc]
 class Json(LogitsProcessor):  # type: ignore[misc]
     """Lets an answer be JSON of one form only; a token is a character of ASCII."""
 
-    FORM = [*'{"name": "', *[string.ascii_letters] * 5, *'", "age": ', "123456789", string.digits, "}", chr(EOS)]
+    FORM = (*'{"name": "', *[string.ascii_letters] * 5, *'", "age": ', "123456789", string.digits, "}", chr(EOS))
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
@@ -154,7 +154,7 @@ def test_the_cache_itself_where_there_is_room(restored: Restored) -> None:
     prefill = restored.prefill(84, room=1 + NEW)
     assert restored.generate(restored.ids, copy.deepcopy(prefill.cache)) == expected
     assert restored.generate(restored.ids, prefill.cache) == expected
-    with pytest.raises(BadInput, match="one sequence, not 2.*dynamic_cache"):
+    with pytest.raises(BadInput, match=r"one sequence, not 2.*dynamic_cache"):
         restored.generate(restored.ids, restored.prefill(84, room=1 + NEW).cache, num_beams=2)
 
 
