@@ -102,7 +102,7 @@ def test_keys_and_values_are_what_the_next_token_sees(window: int | None) -> Non
 
 
 def test_crop_forgets_the_last_tokens() -> None:
-    cache = TwoEndedCache([LayerShape(*SAME, None), None, LayerShape(*SAME, 4)], 20, CPU)
+    cache = TwoEndedCache([LayerShape(*SAME, None), LayerShape(*SAME, 4)], 20, CPU)
     for layer in cache.stored:
         layer.update(*states(12))
     kept = [layer.keys.clone() for layer in cache.stored]

@@ -101,7 +101,6 @@ def test_greedy_and_beams(any_model: Restored, tokens: int, options: dict[str, A
         {"repetition_penalty": 1.5},
         {"no_repeat_ngram_size": 2, "num_beams": 2},
         {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2},
-        {"prefill_chunk_size": 5},
     ],
     ids=lambda options: "-".join(options),
 )
