@@ -94,6 +94,7 @@ class Arbiter:
         """Wait until it is the request's turn to compute."""
         self._asking[request.id] = request
         try:
+            check()
             while (first := self._first()) is not request:
                 if first is not None:  # the order has changed since this request was woken
                     first.woken.notify_all()

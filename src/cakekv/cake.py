@@ -19,7 +19,7 @@ from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
-from cakekv.errors import BadInput, StoreError
+from cakekv.errors import BadInput, StoreError, UnsupportedEngine
 from cakekv.executor import Executor, check
 from cakekv.forks import on_fork
 from cakekv.keys import Identity
@@ -165,7 +165,7 @@ class Cake:
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
-        given = _listed(store)
+        self._given = given = _listed(store)
         stores = [one if isinstance(one, Store) else open_store(os.fspath(one), metrics) for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
@@ -202,7 +202,7 @@ class Cake:
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
         self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
-        self._executor = Executor(self._wake)
+        self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
         self._arguments = arguments
         self._stale = False
@@ -230,8 +230,13 @@ class Cake:
             There is no such model, or an option is out of range.
         UnsupportedModel
             Its state cannot be cut into chunks.
+        UnsupportedEngine
+            torch or transformers is not installed, or is a version that cakekv does not work with.
         """
-        from cakekv.engine.transformers import TransformersEngine, load_tokenizer
+        try:
+            from cakekv.engine.transformers import TransformersEngine, load_tokenizer
+        except ModuleNotFoundError as error:
+            raise UnsupportedEngine(f"a model needs more packages ({error}): pip install 'cakekv[engine]'") from error
 
         engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
         return cls(engine, load_tokenizer(os.fspath(model)), store, **options)
@@ -421,16 +426,13 @@ class Cake:
         if not self._stale and self._arms.arbiter.teller == get_ident():
             raise BadInput("a Cake is called from an on_progress callback, while it waits for that to return")
 
-    def _wake(self) -> None:
-        if not self._stale:
-            self._arms.arbiter.wake()
-
     def _forked(self) -> None:
         """This is a child process: threads are gone, locks may be taken, and connections are the parent's."""
         closed = self._executor.closed
-        self._executor = Executor(self._wake)
+        self._executor = Executor()
         self._executor.closed = closed
         self._renewing = Lock()
+        self._are_usable = all(store.survives_fork() for store in self._given if isinstance(store, Store))
         self._stale = True
 
     def _renew(self) -> None:
@@ -440,25 +442,23 @@ class Cake:
         with self._renewing:
             if not self._stale:
                 return
-            given, why = self._arguments["store"], ""
-            urls = _listed(given)
-            if any(isinstance(url, Store) for url in urls):
-                why = "whose stores were given as objects: give URLs"
-            kept = ("_executor", "_arguments", "_renewing", "_stale")
+            why = "" if self._are_usable else "whose stores were given as objects that it cannot use (give URLs)"
             try:
-                fresh = Cake(**self._arguments | {"store": None if why else urls})
+                fresh = Cake(**self._arguments | {"store": None if why else self._given})
             except StoreError as error:
-                why = f"and its stores cannot be opened again: {error}. Try again"
+                why = f"and the stores cannot be opened again: {error}"
                 fresh = Cake(**self._arguments | {"store": None})
+            kept = ("_executor", "_arguments", "_given", "_are_usable", "_renewing", "_stale")
             self._inherited = vars(self).copy()  # else connections that the parent uses might be closed
             vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
+            self._executor.wake = self._arms.arbiter.wake
             if why:
-                why = (
-                    "Nothing is loaded or saved here, in a process forked from the one that made this Cake, "
-                    f"{why}, or make the Cake after the fork."
+                note = (
+                    f"Nothing is loaded or saved here: this process was forked from the one that made the Cake, {why}. "
+                    "Make the Cake after the fork."
                 )
-                self._why_no_stores = [why]
-                emit(_LOG, logging.WARNING, "forked", reason=why)
+                self._why_no_stores = [note]
+                emit(_LOG, logging.WARNING, "forked", reason=note)
             self._stale = False
 
     def __enter__(self) -> Self:

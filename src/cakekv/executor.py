@@ -31,7 +31,6 @@ GRACE_S = 1.0
 """Seconds that an interrupted caller waits for its call to end, so that as a rule nothing goes on behind its back."""
 LOOK_S = 0.2
 """Seconds after which whoever waits within a call, and is not woken when it is cancelled, looks whether it was."""
-
 EXIT_S = 10.0
 """Seconds that the process waits, when it ends, for calls that nobody waits for any more."""
 
@@ -60,7 +59,7 @@ class Executor:
     """
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
-        self._wake = wake
+        self.wake = wake
         self._idle: deque[_Worker] = deque()
         self._changed = threading.Condition()
         """Guards the following; of no concern to calling threads."""
@@ -160,7 +159,7 @@ class Executor:
     def _cancel(self, call: _Call[Any]) -> None:
         call.cancelled = True
         if call.has_begun and not call.has_ended:
-            self._begin(_Call(self, self._wake))
+            self._begin(_Call(self, self.wake))
 
     def _begin(self, call: _Call[Any]) -> None:
         """Have a call run, by a thread that is idle if there is one."""
@@ -236,6 +235,8 @@ class _Call(Generic[Result]):
         try:
             check()
             self._result = self._work()
+        except Cancelled:
+            self._error = Cancelled()  # without the traceback, which would keep the cache
         except BaseException as error:
             self._error = error
         _ours.call = outer

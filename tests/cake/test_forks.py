@@ -23,6 +23,7 @@ from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
+from cakekv.store.wrapper import WrappedStore
 
 HANG_S = 60.0
 
@@ -146,10 +147,34 @@ def test_a_child_that_only_ends(engine: TransformersEngine, prompt: list[int]) -
         assert cake.wait_saved().saved_chunks == 20
 
 
-def test_a_child_of_a_cake_whose_store_is_an_object_says_that_it_does_not_save(
+def test_a_child_uses_stores_that_survive_a_fork(
     engine: TransformersEngine, prompt: list[int], expected: list[int], tmp_path: Path
 ) -> None:
-    with DiskStore(tmp_path) as store, Cake(engine, store=store, chunk_tokens=CHUNK) as cake:
+    memory = MemoryStore()
+    with DiskStore(tmp_path) as disk, Cake(engine, store=[memory, disk], chunk_tokens=CHUNK) as cake:
+        cake.prefill(prompt)
+        cake.wait_saved()
+
+        def child() -> None:
+            answer = cake.generate(prompt, max_new_tokens=4, mode="load")
+            assert answer.token_ids == expected
+            assert answer.report.loaded_tokens == 20 * CHUNK
+            cake.prefill(tokens(6, 3 * CHUNK))
+            assert cake.wait_saved().saved_chunks == 3
+            assert memory.stats().chunks == 23
+            cake.close()
+
+        in_child(child)
+        assert memory.stats().chunks == 20
+
+
+@pytest.mark.parametrize("why", ["connections", "a lock"])
+def test_a_child_of_a_cake_whose_store_does_not_survive_says_that_it_does_not_save(
+    engine: TransformersEngine, prompt: list[int], expected: list[int], tmp_path: Path, why: str
+) -> None:
+    disk, memory = DiskStore(tmp_path), MemoryStore()
+    store = WrappedStore(disk) if why == "connections" else memory  # nothing is known of the former
+    with Cake(engine, store=store, chunk_tokens=CHUNK) as cake:
         cake.prefill(prompt)
         cake.wait_saved()
 
@@ -158,12 +183,13 @@ def test_a_child_of_a_cake_whose_store_is_an_object_says_that_it_does_not_save(
                 answer = cake.generate(prompt, max_new_tokens=4)
                 assert answer.token_ids == expected
                 (note,) = answer.report.notes
-                assert "Nothing is loaded or saved here, in a process forked" in note
+                assert "Nothing is loaded or saved here: this process was forked" in note
                 assert "give URLs" in note
             assert cake.wait_saved().saved_chunks == 0
             cake.close()
 
-        in_child(child)
+        with memory._lock:  # as a thread that is writing holds it
+            in_child(child)
         assert cake.prefill(prompt, mode="load").report.loaded_tokens == 20 * CHUNK
 
 

@@ -128,3 +128,26 @@ def test_a_tier_that_hangs_is_not_waited_for_twice(engine: TransformersEngine, w
         third = cake.generate(ids, max_new_tokens=4, mode="load", save=False)
         assert third.report.loaded_tokens == 6 * CHUNK
     assert [answer.token_ids for answer in (first, second, third)] == [expected] * 3
+
+
+def test_many_requests_at_a_tier_that_hangs_hold_few_buffers(engine: TransformersEngine, watched: Watched) -> None:
+    prompts = [tokens(seed, 60 + seed) for seed in range(20, 32)]
+    with Cake(engine, chunk_tokens=CHUNK) as plain:
+        expected = [plain.generate(ids, max_new_tokens=2).token_ids for ids in prompts]
+    store = filled(engine, *prompts)
+    reads = threading.Event()
+    store.before_open = lambda key: reads.wait(WAIT_S) and None
+    store.opened.clear()
+    with Cake(watched, store=store, chunk_tokens=CHUNK, deadline_s=0.3) as cake:
+        try:
+            asked = [
+                start(str(ids), lambda ids=ids: cake.generate(ids, max_new_tokens=2, mode="load", save=False))  # type: ignore[misc]
+                for ids in prompts
+            ]
+            assert [one.result(WAIT_S).token_ids for one in asked] == expected
+            assert store.parallel_reads <= len(store.opened) <= 2 * store.parallel_reads
+            assert watched.buffers <= len(store.opened)
+        finally:
+            reads.set()
+        until(lambda: not any(cake._arms.loader._in_flight))
+        assert cake.generate(prompts[0], max_new_tokens=2, mode="load").report.loaded_tokens > 0

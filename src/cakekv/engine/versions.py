@@ -53,6 +53,11 @@ except ImportError:  # 5.20 has no entry for layers that keep nothing: those tha
     class DummyLayer:  # type: ignore[no-redef]
         """Stands for a layer that keeps nothing."""
 
+        is_initialized = True
+
+        def reset(self) -> None:
+            """Nothing to forget."""
+
 
 __all__ = [
     "Cache",
@@ -65,6 +70,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "cache_arguments",
     "explain_if_newer",
+    "first_names",
     "is_newer",
     "warn_of_newer",
 ]
@@ -80,6 +86,16 @@ def cache_arguments(forward: Callable[..., Any]) -> list[str]:
     if not named and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return list(_CACHE_NAMES)
     return named[-1:]
+
+
+_MOVED_BUFFERS = {"transformer.rotary_emb.embed_positions": "transformer.h.{layer}.attn.embed_positions"}
+"""Where 5.24 keeps a buffer that every layer had before: GPT-J and CodeGen."""
+
+
+def first_names(buffer: str, layers: int) -> list[str]:
+    """The names that a buffer which is not saved had in the oldest release, and so in keys."""
+    name = _MOVED_BUFFERS.get(buffer)
+    return [buffer] if name is None else [name.format(layer=layer) for layer in range(layers)]
 
 
 def is_newer() -> bool:

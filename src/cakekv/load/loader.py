@@ -106,8 +106,8 @@ class Loader:
     """Loads what the open restores ask for, from every tier at once, several chunks at a time.
 
     A tier has as many workers as it reads chunks in parallel, however many restores there are; the arbiter says whose
-    turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back. Workers
-    live only while a restore is open.
+    turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back; once as
+    many again hang, nothing more is loaded. Workers live only while a restore is open.
 
     A load is read in slices straight into the staging buffer that it is placed from, and given up between two slices
     once compute has claimed its chunk. Nothing is placed that was not verified.
@@ -174,6 +174,9 @@ class Loader:
             if not self._open:
                 free.notify_all()
                 continue
+            if self._stuck(source) >= 2 * self._tiers[source].parallel_reads:
+                self._give_up(source, "late")  # each one that is stuck holds a buffer
+                continue
             while self._workers[source] < self._places(source) and self._hire(source):
                 pass
             free.notify()
@@ -187,7 +190,7 @@ class Loader:
             return True
         except RuntimeError as error:
             self._workers[source] -= 1
-            if not self._workers[source]:
+            if self._workers[source] <= self._stuck(source):
                 self._give_up(source, f"store failed: no thread can be started to read it ({error})")
             return False
 
@@ -223,7 +226,8 @@ class Loader:
         return stuck
 
     def _places(self, source: int) -> int:
-        return self._tiers[source].parallel_reads + self._stuck(source)
+        reads = self._tiers[source].parallel_reads
+        return reads + min(self._stuck(source), reads)
 
     def _next(self, source: int) -> tuple[Loading, Load] | None:
         while self._open and self._workers[source] <= self._places(source):

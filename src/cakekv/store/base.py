@@ -198,6 +198,13 @@ class Store(ABC):
         """Remove what writers that died left behind. Returns what was found, a sentence each."""
         return [sentence for part in self.parts for sentence in part.tidy()]
 
+    def survives_fork(self) -> bool:
+        """Asked in a child process right after a fork: whether the store can be used there, as it is.
+
+        Threads are gone then, what they have locked stays locked, and connections are the parent's, too.
+        """
+        return False
+
     def close(self) -> None:  # noqa: B027 - closing is optional
         """Release connections and files. Safe to call twice."""
 

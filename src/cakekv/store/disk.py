@@ -208,6 +208,9 @@ class DiskStore(Store):
         """See `Store`; of the last 18,000 or more that were removed, by whichever process."""
         return self._removals.find(keys)
 
+    def survives_fork(self) -> bool:
+        return not self._policy_lock.locked()
+
     def tidy(self) -> list[str]:
         """See `Store`; the chunks are counted anew. What is not this program's is named, and left alone."""
         with self._explained("tidy up"), self._folder.locked() as counts:

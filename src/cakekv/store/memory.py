@@ -125,6 +125,10 @@ class MemoryStore(Store):
         with self._lock:
             return self._removals.find(keys)
 
+    def survives_fork(self) -> bool:
+        """See `Store`; each process has its own chunks from then on."""
+        return not self._lock.locked()
+
     def _drop(self, key: ChunkKey) -> bool:
         data = self._chunks.pop(key, None)
         if data is None:
