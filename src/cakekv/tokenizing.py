@@ -25,7 +25,7 @@ class Tokenizing:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if tokenizer is not None and not callable(tokenizer):
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
             raise BadInput(
                 f"the tokenizer is {tokenizer!r:.60}: give a tokenizer of transformers, such as by "
                 "AutoTokenizer.from_pretrained, or None"

@@ -78,12 +78,16 @@ def test_report_picture_and_trace_are_written(tiny_model: Path, document: Path, 
     [
         (["--bandwidth", "fast"], "is not a bandwidth"),
         (["--model", "/no/such/folder"], "there is no model folder"),
+        (["--model", "/no/such/model.gguf"], "llama.cpp's format"),
+        (["--model", __file__], "is a file"),
         (["--document", "/no/such/file"], "cannot read the document"),
         (["--document", __file__, "--store", "ftp://somewhere"], "unknown kind of store"),
         (["--document", sys.executable], "is not text"),
         (["--store", "{tmp}/s?capacity=much"], "is not a size"),
         (["--document", os.devnull], "is empty"),
         (["--temperature", "1", "--top-p", "0"], "top_p"),
+        (["--temperature", "inf"], "temperature"),
+        (["--temperature", "1", "--seed", str(2**70)], "seed"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(

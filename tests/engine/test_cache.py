@@ -82,7 +82,7 @@ def test_it_holds_one_sequence_and_no_gradients() -> None:
         lambda: layer.batch_select_indices(torch.tensor([0])),
         lambda: layer.reorder_cache(torch.tensor([0])),
     ):
-        with pytest.raises(BadInput, match="one sequence.*dynamic_cache"):
+        with pytest.raises(BadInput, match=r"one sequence.*dynamic_cache"):
             refused()
     keys, values = states(1)
     with pytest.raises(BadInput, match="no_grad"):
@@ -103,7 +103,7 @@ def test_keys_and_values_are_what_the_next_token_sees(window: int | None) -> Non
 
 
 def test_crop_forgets_the_last_tokens() -> None:
-    cache = TwoEndedCache([LayerShape(*SAME, None), None, LayerShape(*SAME, 4)], 20, CPU)
+    cache = TwoEndedCache([LayerShape(*SAME, None), LayerShape(*SAME, 4)], 20, CPU)
     for layer in cache.stored:
         layer.update(*states(12))
     kept = [layer.keys.clone() for layer in cache.stored]

@@ -36,7 +36,7 @@ class Halves(LogitsProcessor):  # type: ignore[misc]
 class Json(LogitsProcessor):  # type: ignore[misc]
     """Lets an answer be JSON of one form only; a token is a character of ASCII."""
 
-    FORM = [*'{"name": "', *[string.ascii_letters] * 5, *'", "age": ', "123456789", string.digits, "}", chr(EOS)]
+    FORM = (*'{"name": "', *[string.ascii_letters] * 5, *'", "age": ', "123456789", string.digits, "}", chr(EOS))
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
@@ -101,7 +101,6 @@ def test_greedy_and_beams(any_model: Restored, tokens: int, options: dict[str, A
         {"repetition_penalty": 1.5},
         {"no_repeat_ngram_size": 2, "num_beams": 2},
         {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2},
-        {"prefill_chunk_size": 5},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -154,7 +153,7 @@ def test_the_cache_itself_where_there_is_room(restored: Restored) -> None:
     prefill = restored.prefill(84, room=1 + NEW)
     assert restored.generate(restored.ids, copy.deepcopy(prefill.cache)) == expected
     assert restored.generate(restored.ids, prefill.cache) == expected
-    with pytest.raises(BadInput, match="one sequence, not 2.*dynamic_cache"):
+    with pytest.raises(BadInput, match=r"one sequence, not 2.*dynamic_cache"):
         restored.generate(restored.ids, restored.prefill(84, room=1 + NEW).cache, num_beams=2)
 
 

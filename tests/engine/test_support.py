@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
+from cakekv import Cake
 from cakekv.engine.support import check_config
 from cakekv.engine.transformers import TransformersEngine, context_length
-from cakekv.errors import UnsupportedModel
+from cakekv.errors import BadInput, UnsupportedModel
 from matrix.models import CONFIGS, CONTEXT, WINDOW, build, tiny
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -106,3 +107,75 @@ def test_longrope_is_used_within_its_original_context() -> None:
         **{**config.to_dict(), "rope_parameters": rope, "original_max_position_embeddings": CONTEXT // 2}
     )
     assert context_length(config) == CONTEXT // 2
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": CONTEXT,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "rope", "context"),
+    [
+        ("llama", CONTEXT, None, CONTEXT),
+        ("llama", CONTEXT, {"rope_type": "default"}, CONTEXT),
+        ("qwen2", CONTEXT, YARN, 4 * CONTEXT),
+        ("qwen2", CONTEXT, {"type": "yarn", "factor": 4.0}, 4 * CONTEXT),
+        ("qwen3", CONTEXT + 64, YARN, 4 * CONTEXT),
+        ("deepseek-v3", 4 * CONTEXT, YARN, 4 * CONTEXT),
+        ("deepseek-v3", 5 * CONTEXT, YARN, 5 * CONTEXT),
+        ("llama", CONTEXT, {"rope_type": "linear", "factor": 4.0}, 4 * CONTEXT),
+        ("gemma3", CONTEXT, {"rope_type": "linear", "factor": 8.0}, CONTEXT),
+        ("llama", 2 * CONTEXT, LLAMA3, 2 * CONTEXT),
+        ("llama", CONTEXT, LLAMA3, 8 * CONTEXT),
+        ("llama", CONTEXT, {"rope_type": "dynamic", "factor": 4.0}, CONTEXT),
+    ],
+)
+def test_the_context_goes_as_far_as_the_scaling_of_rope(
+    name: str, stated: int, rope: dict[str, Any] | None, context: int
+) -> None:
+    config = CONFIGS[name]()
+    changed = {"max_position_embeddings": stated, "rope_scaling": rope}
+    given = {key: value for key, value in config.to_dict().items() if not key.startswith("rope")}
+    assert context_length(type(config)(**given | changed)) == context
+
+
+@pytest.mark.parametrize(
+    "rope", [YARN, {"rope_type": "linear", "factor": 4.0}, LLAMA3], ids=lambda rope: rope["rope_type"]
+)
+def test_a_prompt_in_the_scaled_context_is_restored(rope: dict[str, Any]) -> None:
+    given = {key: value for key, value in CONFIGS["llama"]().to_dict().items() if not key.startswith("rope")}
+    model = tiny(transformers.LlamaConfig(**given, rope_scaling=rope))
+    tokens = torch.randint(3, 100, (3 * CONTEXT + 5,)).tolist()
+    with Cake(TransformersEngine(model), None, "memory://", chunk_tokens=16) as cake:
+        cake.prefill(tokens[: 2 * CONTEXT])
+        cake.wait_saved()
+        restored = cake.prefill(tokens, mode="load")
+        assert restored.report.loaded_tokens == 2 * CONTEXT
+        with torch.inference_mode():
+            whole = model(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(restored.logits, whole, atol=2e-4, rtol=2e-4)
+        with pytest.raises(BadInput, match=f"the model's context is {cake.engine.max_context} tokens"):
+            cake.prefill([3] * (cake.engine.max_context + 1))
+
+
+def test_dynamic_scaling_is_used_within_its_original_context() -> None:
+    """Beyond, it would turn the keys of all positions by the length of the prompt."""
+    given = {key: value for key, value in CONFIGS["llama"]().to_dict().items() if not key.startswith("rope")}
+    model = tiny(transformers.LlamaConfig(**given, rope_scaling={"rope_type": "dynamic", "factor": 4.0}))
+    tokens = torch.randint(3, 100, (CONTEXT,)).tolist()
+    with Cake(TransformersEngine(model), None, "memory://", chunk_tokens=16) as cake:
+        cake.prefill(tokens[:64])
+        cake.wait_saved()
+        restored = cake.prefill(tokens, mode="load")
+        assert restored.report.loaded_tokens == 64
+        with torch.inference_mode():
+            whole = model(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(restored.logits, whole, atol=2e-4, rtol=2e-4)
+        with pytest.raises(BadInput, match=f"the model's context is {CONTEXT} tokens"):
+            cake.prefill([*tokens, 3])

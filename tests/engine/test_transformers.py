@@ -139,3 +139,19 @@ def test_an_unsupported_folder_is_refused_before_its_weights_are_read(tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
     with pytest.raises(UnsupportedModel, match="running state"):
         TransformersEngine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama-q4.gguf", "folder", "someone/Llama-GGUF", "./no-such.GGUF"])
+def test_gguf_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("llama-q4.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    Path("folder").mkdir()
+    Path("folder/llama-q4.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(BadInput, match=r"llama\.cpp's format, which is not read here. Give the folder"):
+        TransformersEngine.from_pretrained(name)
+
+
+def test_a_file_of_weights_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"is a file \(give a folder with config.json"):
+        TransformersEngine.from_pretrained(tmp_path / "model.safetensors")

@@ -35,12 +35,11 @@ if TYPE_CHECKING:  # codecs need numba
     from cakekv.codec.on_device import DeviceDecoder
 
 
-_GIVE_A_FOLDER = "give a folder with config.json and safetensors files"
-_FILE_ADVICE = {
-    ".gguf": "GGUF is llama.cpp's format, which is not read here. Give the folder or the name of the model that it was "
-    "made from; or convert it, by AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW), "
-    "and the same with AutoTokenizer"
-}
+_NO_GGUF = (
+    "GGUF is llama.cpp's format, which is not read here. Give the folder or the name of the model that it was made "
+    "from; or convert it, by AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(NEW), and "
+    "the same with AutoTokenizer"
+)
 
 
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
@@ -120,15 +119,20 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """
         source = str(name_or_folder)
         folder = Path(source).expanduser()
+        advice = (
+            "give a folder with config.json and safetensors files, or the name of a model on the Hugging Face hub that "
+            "is cached here or can be downloaded"
+        )
+        if "gguf" in source.lower() or any(folder.glob("*.gguf")):
+            advice = _NO_GGUF
         if folder.is_dir():
             source = str(folder)
             if not (folder / "config.json").is_file():
-                advice = _FILE_ADVICE[".gguf"] if any(folder.glob("*.gguf")) else _GIVE_A_FOLDER
-                raise BadInput(f"the folder {source} holds no model, because it has no config.json: {advice}")
+                raise BadInput(f"the folder {source} holds no model: it has no config.json ({advice})")
         elif folder.is_file():
-            raise BadInput(f"{source} is a file: {_FILE_ADVICE.get(folder.suffix.lower(), _GIVE_A_FOLDER)}")
+            raise BadInput(f"the model {source} is a file ({advice})")
         elif folder.is_absolute() or source.startswith((".", "~")):
-            raise BadInput(f"there is no model folder {source}")
+            raise BadInput(f"there is no model folder {source} ({advice})")
         try:
             config = AutoConfig.from_pretrained(source)
             check_config(config)
@@ -137,10 +141,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise BadInput(
-                f"cannot load the model {source!r}: {reason} (give a folder with config.json and safetensors files, "
-                "or the name of a model on the Hugging Face hub that is cached here or can be downloaded)"
-            ) from error
+            raise BadInput(f"cannot load the model {source!r}: {reason} ({advice})") from error
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])
             raise BadInput(f"the model {source!r} is incomplete: it lacks {len(missing)} tensors, such as {missing[0]}")
