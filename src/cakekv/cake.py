@@ -42,6 +42,8 @@ __all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
 Prompt = str | Sequence[int]
 Stores = Store | str | Sequence[Store | str] | None
 
+_CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
+
 LOOKUP_DEADLINE_S = 2.0
 """Seconds that a tier may take to say what it holds of a prompt."""
 
@@ -125,12 +127,12 @@ class Cake:
         self.layered_finish = layered_finish
         self.ttft_target_s = ttft_target_s
         self.quality_floor = quality_floor
-        self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
+        identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype, engine.rotations)
+        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, identity.dtype, engine.rotations)
         coder.warm_up()
         self._costs = KnownCosts(
-            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
+            calibration, identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
@@ -150,7 +152,12 @@ class Cake:
             deadline_s=deadline_s,
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
-        self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
+        self._stored = StoredPrefixes(engine, tenant, coder, self.tiers, ask, self._saver)
+
+    @property
+    def identity(self) -> Identity:
+        """Whose chunks are loaded and saved: the model's, as it is now."""
+        return self._stored.now().identity
 
     @classmethod
     def from_pretrained(
@@ -201,7 +208,7 @@ class Cake:
         """
         request = self._arms.arbiter.request(monotonic())
         token_ids = self._tokens(prompt)
-        return self._restore(request, token_ids, len(token_ids), mode, save, on_progress)
+        return self._restore(request, token_ids, len(token_ids), mode, save, on_progress)[0]
 
     def generate(
         self,
@@ -339,11 +346,17 @@ class Cake:
             raise BadInput(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         token_ids = self._tokens(prompt)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress)
-        return prefill, self._decode(request, prefill, choose, max_new_tokens, capacity)
+        prefill, found = self._restore(request, token_ids, capacity, mode, save, on_progress)
+        return prefill, self._decode(request, prefill, found, choose, max_new_tokens, capacity)
 
     def _decode(
-        self, request: Request, prefill: Prefill, choose: Callable[[Any], int], max_new_tokens: int, capacity: int
+        self,
+        request: Request,
+        prefill: Prefill,
+        found: Found,
+        choose: Callable[[Any], int],
+        max_new_tokens: int,
+        capacity: int,
     ) -> Iterator[int]:
         logits, position = prefill.logits, len(prefill.token_ids)
         for _ in range(max_new_tokens):
@@ -356,6 +369,8 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
+        if not found.changed and not self._stored.still(found):
+            prefill.report.notes.append(_CHANGED)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         token_ids = self._tokenizing.tokens(prompt)
@@ -370,16 +385,16 @@ class Cake:
         mode: Mode,
         save: bool,
         on_progress: OnProgress | None,
-    ) -> Prefill:
+    ) -> tuple[Prefill, Found]:
         _check_mode(mode)
         notes: list[str] = []
         looked_up = monotonic()
         found = self._stored.lookup(token_ids, notes)
         lookup_s = monotonic() - looked_up
         if not any(found.holders) and not notes:
-            notes += self._stored.why_nothing()
+            notes += self._stored.why_nothing(found)
         cache = self.engine.new_cache(capacity)
-        on_span = partial(self._stored.save, cache, found.keys if save else [])
+        on_span = partial(self._stored.save, cache, found) if save else _nothing
         restorer = self._restorer(request, cache, token_ids, found, mode, on_span=on_span, on_progress=on_progress)
         logits = restorer.run()
         ttft_s = monotonic() - request.arrived_s
@@ -387,11 +402,17 @@ class Cake:
         restorer.release()
         report.ttft_s, report.lookup_s, report.codec = ttft_s, lookup_s, self.codec.name
         report.notes += notes
+        if not self._stored.still(found):
+            report.notes.append(_CHANGED)
         self.last_report = report
         log_restore(report)
         if self._metrics is not None:
             self._metrics.add_restore(report)
-        return Prefill(token_ids, cache, logits, report)
+        return Prefill(token_ids, cache, logits, report), found
+
+
+def _nothing(*_: Any) -> None:
+    """Save nothing."""
 
 
 def _check_mode(mode: str) -> None:

@@ -43,6 +43,31 @@ class LayerShape(NamedTuple):
         return LayerLayout(tuple(planes), self.window)
 
 
+class Writes:
+    """What was written to a cache by forwards, as far as it concerns those who still want to copy out of it.
+
+    Attributes
+    ----------
+    watched : int
+        End of the positions that somebody wants to copy.
+    early : list of int
+        Where the writes began that began before that.
+    counted : int
+        As many writes as the forwards made: torch, which counts all, finds more if somebody else wrote, too.
+    """
+
+    def __init__(self) -> None:
+        self.watched = 0
+        self.early: list[int] = []
+        self.counted = 0
+
+    def begin(self, position: int) -> None:
+        """Note that a layer's keys and values are about to be written from `position` on."""
+        self.counted += 2
+        if position < self.watched:
+            self.early.append(position)
+
+
 class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, for one sequence.
 
@@ -52,6 +77,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         What it keeps.
     regions : list of Tensor
         Its memory: see the attribute.
+    writes : Writes
+        The cache's.
 
     Attributes
     ----------
@@ -67,8 +94,9 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         Called before a span reads the layer; returns once what it may see is there.
     """
 
-    def __init__(self, shape: LayerShape, regions: list[torch.Tensor]) -> None:
+    def __init__(self, shape: LayerShape, regions: list[torch.Tensor], writes: Writes | None = None) -> None:
         super().__init__()
+        self._writes = writes or Writes()
         self.window = shape.window
         self.regions = regions
         self.capacity = regions[0].shape[1]
@@ -90,6 +118,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Write a span's keys and values behind what is covered, and return all that the span may see."""
         self.before_read()
         first, end = self._first_visible(), self.length + key_states.shape[-2]
+        self._writes.begin(self.length)
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.length = end
@@ -165,6 +194,8 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         self.capacity = capacity
         self.stored: list[TwoEndedLayer] = []
         self.stacks: list[Stack] = []
+        self._writes = Writes()
+        self._joint: list[torch.Tensor] = []
         kept = [shape for shape in shapes if shape is not None]
         for _, alike in groupby(kept, key=lambda shape: shape[:2]):
             self._add(list(alike), device)
@@ -179,6 +210,7 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         memory: list[Sequence[torch.Tensor]]
         if device.type == "cpu":
             joint = [_host_memory((len(shapes), *size), plane.dtype) for size, plane in zip(sizes, planes, strict=True)]
+            self._joint += joint
             self.stacks.append(Stack(len(self.stored), [region.view(torch.uint8).numpy() for region in joint]))
             memory = [region.unbind() for region in joint]
         else:
@@ -186,12 +218,35 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
                 [torch.empty(size, dtype=plane.dtype, device=device) for _ in shapes]
                 for size, plane in zip(sizes, planes, strict=True)
             ]
-        self.stored += [TwoEndedLayer(shape, list(regions)) for shape, *regions in zip(shapes, *memory, strict=True)]
+        self.stored += [
+            TwoEndedLayer(shape, list(regions), self._writes) for shape, *regions in zip(shapes, *memory, strict=True)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Where the next forward begins in the layer that is furthest behind."""
+        return min(layer.length for layer in self.stored)
 
     def set_length(self, length: int) -> None:
         """Say that the next forward begins at `length` and that all it can see below is covered."""
         for layer in self.stored:
             layer.length = length
+
+    def watch_below(self, end: int) -> tuple[int, int]:
+        """Begin to watch the positions below `end`, which are covered; what it returns is for `rewritten`."""
+        self._writes.watched = max(self._writes.watched, end)
+        return len(self._writes.early), self._others_writes()
+
+    def rewritten(self, end: int, since: tuple[int, int]) -> bool:
+        """Whether a forward has written below `end` since they were watched, or, in the host's memory, somebody else
+        has written anywhere.
+        """
+        early, others = since
+        return min(self._writes.early[early:], default=end) < end or self._others_writes() > others
+
+    def _others_writes(self) -> int:
+        made = sum(region._version for region in self._joint if not region.is_inference())
+        return made - self._writes.counted  # read last: a forward counts before it writes
 
     @contextmanager
     def gated(self, gate: Callable[[int], None]) -> Iterator[None]:

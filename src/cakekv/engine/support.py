@@ -76,6 +76,15 @@ def probe(model: Any) -> list[LayerShape | None]:
     return shapes
 
 
+def shapes_of(model: Any) -> list[LayerShape | None]:
+    """What each layer of a model that `probe` accepted keeps now; raises as `probe` does."""
+    recorders = _recorders(model.config)
+    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
+    for _ in range(2):
+        _first_logits(model, cache, [1, 1])
+    return [_shape(recorder, index, model) for index, recorder in enumerate(recorders)]
+
+
 def cached_keys(model: Any, tokens: list[int]) -> list[torch.Tensor]:
     """What a model caches as keys of these tokens, of each layer that caches any: (heads, tokens, width), float32."""
     recorders = _recorders(model.config)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,14 +17,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, Gate
+from cakekv.engine.base import Engine, EngineState, Gate, Gather
 from cakekv.engine.cache import TwoEndedCache
-from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
+from cakekv.engine.deviations import surroundings
+from cakekv.engine.identify import layout_text
+from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
-from cakekv.engine.support import accepts, check_config, probe
+from cakekv.engine.support import accepts, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
-from cakekv.errors import BadInput, UnsupportedModel
+from cakekv.errors import BadInput, CacheRewritten, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.rotation import Rotation
@@ -36,13 +39,15 @@ if TYPE_CHECKING:  # codecs need numba
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """Restores KV caches of a causal language model of the transformers library.
 
-    Any attention implementation will do; none enters into the identity, because they differ by rounding only.
+    Any attention implementation will do. They differ by rounding only and do not enter into the identity, unless they are
+    somebody's own, or the model is a Falcon with ALiBi.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        The model, on one device, weights in memory. It is put into evaluation mode (dropout off), and its weights must
-        stay as they are while the engine lives. Adapters may be switched between requests.
+        The model, on one device, weights in memory. It is put into evaluation mode (dropout off). It may change while the
+        engine lives, for instance have its adapters switched: each request is for the model as it is then. What it
+        may not change is the type of its keys and values, and its device.
 
     Raises
     ------
@@ -56,15 +61,24 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 raise UnsupportedModel("a prompt-tuned model is not supported, because its prompt has no token ids")
             model = model.get_base_model()
         self.model = model.eval()
+        self._bare = getattr(model, "_orig_mod", model)  # of a compiled one
         self.device: torch.device = model.device
         self._transfer = transfer_for(self.device)
-        self._shapes = probe(model)
+        with torch.autocast(self.device.type, enabled=False):
+            self._shapes = probe(model)
         stored = [shape for shape in self._shapes if shape is not None]
         self.layout = KVLayout(tuple(shape.layout for shape in stored))
         self._dtype = "+".join(sorted({str(plane.dtype) for shape in stored for plane in shape[:2]}))
         self.max_context = context_length(model.config)
-        self.vocabulary_size = model.get_input_embeddings().weight.shape[0]
+        self._looking = Lock()
+        self._live = LiveModel(self._bare)
+        self._outgrown = ""
         self._arguments = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+
+    @property
+    def vocabulary_size(self) -> int:  # type: ignore[override]
+        """As the model's embeddings have it now."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @classmethod
     def from_pretrained(
@@ -151,21 +165,54 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return find_rotations(self.model)
 
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
-        """As `Engine.identity`. The first call reads all weights; adapters are looked at in every call."""
-        return Identity(
-            weights=self._weights,
-            architecture=architecture(self.model.config),
-            dtype=self._dtype.replace("torch.", ""),
-            layout=layout_text(self.layout),
-            chunk_tokens=chunk_tokens,
-            adapter=adapter_fingerprint(self.model),
-            tenant=tenant,
-            recipe=recipe,
-        )
+        """As `Engine.identity`. The first call reads all weights, later ones what was written to since."""
+        with self._looking:
+            self._look()
+            return Identity(
+                weights=self._live.names.weights,
+                architecture=self._live.names.architecture,
+                dtype=self._dtype.replace("torch.", ""),
+                layout=layout_text(self.layout),
+                chunk_tokens=chunk_tokens,
+                adapter=self._live.names.adapter,
+                tenant=tenant,
+                recipe=recipe,
+            )
 
-    @cached_property
-    def _weights(self) -> str:
-        return weights_fingerprint(self.model)
+    def state(self) -> EngineState:
+        """As `Engine.state`.
+
+        A write to a few elements of a weight through `.data` or NumPy may go unseen: call `weights_changed` after it.
+
+        Raises
+        ------
+        UnsupportedModel
+            The model was changed so that another engine is needed.
+        """
+        with self._looking:
+            self._look()
+            return EngineState(self._live.revision, self._live.names.unnamed or surroundings(self.device))
+
+    def weights_changed(self) -> None:
+        """Have all weights read anew, because they were written to in a way that cannot be noticed."""
+        with self._looking:
+            self._live.forget()
+
+    def _look(self) -> None:
+        """Find out what changed in the model; called with the lock held."""
+        if self._live.look():
+            self.max_context = context_length(self.model.config)
+            self._outgrown = self._why_outgrown() if self._live.may_have_other_shapes else self._outgrown
+        if self._outgrown:
+            raise UnsupportedModel(f"the model was changed after its engine was made, and {self._outgrown}")
+
+    def _why_outgrown(self) -> str:
+        """Why this engine's caches do not fit the model any more; "" if they do."""
+        if self.model.device != self.device:
+            return f"it is on {self.model.device} now, not on {self.device}: make a new engine"
+        with torch.autocast(self.device.type, enabled=False):
+            shapes = shapes_of(self.model)
+        return "" if shapes == self._shapes else "its layers keep other keys and values than before: make a new engine"
 
     def new_cache(self, capacity: int) -> TwoEndedCache:
         """As `Engine.new_cache`. Raises `BadInput` if the model's context has not so many tokens."""
@@ -188,10 +235,19 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         cache.set_length(start)
         with torch.inference_mode(), cache.gated(gate) if gate is not None else nullcontext():
             input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
-            output = self.model(
-                input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
-            )
+            try:
+                output = self.model(
+                    input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
+                )
+            except RuntimeError:
+                self.state()  # it may be that the model outgrew its caches, which says more
+                raise
             logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
+        if cache.length != start + tokens:
+            raise UnsupportedModel(
+                "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
+                "call model.eval()"
+            )
         return logits
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
@@ -205,6 +261,17 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
         """As `Engine.gather`. Raises `BadInput` if the segments do not fit."""
         self._transfer.gather(cache, start, tokens, segments)
+
+    def gatherer(self, cache: TwoEndedCache, start: int, tokens: int) -> Gather:
+        """As `Engine.gatherer`."""
+        since = cache.watch_below(start + tokens)
+
+        def gather(segments: Sequence[memoryview]) -> None:
+            self.gather(cache, start, tokens, segments)
+            if cache.rewritten(start + tokens, since):  # asked afterwards: it may have been while we copied
+                raise CacheRewritten(f"the cache was written to below position {start + tokens} before it was saved")
+
+        return gather
 
     def staging(self, size: int) -> memoryview:
         """As `Engine.staging`."""

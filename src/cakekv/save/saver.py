@@ -13,7 +13,7 @@ from time import monotonic
 
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import CannotEncode, StoreError, StoreFull
+from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
@@ -38,7 +38,7 @@ class SaveReport:
     declined_chunks : int
         The tier chose not to keep them.
     failed_chunks : int
-        Lost to an error of the tier, or not to be encoded.
+        Lost to an error of the tier, not to be encoded, or overwritten in their cache before they were saved.
     error : str or None
         The first such error.
     """
@@ -111,8 +111,9 @@ class Saver:
         self._put(partial(self._note, root, fields))
 
     def save(self, key: ChunkKey, position: int, gather: Gather, exact: bool = False) -> None:
-        """Hand over a chunk whose region of the cache is covered and will not change; from any thread.
+        """Hand over a chunk whose region of the cache is covered; from any thread.
 
+        `gather` raises `CacheRewritten` if the region has changed since; the chunk is not saved then.
         `exact`: it is stored as it is, whatever the codec.
         """
         if not self._put(partial(self._write, key, position, gather, exact)):
@@ -203,14 +204,14 @@ class Saver:
         coder, began = self._coder, monotonic()
         encodes = coder.encodes and not exact
         with self._staging.buffer() as buffer, self._staging.buffer() if encodes else nullcontext() as coded:
-            gather(segments(coder.exact, buffer))
             try:
+                gather(segments(coder.exact, buffer))
                 chunk = coder.encode(buffer, coded, key, position) if coded is not None else None
                 if chunk is None:
                     seal(coder.exact, buffer, key, position)
                     chunk = buffer[: coder.exact.total_bytes]
                 kept = self.store.write(key, chunk)
-            except (StoreFull, StoreError, CannotEncode) as error:
+            except (StoreFull, StoreError, CannotEncode, CacheRewritten) as error:
                 self._failed(_kind(error), str(error))
                 return
             size = len(chunk)
@@ -231,5 +232,5 @@ class Saver:
 
 def _kind(error: Exception) -> str:
     """As a label of a metric."""
-    kinds = {StoreFull: "store full", StoreError: "store failed"}
+    kinds = {StoreFull: "store full", StoreError: "store failed", CacheRewritten: "rewritten"}
     return next((name for kind, name in kinds.items() if isinstance(error, kind)), "not encodable")
