@@ -75,7 +75,7 @@ class Identity:
     Raises
     ------
     BadInput
-        `chunk_tokens` is not positive.
+        `chunk_tokens` is not positive, or `tenant` is no text.
     """
 
     weights: str
@@ -91,6 +91,8 @@ class Identity:
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise BadInput(f"a chunk holds at least one token, not {self.chunk_tokens}")
+        if not isinstance(self.tenant, str):
+            raise BadInput(f'a tenant is a text ("" if all share), not a {type(self.tenant).__name__}')
 
     @cached_property
     def root(self) -> bytes:
@@ -101,7 +103,9 @@ class Identity:
         """All fields as text, to explain a miss; of the tenant only a short digest, because a salt is a secret."""
         fields = {name: str(value) for name, value in asdict(self).items()}
         if self.tenant:
-            fields["tenant"] = blake3(self.tenant.encode("utf-8", "surrogatepass"), derive_key_context="cakekv tenant").hexdigest(4)
+            fields["tenant"] = blake3(
+                self.tenant.encode("utf-8", "surrogatepass"), derive_key_context="cakekv tenant"
+            ).hexdigest(4)
         return fields
 
 

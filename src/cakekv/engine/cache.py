@@ -54,12 +54,15 @@ class Writes:
         Where the writes began that began before that.
     counted : int
         As many writes as the forwards made: torch, which counts all, finds more if somebody else wrote, too.
+    turns : int
+        Odd while the engine runs a forward, after which alone `counted` is right: a compiled one counts at its end.
     """
 
     def __init__(self) -> None:
         self.watched = 0
         self.early: list[int] = []
         self.counted = 0
+        self.turns = 0
 
     def begin(self, position: int) -> None:
         """Note that a layer's keys and values are about to be written from `position` on."""
@@ -241,12 +244,23 @@ class TwoEndedCache(Cache):  # type: ignore[misc]
         """Whether a forward has written below `end` since they were watched, or, in the host's memory, somebody else
         has written anywhere.
         """
-        early, others = since
-        return min(self._writes.early[early:], default=end) < end or self._others_writes() > others
+        writes, (early, others) = self._writes, since
+        turns = writes.turns
+        written = self._others_writes() > others and turns == writes.turns and turns % 2 == 0
+        return written or min(writes.early[early:], default=end) < end
 
     def _others_writes(self) -> int:
         made = sum(region._version for region in self._joint if not region.is_inference())
-        return made - self._writes.counted  # read last: a forward counts before it writes
+        return made - self._writes.counted
+
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """The engine runs a forward within the `with` block."""
+        self._writes.turns += 1
+        try:
+            yield
+        finally:
+            self._writes.turns += 1
 
     @contextmanager
     def gated(self, gate: Callable[[int], None]) -> Iterator[None]:
@@ -265,7 +279,7 @@ def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     length = math.prod(size) * dtype.itemsize
     try:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise BadInput(f"there is no memory for a KV cache of {format_bytes(length)}: shorten the prompt") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

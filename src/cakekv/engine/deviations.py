@@ -21,18 +21,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cakekv.engine.stamps import classes_of, configs_of, global_hooks, modules_of, namespaces_of, settings
+from cakekv.errors import BadInput
 
 WRAPPED = ("base_layer", "original_module", "_orig_mod")
 """Children that are the model's own module, inside one that PEFT or torch.compile put around it."""
 
 _LIBRARIES = {"torch", "transformers", "peft", "torchao", "bitsandbytes", "optimum", "gptqmodel", "awq"}
-_LIBRARIES |= {"compressed_tensors", "accelerate", "kernels", "huggingface_hub", "numpy", "einops", "safetensors", "tokenizers"}
+_LIBRARIES |= {"compressed_tensors", "accelerate", "kernels", "huggingface_hub", "numpy", "einops", "safetensors"}
+_LIBRARIES |= {"tokenizers"}
+"""Whose code is taken to do what its name says."""
 _ALIKE = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
 """Attention implementations that differ by rounding only, as a rule."""
+_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
+"""They compute nothing, so it does not matter whether they train."""
 _IGNORED = {
     *vars(torch.nn.Module()),
     *("_is_hf_initialized", "_compiled_call_impl", "_hf_hook", "_old_forward"),
-    *("gradient_checkpointing", "_gradient_checkpointing_func"),
+    *("gradient_checkpointing", "_gradient_checkpointing_func", "extra_repr"),
 }
 _IGNORED_OF_MODELS = {"name_or_path", "warnings_issued", "generation_config"}
 
@@ -64,8 +69,8 @@ class Blank:
     Attributes
     ----------
     modules : dict or None
-        By path. Of the buffers that are not saved with the weights, those that transformers itself computes after loading
-        weights are there, and no others. None if the class cannot be built from its configuration alone.
+        By path. Of the buffers that are not saved with the weights, those that transformers itself computes after
+        loading weights are there, and no others. None if the class cannot be built from its configuration alone.
     """
 
     def __init__(self, model: Any) -> None:
@@ -99,7 +104,7 @@ def find_deviations(model: Any, blank: Blank) -> Deviations:
     """
     found = Deviations()
     modules = modules_of(model)
-    if any(module.training for module in modules.values()):
+    if any(module.training for module in modules.values() if not isinstance(module, _CONTAINERS)):
         found.unnamed.append("it is in training mode, in which dropout is at work (model.eval() ends that)")
     for path, module in modules.items():
         found.unnamed += [f"{_where(path)} has a hook ({_name(hook)})" for hook in _hooks(module)]
@@ -125,7 +130,7 @@ def surroundings(device: torch.device) -> str:
     """What of the calling thread's settings makes a forward compute something else, in words; "" for nothing."""
     if torch.is_autocast_enabled(device.type):
         return f"autocast to {str(torch.get_autocast_dtype(device.type))[6:]} is on around the call"
-    modes = torch.overrides._get_current_function_mode_stack()
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     others = [type(mode).__name__ for mode in modes if type(mode).__name__ != "DeviceContext"]
     if torch._C._len_torch_dispatch_stack():
         others.append("a dispatch mode of torch")
@@ -145,7 +150,15 @@ def own_modules(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's type, shape and values."""
+    """Digest of a tensor's type, shape and values.
+
+    Raises
+    ------
+    BadInput
+        It is not in memory.
+    """
+    if tensor.is_meta:
+        raise BadInput("a buffer is not in memory, so the model cannot be identified; load it without offloading")
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return blake3(f"{tensor.dtype}{tuple(tensor.shape)}".encode()).update(data.data).hexdigest(16)
 
@@ -278,7 +291,9 @@ def _alike(value: Any, other: Any) -> bool:
             return True
     except Exception:  # it may be anything
         return False
-    return type(value).__eq__ is object.__eq__ and _alike(getattr(value, "__dict__", 0), getattr(other, "__dict__", 0))
+    if getattr(type(value), "__eq__", None) is not object.__eq__:
+        return False
+    return _alike(getattr(value, "__dict__", None), getattr(other, "__dict__", None))
 
 
 def _cells(function: FunctionType) -> list[Any]:
@@ -288,7 +303,7 @@ def _cells(function: FunctionType) -> list[Any]:
 def _named(value: Any) -> Any:
     """Plain data that stands for a value; None if there is none."""
     if isinstance(value, torch.Tensor):
-        return None if value.is_meta else tensor_digest(value)
+        return tensor_digest(value)
     if isinstance(value, torch.dtype | torch.device | float) or value is None:
         return str(value)
     if isinstance(value, bool | int | str):

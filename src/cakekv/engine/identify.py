@@ -82,9 +82,7 @@ def weights_fingerprint(model: Any, digests: Digests) -> str:
     weights = [(_clean(name), value) for name, value in model.state_dict().items() if not _adapter(name, wrappers)]
     saved = {name for name, _ in weights}
     derived = [
-        (name, tensor)
-        for name, tensor in model.named_buffers()
-        if name not in saved and not _adapter(name, wrappers)
+        (name, tensor) for name, tensor in model.named_buffers() if name not in saved and not _adapter(name, wrappers)
     ]
     entries = [(*_described(name, tensor), content_digest(b"")) for name, tensor in derived]
     return fingerprint_digests([*entries, *_entries(weights, digests)])
@@ -164,10 +162,16 @@ def _entries(values: Iterable[tuple[str, Any]], digests: Digests) -> Iterator[tu
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 raise UnnamedState(f"its weight {name} has a form whose bytes cannot be read ({error})") from error
         else:
-            try:
-                yield name, "json", (), content_digest(canonical(str(value) if isinstance(value, torch.dtype) else value).encode())
-            except BadInput as error:
-                raise UnnamedState(f"its state {name} is a {type(value).__qualname__}, of which no key can be made") from error
+            yield name, "json", (), content_digest(_text(name, value).encode())
+
+
+def _text(name: str, value: Any) -> str:
+    """What else than tensors is saved with a model, as stable text."""
+    try:
+        return canonical(str(value) if isinstance(value, torch.dtype) else value)
+    except BadInput as error:
+        kind = type(value).__qualname__
+        raise UnnamedState(f"its state {name} is a {kind}, of which no key can be made") from error
 
 
 def _described(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from cakekv.engine.identify import (
     architecture,
     weights_fingerprint,
 )
-from cakekv.engine.stamps import Stamps, plain_tensors
+from cakekv.engine.stamps import Stamps, form_of, plain_tensors
 from cakekv.keys import canonical
 
 
@@ -36,27 +36,30 @@ class LiveModel:
 
     Attributes
     ----------
+    model : transformers.PreTrainedModel
+        The model.
     revision : int
         How often it was found to be changed, or to have been written to.
-    may_have_other_shapes : bool
-        Whether what changed last can have changed what its layers keep.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         self._digests = Digests()
         self._stamps: Stamps | None = None
         self._blank: Blank | None = None
         self._names: Names | None = None
-        self._form: Any = None
         self.revision = 0
-        self.may_have_other_shapes = False
 
     @property
     def names(self) -> Names:
         """What it was called when it was last looked at."""
         assert self._names is not None, "look first"
         return self._names
+
+    @property
+    def form(self) -> Any:
+        """Its configurations, and what kinds of weights it has now: what its layers keep follows from them."""
+        return form_of(self.model)
 
     def look(self) -> bool:
         """See what it is now. Returns whether anything may have changed; costs next to nothing if not.
@@ -73,13 +76,12 @@ class LiveModel:
         if before is not None and before.silent_writes():
             self._digests.forget()
         self._stamps = None  # if what follows fails, it is done again
-        stamps = Stamps(self._model)
+        stamps = Stamps(self.model)
         self._digests.keep(inner for tensor in stamps.weights for inner in plain_tensors(tensor))
-        names, form = self._name(), stamps.form
+        names = self._name()
         if before is not None and (written or names != self._names):
             self.revision += 1
-        self.may_have_other_shapes = self._form is not None and form != self._form
-        self._stamps, self._names, self._form = stamps, names, form
+        self._stamps, self._names = stamps, names
         return True
 
     def forget(self) -> None:
@@ -89,7 +91,7 @@ class LiveModel:
         self.revision += 1
 
     def _name(self) -> Names:
-        model = self._model
+        model = self.model
         if self._blank is None or not self._blank.is_of(model):
             self._blank = Blank(model)
         deviations = find_deviations(model, self._blank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -91,12 +91,18 @@ def write_count(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def form_of(model: Any) -> Any:
+    """What the model's layers keep follows from: its configurations, and the types and shapes of its weights."""
+    configs = [deepcopy(vars(config)) for config in configs_of(modules_of(model))]
+    return configs, [(tensor.dtype, tensor.shape) for tensor in model.parameters()]
+
+
 class Stamps:
     """What a model's forward depends on, as it was at one moment.
 
     Of tensors there are the object, its version, which torch counts up at every write, its address, and a few of its
-    bytes. The bytes are for writes that torch does not count: those through `.data` and through NumPy. Such a write to a
-    few elements only may go unseen.
+    bytes. The bytes are for writes that torch does not count: those through `.data` and through NumPy. Such a write to
+    a few elements only may go unseen.
 
     Parameters
     ----------
@@ -107,8 +113,6 @@ class Stamps:
     ----------
     weights : list of Tensor
         The parameters, and the buffers that are saved with them.
-    form : list
-        The configurations, and what kinds of tensors there are: what the model's layers keep follows from it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -125,7 +129,6 @@ class Stamps:
         self._names = [(held, dict(held)) for held in names]
         self._configs = [(vars(config), deepcopy(vars(config))) for config in configs_of(modules)]
         self._settings = settings()
-        self.form = [[copy for _, copy in self._configs]]
         derived: list[torch.Tensor] = []
         self.weights = []
         for attributes in self._attributes:
@@ -135,7 +138,6 @@ class Stamps:
                 (derived if name in transient else self.weights).append(buffer)
             derived += [value for value in attributes.values() if isinstance(value, torch.Tensor)]
         self.weights = _distinct(self.weights)
-        self.form += [(tensor.dtype, tensor.device, tuple(tensor.shape)) for tensor in self.weights]
         self._watched = [inner for tensor in self.weights for inner in plain_tensors(tensor)]
         self._tracked = [tensor for tensor in self._watched if not tensor.is_inference()]
         self._versions = [*map(_version, self._tracked)]
@@ -211,7 +213,7 @@ def _is_torch(kind: type) -> bool:
     return kind is object or kind.__module__.partition(".")[0] in ("torch", "typing", "abc", "builtins")
 
 
-def _distinct(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+def _distinct(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
@@ -245,5 +247,6 @@ def _runs(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     end = min(start + size, tensor.untyped_storage().nbytes())
     for first in {start, start + size // 2, end - _RUN_BYTES}:
         if start <= first < end:
+            length = (min(_RUN_BYTES, end - first),)
             run = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            yield run.set_(tensor.untyped_storage(), first, (min(_RUN_BYTES, end - first),))
+            yield run.set_(tensor.untyped_storage(), first, length)  # type: ignore[call-overload]

@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +19,7 @@ from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, EngineState, Gate, Gather
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.deviations import surroundings
-from cakekv.engine.identify import layout_text
+from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
@@ -39,15 +38,15 @@ if TYPE_CHECKING:  # codecs need numba
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """Restores KV caches of a causal language model of the transformers library.
 
-    Any attention implementation will do. They differ by rounding only and do not enter into the identity, unless they are
-    somebody's own, or the model is a Falcon with ALiBi.
+    Any attention implementation will do. They differ by rounding only and do not enter into the identity, unless they
+    are somebody's own, or the model is a Falcon with ALiBi.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        The model, on one device, weights in memory. It is put into evaluation mode (dropout off). It may change while the
-        engine lives, for instance have its adapters switched: each request is for the model as it is then. What it
-        may not change is the type of its keys and values, and its device.
+        The model, on one device, weights in memory. It is put into evaluation mode (dropout off). It may change while
+        the engine lives, for instance have its adapters switched: each request is for the model as it is then. What
+        must stay is its device, and what its layers keep.
 
     Raises
     ------
@@ -56,24 +55,26 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """
 
     def __init__(self, model: Any) -> None:
-        if hasattr(model, "get_base_model"):
+        self._activates = hasattr(model, "get_base_model")
+        if self._activates:
             if any(config.is_prompt_learning for config in model.peft_config.values()):
                 raise UnsupportedModel("a prompt-tuned model is not supported, because its prompt has no token ids")
             model = model.get_base_model()
         self.model = model.eval()
-        self._bare = getattr(model, "_orig_mod", model)  # of a compiled one
+        bare = getattr(model, "_orig_mod", model)  # of a compiled one
         self.device: torch.device = model.device
         self._transfer = transfer_for(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            self._shapes = probe(model)
+            self._shapes = probe(bare)
         stored = [shape for shape in self._shapes if shape is not None]
         self.layout = KVLayout(tuple(shape.layout for shape in stored))
         self._dtype = "+".join(sorted({str(plane.dtype) for shape in stored for plane in shape[:2]}))
         self.max_context = context_length(model.config)
         self._looking = Lock()
-        self._live = LiveModel(self._bare)
-        self._outgrown = ""
-        self._arguments = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+        self._live = LiveModel(bare)
+        self._form = self._live.form
+        self._refusal = ""
+        self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
 
     @property
     def vocabulary_size(self) -> int:  # type: ignore[override]
@@ -200,19 +201,28 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def _look(self) -> None:
         """Find out what changed in the model; called with the lock held."""
+        if self.model.device != self.device:
+            raise UnsupportedModel(f"the model is on {self.model.device} now, not on {self.device}: make a new engine")
         if self._live.look():
             self.max_context = context_length(self.model.config)
-            self._outgrown = self._why_outgrown() if self._live.may_have_other_shapes else self._outgrown
-        if self._outgrown:
-            raise UnsupportedModel(f"the model was changed after its engine was made, and {self._outgrown}")
+            self._refusal = self._why_refused()
+        if self._refusal:
+            raise UnsupportedModel(self._refusal)
 
-    def _why_outgrown(self) -> str:
-        """Why this engine's caches do not fit the model any more; "" if they do."""
-        if self.model.device != self.device:
-            return f"it is on {self.model.device} now, not on {self.device}: make a new engine"
-        with torch.autocast(self.device.type, enabled=False):
-            shapes = shapes_of(self.model)
-        return "" if shapes == self._shapes else "its layers keep other keys and values than before: make a new engine"
+    def _why_refused(self) -> str:
+        """Why nothing can be computed with the model as it is now; "" if it can."""
+        if self._activates and (name := activated_adapter(self._live.model)):
+            return (
+                f"the adapter {name} is an activated LoRA (aLoRA): tokens of the prompt switch it on, of which a span "
+                "of prefill does not know; switch to another adapter, disable it, or use PEFT's own generate()"
+            )
+        if self._live.form != self._form:
+            with torch.autocast(self.device.type, enabled=False):
+                shapes = shapes_of(self.model)
+            if shapes != self._shapes:
+                return "the model's layers keep other keys and values than when its engine was made: make a new engine"
+            self._form = self._live.form
+        return ""
 
     def new_cache(self, capacity: int) -> TwoEndedCache:
         """As `Engine.new_cache`. Raises `BadInput` if the model's context has not so many tokens."""
@@ -233,7 +243,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if tokens < 1 or start < 0 or start + tokens > cache.capacity:
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
-        with torch.inference_mode(), cache.gated(gate) if gate is not None else nullcontext():
+        with torch.inference_mode(), cache.forwarding(), cache.gated(gate) if gate is not None else nullcontext():
             input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
             try:
                 output = self.model(
@@ -296,7 +306,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} {platform.node()}, {torch.get_num_threads()} threads"
 
-    @cached_property
+    @property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that the model's generation settings end an answer with."""
         stop = getattr(self.model.generation_config, "eos_token_id", None)
