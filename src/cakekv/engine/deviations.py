@@ -39,7 +39,7 @@ _IGNORED = {
     *("_is_hf_initialized", "_compiled_call_impl", "_hf_hook", "_old_forward"),
     *("gradient_checkpointing", "_gradient_checkpointing_func", "extra_repr"),
 }
-_IGNORED_OF_MODELS = {"name_or_path", "warnings_issued", "generation_config"}
+_IGNORED_OF_MODELS = {"name_or_path", "warnings_issued", "generation_config", "_hf_peft_config_loaded", "peft_config"}
 
 
 @dataclass
