@@ -97,6 +97,23 @@ def test_merging_and_scaling_have_other_names(model: Any) -> None:
     assert len(set(roots)) == 4
 
 
+def test_merged_for_good_it_is_the_model_that_it_became(model: Any) -> None:
+    engine = TransformersEngine(model)
+    before = engine.identity(8)
+    merged = model.merge_and_unload()
+    after = engine.identity(8)
+    assert after.weights != before.weights, "PEFT writes through .data"
+    assert after.adapter == ""
+    assert after == TransformersEngine(merged).identity(8)
+
+
+def test_taken_out_it_leaves_the_bare_model(model: Any) -> None:
+    engine = TransformersEngine(model)
+    assert engine.identity(8).adapter
+    model.unload()
+    assert engine.identity(8) == TransformersEngine(build("llama")).identity(8)
+
+
 @pytest.mark.parametrize("name", ["0", "model", "layers", "k_proj", "mlp", "weight", "self_attn", "lora_A"])
 def test_an_adapter_named_like_a_part_of_the_model_hides_nothing_of_it(name: str) -> None:
     roots = []

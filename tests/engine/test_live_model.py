@@ -424,6 +424,15 @@ def test_a_class_that_is_not_made_of_its_configuration_alone_has_no_name() -> No
     assert "cannot be built" in TransformersEngine(Demanding(CONFIGS["llama"](), 3)).state().unnamed
 
 
+class OwnLlama(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **more: Any) -> Any:
+        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **more)
+
+
+def test_somebody_s_own_class_with_the_configuration_of_another_has_no_name() -> None:
+    assert "OwnLlama" in TransformersEngine(OwnLlama(CONFIGS["llama"]())).state().unnamed
+
+
 def test_writes_that_cannot_be_seen_can_be_told() -> None:
     model = build("llama")
     engine = TransformersEngine(model)

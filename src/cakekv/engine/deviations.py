@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -200,7 +200,7 @@ def _compare(path: str, module: Any, expected: Any, quantised: bool, found: Devi
 
 def _compare_code(model: Any, modules: dict[str, Any], found: Deviations) -> None:
     """Note classes and functions that were replaced by somebody else's."""
-    home = type(model).__module__.partition(".")[0]
+    home = type(model.config).__module__.partition(".")[0]
     for kind in classes_of(modules):
         library = kind.__module__.partition(".")[0]
         if home == "transformers" and not _is_library(kind.__module__):
@@ -276,6 +276,8 @@ def _alike(value: Any, other: Any) -> bool:
         return value.keys() == other.keys() and all(_alike(item, other[name]) for name, item in value.items())
     if isinstance(value, list | tuple):
         return len(value) == len(other) and all(map(_alike, value, other))
+    if isinstance(value, PreTrainedConfig):
+        return bool(vars(value) == vars(other))
     if isinstance(value, partial):
         return _alike((value.func, value.args, value.keywords), (other.func, other.args, other.keywords))
     if isinstance(value, MethodType):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import chain
@@ -19,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OTHER_HOOKS = {name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called"))}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_SIMPLE = (type(None), bool, int, float, str, dict, list, tuple, set, OrderedDict)
 _RUN_BYTES = 32
 _MOST_DERIVED_BYTES = 1 << 20
 _version = operator.attrgetter("_version")
@@ -39,13 +41,13 @@ def modules_of(model: Any) -> dict[str, Any]:
 
 def configs_of(modules: dict[str, Any]) -> list[Any]:
     """The configurations that modules hold, each once, with those inside them."""
-    waiting = [value for module in modules.values() for value in vars(module).values()]
+    waiting = [value for module in modules.values() for value in vars(module).values() if type(value) not in _SIMPLE]
     found: dict[int, Any] = {}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, PreTrainedConfig) and id(value) not in found:
+        if id(value) not in found and isinstance(value, PreTrainedConfig):
             found[id(value)] = value
-            waiting += vars(value).values()
+            waiting += [inner for inner in vars(value).values() if type(inner) not in _SIMPLE]
     return list(found.values())
 
 
