@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from cakekv.config_fields import lasting_fields
 from cakekv.engine.stamps import write_count
+from cakekv.engine.versions import first_names
 from cakekv.errors import BadInput
 from cakekv.keys import canonical, content_digest, fingerprint_digests
 from cakekv.layout import KVLayout
@@ -30,7 +32,7 @@ class UnnamedState(Exception):
 
 def architecture(config: Any) -> str:
     """The model's configuration as far as it can change keys and values, as stable text."""
-    return canonical(_relevant(json.loads(config.to_json_string(use_diff=False))))
+    return canonical(_relevant(lasting_fields(config, lambda one: json.loads(one.to_json_string(use_diff=False)))))
 
 
 def layout_text(layout: KVLayout) -> str:
@@ -81,8 +83,12 @@ def weights_fingerprint(model: Any, digests: Digests) -> str:
     wrappers = _wrappers(model)
     weights = [(_clean(name), value) for name, value in model.state_dict().items() if not _adapter(name, wrappers)]
     saved = {name for name, _ in weights}
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     derived = [
-        (name, tensor) for name, tensor in model.named_buffers() if name not in saved and not _adapter(name, wrappers)
+        (first_name, tensor)
+        for name, tensor in model.named_buffers()
+        if name not in saved and not _adapter(name, wrappers)
+        for first_name in first_names(name, layers)
     ]
     entries = [(*_described(name, tensor), content_digest(b"")) for name, tensor in derived]
     return fingerprint_digests([*entries, *_entries(weights, digests)])

@@ -23,9 +23,10 @@ from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
-from cakekv.engine.support import accepts, check_config, probe, shapes_of
+from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
-from cakekv.errors import BadInput, CacheRewritten, UnsupportedModel
+from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
+from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.rotation import Rotation
@@ -52,6 +53,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ------
     UnsupportedModel
         The model keeps something else than keys and values per token, or is on a device that is not supported.
+    UnsupportedEngine
+        The installed transformers is too old, or newer than any that was tested and a trial restore fails.
     """
 
     def __init__(self, model: Any) -> None:
@@ -74,7 +77,25 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self._live = LiveModel(bare)
         self._form = self._live.form
         self._refusal = ""
+        self._stop_tokens: frozenset[int] | None = None
         self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
+        self._cache_argument = cache_argument(bare)
+        if is_newer():
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """With a transformers that was not tested: restore a few tokens, and use it if they come out right."""
+        tokens, half = [token % self.vocabulary_size for token in range(1, 9)], 4
+        computed, restored = self.new_cache(len(tokens)), self.new_cache(len(tokens))
+        expected = self.compute(computed, tokens, 0)
+        segments = [self.staging(size) for size in self.layout.segment_bytes(half)]
+        self.gather(computed, 0, half, segments)
+        self.place(restored, 0, half, segments)
+        difference = float((self.compute(restored, tokens[half:], half) - expected).abs().max())
+        rounding = 64 * torch.finfo(self.model.dtype).eps * max(1.0, float(expected.abs().max()))
+        if not difference <= rounding:
+            raise UnsupportedEngine(f"a trial restore of {half} tokens came out wrong{explain_if_newer()}")
+        warn_of_newer()
 
     @property
     def vocabulary_size(self) -> int:  # type: ignore[override]
@@ -218,7 +239,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             )
         if self._live.form != self._form:
             with torch.autocast(self.device.type, enabled=False):
-                shapes = shapes_of(self.model)
+                shapes = shapes_of(self._live.model)
             if shapes != self._shapes:
                 return "the model's layers keep other keys and values than when its engine was made: make a new engine"
             self._form = self._live.form
@@ -244,21 +265,24 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
         with torch.inference_mode(), cache.forwarding(), cache.gated(gate) if gate is not None else nullcontext():
-            input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
             try:
-                output = self.model(
-                    input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
-                )
+                last = self.forward(cache, token_ids, **self._arguments).logits[0, -1]
             except RuntimeError:
                 self.state()  # it may be that the model outgrew its caches, which says more
                 raise
-            logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
+            logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         if cache.length != start + tokens:
             raise UnsupportedModel(
                 "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
                 "call model.eval()"
             )
         return logits
+
+    def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
+        """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
+        input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
+        arguments[self._cache_argument] = cache
+        return self.model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
@@ -309,8 +333,14 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     @property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that the model's generation settings end an answer with."""
+        if self._stop_tokens is not None:
+            return self._stop_tokens
         stop = getattr(self.model.generation_config, "eos_token_id", None)
         return frozenset([stop] if isinstance(stop, int) else stop or [])
+
+    @stop_tokens.setter
+    def stop_tokens(self, tokens: frozenset[int]) -> None:
+        self._stop_tokens = tokens
 
 
 def context_length(config: Any) -> int:
