@@ -54,6 +54,8 @@ Stores = Store | str | os.PathLike[str] | Sequence[Store | str | os.PathLike[str
 
 _LOG = logging.getLogger(__name__)
 
+_CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
+
 LOOKUP_DEADLINE_S = 2.0
 """Seconds that a tier may take to say what it holds of a prompt."""
 
@@ -174,12 +176,12 @@ class Cake:
         self.layered_finish = layered_finish
         self.ttft_target_s = ttft_target_s
         self.quality_floor = quality_floor
-        self.identity: Identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
+        identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, self.identity.dtype, engine.rotations)
+        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, identity.dtype, engine.rotations)
         coder.warm_up()
         self._costs = KnownCosts(
-            calibration, self.identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
+            calibration, identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
         )
         self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
@@ -201,7 +203,7 @@ class Cake:
             deadline_s=deadline_s,
         )
         ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
-        self._stored = StoredPrefixes(engine, self.identity, coder, self.tiers, ask, self._saver)
+        self._stored = StoredPrefixes(engine, tenant, coder, self.tiers, ask, self._saver)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
         self._arguments = arguments
@@ -209,6 +211,11 @@ class Cake:
         """Whether this is the copy of another process's, and was not used since the fork."""
         self._why_no_stores: list[str] = []
         on_fork(self)
+
+    @property
+    def identity(self) -> Identity:
+        """Whose chunks are loaded and saved: the model's, as it is now."""
+        return self._stored.now().identity
 
     @classmethod
     def from_pretrained(
@@ -275,7 +282,7 @@ class Cake:
         notes: list[str] = []
         token_ids = self._tokens(prompt, notes)
         capacity = len(token_ids) + whole("room", room, 0)
-        return self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
+        return self._restore(request, token_ids, capacity, mode, save, on_progress, notes)[0]
 
     @_handed_over
     def generate(
@@ -533,11 +540,17 @@ class Cake:
         notes: list[str] = []
         token_ids = self._tokens(prompt, notes)
         capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill = self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
-        return prefill, self._decode(request, prefill, choose, max_new_tokens, capacity)
+        prefill, found = self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
+        return prefill, self._decode(request, prefill, found, choose, max_new_tokens, capacity)
 
     def _decode(
-        self, request: Request, prefill: Prefill, choose: Callable[[Any], int], max_new_tokens: int, capacity: int
+        self,
+        request: Request,
+        prefill: Prefill,
+        found: Found,
+        choose: Callable[[Any], int],
+        max_new_tokens: int,
+        capacity: int,
     ) -> Iterator[int]:
         logits, position = prefill.logits, len(prefill.token_ids)
         for _ in range(max_new_tokens):
@@ -551,6 +564,8 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
+        if not found.changed and not self._stored.still(found):
+            prefill.report.notes.append(_CHANGED)
 
     def _tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
         token_ids = self._tokenizing.tokens(prompt, notes)
@@ -566,16 +581,16 @@ class Cake:
         save: bool,
         on_progress: OnProgress | None,
         notes: list[str],
-    ) -> Prefill:
+    ) -> tuple[Prefill, Found]:
         _check_request(mode, on_progress)
         notes += self._why_no_stores
         looked_up, said = monotonic(), len(notes)
         found = self._stored.lookup(token_ids, notes)
         lookup_s = monotonic() - looked_up
         if not any(found.holders) and len(notes) == said:
-            notes += self._stored.why_nothing()
+            notes += self._stored.why_nothing(found)
         cache = self.engine.new_cache(capacity)
-        on_span = partial(self._stored.save, cache, found.keys if save else [])
+        on_span = partial(self._stored.save, cache, found) if save else _nothing
         restorer = self._restorer(request, cache, token_ids, found, mode, on_span=on_span, on_progress=on_progress)
         logits = restorer.run()
         ttft_s = monotonic() - request.arrived_s
@@ -583,11 +598,17 @@ class Cake:
         restorer.release()
         report.ttft_s, report.lookup_s, report.codec = ttft_s, lookup_s, self.codec.name
         report.notes += notes
+        if not self._stored.still(found):
+            report.notes.append(_CHANGED)
         self.last_report = report
         log_restore(report)
         if self._metrics is not None:
             self._metrics.add_restore(report)
-        return Prefill(token_ids, cache, logits, report)
+        return Prefill(token_ids, cache, logits, report), found
+
+
+def _nothing(*_: Any) -> None:
+    """Save nothing."""
 
 
 def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:

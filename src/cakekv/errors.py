@@ -105,6 +105,10 @@ class CannotEncode(CakeError):
     """A chunk's keys or values are such that no codec can encode them; it is not saved."""
 
 
+class CacheRewritten(CakeError):
+    """A part of a cache that was to be saved was written to before it was; it is not saved."""
+
+
 class ChunkFault(Enum):
     """Every way in which the bytes of a chunk can be untrustworthy."""
 

@@ -75,7 +75,7 @@ class Identity:
     Raises
     ------
     BadInput
-        `chunk_tokens` is not positive.
+        `chunk_tokens` is not positive, or `tenant` is no text.
     """
 
     weights: str
@@ -91,6 +91,8 @@ class Identity:
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1:
             raise BadInput(f"a chunk holds at least one token, not {self.chunk_tokens}")
+        if not isinstance(self.tenant, str):
+            raise BadInput(f'a tenant is a text ("" if all share), not a {type(self.tenant).__name__}')
 
     @cached_property
     def root(self) -> bytes:
@@ -101,7 +103,9 @@ class Identity:
         """All fields as text, to explain a miss; of the tenant only a short digest, because a salt is a secret."""
         fields = {name: str(value) for name, value in asdict(self).items()}
         if self.tenant:
-            fields["tenant"] = blake3(self.tenant.encode(), derive_key_context="cakekv tenant").hexdigest(4)
+            fields["tenant"] = blake3(
+                self.tenant.encode("utf-8", "surrogatepass"), derive_key_context="cakekv tenant"
+            ).hexdigest(4)
         return fields
 
 
@@ -177,16 +181,24 @@ def fingerprint_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Buffe
     BadInput
         There are no tensors.
     """
-    entries = []
-    for name, dtype, shape, data in tensors:
-        view = memoryview(data)
-        content = blake3(max_threads=blake3.AUTO)
-        if view.nbytes:  # an empty view cannot be cast
-            content.update(view.cast("B"))
-        entries.append([name, dtype, list(shape), content.hexdigest()])
+    return fingerprint_digests((name, dtype, shape, content_digest(data)) for name, dtype, shape, data in tensors)
+
+
+def fingerprint_digests(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """As `fingerprint_tensors`, of tensors whose contents were read before: `content_digest` in place of the data."""
+    entries = [[name, dtype, list(shape), digest] for name, dtype, shape, digest in tensors]
     if not entries:
         raise BadInput("a model without tensors has no fingerprint")
     return blake3(canonical(sorted(entries)).encode(), derive_key_context="cakekv tensors").hexdigest()
+
+
+def content_digest(data: Buffer) -> str:
+    """Digest of a C-contiguous buffer's bytes, hexadecimal."""
+    view = memoryview(data)
+    content = blake3(max_threads=blake3.AUTO)
+    if view.nbytes:  # an empty view cannot be cast
+        content.update(view.cast("B"))
+    return content.hexdigest()
 
 
 def fingerprint_files(folder_or_file: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cakekv.engine.transformers import TransformersEngine
 from matrix.models import CONFIGS, build, tiny
@@ -98,3 +99,42 @@ def test_adapters_matter_while_they_are_in_use() -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.lora_A["first"].weight += 1
     assert engine.identity(8) != with_adapter
+
+
+def exact(name: str, dtype: torch.dtype) -> Any:
+    """A model whose weights are the same on every machine."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            numbers = torch.arange(parameter.numel()) * 37 % 251 - 125
+            parameter.copy_((numbers.to(torch.float32) / 256).reshape(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "beginning"),
+    [
+        ("llama", torch.float32, "e686442ca4f87296"),
+        ("llama", torch.bfloat16, "bfee10f1225708ff"),
+        ("mistral", torch.bfloat16, "ae2a030f9eb453be"),
+        ("gemma3", torch.bfloat16, "460d87e0f6ca4f63"),
+        ("gemma3n", torch.float32, "1a5a3e92c0d7bd6b"),
+        ("gpt2", torch.float32, "cb5ab183a3f3fa7c"),
+        ("gptj", torch.float32, "170b65231fe15298"),
+        ("gpt-neo", torch.float32, "7fe37113b9037eaf"),
+        ("falcon-alibi", torch.float32, "4d8de6f4df581781"),
+        ("deepseek-v3", torch.bfloat16, "307d4295f6c52d24"),
+        ("llama4", torch.float32, "7876cf3aabeb2227"),
+        ("bloom", torch.float32, "dd03fe81c931b3f6"),
+    ],
+)
+def test_keys_are_what_they_always_were(name: str, dtype: torch.dtype, beginning: str) -> None:
+    """Chunks that were stored once can be found for ever; these are the roots of version 0.1.0's first stores."""
+    assert identity_of(exact(name, dtype)).hex().startswith(beginning)
+
+
+def test_buffers_that_are_not_saved_are_checked_against_the_configuration(tmp_path: Path) -> None:
+    """They are computed anew when a model is loaded, and what they are then is not held against the model."""
+    for name in ("gptj", "gpt-neo", "gemma3", "gemma3n"):
+        build(name, torch.bfloat16).save_pretrained(tmp_path / name)
+        assert "but [" not in TransformersEngine.from_pretrained(tmp_path / name, device="cpu").identity(8).architecture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from cakekv.codec.base import Segment
 from cakekv.errors import UnknownRotation
@@ -23,6 +24,17 @@ Result = TypeVar("Result")
 
 Gate = Callable[[int], None]
 """(index into the layout's layers) returns as soon as that layer may attend to the positions before the span."""
+Gather = Callable[[Sequence[memoryview]], None]
+"""Copies a chunk out of a cache into its per-layer segments."""
+
+
+class EngineState(NamedTuple):
+    """What an engine computes with at one moment. Two states are equal if nothing changed between them."""
+
+    revision: int = 0
+    """Another number whenever something that `compute` depends on has changed, or was written to."""
+    unnamed: str = ""
+    """Why `identity` does not name all that computes, in words: nothing is loaded or saved then. "" if it does."""
 
 
 class Engine(ABC, Generic[Cache, Logits]):
@@ -55,7 +67,14 @@ class Engine(ABC, Generic[Cache, Logits]):
 
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
-        """Everything that decides whether a stored chunk is this model's."""
+        """Everything that decides whether a stored chunk is this model's, as the model is now."""
+
+    def state(self) -> EngineState:
+        """What computes now, in the calling thread; asked for before and after every span, so it has to be cheap.
+
+        The default is for an engine whose model never changes: its identity is asked for once.
+        """
+        return EngineState()
 
     @abstractmethod
     def new_cache(self, capacity: int) -> Cache:
@@ -102,6 +121,13 @@ class Engine(ABC, Generic[Cache, Logits]):
     @abstractmethod
     def gather(self, cache: Cache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
         """Copy a covered region of the cache into per-layer segments (the reverse of `place`)."""
+
+    def gatherer(self, cache: Cache, start: int, tokens: int) -> Gather:
+        """As `gather`, for later: what it returns raises `CacheRewritten` if the region was written to in between.
+
+        The default is for an engine whose caches nobody else can write to.
+        """
+        return partial(self.gather, cache, start, tokens)
 
     @abstractmethod
     def staging(self, size: int) -> memoryview:

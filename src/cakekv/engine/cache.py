@@ -51,6 +51,34 @@ class LayerShape(NamedTuple):
         return LayerLayout(tuple(planes), self.window)
 
 
+class Writes:
+    """What was written to a cache by forwards, as far as it concerns those who still want to copy out of it.
+
+    Attributes
+    ----------
+    watched : int
+        End of the positions that somebody wants to copy.
+    early : list of int
+        Where the writes began that began before that.
+    counted : int
+        As many writes as the forwards made: torch, which counts all, finds more if somebody else wrote, too.
+    turns : int
+        Odd while the engine runs a forward, after which alone `counted` is right: a compiled one counts at its end.
+    """
+
+    def __init__(self) -> None:
+        self.watched = 0
+        self.early: list[int] = []
+        self.counted = 0
+        self.turns = 0
+
+    def begin(self, position: int) -> None:
+        """Note that a layer's keys and values are about to be written from `position` on."""
+        self.counted += 2
+        if position < self.watched:
+            self.early.append(position)
+
+
 class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, for one sequence.
 
@@ -60,6 +88,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         What it keeps.
     regions : list of Tensor
         Its memory: see the attribute.
+    writes : Writes
+        The cache's.
 
     Attributes
     ----------
@@ -81,7 +111,9 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
 
-    def __init__(self, shape: LayerShape, regions: list[torch.Tensor]) -> None:  # the base class's sets keys and values
+    def __init__(self, shape: LayerShape, regions: list[torch.Tensor], writes: Writes | None = None) -> None:
+        # Not the base class's, which sets keys and values.
+        self._writes = writes or Writes()
         self.window = shape.window
         self.regions = regions
         self.capacity = regions[0].shape[1]
@@ -119,6 +151,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if key_states.requires_grad:
             raise BadInput("this cache keeps no gradients: call the model under torch.no_grad()")
+        self._writes.begin(self.length)
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.length = end
@@ -311,6 +344,8 @@ class TwoEndedCache(_Restored):
         self.capacity = capacity
         self.stored: list[TwoEndedLayer] = []
         self.stacks: list[Stack] = []
+        self._writes = Writes()
+        self._joint: list[torch.Tensor] = []
         kept = [shape for shape in shapes if shape is not None]
         for _, alike in groupby(kept, key=lambda shape: shape[:2]):
             self._add(list(alike), device)
@@ -325,6 +360,7 @@ class TwoEndedCache(_Restored):
         memory: list[Sequence[torch.Tensor]]
         if device.type == "cpu":
             joint = [_host_memory((len(shapes), *size), plane.dtype) for size, plane in zip(sizes, planes, strict=True)]
+            self._joint += joint
             self.stacks.append(Stack(len(self.stored), [region.view(torch.uint8).numpy() for region in joint]))
             memory = [region.unbind() for region in joint]
         else:
@@ -335,7 +371,14 @@ class TwoEndedCache(_Restored):
                 ]
             except RuntimeError as error:  # torch's OutOfMemoryError is one
                 raise _no_memory(len(shapes) * self.capacity * shapes[0].layout.token_bytes) from error
-        self.stored += [TwoEndedLayer(shape, list(regions)) for shape, *regions in zip(shapes, *memory, strict=True)]
+        self.stored += [
+            TwoEndedLayer(shape, list(regions), self._writes) for shape, *regions in zip(shapes, *memory, strict=True)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Where the next forward begins in the layer that is furthest behind."""
+        return min(layer.length for layer in self.stored)
 
     def set_length(self, length: int) -> None:
         """Say that the next forward begins at `length` and that all it can see below is covered."""
@@ -356,6 +399,33 @@ class TwoEndedCache(_Restored):
         cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
         return cache
 
+    def watch_below(self, end: int) -> tuple[int, int]:
+        """Begin to watch the positions below `end`, which are covered; what it returns is for `rewritten`."""
+        self._writes.watched = max(self._writes.watched, end)
+        return len(self._writes.early), self._others_writes()
+
+    def rewritten(self, end: int, since: tuple[int, int]) -> bool:
+        """Whether a forward has written below `end` since they were watched, or, in the host's memory, somebody else
+        has written anywhere.
+        """
+        writes, (early, others) = self._writes, since
+        turns = writes.turns
+        written = self._others_writes() > others and turns == writes.turns and turns % 2 == 0
+        return written or min(writes.early[early:], default=end) < end
+
+    def _others_writes(self) -> int:
+        made = sum(region._version for region in self._joint if not region.is_inference())
+        return made - self._writes.counted
+
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """The engine runs a forward within the `with` block."""
+        self._writes.turns += 1
+        try:
+            yield
+        finally:
+            self._writes.turns += 1
+
     @contextmanager
     def gated(self, gate: Callable[[int], None]) -> Iterator[None]:
         """Within the `with` block, layer l of `stored` is read only once `gate(l)` has returned."""
@@ -373,7 +443,7 @@ def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     length = math.prod(size) * dtype.itemsize
     try:
         memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise _no_memory(length) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

@@ -77,6 +77,14 @@ def probe(model: Any) -> list[LayerShape | None]:
     return shapes
 
 
+def shapes_of(model: Any) -> list[LayerShape | None]:
+    """What each layer of a model that `probe` accepted keeps now; raises as `probe` does."""
+    name, recorders = cache_argument(model), _recorders(model.config)
+    for _ in range(2):
+        _first_logits(model, recorders, [1, 1], name)
+    return [_shape(recorder, index, model) for index, recorder in enumerate(recorders)]
+
+
 def cached_keys(model: Any, tokens: list[int]) -> list[torch.Tensor]:
     """What a model caches as keys of these tokens, of each layer that caches any: (heads, tokens, width), float32."""
     recorders = _recorders(model.config)

@@ -6,8 +6,9 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,15 +17,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, Gate, Result
+from cakekv.engine.base import Engine, EngineState, Gate, Gather, Result
 from cakekv.engine.cache import TwoEndedCache
-from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
+from cakekv.engine.deviations import surroundings
+from cakekv.engine.identify import activated_adapter, layout_text
+from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
-from cakekv.engine.support import accepts, cache_argument, check_config, probe
+from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
-from cakekv.errors import BadInput, UnsupportedEngine, UnsupportedModel
+from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
@@ -45,13 +48,15 @@ _NO_GGUF = (
 class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """Restores KV caches of a causal language model of the transformers library.
 
-    Any attention implementation will do; none enters into the identity, because they differ by rounding only.
+    Any attention implementation will do. They differ by rounding only and do not enter into the identity, unless they
+    are somebody's own, or the model is a Falcon with ALiBi.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        The model, on one device, weights in memory. It is put into evaluation mode (dropout off), and its weights must
-        stay as they are while the engine lives. Adapters may be switched between requests.
+        The model, on one device, weights in memory. It is put into evaluation mode (dropout off). It may change while
+        the engine lives, for instance have its adapters switched: each request is for the model as it is then. What
+        must stay is its device, and what its layers keep.
 
     Raises
     ------
@@ -62,21 +67,28 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     """
 
     def __init__(self, model: Any) -> None:
-        if hasattr(model, "get_base_model"):
+        self._activates = hasattr(model, "get_base_model")
+        if self._activates:
             if any(config.is_prompt_learning for config in model.peft_config.values()):
                 raise UnsupportedModel("a prompt-tuned model is not supported, because its prompt has no token ids")
             model = model.get_base_model()
         self.model = model.eval()
+        bare = getattr(model, "_orig_mod", model)  # of a compiled one
         self.device: torch.device = model.device
         self._transfer = transfer_for(self.device)
-        self._shapes = probe(model)
+        with torch.autocast(self.device.type, enabled=False):
+            self._shapes = probe(bare)
         stored = [shape for shape in self._shapes if shape is not None]
         self.layout = KVLayout(tuple(shape.layout for shape in stored))
         self._dtype = "+".join(sorted({str(plane.dtype) for shape in stored for plane in shape[:2]}))
         self.max_context = context_length(model.config)
-        self.vocabulary_size = model.get_input_embeddings().weight.shape[0]
-        self._cache_argument = cache_argument(model)
-        self._arguments = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+        self._looking = Lock()
+        self._live = LiveModel(bare)
+        self._form = self._live.form
+        self._refusal = ""
+        self._stop_tokens: frozenset[int] | None = None
+        self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
+        self._cache_argument = cache_argument(bare)
         if is_newer():
             self._try_out()
 
@@ -93,6 +105,11 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if not difference <= rounding:
             raise UnsupportedEngine(f"a trial restore of {half} tokens came out wrong{explain_if_newer()}")
         warn_of_newer()
+
+    @property
+    def vocabulary_size(self) -> int:  # type: ignore[override]
+        """As the model's embeddings have it now."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @classmethod
     def from_pretrained(
@@ -184,21 +201,63 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return find_rotations(self.model)
 
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
-        """As `Engine.identity`. The first call reads all weights; adapters are looked at in every call."""
-        return Identity(
-            weights=self._weights,
-            architecture=architecture(self.model.config),
-            dtype=self._dtype.replace("torch.", ""),
-            layout=layout_text(self.layout),
-            chunk_tokens=chunk_tokens,
-            adapter=adapter_fingerprint(self.model),
-            tenant=tenant,
-            recipe=recipe,
-        )
+        """As `Engine.identity`. The first call reads all weights, later ones what was written to since."""
+        with self._looking:
+            self._look()
+            return Identity(
+                weights=self._live.names.weights,
+                architecture=self._live.names.architecture,
+                dtype=self._dtype.replace("torch.", ""),
+                layout=layout_text(self.layout),
+                chunk_tokens=chunk_tokens,
+                adapter=self._live.names.adapter,
+                tenant=tenant,
+                recipe=recipe,
+            )
 
-    @cached_property
-    def _weights(self) -> str:
-        return weights_fingerprint(self.model)
+    def state(self) -> EngineState:
+        """As `Engine.state`.
+
+        A write to a few elements of a weight through `.data` or NumPy may go unseen: call `weights_changed` after it.
+
+        Raises
+        ------
+        UnsupportedModel
+            The model was changed so that another engine is needed.
+        """
+        with self._looking:
+            self._look()
+            return EngineState(self._live.revision, self._live.names.unnamed or surroundings(self.device))
+
+    def weights_changed(self) -> None:
+        """Have all weights read anew, because they were written to in a way that cannot be noticed."""
+        with self._looking:
+            self._live.forget()
+
+    def _look(self) -> None:
+        """Find out what changed in the model; called with the lock held."""
+        if self.model.device != self.device:
+            raise UnsupportedModel(f"the model is on {self.model.device} now, not on {self.device}: make a new engine")
+        if self._live.look():
+            self.max_context = context_length(self.model.config)
+            self._refusal = self._why_refused()
+        if self._refusal:
+            raise UnsupportedModel(self._refusal)
+
+    def _why_refused(self) -> str:
+        """Why nothing can be computed with the model as it is now; "" if it can."""
+        if self._activates and (name := activated_adapter(self._live.model)):
+            return (
+                f"the adapter {name} is an activated LoRA (aLoRA): tokens of the prompt switch it on, of which a span "
+                "of prefill does not know; switch to another adapter, disable it, or use PEFT's own generate()"
+            )
+        if self._live.form != self._form:
+            with torch.autocast(self.device.type, enabled=False):
+                shapes = shapes_of(self._live.model)
+            if shapes != self._shapes:
+                return "the model's layers keep other keys and values than when its engine was made: make a new engine"
+            self._form = self._live.form
+        return ""
 
     def new_cache(self, capacity: int) -> TwoEndedCache:
         """As `Engine.new_cache`. Raises `BadInput` if the model's context has not so many tokens."""
@@ -219,9 +278,18 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if tokens < 1 or start < 0 or start + tokens > cache.capacity:
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
-        with torch.inference_mode(), cache.gated(gate) if gate is not None else nullcontext():
-            last = self.forward(cache, token_ids, **self._arguments).logits[0, -1]
+        with torch.inference_mode(), cache.forwarding(), cache.gated(gate) if gate is not None else nullcontext():
+            try:
+                last = self.forward(cache, token_ids, **self._arguments).logits[0, -1]
+            except RuntimeError:
+                self.state()  # it may be that the model outgrew its caches, which says more
+                raise
             logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
+        if cache.length != start + tokens:
+            raise UnsupportedModel(
+                "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
+                "call model.eval()"
+            )
         return logits
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
@@ -241,6 +309,17 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
         """As `Engine.gather`. Raises `BadInput` if the segments do not fit."""
         self._transfer.gather(cache, start, tokens, segments)
+
+    def gatherer(self, cache: TwoEndedCache, start: int, tokens: int) -> Gather:
+        """As `Engine.gatherer`."""
+        since = cache.watch_below(start + tokens)
+
+        def gather(segments: Sequence[memoryview]) -> None:
+            self.gather(cache, start, tokens, segments)
+            if cache.rewritten(start + tokens, since):  # asked afterwards: it may have been while we copied
+                raise CacheRewritten(f"the cache was written to below position {start + tokens} before it was saved")
+
+        return gather
 
     def staging(self, size: int) -> memoryview:
         """As `Engine.staging`."""
@@ -289,11 +368,17 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} {platform.node()}, {torch.get_num_threads()} threads"
 
-    @cached_property
+    @property
     def stop_tokens(self) -> frozenset[int]:
         """The tokens that the model's generation settings end an answer with."""
+        if self._stop_tokens is not None:
+            return self._stop_tokens
         stop = getattr(self.model.generation_config, "eos_token_id", None)
         return frozenset([stop] if isinstance(stop, int) else stop or [])
+
+    @stop_tokens.setter
+    def stop_tokens(self, tokens: frozenset[int]) -> None:
+        self._stop_tokens = tokens
 
 
 def context_length(config: Any) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import CannotEncode, StoreError, StoreFull
+from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
 from cakekv.executor import LOOK_S, check
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
@@ -43,7 +43,8 @@ class SaveReport:
     declined_chunks : int
         The tier chose not to keep them.
     failed_chunks : int
-        Lost to an error of the tier or of the system, or not to be encoded.
+        Lost to an error of the tier or of the system, not to be encoded, or overwritten in their cache before they were
+        saved.
     error : str or None
         The first such error.
     waiting_copies : int
@@ -183,14 +184,14 @@ class Saver:
         source: Source = UNKNOWN,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Hand over a chunk whose region of the cache is covered and will not change; from any thread.
+        """Hand over a chunk whose region of the cache is covered; from any thread.
 
         Parameters
         ----------
         key, position
             The chunk's.
         gather : callable
-            Copies it out of its cache.
+            Copies it out of its cache; raises `CacheRewritten` if the region has changed since, and it is not saved.
         exact : bool
             Whether it is stored as it is, whatever the codec.
         source : Source
@@ -414,6 +415,7 @@ _KINDS: dict[type[BaseException], str] = {
     StoreFull: "store full",
     StoreError: "store failed",
     CannotEncode: "not encodable",
+    CacheRewritten: "rewritten",
     MemoryError: "no memory",
 }
 """As labels of a metric."""
