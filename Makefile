@@ -10,6 +10,14 @@ VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
 
+# Which vLLM `make test-vllm` tests with: that of constraints-vllm.txt, or, by VLLM=0.33 or VLLM=newest, the Python of
+# another one over the former's compiled operators; and which tests, for example VLLM_TESTS="$(VLLM_CORE)".
+VLLM         := 0.32
+VLLM_TESTS   := tests/vllm
+VLLM_CORE    := $(patsubst %,tests/vllm/test_%.py,restoring trouble priorities fault_matrix statistics hooks \
+	layered_finish tiers serve)
+VLLM_OVERLAY := $(if $(filter-out 0.32,$(VLLM)),.vllm-$(VLLM))
+
 # LMCache, to compare with, in the same environment as a vLLM and the plug-in.
 PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
@@ -76,8 +84,16 @@ test-long: $(STAMP)
 unit-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/$*
 
-test-vllm: $(VLLM_STAMP)
-	$(VLLM_ENV) $(VLLM_BIN)/pytest tests/vllm
+test-vllm: $(VLLM_STAMP) $(VLLM_OVERLAY:%=%/.installed)
+	$(VLLM_ENV) $(VLLM_OVERLAY:%=PYTHONPATH=$(CURDIR)/%) $(VLLM_BIN)/pytest $(VLLM_TESTS)
+
+.vllm-newest/.installed: $(VLLM_STAMP) tests/vllm/overlay.py
+	$(VLLM_BIN)/python tests/vllm/overlay.py .vllm-newest vllm
+	touch $@
+
+.vllm-%/.installed: $(VLLM_STAMP) tests/vllm/overlay.py
+	$(VLLM_BIN)/python tests/vllm/overlay.py .vllm-$* 'vllm==$*.*' --constraint constraints-vllm.txt
+	touch $@
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png --repeats 9,5,2,2
@@ -93,4 +109,4 @@ bench-peers: $(PEERS_STAMP)
 		--json out/bench_peers.json --picture out/bench_peers.png $(BENCH_PEERS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) out
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) .vllm-* out

@@ -173,11 +173,11 @@ class CakeSchedulerMixin(Scheduler):
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         return True
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         if request.request_id in self._half.restorations:
             self._looked_again.append(request)
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
-        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         lossy = self._half.lossy
         if tokens and lossy.codec.window:
             usable = lossy.usable_tokens(blocks.get_block_ids()[0], request.num_tokens)
