@@ -23,7 +23,7 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean
+.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
