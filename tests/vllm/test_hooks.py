@@ -1,7 +1,9 @@
 """The start-up check accepts the vLLM that is installed here, and refuses one whose hooks changed."""
 
+import logging
 import sys
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -78,15 +80,20 @@ def test_a_tested_version_is_held_to_its_own_hooks(monkeypatch):
         check_hooks(allow_untested=True)
 
 
-def without_cakekv(monkeypatch):
-    """Have the plug-in's modules imported anew."""
+@pytest.fixture
+def imported_anew() -> Iterator[None]:
+    """The plug-in's modules are imported as if for the first time, and are as before afterwards."""
+    ours = [name for name in sys.modules if name.startswith("cakekv.vllm.")]
+    kept = {name: sys.modules.pop(name) for name in ours}
+    yield
     for name in [name for name in sys.modules if name.startswith("cakekv.vllm.")]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
+    sys.modules.update(kept)
 
 
+@pytest.mark.usefixtures("imported_anew")
 @pytest.mark.parametrize("name", ["CakeConnector", "CakeScheduler"])
 def test_a_vllm_that_lacks_what_is_imported_is_told_what_to_install(monkeypatch, name):
-    without_cakekv(monkeypatch)
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     monkeypatch.setitem(sys.modules, "vllm.distributed.kv_transfer.kv_connector.v1.base", None)
     with pytest.raises(Exception, match=r"newer, 0\.99\.1: it lacks something .*pip install 'vllm") as refused:
@@ -94,10 +101,10 @@ def test_a_vllm_that_lacks_what_is_imported_is_told_what_to_install(monkeypatch,
     assert type(refused.value).__name__ == "UnsupportedEngine"
 
 
+@pytest.mark.usefixtures("imported_anew")
 def test_a_vllm_that_wants_more_of_a_connector_is_told_what_to_install(monkeypatch):
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-    without_cakekv(monkeypatch)
     monkeypatch.setattr(KVConnectorBase_V1, "__abstractmethods__", frozenset({"brand_new"}))
     monkeypatch.setattr(KVConnectorBase_V1, "brand_new", abstractmethod(lambda self: None), raising=False)
     with pytest.raises(Exception, match=r"it wants more of a KVConnectorBase_V1: brand_new.*pip install"):
@@ -108,6 +115,7 @@ def test_a_vllm_that_knows_no_connectors_starts_without_it(monkeypatch, caplog):
     from cakekv.vllm.plugin import register
 
     monkeypatch.setitem(sys.modules, "vllm.distributed.kv_transfer.kv_connector.factory", None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     register()
     assert "does not know CakeConnector" in caplog.text
 

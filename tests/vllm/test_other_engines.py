@@ -133,3 +133,24 @@ def test_a_restore_that_finds_no_place_does_not_stop_those_that_have_one(model: 
         engine.settle()
         assert engine.report().loaded_tokens == 896
         engine.assert_nothing_leaked()
+
+
+def test_prefills_that_vllm_holds_back_between_decodes(model: Path, plain: dict[int, list[int]]) -> None:
+    """vLLM 0.33 computes prompts in every fourth step only while somebody decodes; loads go on meanwhile."""
+    store = scripted("held")
+    options = {"store": "scripted://held", "mode": "both", "decode_slowdown": 0.0}
+    with closing(TinyEngine(model, options, prefill_schedule_interval=4)) as engine:
+        assert engine.run(prompt(1000)) == plain[1000]
+        engine.settle()
+        engine.core.reset_prefix_cache()
+        store.gate.clear()
+        store.let_through = 2
+        decoding = engine.add(prompt(300, seed=5), sampling(60))
+        engine.until(lambda: engine.outputs.get(decoding))
+        restored, computed = engine.add(prompt(1000)), engine.add(prompt(1500, seed=3))
+        assert engine.finish(restored, computed) == [plain[1000], plain[1500]]
+        assert engine.report().loaded_tokens == 2 * BLOCK
+        store.gate.set()
+        assert engine.finish(decoding)[0][:6] == plain[300]
+        engine.settle()
+        engine.assert_nothing_leaked()
