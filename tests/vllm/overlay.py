@@ -57,15 +57,17 @@ def build(folder: Path, wheel: Path) -> str:
 
 
 def lacking(metadata: str) -> Iterator[str]:
-    """Requirements that are not installed here, of those that all platforms have: they stand before torch."""
+    """Requirements that are not met here, of those that all platforms have: they stand before torch."""
     for text in HeaderParser().parsestr(metadata).get_all("Requires-Dist", []):
         requirement = Requirement(text)
         if requirement.name == "torch":
             return
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             try:
-                version(requirement.name)
+                met = requirement.specifier.contains(version(requirement.name), prereleases=True)
             except PackageNotFoundError:
+                met = False
+            if not met:
                 yield f"{requirement.name}{requirement.specifier}"
 
 

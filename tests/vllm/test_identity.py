@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
+import vllm
 from cakekv.vllm import identity
 from cakekv.vllm.identity import Keyring
 
@@ -167,3 +171,27 @@ def test_a_model_that_was_moved_finds_its_chunks(model: Path, plain: dict[int, l
             loaded = engine.half.outcomes.latest[-1][1].loaded_tokens if engine.half.outcomes.latest else 0
             assert loaded == (0 if folder == model else 7 * BLOCK)
     assert len(list(store)) == 7
+
+
+OVERLAY = Path(str(vllm.__file__)).parents[1]
+
+
+@pytest.mark.skipif(not list(OVERLAY.glob("vllm-*+cpu.dist-info")), reason="vLLM is not laid over another: VLLM=0.33")
+def test_what_the_vllm_below_stored_is_found(model: Path, plain: dict[int, list[int]], tmp_path: Path) -> None:
+    """An upgrade of vLLM, with a store on disk."""
+    options = {"store": str(tmp_path), "mode": "load"}
+    code = f"""
+from tiny_engine import TinyEngine, prompt
+import vllm
+assert vllm.__version__ != {vllm.__version__!r}
+engine = TinyEngine({str(model)!r}, {options!r})
+engine.run(prompt(1000))
+engine.settle()
+engine.close()
+"""
+    paths = [str(Path(__file__).parent), *(path for path in sys.path if Path(path) != OVERLAY)]
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    with closing(TinyEngine(model, options)) as engine:
+        assert engine.run(prompt(1000)) == plain[1000]
+        engine.settle()
+        assert engine.report().loaded_tokens == 7 * BLOCK
