@@ -18,12 +18,20 @@ TRANSFORMERS := $(OLDEST_TRANSFORMERS)
 # On which Pythons `make test-package` installs cakekv with its engine: on all there are, or on those named here.
 ENGINE_PYTHONS := all
 
+# Which vLLM `make test-vllm` tests with: that of constraints-vllm.txt, or, by VLLM=0.33 or VLLM=newest, the Python of
+# another one over the former's compiled operators; and which tests, for example VLLM_TESTS="$(VLLM_CORE)".
+VLLM         := 0.32
+VLLM_TESTS   := tests/vllm
+VLLM_CORE    := $(patsubst %,tests/vllm/test_%.py,restoring trouble priorities fault_matrix statistics hooks \
+	layered_finish tiers serve)
+VLLM_OVERLAY := $(if $(filter-out 0.32,$(VLLM)),.vllm-$(VLLM))
+
 # LMCache, to compare with, in the same environment as a vLLM and the plug-in.
 PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long lint types unit sample test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean
+.PHONY: demo test test-long lint types unit sample test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
@@ -103,8 +111,16 @@ test-long: $(STAMP)
 unit-%: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/$*
 
-test-vllm: $(VLLM_STAMP)
-	$(VLLM_ENV) $(VLLM_BIN)/pytest tests/vllm
+test-vllm: $(VLLM_STAMP) $(VLLM_OVERLAY:%=%/.installed)
+	$(VLLM_ENV) $(VLLM_OVERLAY:%=PYTHONPATH=$(CURDIR)/%) $(VLLM_BIN)/pytest $(VLLM_TESTS)
+
+.vllm-newest/.installed: $(VLLM_STAMP) tests/vllm/overlay.py
+	$(VLLM_BIN)/python tests/vllm/overlay.py .vllm-newest vllm
+	touch $@
+
+.vllm-%/.installed: $(VLLM_STAMP) tests/vllm/overlay.py
+	$(VLLM_BIN)/python tests/vllm/overlay.py .vllm-$* 'vllm==$*.*' --constraint constraints-vllm.txt
+	touch $@
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv bench --json benchmarks/bench.json --picture benchmarks/bench.png --repeats 9,5,2,2
@@ -120,4 +136,4 @@ bench-peers: $(PEERS_STAMP)
 		--json out/bench_peers.json --picture out/bench_peers.png $(BENCH_PEERS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) .transformers-* out
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) .transformers-* .vllm-* out

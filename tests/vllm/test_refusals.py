@@ -61,17 +61,22 @@ def test_windows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "caching", "words"),
+    ("settings", "words"),
     [
-        ({}, True, None),
-        ({"mm_processor_cache_gb": 0}, True, None),
-        ({"mm_processor_cache_gb": 0}, False, "one would be taken for another"),
-        ({"disable_chunked_mm_input": True}, True, "in one piece"),
-        ({"is_mm_prefix_lm": True}, True, "in one piece"),
+        ({}, None),
+        ({"multimodal_config.mm_processor_cache_gb": 0}, None),
+        (
+            {"multimodal_config.mm_processor_cache_gb": 0, "cache_config.enable_prefix_caching": False},
+            "one would be taken for another",
+        ),
+        ({"scheduler_config.disable_chunked_mm_input": True}, "in one piece"),
+        ({"model_config.is_mm_prefix_lm": True}, "in one piece"),
+        ({"aux_output_config.enabled": True}, "--enable-return-routed-experts"),
+        ({"attention_config.hisparse_config": "any"}, "HiSparse"),
     ],
 )
-def test_images_that_cannot_be_told_apart_or_cut(settings: dict[str, Any], caching: bool, words: str | None) -> None:
-    """By configurations: no multimodal model is small enough to start here."""
+def test_what_cannot_be_started_here(settings: dict[str, Any], words: str | None) -> None:
+    """By configurations: no multimodal model is small enough, and some of vLLM's options want a GPU."""
     from types import SimpleNamespace as Some
 
     import torch
@@ -80,19 +85,20 @@ def test_images_that_cannot_be_told_apart_or_cut(settings: dict[str, Any], cachi
     from cakekv.vllm.support import check_engine
 
     spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    group = Some(kv_cache_spec=spec)
+    multimodal = Some(mm_processor_cache_gb=4)
     config = Some(
-        model_config=Some(
-            multimodal_config=Some(mm_processor_cache_gb=settings.get("mm_processor_cache_gb", 4)),
-            is_mm_prefix_lm=settings.get("is_mm_prefix_lm", False),
-        ),
-        cache_config=Some(enable_prefix_caching=caching),
-        scheduler_config=Some(
-            enable_chunked_prefill=True, disable_chunked_mm_input=settings.get("disable_chunked_mm_input", False)
-        ),
+        multimodal_config=multimodal,
+        model_config=Some(multimodal_config=multimodal, is_mm_prefix_lm=False),
+        cache_config=Some(enable_prefix_caching=True),
+        scheduler_config=Some(enable_chunked_prefill=True, disable_chunked_mm_input=False),
         parallel_config=Some(pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        aux_output_config=Some(enabled=False),
+        attention_config=Some(hisparse_config=None),
     )
-    caches: Any = Some(kv_cache_groups=[group])
+    for name, value in settings.items():
+        part, _, field = name.partition(".")
+        setattr(getattr(config, part), field, value)
+    caches: Any = Some(kv_cache_groups=[Some(kv_cache_spec=spec)])
     if words is None:
         check_engine(config, caches)  # type: ignore[arg-type]
         return

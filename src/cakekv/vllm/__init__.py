@@ -19,7 +19,24 @@ _HOMES = {"CakeConnector": "connector", "CakeScheduler": "scheduler", "CakeAsync
 
 
 def __getattr__(name: str) -> Any:
-    """Import vLLM only when one of the classes is asked for."""
+    """Import vLLM only when one of the classes is asked for.
+
+    Raises
+    ------
+    UnsupportedEngine
+        The vLLM that is installed lacks what they are made of.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"cakekv.vllm.{_HOMES[name]}"), name)
+    import vllm  # noqa: F401 - that there is none, Python says best
+    from cakekv.vllm.hooks import unusable
+
+    try:
+        found = getattr(import_module(f"cakekv.vllm.{_HOMES[name]}"), name)
+    except ImportError as error:
+        if not (error.name or "").startswith("vllm."):
+            raise
+        raise unusable(f"it lacks something ({error})") from error
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise unusable(f"it wants more of a {found.__mro__[1].__name__}: {', '.join(lacking)}")
+    return found

@@ -59,9 +59,9 @@ class CakeConnector(KVConnectorBase_V1):
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        options = VllmOptions.from_extra_config(self._kv_transfer_config.kv_connector_extra_config)
+        options = VllmOptions.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         check_hooks(options.untested_vllm)
+        super().__init__(vllm_config, role, kv_cache_config)
         check_engine(vllm_config, kv_cache_config)
         options.check_block_size(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         if role == KVConnectorRole.SCHEDULER:

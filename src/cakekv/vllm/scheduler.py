@@ -66,7 +66,7 @@ class CakeSchedulerMixin(Scheduler):
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
         self._turned_away: set[str] = set()
-        """Restores that vLLM did not take into the last step, though they were granted tokens of it."""
+        """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
 
     # ------------------------------------------------------------ before a step
 
@@ -81,7 +81,7 @@ class CakeSchedulerMixin(Scheduler):
         self._correct_statistics(before, output)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
-        self._turned_away = granted - output.num_scheduled_tokens.keys() if left else set()
+        self._turned_away = (self._turned_away | granted) - output.num_scheduled_tokens.keys() if left else set()
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
@@ -107,6 +107,8 @@ class CakeSchedulerMixin(Scheduler):
             return set()
         states: list[RequestState] = []
         waiting_plain: set[str] = set()
+        outside = set(self._turned_away)
+        places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         for request in self.running:
             states.append(self._state_of(request, restorations.get(request.request_id)))
         for queue in (self.kv_holding_waiting, self.waiting):
@@ -121,14 +123,18 @@ class CakeSchedulerMixin(Scheduler):
                     waiting_plain.add(request.request_id)
                 elif restoration is None:
                     continue
+                elif state.tokens and (places <= 0 or not self._has_room_for_adapter(request)):
+                    outside.add(state.request_id)
+                elif state.tokens:
+                    places -= 1
                 states.append(state)
         beside_decodes = self._half.tokens_beside_decodes()
-        # Whom vLLM had no room for gets what the others leave: else nobody would compute, and no room would come free.
-        others = [state for state in states if state.request_id not in self._turned_away]
+        # Whom vLLM has no room for gets what the others leave: else nobody would compute, and no room would come free.
+        others = [state for state in states if state.request_id not in outside]
         shares = self._half.policy.share(others, self.max_num_scheduled_tokens, time(), beside_decodes)
         left = self.max_num_scheduled_tokens - sum(shares.tokens.values()) - shares.held_back
         for state in states:
-            if state.request_id in self._turned_away:
+            if state.request_id in outside:
                 shares.tokens[state.request_id] = min(left, state.tokens)
                 left -= shares.tokens[state.request_id]
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
@@ -158,7 +164,20 @@ class CakeSchedulerMixin(Scheduler):
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(tokens, self._granted.get(request.request_id, tokens))
 
+    def _has_room_for_adapter(self, request: Request) -> bool:
+        """Whether a request that waits may join those that run, by --max-loras.
+
+        vLLM 0.32 counts the adapters of those only that are given tokens in a step. Running prefills may be given none
+        here, and would be one adapter too many in the next step.
+        """
+        if self.lora_config is None or request.lora_request is None:
+            return True
+        used = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
+        return request.lora_request.lora_int_id in used or len(used) < self.lora_config.max_loras
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if not self._has_room_for_adapter(request):
+            return False
         restoration = self._half.restorations.get(request.request_id)
         if restoration is None or not restoration.parked:
             # To be given no tokens later would end vLLM's search for others that wait.
@@ -173,11 +192,11 @@ class CakeSchedulerMixin(Scheduler):
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         return True
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         if request.request_id in self._half.restorations:
             self._looked_again.append(request)
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
-        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         lossy = self._half.lossy
         if tokens and lossy.codec.window:
             usable = lossy.usable_tokens(blocks.get_block_ids()[0], request.num_tokens)

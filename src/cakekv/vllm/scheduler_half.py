@@ -116,6 +116,8 @@ class SchedulerHalf:
             options.tenant,
             self._codec.fingerprint,
         )
+        with suppress(StoreError):
+            self.keyring.keep_to(self._store.identities())
         self._desk.chunk_bytes = sum(shard.chunk_bytes for shard in shards.values())
         if layered_step.is_possible(self._vllm_config) and self._codec.fixed:
             self._groups = layered_step.groups_of(shards.values())

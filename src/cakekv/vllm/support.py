@@ -24,6 +24,16 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec, iter_layer_specs
 
+    if vllm_config.aux_output_config.enabled:
+        raise UnsupportedEngine(
+            "--enable-return-routed-experts is on: which experts a token went to is not stored with its keys and "
+            "values; leave it or cakekv out"
+        )
+    if vllm_config.attention_config.hisparse_config is not None:
+        raise UnsupportedEngine(
+            "HiSparse is on: it keeps a part of the KV cache in memory that cakekv does not know; switch it off, or "
+            "leave cakekv out"
+        )
     groups = kv_cache_config.kv_cache_groups
     if not groups:
         raise UnsupportedEngine("this model has no KV cache: there is nothing to restore; leave cakekv out")

@@ -1,0 +1,197 @@
+"""An upgrade keeps the store: keys follow from what a model's files say, not from what libraries make of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
+
+import vllm
+from cakekv.vllm import identity
+from cakekv.vllm.identity import Keyring
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 500000.0,
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    """A model's folder, without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def root(folder: Path, change: Any = None, **options: Any) -> str:
+    """The identity that an engine's chunks have; `change` is done to its configuration first."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"skip_tokenizer_init": True, "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 2048}
+    config = EngineArgs(model=str(folder), **(settings | options)).create_engine_config()
+    config.cache_config.prefix_caching_hash_algo = identity.HASH
+    if change is not None:
+        change(config)
+    return Keyring(config, 256, 128, "layout", "", "raw").identity.root.hex()
+
+
+def test_the_same_model_has_the_same_key_under_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    assert root(write(tmp_path / "model", LLAMA)) == "c225142eada40b0b65bb62900c5a7d0edfd0c5f7944808ab0eaa42bb2407377f"
+
+
+def test_wherever_it_lies_and_whatever_wrote_it(tmp_path: Path) -> None:
+    first = root(write(tmp_path / "model", LLAMA))
+    said = LLAMA | {"_name_or_path": "/somewhere/else", "transformers_version": "5.99.0"}
+    assert root(write(tmp_path / "elsewhere" / "renamed", dict(reversed(said.items())))) == first
+
+
+def test_fields_that_a_library_adds_removes_or_moves_do_not_count(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", LLAMA)
+
+    def upgrade(config: Any) -> None:
+        config.model_config.hf_config.brand_new_default = 1.0
+        config.model_config.hf_config.rope_parameters["brand_new_default"] = 1.0
+        del config.model_config.hf_config.mlp_bias
+        assert "brand_new_default" in config.model_config.hf_config.to_dict()
+
+    assert root(folder, upgrade) == root(folder)
+
+
+def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    model: Any = SimpleNamespace(
+        model=str(tmp_path), hf_config_path=None, revision=None, hf_overrides={}, quantization=None, max_model_len=2048
+    )
+    texts = []
+    for path in ("/here", "/there"):
+        config = LlavaConfig(text_config=LlamaConfig(_name_or_path=path), vision_config=CLIPVisionConfig())
+        said = config.to_dict()
+        said["text_config"]["_name_or_path"] = path
+        write(tmp_path, said)
+        config.text_config.brand_new_default = path
+        texts.append(identity._architecture(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
+    assert texts[0] == texts[1]
+    assert "brand_new_default" not in texts[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hf_overrides": {"rms_norm_eps": 1e-5}},
+        {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
+        {"hf_overrides": lambda config: config.update({"rms_norm_eps": 1e-5}) or config},
+        {"quantization": "fp8"},
+        {"dtype": "float32"},
+        {"kv_cache_dtype": "fp8"},
+    ],
+    ids=["override", "override of a part", "override by a function", "quantization", "dtype", "cache"],
+)
+def test_what_changes_keys_and_values_counts(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write(tmp_path, LLAMA)
+    assert root(folder, **options) != root(folder)
+
+
+def test_what_the_files_say_counts(tmp_path: Path) -> None:
+    roots = {root(write(tmp_path, LLAMA | change)) for change in ({}, {"rope_theta": 1e4}, {"attention_bias": True})}
+    assert len(roots) == 3
+
+
+def test_hashes_that_look_ahead_are_others(tmp_path: Path) -> None:
+    """As vLLM 0.33 has them for some draft models, though not beside a KV connector."""
+    folder = write(tmp_path, LLAMA)
+    plain, ahead = (
+        SimpleNamespace(**(vars(config_of(folder)) | {"num_hash_lookahead_tokens": tokens})) for tokens in (0, 1)
+    )
+    first, second = (Keyring(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
+    assert first.root.hex() == root(folder)
+    assert first.root != second.root
+
+
+def config_of(folder: Path) -> Any:
+    """What `root` looks at."""
+    kept: list[Any] = []
+    root(folder, kept.append)
+    return kept[0]
+
+
+def test_a_configuration_in_no_file_is_taken_from_the_library(tmp_path: Path) -> None:
+    """As that of a GGUF file."""
+    folder = write(tmp_path, LLAMA)
+    config = config_of(folder)
+    expected = identity._architecture_by_library(config.model_config)
+    (folder / "config.json").unlink()
+    assert identity._architecture(config.model_config) == expected
+
+
+def test_what_an_earlier_cakekv_stored_is_found(
+    model: Path, plain: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = scripted("earlier")
+    options = {"store": "scripted://earlier", "mode": "load"}
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_architecture", identity._architecture_by_library)
+        with closing(TinyEngine(model, options)) as engine:
+            assert engine.run(prompt(1000)) == plain[1000]
+            engine.settle()
+    assert len(list(store)) == 7
+    for _ in range(2):
+        with closing(TinyEngine(model, options)) as engine:
+            assert engine.run(prompt(1000)) == plain[1000]
+            engine.settle()
+            assert engine.report().loaded_tokens == 7 * BLOCK
+    assert len(list(store)) == 7
+
+
+def test_a_model_that_was_moved_finds_its_chunks(model: Path, plain: dict[int, list[int]], tmp_path: Path) -> None:
+    store = scripted("moved")
+    options = {"store": "scripted://moved", "mode": "load"}
+    for folder in (model, Path(shutil.copytree(model, tmp_path / "another name"))):
+        with closing(TinyEngine(folder, options)) as engine:
+            assert engine.run(prompt(1000)) == plain[1000]
+            engine.settle()
+            loaded = engine.half.outcomes.latest[-1][1].loaded_tokens if engine.half.outcomes.latest else 0
+            assert loaded == (0 if folder == model else 7 * BLOCK)
+    assert len(list(store)) == 7
+
+
+OVERLAY = Path(str(vllm.__file__)).parents[1]
+
+
+@pytest.mark.skipif(not list(OVERLAY.glob("vllm-*+cpu.dist-info")), reason="vLLM is not laid over another: VLLM=0.33")
+def test_what_the_vllm_below_stored_is_found(model: Path, plain: dict[int, list[int]], tmp_path: Path) -> None:
+    """An upgrade of vLLM, with a store on disk."""
+    options = {"store": str(tmp_path), "mode": "load"}
+    code = f"""
+from tiny_engine import TinyEngine, prompt
+import vllm
+assert vllm.__version__ != {vllm.__version__!r}
+engine = TinyEngine({str(model)!r}, {options!r})
+engine.run(prompt(1000))
+engine.settle()
+engine.close()
+"""
+    paths = [str(Path(__file__).parent), *(path for path in sys.path if Path(path) != OVERLAY)]
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    with closing(TinyEngine(model, options)) as engine:
+        assert engine.run(prompt(1000)) == plain[1000]
+        engine.settle()
+        assert engine.report().loaded_tokens == 7 * BLOCK
