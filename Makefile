@@ -31,7 +31,8 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long lint types unit sample test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
+.PHONY: demo test test-long test-newest lint types unit sample test-transformers test-package test-vllm bench bench-vllm \
+	bench-peers install install-vllm install-peers clean .vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
@@ -73,7 +74,18 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
 
 test: lint types unit sample test-vllm
+	$(MAKE) test-vllm VLLM=0.33 VLLM_TESTS="$(VLLM_CORE)"
 	$(MAKE) test-package ENGINE_PYTHONS=$(PYTHON)
+
+# What users may install tomorrow: the newest transformers and the newest vLLM that there are.
+test-newest: $(STAMP) .vllm-newest/.installed
+	rm -rf .transformers-newest
+	$(BIN)/pip install -q --target .transformers-newest transformers "$$($(BIN)/pip freeze | grep ^numpy==)"
+	touch .transformers-newest/.installed
+	$(MAKE) test-transformers TRANSFORMERS=newest
+	PYTHONPATH=.transformers-newest $(BIN)/python scripts/config_fields.py --check
+	$(VLLM_BIN)/python -m cakekv.vllm.hooks_of_wheel .vllm-newest
+	$(VLLM_ENV) PYTHONPATH=$(CURDIR)/.vllm-newest $(VLLM_BIN)/pytest $(VLLM_CORE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -50,6 +50,8 @@ _ESCAPED = re.compile(rf"{_UNSAFE.pattern}|[\u2028\u2029]")
 
 _learned: dict[str, None] = {}
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # no child begins with it taken
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def learn(secret: str) -> None:

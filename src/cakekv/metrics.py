@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from cakekv.errors import CorruptChunk, MissingChunk, StoreError, StoreFull
+from cakekv.forks import on_fork
 from cakekv.report.metrics import METRICS, SECONDS, Figure, figures
 from cakekv.restore.report import RestoreReport
 from cakekv.store.asking import Asker
@@ -166,6 +167,10 @@ class _Tiers(Collector):
         self._lock = Lock()
         self._past: dict[str, Evicted] = {}
         """By tier, what was evicted by stores that are closed."""
+        on_fork(self)
+
+    def _forked(self) -> None:
+        self._lock = Lock()
 
     def forget(self, store: Store) -> None:
         """A store is closed."""

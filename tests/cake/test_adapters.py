@@ -124,11 +124,12 @@ def test_an_adapter_named_like_a_part_of_the_model_hides_nothing_of_it(name: str
                 if name in path.split(".") or name == "lora_A":
                     parameter.mul_(scale)
         bare = TransformersEngine(model).identity(8).root
-        model.add_adapter(peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]), adapter_name=name)
-        fill(model, name, 0)
-        engine = TransformersEngine(model)
+        config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+        adapted = peft.get_peft_model(model, config, adapter_name=name)
+        fill(adapted, name, 0)
+        engine = TransformersEngine(adapted)
         roots.append(engine.identity(8).root)
-        model.disable_adapters()
+        adapted.base_model.disable_adapter_layers()
         assert engine.identity(8).root == bare
         roots.append(bare)
     assert len(set(roots)) == 4

@@ -186,3 +186,17 @@ def test_a_queue_in_words(engine: TransformersEngine, caplog: pytest.LogCaptureF
     caplog.set_level(logging.WARNING)
     with Cake(engine, store=MemoryStore(), save_queue="64MiB") as cake:
         assert saver_of(cake).limit == 64 << 20
+
+
+def test_a_thread_that_has_nothing_to_save_ends_and_the_next_begins(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Cake that is dropped without being closed leaves no thread behind."""
+    monkeypatch.setattr("cakekv.save.saver.IDLE_S", 0.01)
+    store = MemoryStore()
+    with Cake(engine, store=store, chunk_tokens=CHUNK) as cake:
+        for seed in range(3):
+            cake.prefill(tokens(seed, 4 * CHUNK))
+            assert cake.wait_saved().saved_chunks == 4 * (seed + 1)
+            until(lambda: saver_of(cake)._thread is None)
+    assert len(list(store)) == 12

@@ -28,6 +28,7 @@ from cakekv.engine.support import accepts, cache_argument, check_config, probe, 
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
+from cakekv.forks import on_fork
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
@@ -89,8 +90,13 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self._stop_tokens: frozenset[int] | None = None
         self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
         self._cache_argument = cache_argument(bare)
+        on_fork(self)
         if is_newer():
             self._try_out()
+
+    def _forked(self) -> None:
+        """This is a child process: another thread of the parent's may hold the lock."""
+        self._looking = Lock()
 
     def _try_out(self) -> None:
         """With a transformers that was not tested: restore a few tokens, and use it if they come out right."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
-from cakekv.executor import LOOK_S, check
+from cakekv.executor import IDLE_S, LOOK_S, check
 from cakekv.keys import ChunkKey
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
@@ -237,15 +237,15 @@ class Saver:
     def close(self) -> None:
         """Finish what is queued and stop. A store that hangs is left alone. May be called again."""
         self._closed = True
-        if self._abandoned or self._thread is None:
+        if self._abandoned:
             return
         if not self._join():
             self._abandoned = True
             emit(_LOG, logging.WARNING, "deadline_missed", tier=self.store.name, operation="write")
             self._drop_all("late", self._silence())
         self._queue.put(None)
-        while self._thread.is_alive() and not self._abandoned:
-            self._thread.join(LOOK_S)
+        while (thread := self._thread) is not None and thread.is_alive() and not self._abandoned:
+            thread.join(LOOK_S)
             check()
 
     def _begin(self) -> None:
@@ -347,7 +347,7 @@ class Saver:
         return f"the {self.store.name} store has not taken a chunk for more than {self._deadline_s:g} s"
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while (job := self._next()) is not None:
             if self._abandoned:
                 self._drop(job, "late", self._silence())
                 del job
@@ -365,6 +365,16 @@ class Saver:
                 self._busy_since = None
                 self._done(job)
                 del job  # what it keeps may be large, and the next one may take its time
+
+    def _next(self) -> _Job | _Note | None:
+        """What comes next; None when the thread has to end, also because nothing has come for a while."""
+        with suppress(queue.Empty):
+            return self._queue.get(timeout=IDLE_S)
+        with self._changed:  # whoever hands over a job looks for the thread behind it
+            if self._queue.empty():
+                self._thread = None
+                return None
+        return self._queue.get()
 
     def _write(self, job: _Job) -> None:
         coder, began = self._coder, monotonic()
