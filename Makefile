@@ -10,8 +10,10 @@ VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
 
-# The oldest transformers that the engine takes, and some families of models to test with it (the newest is installed).
+# The oldest and the newest transformers that the engine takes, and some families of models to test with them; the whole
+# suite runs with that of constraints.txt.
 OLDEST_TRANSFORMERS := 5.20.0
+NEWEST_TRANSFORMERS := 5.24.0
 SAMPLE := llama or gemma3 or mistral or gpt2 or gptj or gpt-oss or deepseek-v3 or falcon-alibi
 TRANSFORMERS := $(OLDEST_TRANSFORMERS)
 
@@ -108,6 +110,7 @@ test-transformers: .transformers-$(TRANSFORMERS)/.installed
 
 sample:
 	$(MAKE) test-transformers TRANSFORMERS=$(OLDEST_TRANSFORMERS) FAMILIES="$(SAMPLE)"
+	$(MAKE) test-transformers TRANSFORMERS=$(NEWEST_TRANSFORMERS) FAMILIES="$(SAMPLE)"
 
 # The package as users get it, on every Python here.
 test-package: $(STAMP)
