@@ -32,6 +32,8 @@ class _Question:
     """When the answer was first given."""
     complete: list[tuple[int, ...]] | None = None
     """The answer, once no tier owes its part."""
+    promising: bool = True
+    """Whether that names any tier."""
 
 
 class Lookup:
@@ -71,6 +73,11 @@ class Lookup:
         for source, tier in enumerate(tiers):
             start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
 
+    @property
+    def sources(self) -> int:
+        """How many tiers there are."""
+        return len(self._tiers)
+
     def ask(self, request_id: str, keys: list[ChunkKey], exact_from: int) -> None:
         """Find out where these chunks are, from `exact_from` on in exact form; replaces what was asked before."""
         question = _Question(keys, exact_from, monotonic())
@@ -83,25 +90,29 @@ class Lookup:
 
     def answer(self, request_id: str) -> list[tuple[int, ...]] | None:
         """Per chunk, the tiers that hold it; None if that is not known yet."""
-        with self._changed:
-            question = self._questions.get(request_id)
-            if question is None or not question.keys:
-                return []
-            if question.complete is not None:
-                return question.complete
-            now = monotonic()
-            for source in range(len(self._tiers)):
-                if source not in question.answers and not self._overdue(source, question, now):
-                    return None
-            question.known = question.known or now
-            answers = question.answers.items()
-            stored = [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
-            if len(answers) == len(self._tiers):
-                question.complete = stored
-            return stored
+        question = self._questions.get(request_id)
+        if question is None or not question.keys:
+            return []
+        if question.complete is not None:
+            return question.complete
+        answers = question.answers.copy()  # more may come meanwhile
+        now = monotonic()
+        for source in range(len(self._tiers)):
+            if source not in answers and not self._overdue(source, question, now):
+                return None
+        question.known = question.known or now
+        held = answers.items()
+        stored = [tuple(source for source, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
+        if len(answers) == len(self._tiers):
+            question.promising = any(stored)
+            question.complete = stored
+        return stored
 
     def promising(self, request_id: str) -> bool:
         """Whether some chunk of the request is, or may turn out to be, stored."""
+        question = self._questions.get(request_id)
+        if question is not None and question.complete is not None:
+            return question.promising
         stored = self.answer(request_id)
         return stored is None or any(stored)
 
@@ -160,21 +171,30 @@ class Lookup:
             except Exception:
                 _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
                 found = [None] * len(keys)
+            # The scheduler never waits for this: the lock is held to publish an answer, not to read it.
+            first, answers = 0, []
+            for question in batch:
+                answers.append(self._held(question, found, first))
+                first += len(question.keys) * len(self._shards)
             with self._changed:
                 self._busy_since[source] = None
-                for question in batch:
-                    count = len(question.keys) * len(self._shards)
-                    question.answers[source] = self._held(question, found[:count])
-                    found = found[count:]
+                for question, (held, sizes) in zip(batch, answers, strict=True):
+                    question.sizes += sizes
+                    question.answers[source] = held
 
-    def _held(self, question: _Question, found: Sequence[int | None]) -> list[bool]:
-        """Which of a question's chunks a tier has in a form that will do; `found` are the sizes of all shares."""
-        held = []
+    def _held(
+        self, question: _Question, found: Sequence[int | None], first: int
+    ) -> tuple[list[bool], list[int]]:
+        """Which of a question's chunks a tier has in a form that will do, and their bytes.
+
+        `found` are the sizes of all questions' shares, this one's from `first` on.
+        """
+        held, found_bytes, shares = [], [], len(self._shards)
         for chunk in range(len(question.keys)):
-            sizes = found[chunk * len(self._shards) : (chunk + 1) * len(self._shards)]
+            sizes = found[first + chunk * shares : first + (chunk + 1) * shares]
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
             held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))
             if held[-1]:
-                question.sizes.append(sum(stored))
-        return held
+                found_bytes.append(sum(stored))
+        return held, found_bytes
