@@ -182,9 +182,7 @@ class Lookup:
                     question.sizes += sizes
                     question.answers[source] = held
 
-    def _held(
-        self, question: _Question, found: Sequence[int | None], first: int
-    ) -> tuple[list[bool], list[int]]:
+    def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
         """Which of a question's chunks a tier has in a form that will do, and their bytes.
 
         `found` are the sizes of all questions' shares, this one's from `first` on.
