@@ -10,6 +10,14 @@ VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_ENV   := HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2
 
+# The oldest transformers that the engine takes, and some families of models to test with it (the newest is installed).
+OLDEST_TRANSFORMERS := 5.20.0
+SAMPLE := llama or gemma3 or mistral or gpt2 or gptj or gpt-oss or deepseek-v3 or falcon-alibi
+TRANSFORMERS := $(OLDEST_TRANSFORMERS)
+
+# On which Pythons `make test-package` installs cakekv with its engine: on all there are, or on those named here.
+ENGINE_PYTHONS := all
+
 # Which vLLM `make test-vllm` tests with: that of constraints-vllm.txt, or, by VLLM=0.33 or VLLM=newest, the Python of
 # another one over the former's compiled operators; and which tests, for example VLLM_TESTS="$(VLLM_CORE)".
 VLLM         := 0.32
@@ -23,7 +31,7 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long lint types unit test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
+.PHONY: demo test test-long lint types unit sample test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
@@ -64,7 +72,8 @@ $(PEERS_STAMP): pyproject.toml constraints-peers.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
 
-test: lint types unit test-vllm
+test: lint types unit sample test-vllm
+	$(MAKE) test-package ENGINE_PYTHONS=$(PYTHON)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -75,6 +84,24 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# The engine's own tests and the matrix with another transformers: TRANSFORMERS=5.22.2, all families or FAMILIES="a or b".
+.transformers-%/.installed: | $(STAMP)
+	$(BIN)/pip install -q --no-deps --upgrade --target .transformers-$* transformers==$*
+	touch $@
+
+test-transformers: .transformers-$(TRANSFORMERS)/.installed
+	HF_HUB_OFFLINE=1 PYTHONPATH=.transformers-$(TRANSFORMERS) $(BIN)/pytest tests/engine tests/matrix \
+		$(if $(FAMILIES),-k "engine or $(FAMILIES)")
+
+sample:
+	$(MAKE) test-transformers TRANSFORMERS=$(OLDEST_TRANSFORMERS) FAMILIES="$(SAMPLE)"
+
+# The package as users get it, on every Python here.
+test-package: $(STAMP)
+	$(BIN)/python -c "from cakekv.demo.model import demo_model; demo_model()"
+	CAKEKV_PYTHONS=all CAKEKV_ENGINE_PYTHONS="$(ENGINE_PYTHONS)" \
+		CAKEKV_TORCH="$(shell grep ^torch== constraints.txt)" $(BIN)/pytest tests/package
 
 # The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
 test-long: $(STAMP)
@@ -109,4 +136,4 @@ bench-peers: $(PEERS_STAMP)
 		--json out/bench_peers.json --picture out/bench_peers.png $(BENCH_PEERS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) .vllm-* out
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV) .transformers-* .vllm-* out

@@ -6,7 +6,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["BadInput", "Cake", "CakeError", "RestoreReport", "Store", "StoreError", "UnsupportedModel", "open_store"]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, until the application says otherwise

@@ -16,7 +16,7 @@ from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.engine.base import Engine
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, UnsupportedEngine
 from cakekv.keys import Identity
 from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
@@ -172,8 +172,13 @@ class Cake:
             There is no such model, or an option is out of range.
         UnsupportedModel
             Its state cannot be cut into chunks.
+        UnsupportedEngine
+            torch or transformers is not installed, or is a version that cakekv does not work with.
         """
-        from cakekv.engine.transformers import TransformersEngine, load_tokenizer
+        try:
+            from cakekv.engine.transformers import TransformersEngine, load_tokenizer
+        except ModuleNotFoundError as error:
+            raise UnsupportedEngine(f"a model needs more packages ({error}): pip install 'cakekv[engine]'") from error
 
         engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
         return cls(engine, load_tokenizer(os.fspath(model)), store, **options)

@@ -18,7 +18,7 @@ class BadOption(BadInput):
 
 
 class UnsupportedEngine(CakeError):
-    """vLLM is a version, or set up in a way, that the plug-in cannot work with."""
+    """vLLM, or transformers, is a version that cakekv cannot work with, or set up in such a way."""
 
 
 class UnsupportedModel(CakeError):

@@ -25,7 +25,6 @@ SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidd
         ("Bamba", "running state"),
         ("Zamba2", "running state"),
         ("FalconH1", "running state"),
-        ("RecurrentGemma", "running state"),
         ("Qwen3Next", "running state"),
         ("T5", "encoder-decoder"),
         ("Whisper", "encoder-decoder"),
@@ -51,6 +50,10 @@ def test_a_configuration_is_enough_to_refuse(name: str, reason: str) -> None:
             "running state",
         ),
         (
+            lambda: transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**SMALL, lru_width=16)),
+            "running state",  # until 5.22 its configuration does not say so
+        ),
+        (
             lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, num_layers=1)),
             "encoder-decoder",
         ),
@@ -67,7 +70,7 @@ def test_a_configuration_is_enough_to_refuse(name: str, reason: str) -> None:
             "not causal",
         ),
     ],
-    ids=["mamba", "rwkv", "t5", "bert", "openai-gpt", "headless", "bidirectional"],
+    ids=["mamba", "rwkv", "recurrent-gemma", "t5", "bert", "openai-gpt", "headless", "bidirectional"],
 )
 def test_a_model_is_refused_before_it_is_used(model: Any, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):

@@ -150,7 +150,7 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
     from transformers import LlamaForCausalLM
 
     with torch.inference_mode():
-        layers = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt(1000)])).past_key_values.layers
+        layers = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt(1000)]))[1].layers
     share = coded.worker.shares[0]
     for chunk in (0, 5):
         for layer, blocks in enumerate(coded.computed[chunk]):

@@ -81,3 +81,38 @@ def test_an_adapter_is_its_weights_and_how_they_are_used(tmp_path: Path) -> None
     settings = folder / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert _adapter(folder) != first
+
+
+def test_more_adapters_than_vllm_has_room_for(model: Path, tmp_path: Path) -> None:
+    """A restore with one adapter takes the steps of a prefill with another, which keeps its place meanwhile."""
+    from vllm.lora.request import LoRARequest
+
+    a, b = (
+        LoRARequest(name, number, str(save_adapter(tmp_path / name, number))) for number, name in ((1, "a"), (2, "b"))
+    )
+    requests = [(prompt(2000), b), (prompt(2500, seed=4), a), (prompt(300, seed=5), b)]
+    setup = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+
+    def add(engine: TinyEngine, tokens: list[int], adapter: LoRARequest) -> str:
+        engine._number += 1
+        name = f"r{engine._number}"
+        engine.llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, sampling(), lora_request=adapter)
+        return name
+
+    with closing(TinyEngine(model, **setup)) as engine:
+        expected = [engine.finish(add(engine, *request))[0] for request in requests]
+    store = scripted("more adapters")
+    with closing(TinyEngine(model, {"store": "scripted://more adapters", "mode": "load"}, **setup)) as engine:
+        engine.finish(add(engine, prompt(1000), b))
+        engine.settle()
+        engine.core.reset_prefix_cache()
+        store.gate.clear()
+        first = add(engine, *requests[0])
+        engine.until(lambda: engine.restoration(first))
+        others = [add(engine, *request) for request in requests[1:]]
+        engine.until(lambda: engine.internal(others[0]).num_computed_tokens)
+        store.gate.set()
+        assert engine.finish(first, *others) == expected
+        engine.settle()
+        assert engine.report().loaded_tokens == 896
+        engine.assert_nothing_leaked()

@@ -111,25 +111,34 @@ def test_steps_that_are_scheduled_ahead(model: Path, plain: dict[int, list[int]]
             store.gate.set()
 
 
-def test_a_restore_that_finds_no_place_does_not_stop_those_that_have_one(model: Path) -> None:
-    """It came first and wants whole steps, but the only place is taken: by one that has to be computed to leave it."""
+@pytest.mark.parametrize("restores", [1, 2, 3])
+def test_restores_that_find_no_place_do_not_stop_those_that_have_one(model: Path, restores: int) -> None:
+    """They came first and want whole steps, but the only place is taken: by one that has to be computed to leave it."""
     options = {"store": "scripted://crowded", "mode": "load"}
     store = scripted("crowded")
     with closing(TinyEngine(model, max_num_seqs=1)) as engine:
-        expected = engine.run(prompt(2000)), engine.run(prompt(2500, seed=4))
+        prompts = [*(prompt(2000, seed) for seed in range(10, 10 + restores)), prompt(2500, seed=4)]
+        expected = [engine.run(tokens) for tokens in prompts]
     with closing(TinyEngine(model, options, max_num_seqs=1)) as engine:
-        engine.run(prompt(1000))
+        store.empty()
+        for seed in range(10, 10 + restores):
+            engine.run(prompt(1000, seed))
         engine.settle()
         assert engine.core.reset_prefix_cache()
         store.gate.clear()
-        first = engine.add(prompt(2000))  # begins as the one before; 1,104 tokens behind what is stored
-        engine.until(lambda: engine.restoration(first))
-        second = engine.add(prompt(2500, seed=4))
-        engine.until(lambda: engine.internal(second).num_computed_tokens)
+        first = [engine.add(tokens) for tokens in prompts[:-1]]  # 1,104 tokens behind what is stored
+        engine.until(lambda: all(engine.restoration(request) for request in first))
+        last = engine.add(prompts[-1])
+        engine.until(lambda: engine.internal(last).num_computed_tokens)
         store.gate.set()
-        engine.until(lambda: engine.restoration(first).joined)
-        assert engine.internal(second).num_computed_tokens < 2500
-        assert engine.finish(first, second) == list(expected)
+        engine.until(lambda: all(engine.restoration(request).joined for request in first))
+        assert engine.internal(last).num_computed_tokens < 2500
+        steps = []
+        step = engine.step
+        engine.step = lambda times=1: (steps.append(times), step(times))  # type: ignore[method-assign]
+        assert engine.finish(*first, last) == expected
+        # Nothing is waited for any more: steps of 256 tokens for all that is left of the prompts, and the answers.
+        assert len(steps) <= 2500 / 256 + restores * 1104 / 256 + 6 * (restores + 1) + 20
         engine.settle()
         assert engine.report().loaded_tokens == 896
         engine.assert_nothing_leaked()

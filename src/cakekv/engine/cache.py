@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
+from cakekv.engine.versions import Cache, CacheLayerMixin, DummyLayer
 from cakekv.errors import BadInput
 from cakekv.layout import LayerLayout, PlaneLayout
 from cakekv.quantities import format_bytes
@@ -137,7 +137,7 @@ class Stack(NamedTuple):
 
 
 class TwoEndedCache(Cache):  # type: ignore[misc]
-    """The layers of a model, for one sequence, to be passed to its forward as `past_key_values`.
+    """The layers of a model, for one sequence, to be passed to its forward as its cache.
 
     Parameters
     ----------

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cakekv.config_fields import lasting_fields
+from cakekv.engine.versions import first_names
 from cakekv.errors import BadInput
 from cakekv.keys import canonical, fingerprint_tensors
 from cakekv.layout import KVLayout
@@ -26,7 +28,7 @@ _IRRELEVANT = {
 
 def architecture(config: Any) -> str:
     """The model's configuration as far as it can change keys and values, as stable text."""
-    return canonical(_relevant(json.loads(config.to_json_string(use_diff=False))))
+    return canonical(_relevant(lasting_fields(config, lambda one: json.loads(one.to_json_string(use_diff=False)))))
 
 
 def layout_text(layout: KVLayout) -> str:
@@ -49,7 +51,13 @@ def weights_fingerprint(model: Any) -> str:
     adapters = set(getattr(model, "peft_config", ()))
     weights = [(name, tensor) for name, tensor in _weights(model) if adapters.isdisjoint(name.split("."))]
     saved = {name for name, _ in weights}
-    derived = [(name, tensor) for name, tensor in model.named_buffers() if name not in saved]
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    derived = [
+        (first_name, tensor)
+        for name, tensor in model.named_buffers()
+        if name not in saved
+        for first_name in first_names(name, layers)
+    ]
     return fingerprint_tensors(chain((_entry(*each, with_data=False) for each in derived), starmap(_entry, weights)))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
+
+from cakekv.engine.cache import LayerShape, Plane
+from cakekv.engine.versions import (
     Cache,
     DummyLayer,
     DynamicCache,
@@ -15,9 +19,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    cache_arguments,
+    explain_if_newer,
 )
-
-from cakekv.engine.cache import LayerShape, Plane
 from cakekv.errors import UnsupportedModel
 
 _NOT_CAUSAL = "its attention is not causal: a token's keys and values depend on later tokens"
@@ -61,11 +65,8 @@ def probe(model: Any) -> list[LayerShape | None]:
     check_config(config)
     if getattr(model, "_is_stateful", False):
         raise _refusal(config, "it carries a running state from token to token")
-    if not accepts(model, "past_key_values"):
-        raise _refusal(config, f"{type(model).__name__} takes no KV cache")
-    recorders = _recorders(config)
-    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
-    first, second = (_first_logits(model, cache, tokens) for tokens in ([1, 1], [1, 2]))
+    name, recorders = cache_argument(model), _recorders(config)
+    first, second = (_first_logits(model, recorders, tokens, name) for tokens in ([1, 1], [1, 2]))
     # The token before is the same, so any difference is one of rounding, unless the model looks ahead.
     rounding = 16 * torch.finfo(first.dtype).eps * first.abs().max()
     if bool((first - second).abs().max() > rounding):
@@ -79,9 +80,27 @@ def probe(model: Any) -> list[LayerShape | None]:
 def cached_keys(model: Any, tokens: list[int]) -> list[torch.Tensor]:
     """What a model caches as keys of these tokens, of each layer that caches any: (heads, tokens, width), float32."""
     recorders = _recorders(model.config)
-    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
-    _first_logits(model, cache, tokens)
+    _first_logits(model, recorders, tokens, cache_argument(model))
     return [recorder.seen[0][0][0].to("cpu", torch.float32) for recorder in recorders if recorder is not None]
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which the model's forward takes its cache.
+
+    Raises
+    ------
+    UnsupportedModel
+        It takes none.
+    """
+    names = cache_arguments(model.forward)
+    for name in names:
+        recorders = _recorders(model.config)
+        if len(names) > 1:  # it takes any argument, and need not use this one
+            with suppress(UnsupportedModel):
+                _first_logits(model, recorders, [1], name)
+        if len(names) == 1 or any(recorder is not None and recorder.seen for recorder in recorders):
+            return name
+    raise _refusal(model.config, f"{type(model).__name__} takes no KV cache")
 
 
 def accepts(model: Any, argument: str) -> bool:
@@ -89,12 +108,13 @@ def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def _first_logits(model: Any, cache: Cache, tokens: list[int]) -> torch.Tensor:
-    """The first token's logits in a forward over an empty cache."""
+def _first_logits(model: Any, recorders: Sequence[_Recorder | None], tokens: list[int], name: str) -> torch.Tensor:
+    """The first token's logits in a forward over an empty cache, which is passed under this name."""
+    cache = Cache(layers=[DummyLayer() if recorder is None else recorder for recorder in recorders])
     try:
         with torch.inference_mode():
             input_ids = torch.tensor([tokens], device=model.device)
-            output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True)
+            output = model(input_ids=input_ids, use_cache=True, return_dict=True, **{name: cache})
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
         raise _refusal(model.config, f"its forward fails on a few tokens and an empty cache: {error!r}") from error
     logits = getattr(output, "logits", None)
@@ -164,4 +184,4 @@ def _shape(recorder: _Recorder | None, index: int, model: Any) -> LayerShape | N
 
 
 def _refusal(config: Any, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(f"{config.model_type} is not supported, because {reason}")
+    return UnsupportedModel(f"{config.model_type} is not supported, because {reason}{explain_if_newer()}")

@@ -21,9 +21,10 @@ from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.identify import adapter_fingerprint, architecture, layout_text, weights_fingerprint
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import check_sampling, choose_token
-from cakekv.engine.support import accepts, check_config, probe
+from cakekv.engine.support import accepts, cache_argument, check_config, probe
 from cakekv.engine.transfer import transfer_for
-from cakekv.errors import BadInput, UnsupportedModel
+from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
+from cakekv.errors import BadInput, UnsupportedEngine, UnsupportedModel
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.rotation import Rotation
@@ -48,6 +49,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ------
     UnsupportedModel
         The model keeps something else than keys and values per token, or is on a device that is not supported.
+    UnsupportedEngine
+        The installed transformers is too old, or newer than any that was tested and a trial restore fails.
     """
 
     def __init__(self, model: Any) -> None:
@@ -64,7 +67,24 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self._dtype = "+".join(sorted({str(plane.dtype) for shape in stored for plane in shape[:2]}))
         self.max_context = context_length(model.config)
         self.vocabulary_size = model.get_input_embeddings().weight.shape[0]
+        self._cache_argument = cache_argument(model)
         self._arguments = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+        if is_newer():
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """With a transformers that was not tested: restore a few tokens, and use it if they come out right."""
+        tokens, half = [token % self.vocabulary_size for token in range(1, 9)], 4
+        computed, restored = self.new_cache(len(tokens)), self.new_cache(len(tokens))
+        expected = self.compute(computed, tokens, 0)
+        segments = [self.staging(size) for size in self.layout.segment_bytes(half)]
+        self.gather(computed, 0, half, segments)
+        self.place(restored, 0, half, segments)
+        difference = float((self.compute(restored, tokens[half:], half) - expected).abs().max())
+        rounding = 64 * torch.finfo(self.model.dtype).eps * max(1.0, float(expected.abs().max()))
+        if not difference <= rounding:
+            raise UnsupportedEngine(f"a trial restore of {half} tokens came out wrong{explain_if_newer()}")
+        warn_of_newer()
 
     @classmethod
     def from_pretrained(
@@ -187,12 +207,15 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
         cache.set_length(start)
         with torch.inference_mode(), cache.gated(gate) if gate is not None else nullcontext():
-            input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
-            output = self.model(
-                input_ids=input_ids, past_key_values=cache, use_cache=True, return_dict=True, **self._arguments
-            )
-            logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
+            last = self.forward(cache, token_ids, **self._arguments).logits[0, -1]
+            logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         return logits
+
+    def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
+        """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
+        input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
+        arguments[self._cache_argument] = cache
+        return self.model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""

@@ -63,17 +63,20 @@ class CakeSchedulerMixin(Scheduler):
         """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
         self._reserved: dict[Request, int] = {}
         """Blocks that prefills on their way still need, as it was when this step came to them."""
+        self._adapters: tuple[int, set[int]] = (-1, set())
+        """How many requests run, and which adapters they use, as of this step."""
         self._parked: list[list[KVCacheBlock]] = []
         """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
         self._turned_away: set[str] = set()
-        """Restores that vLLM did not take into the last step, though they were granted tokens of it."""
+        """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
 
     # ------------------------------------------------------------ before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._half.think(self._turned_away)
+        self._adapters = (-1, set())
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
         waiting = self._share_out()
@@ -84,7 +87,7 @@ class CakeSchedulerMixin(Scheduler):
         self._correct_statistics(before, output)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
-        self._turned_away = granted - output.num_scheduled_tokens.keys() if left else set()
+        self._turned_away = (self._turned_away | granted) - output.num_scheduled_tokens.keys() if left else set()
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
@@ -112,6 +115,8 @@ class CakeSchedulerMixin(Scheduler):
         unadmitted, plain_tokens = admission.full, 0
         states: list[RequestState] = []
         waiting_plain: set[str] = set()
+        outside = set(self._turned_away)
+        places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
         for request in self.running:
             states.append(self._state_of(request, restorations.get(request.request_id)))
         for queue in (self.kv_holding_waiting, self.waiting):
@@ -132,14 +137,18 @@ class CakeSchedulerMixin(Scheduler):
                 state = self._state_of(request, restoration)
                 if restoration is None:
                     plain_tokens += state.tokens
+                elif state.tokens and (places <= 0 or not self._has_room_for_adapter(request)):
+                    outside.add(state.request_id)
+                elif state.tokens:
+                    places -= 1
                 states.append(state)
         beside_decodes = self._half.tokens_beside_decodes()
-        # Whom vLLM had no room for gets what the others leave: else nobody would compute, and no room would come free.
-        others = [state for state in states if state.request_id not in self._turned_away]
+        # Whom vLLM has no room for gets what the others leave: else nobody would compute, and no room would come free.
+        others = [state for state in states if state.request_id not in outside]
         shares = self._half.policy.share(others, self.max_num_scheduled_tokens, time(), beside_decodes)
         left = self.max_num_scheduled_tokens - sum(shares.tokens.values()) - shares.held_back
         for state in states:
-            if state.request_id in self._turned_away:
+            if state.request_id in outside:
                 shares.tokens[state.request_id] = min(left, state.tokens)
                 left -= shares.tokens[state.request_id]
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
@@ -169,7 +178,23 @@ class CakeSchedulerMixin(Scheduler):
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(tokens, self._granted.get(request.request_id, tokens))
 
+    def _has_room_for_adapter(self, request: Request) -> bool:
+        """Whether a request that waits may join those that run, by --max-loras.
+
+        vLLM 0.32 counts the adapters of those only that are given tokens in a step. Running prefills may be given none
+        here, and would be one adapter too many in the next step.
+        """
+        if self.lora_config is None or request.lora_request is None:
+            return True
+        running, used = self._adapters
+        if running != len(self.running):  # once per step, and whenever one joins: not for each that waits
+            used = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
+            self._adapters = len(self.running), used
+        return request.lora_request.lora_int_id in used or len(used) < self.lora_config.max_loras
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if not self._has_room_for_adapter(request):
+            return False
         restoration = self._half.restorations.get(request.request_id)
         if restoration is None and self._half.admission.must_wait(request):
             return False

@@ -183,8 +183,7 @@ def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document)
     kept = [[region[:, start - 1 : start].clone() for region in layer.regions] for layer in cache.stored]
     cache.set_length(start - 1)
     with torch.inference_mode():
-        ids = torch.tensor([[document.context[-1], *document.tail[:-1]]], device=engine.device)
-        output = engine.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
+        output = engine.forward(cache, [document.context[-1], *document.tail[:-1]])
         logits: torch.Tensor = output.logits[0].to("cpu", torch.float32)
     for layer, regions in zip(cache.stored, kept, strict=True):
         for region, one in zip(layer.regions, regions, strict=True):
