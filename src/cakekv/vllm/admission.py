@@ -73,7 +73,7 @@ class Admission:
         self._readable: set[str] = set()
         """Requests that are restored if anything of them is stored."""
         self._fronts: dict[int, dict[ChunkKey, Restoration]] = {}
-        """The restores whose arms have not met, by the first chunk that they lack: its number, then its key."""
+        """The restores whose prefix others cannot share yet, by the first chunk that it lacks: its number, its key."""
         self._twins: dict[str, Restoration] = {}
         """By waiting request, the restore that it waits for."""
         self._room = MOST_BEGUN
@@ -125,7 +125,7 @@ class Admission:
         self._twins = {
             request_id: twin
             for request_id, twin in self._twins.items()
-            if restorations.get(twin.request_id) is twin and not twin.joined
+            if restorations.get(twin.request_id) is twin and not twin.shared
         }
 
     def began(self, restoration: Restoration) -> None:
@@ -135,8 +135,11 @@ class Admission:
         self._note_front(restoration)
 
     def _note_front(self, restoration: Restoration) -> None:
-        chunk = -(-restoration.position // self.options.chunk_tokens)
-        if self._shares_blocks and not restoration.joined and chunk < len(restoration.keys):
+        if not self._shares_blocks or restoration.shared:
+            return
+        last = restoration.restore.prefix_tokens // self.options.chunk_tokens - 1
+        chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
+        if 0 <= chunk < len(restoration.keys):
             self._fronts.setdefault(chunk, {}).setdefault(restoration.keys[chunk], restoration)
 
     def must_wait(self, request: Request) -> bool:
@@ -213,7 +216,7 @@ class Admission:
             return False
         chunk = -(-local_tokens // self.options.chunk_tokens)
         key = self.keyring.keys(request)[chunk]
-        return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.joined for other in restorations)
+        return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.shared for other in restorations)
 
 
 def _must_not_be_cut(request: Request) -> bool:

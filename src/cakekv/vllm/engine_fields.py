@@ -6,7 +6,7 @@ keys only where they are not as vLLM has them by default, so that the keys of or
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 KEYED = "in the key where it is set"
@@ -349,10 +349,11 @@ def keyed_fields(vllm_config: object) -> dict[str, Any]:
             config = getattr(config, name, None)
         if config is None:
             continue
-        defaults = {field.name: _default(field) for field in fields(config)}
+        known = getattr(type(config), "__dataclass_fields__", {}).values()
+        defaults = {field.name: _default(field) for field in known}
         for name in FIELDS[class_name][KEYED].split():
             value = getattr(config, name, None)
-            if value and name in defaults and value != defaults[name]:
+            if value and value != defaults.get(name):
                 found[f"{class_name}.{name}"] = value
     return found
 

@@ -129,6 +129,11 @@ class Restoration:
         return not self.unsure and self.restore.position >= self.restore.prefix_tokens
 
     @property
+    def shared(self) -> bool:
+        """Whether other requests find the prefix in vLLM's cache, which hashes it with what is computed behind it."""
+        return not self.unsure and self.restore.position > self.restore.prefix_tokens
+
+    @property
     def position(self) -> int:
         """Where compute should go on."""
         return self.restore.prefix_tokens if self.offers_layered else self.restore.position
