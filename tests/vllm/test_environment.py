@@ -28,7 +28,7 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "seed 12345": {"PYTHONHASHSEED": "12345"},
     "random seed": {"PYTHONHASHSEED": "random"},
     "language": {"LC_ALL": "C", "LANG": "C", "LANGUAGE": "de"},
-    "encoding": {"PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1", "LC_ALL": "POSIX"},
+    "encoding": {"PYTHONUTF8": "1", "PYTHONIOENCODING": "latin-1", "LC_CTYPE": "C"},
     "time zone": {"TZ": "Asia/Tokyo"},
     "user and machine": {
         "USER": "somebody",

@@ -95,8 +95,7 @@ class DiskStore(Store):
         self._removals = RemovalLog(self.path / REMOVALS)
         self._evictions = Evictions(self.name)
         with self._explained("open the store"):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.claim()
+            self._make()
             with self._folder.locked() as counts:
                 reserved = self._folder.reserved()
                 if capacity is not None:
@@ -140,10 +139,14 @@ class DiskStore(Store):
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         size = len(data)
         with self._explained(f"write chunk {key.short}… of {format_bytes(size)}"):
-            with self._folder.locked() as counts:
-                if not self._make_room(counts, size):
-                    return False
-                temporary, descriptor = self._folder.new_temporary(size)
+            try:
+                begun = self._begin_write(size)
+            except FileNotFoundError:  # somebody removed the folder, or a part of it
+                self._make()
+                begun = self._begin_write(size)
+            if begun is None:
+                return False
+            temporary, descriptor = begun
             try:
                 write_all(descriptor, data)
                 now = time.time_ns()
@@ -168,6 +171,16 @@ class DiskStore(Store):
                 self.delete([key])
                 raise
         return True
+
+    def _make(self) -> None:
+        """Make the folder, or what is missing of it."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.claim()
+
+    def _begin_write(self, size: int) -> tuple[Path, int] | None:
+        """A file for a chunk of so many bytes, and its descriptor; None if there is no room for it."""
+        with self._folder.locked() as counts:
+            return self._folder.new_temporary(size) if self._make_room(counts, size) else None
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         with self._explained("delete chunks"), self._folder.locked() as counts:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from cakekv.errors import UnsupportedEngine
 from cakekv.keys import ChunkKey
 from cakekv.vllm.asked import Asked
+from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.exactness import first_exact_chunk
 from cakekv.vllm.identity import Keyring
@@ -17,8 +17,6 @@ from cakekv.vllm.restoration import Restoration
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-_LOG = logging.getLogger("vllm.cakekv")
 
 MOST_OPEN = 64
 """Restores at a time: as many as loads may queue at a source. The others would only wait, and cost in every step."""
@@ -68,6 +66,7 @@ class Admission:
         self._window = window
         self._shares_blocks = shares_blocks
         self._alive = alive
+        self._unnamed = Complaints("a request is neither restored nor saved")
         self._matched: dict[str, Match] = {}
         self._asked: dict[str, Asked] = {}
         self._readable: set[str] = set()
@@ -85,7 +84,7 @@ class Admission:
         try:
             keys = list(self.keyring.keys(request))
         except UnsupportedEngine as error:
-            _LOG.warning("cakekv: a request is neither restored nor saved: %s", error)
+            self._unnamed.say(str(error))
             keys, asked = [], asked._replace(mode="compute", save=False)
         if request.resumable:
             keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from time import monotonic
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
+from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.threads import start_thread
-
-_LOG = logging.getLogger("vllm.cakekv")
 
 
 @dataclass
@@ -68,8 +66,7 @@ class Lookup:
         self._waiting: list[list[_Question]] = [[] for _ in tiers]
         self._busy_since: list[float | None] = [None for _ in tiers]
         self._closed = False
-        self._complaints = [""] * len(tiers)
-        """What each tier last said instead of an answer."""
+        self._complaints = [Complaints(f"the {tier.name} store does not say what it holds") for tier in tiers]
         for source, tier in enumerate(tiers):
             start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
 
@@ -164,12 +161,10 @@ class Lookup:
             try:
                 found = tier.lookup(keys)
             except CakeError as error:
-                if str(error) != self._complaints[source]:
-                    self._complaints[source] = str(error)
-                    _LOG.warning("cakekv: the %s store does not say what it holds: %s", tier.name, error)
+                self._complaints[source].say(str(error))
                 found = [None] * len(keys)
             except Exception:
-                _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
+                self._complaints[source].say("it failed in a way that no store should", exc_info=True)
                 found = [None] * len(keys)
             # The scheduler never waits for this: the lock is held to publish an answer, not to read it.
             first, answers = 0, []

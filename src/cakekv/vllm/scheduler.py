@@ -294,6 +294,11 @@ class CakeSchedulerMixin(Scheduler):
             self._discard_output(lost)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._half.ended(scheduler_output.kv_connector_metadata)
+        if self._half.outcomes.awaited:
+            for output in (output for client in outputs.values() for output in client.outputs):
+                request = self.requests.get(output.request_id)
+                if request is not None and output.kv_transfer_params is None:
+                    output.kv_transfer_params = self._half.report_early(request)
         return outputs
 
     # -------------------------------------------------------------- layered steps

@@ -236,6 +236,12 @@ class SchedulerHalf:
         self.outcomes.ended(request.request_id, report, wanted, complete=restoration.done_at is not None)
         return restoration.loading
 
+    def report_early(self, request: Request) -> dict[str, Any] | None:
+        """What goes with any output of a request that a stop string may end, which only vLLM's front end sees."""
+        params = request.sampling_params
+        report = self.outcomes.report(request.request_id) if params is not None and params.stop else None
+        return answer(report) if report is not None else None
+
     def _forget(self, request: Request) -> None:
         self.admission.forget(request.request_id)
         self.saves.forget(request.request_id)
@@ -359,12 +365,19 @@ class SchedulerHalf:
                 Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
             ]
         step_s = self._clock.begin(self._sequence, pieces, bool(scheduled))
+        left = self._scheduler.max_num_scheduled_tokens - sum(scheduled.values())
+        beside_decodes = self.tokens_beside_decodes() if scheduled else None
+        if beside_decodes is not None:
+            left = min(left, beside_decodes)
         for request_id, restoration in self.restorations.items():
             if restoration.done_at is not None:
                 continue
             tokens, start = scheduled.get(request_id, 0), restoration.request.num_computed_tokens
-            wanted = max(restoration.wanted, restoration.passed_over)
-            restoration.cost.shared(Piece(restoration.position, wanted), tokens, step_s)
+            if restoration.wanted or restoration.passed_over:
+                wanted = Piece(restoration.position, restoration.wanted or 1)
+                restoration.cost.shared(wanted, tokens, step_s)
+            else:
+                restoration.cost.spared(Piece(restoration.position, left), step_s)
             self._share = restoration.cost.share
             if tokens:
                 position = restoration.position
