@@ -180,6 +180,8 @@ class DiskStore(Store):
     def _begin_write(self, size: int) -> tuple[Path, int] | None:
         """A file for a chunk of so many bytes, and its descriptor; None if there is no room for it."""
         with self._folder.locked() as counts:
+            if not self._folder.whole:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return self._folder.new_temporary(size) if self._make_room(counts, size) else None
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
