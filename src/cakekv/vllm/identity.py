@@ -158,7 +158,8 @@ class Keyring:
 
         first = sha256_cbor(_SEED)
         if first == kv_cache_utils.NONE_HASH:
-            return list(request.block_hashes)
+            known: Sequence[bytes] = request.block_hashes
+            return known
         again = self._again.setdefault(request.request_id, _HashedAgain(request))
         if not again.block_hashes:
             extra, _ = kv_cache_utils.generate_block_hash_extra_keys(request, 0, self._hash_tokens, 0)
