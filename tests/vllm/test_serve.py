@@ -67,7 +67,7 @@ def visit(server: Server, saved_chunks: int) -> Session:
         client.completions.create(**completion(DOCUMENT + question)).choices[0].text for question in QUESTIONS
     ]
     session.after = server.metrics()
-    stops = completion(OTHER, stop=[" ", "\n", "e", "a", "t", "i", "."])
+    stops = completion(OTHER, stop=[" ", "\n", "e", "a"])
     session.stopped = client.completions.create(**stops, extra_body=report)
     session.alive = server.alive
     return session

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_OPEN = 64
 """Restores at a time: as many as loads may queue at a source. The others would only wait, and cost in every step."""
-MOST_BEGUN = 16
+MOST_BEGUN = 8
 """Restores that may begin in a step: vLLM allocates all of a prefix's blocks for each."""
 
 
