@@ -201,7 +201,26 @@ def test_a_store_deleted_under_its_users(folder):
     assert store.lookup([key_of(0)]) == [None]
     with pytest.raises(MissingChunk):
         store.open(key_of(0))
-    for attempt in (lambda: store.write(key_of(1), chunk_of(1)), store.stats, lambda: list(store), store.identities):
+    for attempt in (store.stats, lambda: list(store), store.identities):
         with pytest.raises(StoreError, match="was removed meanwhile"):
             attempt()
     assert not folder.exists()
+    assert store.write(key_of(1), chunk_of(1))  # a server that runs for months saves again
+    assert read(store, key_of(1)) == chunk_of(1)
+    assert store.stats() == StoreStats(1, SIZE, None)
+
+
+@pytest.mark.parametrize("part", ["incoming", "chunks", "cakekv.lock"])
+def test_a_part_that_was_removed_is_made_again_by_the_next_write(tmp_path, part):
+    store = DiskStore(tmp_path / "store", capacity=1 << 20)
+    first, second = key_of(1), key_of(2)
+    store.write(first, chunk_of(1))
+    gone = tmp_path / "store" / part
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    assert store.write(second, chunk_of(2))
+    left = part in ("incoming", "cakekv.lock")
+    assert store.lookup([first, second]) == [SIZE if left else None, SIZE]
+    assert store.stats().chunks == 1 + left

@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
@@ -195,3 +196,67 @@ engine.close()
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
         assert engine.report().loaded_tokens == 7 * BLOCK
+
+
+def test_every_field_of_the_configuration_was_thought_about() -> None:
+    """Of the vLLM that is installed: a new field may change keys and values, and only somebody who looks can tell."""
+    from vllm.config import VllmConfig
+
+    from cakekv.vllm.engine_fields import FIELDS
+
+    found: dict[str, set[str]] = {}
+
+    def look(owner: type) -> None:
+        if owner.__name__ in found:
+            return
+        found[owner.__name__] = {field.name for field in fields(owner)}  # type: ignore[arg-type]
+        hints = get_type_hints(owner)
+        for field in fields(owner):  # type: ignore[arg-type]
+            for part in (hints[field.name], *get_args(hints[field.name])):
+                if isinstance(part, type) and is_dataclass(part):
+                    look(part)
+
+    look(VllmConfig)
+    assert len(found) > 30
+    known = {name: [field for of in reasons.values() for field in of.split()] for name, reasons in FIELDS.items()}
+    assert all(len(names) == len(set(names)) for names in known.values())
+    assert {name: new for name, names in found.items() if (new := names - set(known.get(name, ())))} == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantization_config": {"linear": "fp8_per_tensor"}},
+        {"quantization_config": {"linear": "fp8_per_tensor", "ignore": ["*qkv*"]}},
+        {"quantization": "fp8_per_tensor", "quantization_config": {"ignore": ["*qkv*"]}},
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        {"code_revision": "v2"},
+        {"additional_config": {"anything": 1}},
+        {"model_loader_extra_config": {"tensorizer_uri": "elsewhere"}},
+    ],
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_settings_that_change_what_is_computed_count(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write(tmp_path, LLAMA)
+    other = {"quantization": "online"} if "quantization_config" in options else {}
+    assert root(folder, **(other | options)) not in (root(folder), root(folder, **other) if not other else "")
+
+
+def test_every_quantization_config_is_another(tmp_path: Path) -> None:
+    folder = write(tmp_path, LLAMA)
+    given: list[dict[str, Any]] = [
+        {"linear": "fp8_per_tensor"},
+        {"linear": "fp8_per_block"},
+        {"linear": "fp8_per_tensor", "ignore": ["*k_proj*"]},
+    ]
+    assert len({root(folder, quantization="online", quantization_config=each) for each in given}) == len(given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"enforce_eager": True}, {"seed": 7}, {"max_num_seqs": 3}, {"served_model_name": "other"}, {"max_logprobs": 5}],
+    ids=str,
+)
+def test_settings_that_change_nothing_do_not_count(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write(tmp_path, LLAMA)
+    assert root(folder, **options) == root(folder)

@@ -15,6 +15,7 @@ from cakekv.demo.model import demo_model
 from cakekv.vllm.metrics import METRICS
 
 DOCUMENT = (topics["with"] + topics["try"])[:8000]
+OTHER = topics["class"][:4000]
 QUESTIONS = ["What is a context manager?", "When is the finally clause executed?", "What does with do?", "Who calls?"]
 CHUNK_TOKENS = 256
 
@@ -26,6 +27,7 @@ class Session:
     answer: Any = None
     streamed: str = ""
     chat: Any = None
+    stopped: Any = None
     concurrent: list[str] = field(default_factory=list)
     one_by_one: list[str] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
@@ -65,6 +67,8 @@ def visit(server: Server, saved_chunks: int) -> Session:
         client.completions.create(**completion(DOCUMENT + question)).choices[0].text for question in QUESTIONS
     ]
     session.after = server.metrics()
+    stops = completion(OTHER, stop=[" ", "\n", "e", "a"])
+    session.stopped = client.completions.create(**stops, extra_body=report)
     session.alive = server.alive
     return session
 
@@ -142,3 +146,11 @@ def test_vllms_own_hit_statistics_count_what_was_loaded(sessions):
     second = sessions[1]
     assert increase(second, "vllm:external_prefix_cache_hits_total") == increase(second, "cakekv:loaded_tokens_total")
     assert increase(second, "vllm:prefix_cache_hits_total") == 0
+
+
+def test_an_answer_that_a_stop_string_ends_has_its_report(sessions):
+    """The engine does not know of such an end: vLLM's front end finds the string in the text."""
+    stopped = sessions[1].stopped
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens < 12
+    assert stopped.kv_transfer_params["cakekv"]["loaded_tokens"] > 0

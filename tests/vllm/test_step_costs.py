@@ -74,3 +74,27 @@ def test_a_restore_that_gets_nothing_is_left_to_the_loads() -> None:
     for _ in range(50):
         shared.shared(Piece(500, 100), 0, 0.1)
     assert shared.seconds(0, 100) > 1.0
+
+
+def test_a_restore_that_was_passed_over_learns_that_steps_are_free_again() -> None:
+    """It wants nothing, since computing does not seem to pay; so what others leave has to tell it."""
+    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    shared = SharedCost(costs)
+    for _ in range(100):
+        shared.shared(Piece(500, 100), 0, 0.1)
+    assert shared.share < 0.03
+    for _ in range(5):
+        shared.spared(Piece(500, 512), 0.0)
+    assert shared.share > 0.9
+
+
+def test_what_busy_steps_leave_is_no_more_than_it_is() -> None:
+    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    shared = SharedCost(costs, 0.1)
+    for _ in range(100):
+        shared.spared(Piece(0, 100), 0.3)
+    assert shared.share == pytest.approx(0.25, rel=0.01)
+    before = shared.share
+    shared.spared(Piece(0, 10), 0.3)
+    shared.spared(Piece(0, 0), 0.3)
+    assert shared.share == before

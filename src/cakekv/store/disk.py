@@ -113,9 +113,10 @@ class DiskStore(Store):
         self._removals = RemovalLog(self.path / REMOVALS, give=lambda file: self._folder.ownership.give(file))
         self._evictions = Evictions(self.name)
         self._read_only: str | None = None
+        self._shared = mode == "group"
         with self._explained("open the store"):
             try:
-                self._claim(shared=mode == "group")
+                self._claim()
             except OSError as error:
                 if error.errno not in _REFUSED or not self._folder.is_readable():
                     raise
@@ -174,10 +175,14 @@ class DiskStore(Store):
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         size = len(data)
         with self._writing(f"write chunk {key.short}… of {format_bytes(size)}"):
-            with self._folder.locked() as counts:
-                if not self._make_room(counts, size):
-                    return False
-                temporary, descriptor = self._folder.new_temporary(size)
+            try:
+                begun = self._begin_write(size)
+            except FileNotFoundError:  # somebody removed the folder, or a part of it
+                self._make()
+                begun = self._begin_write(size)
+            if begun is None:
+                return False
+            temporary, descriptor = begun
             try:
                 write_all(descriptor, data)
                 now = time.time_ns()
@@ -202,6 +207,13 @@ class DiskStore(Store):
                 self.delete([key])
                 raise
         return True
+
+    def _begin_write(self, size: int) -> tuple[Path, int] | None:
+        """A file for a chunk of so many bytes, and its descriptor; None if there is no room for it."""
+        with self._folder.locked() as counts:
+            if not self._folder.whole:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return self._folder.new_temporary(size) if self._make_room(counts, size) else None
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         removed: list[ChunkKey] = []
@@ -300,12 +312,16 @@ class DiskStore(Store):
         with self._explained(action):
             yield
 
-    def _claim(self, shared: bool) -> None:
+    def _make(self) -> None:
+        """Make the folder, or what is missing of it."""
         if not self.path.is_dir():
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if shared:
+            if self._shared:
                 self.path.chmod(0o2770)
-        self._folder.claim(shared)
+        self._folder.claim(self._shared)
+
+    def _claim(self) -> None:
+        self._make()
         with self._folder.locked() as counts:
             reserved = self._folder.reserved()
             if self.capacity is not None:

@@ -184,6 +184,11 @@ class Folder:
         finally:
             _unlock(descriptor)
 
+    @property
+    def whole(self) -> bool:
+        """Whether there are folders to write to."""
+        return (self.path / CHUNKS).is_dir() and (self.path / INCOMING).is_dir()
+
     def file(self, key: ChunkKey) -> Path:
         """Where a chunk is, or would be."""
         name = key.hex()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any, NamedTuple
 
 from cakekv.quantities import format_bytes
@@ -15,6 +16,11 @@ FIELD = "cakekv"
 """The plug-in's own field in `kv_transfer_params`."""
 
 _LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
+
+
+_BRIEFLY = Repr()
+"""What a client sends may be of any length; the log shows its beginning."""
+_BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 100
 
 
 class Asked(NamedTuple):
@@ -54,7 +60,7 @@ class Asked(NamedTuple):
             _LOG.warning(
                 'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
                 "There are mode (one of %s), save and report (true or false).",
-                wrong,
+                _BRIEFLY.repr(wrong),
                 ", ".join(MODES),
             )
         right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from cakekv.errors import BadInput, UnsupportedEngine
 from cakekv.keys import ChunkKey, Identity, canonical, fingerprint_files
+from cakekv.vllm.engine_fields import keyed_fields
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -25,6 +26,8 @@ _LOG = logging.getLogger("vllm.cakekv")
 
 HASH = "sha256_cbor"
 """vLLM's block hash that is the same in every process and on every machine."""
+_SEED = "vllm-none-hash"
+"""What vLLM begins its chains of hashes with where PYTHONHASHSEED is not set."""
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
 """Where a model lay, and what wrote its configuration."""
 _BY_MAX_LENGTH = ('"longrope"', '"su"', "attn_temperature_tuning", '"llama4')
@@ -47,6 +50,17 @@ def make_hashes_stable(vllm_config: VllmConfig) -> None:
             cache.prefix_caching_hash_algo,
         )
         cache.prefix_caching_hash_algo = HASH
+
+
+class _HashedAgain:
+    """A request as vLLM's functions see it, with hashes of its own."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.block_hashes: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
 
 
 class Keyring:
@@ -81,15 +95,18 @@ class Keyring:
         recipe: str,
     ) -> None:
         self._chunk_hashes = chunk_tokens // hash_tokens
+        self._hash_tokens = hash_tokens
         model = vllm_config.model_config
         order: dict[str, object] = {
             "engine": "vllm",
             "worker": layout,
-            "hash": [vllm_config.cache_config.prefix_caching_hash_algo, hash_tokens, os.environ.get("PYTHONHASHSEED")],
+            "hash": [vllm_config.cache_config.prefix_caching_hash_algo, hash_tokens, None],  # None: `_SEED`
         }
         # Engines with a KV connector have none of these; if that changes, their chunks are others.
         if lookahead := getattr(vllm_config, "num_hash_lookahead_tokens", 0):
             order["lookahead"] = lookahead
+        if settings := keyed_fields(vllm_config):
+            order["settings"] = _plain(settings)
         self.identity = Identity(
             weights=_weights(model, vllm_config.load_config.load_format),
             architecture=_architecture(model),
@@ -108,6 +125,8 @@ class Keyring:
         """What the files of an adapter's folder were like when they were read."""
         self._keys: dict[str, tuple[bytes, list[ChunkKey]]] = {}
         """By request, with their root."""
+        self._again: dict[str, _HashedAgain] = {}
+        """By request, if vLLM's hashes are not the same everywhere."""
 
     def keys(self, request: Request) -> list[ChunkKey]:
         """Keys of the request's full chunks, as far as their tokens are known.
@@ -120,14 +139,40 @@ class Keyring:
         if request.request_id not in self._keys:
             self._keys[request.request_id] = self._root(request), []
         root, keys = self._keys[request.request_id]
-        for chunk in range(len(keys), len(request.block_hashes) // self._chunk_hashes):
-            last_hash = request.block_hashes[(chunk + 1) * self._chunk_hashes - 1]
+        if len(keys) == len(request.block_hashes) // self._chunk_hashes:
+            return keys
+        hashes = self._hashes(request)
+        for chunk in range(len(keys), len(hashes) // self._chunk_hashes):
+            last_hash = hashes[(chunk + 1) * self._chunk_hashes - 1]
             keys.append(ChunkKey(blake3(root + last_hash, derive_key_context="cakekv vllm chunk").digest()))
         return keys
+
+    def _hashes(self, request: Request) -> Sequence[bytes]:
+        """vLLM's hashes of the request's blocks, as they are where PYTHONHASHSEED is not set.
+
+        Where it is, vLLM's own begin with it: servers that set it differently would share nothing. So they are computed
+        once more then.
+        """
+        from vllm.utils.hashing import sha256_cbor
+        from vllm.v1.core import kv_cache_utils
+
+        first = sha256_cbor(_SEED)
+        if first == kv_cache_utils.NONE_HASH:
+            known: Sequence[bytes] = request.block_hashes
+            return known
+        again = self._again.setdefault(request.request_id, _HashedAgain(request))
+        if not again.block_hashes:
+            extra, _ = kv_cache_utils.generate_block_hash_extra_keys(request, 0, self._hash_tokens, 0)
+            tokens = tuple(request.all_token_ids[: self._hash_tokens])
+            again.block_hashes.append(sha256_cbor((first, tokens, extra)))
+        hasher = kv_cache_utils.get_request_block_hasher(self._hash_tokens, sha256_cbor)
+        again.block_hashes += hasher(again)
+        return again.block_hashes
 
     def forget(self, request_id: str) -> None:
         """The request is gone."""
         self._keys.pop(request_id, None)
+        self._again.pop(request_id, None)
 
     def keep_to(self, known: Container[str]) -> None:
         """Go on under the identity of an earlier cakekv if a store knows chunks of it; `known` are its roots."""
@@ -253,4 +298,6 @@ def _plain(value: object, leave_out: Container[str] = ()) -> object:
         return {str(name): _plain(part, leave_out) for name, part in value.items() if name not in leave_out}
     if isinstance(value, list | tuple):
         return [_plain(part, leave_out) for part in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return value if value is None or isinstance(value, bool | int | str) else str(value)

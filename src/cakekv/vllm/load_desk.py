@@ -93,6 +93,8 @@ class LoadDesk:
             load_s = source.cost.seconds(self.chunk_bytes)
             ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
             for state in self._policy.load_order(states, number, time()):
+                if not in_pieces and self._outstanding[number] - late[number] >= useful + ahead:
+                    break
                 restoration = restorations[state.request_id]
                 may_queue = (
                     _ALL if restoration.restore.in_pieces else ahead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -12,11 +11,10 @@ from time import monotonic
 from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
 from cakekv.load.reading import Abandoned, Progress, failure_reason
 from cakekv.store.base import Store
+from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.share import Share
 from cakekv.vllm.threads import start_thread
-
-_LOG = logging.getLogger("vllm.cakekv")
 
 
 class _Job:
@@ -61,6 +59,7 @@ class LoadPool:
         self._begun: dict[int, float] = {}
         self._ended: dict[int, tuple[bool, str, Progress, float, float]] = {}
         self._closed = False
+        self._odd = Complaints("a stored chunk is computed instead")
         for source, (tier, count) in enumerate(zip(tiers, threads, strict=True)):
             for number in range(count):
                 start_thread(f"cakekv-load-{tier.name}-{number}", lambda source=source: self._work(source))  # type: ignore[misc]
@@ -132,7 +131,7 @@ class LoadPool:
             except (CorruptChunk, MissingChunk, StoreError) as error:
                 reason, progress.silent = failure_reason(error), isinstance(error, NoAnswer)
             except Exception as error:
-                _LOG.exception("cakekv: a load failed in a way that no store should; the chunk is computed instead")
+                self._odd.say("a load failed in a way that no store should", exc_info=True)
                 reason = f"crashed: {error!r}"
             with self._changed:
                 self._reading[source].remove(job)

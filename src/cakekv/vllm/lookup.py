@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,8 @@ from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.store.sizes import doubt_of
+from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.threads import start_thread
-
-_LOG = logging.getLogger("vllm.cakekv")
 
 
 @dataclass
@@ -33,6 +31,8 @@ class _Question:
     """When the answer was first given."""
     complete: list[tuple[int, ...]] | None = None
     """The answer, once no tier owes its part."""
+    promising: bool = True
+    """Whether that names any tier."""
 
 
 class Lookup:
@@ -67,10 +67,14 @@ class Lookup:
         self._waiting: list[list[_Question]] = [[] for _ in tiers]
         self._busy_since: list[float | None] = [None for _ in tiers]
         self._closed = False
-        self._complaints = [""] * len(tiers)
-        """What each tier last said instead of an answer."""
+        self._complaints = [Complaints(f"the {tier.name} store does not say what it holds") for tier in tiers]
         for source, tier in enumerate(tiers):
             start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
+
+    @property
+    def sources(self) -> int:
+        """How many tiers there are."""
+        return len(self._tiers)
 
     def ask(self, request_id: str, keys: list[ChunkKey], exact_from: int) -> None:
         """Find out where these chunks are, from `exact_from` on in exact form; replaces what was asked before."""
@@ -84,25 +88,29 @@ class Lookup:
 
     def answer(self, request_id: str) -> list[tuple[int, ...]] | None:
         """Per chunk, the tiers that hold it; None if that is not known yet."""
-        with self._changed:
-            question = self._questions.get(request_id)
-            if question is None or not question.keys:
-                return []
-            if question.complete is not None:
-                return question.complete
-            now = monotonic()
-            for source in range(len(self._tiers)):
-                if source not in question.answers and not self._overdue(source, question, now):
-                    return None
-            question.known = question.known or now
-            answers = question.answers.items()
-            stored = [tuple(source for source, held in answers if held[chunk]) for chunk in range(len(question.keys))]
-            if len(answers) == len(self._tiers):
-                question.complete = stored
-            return stored
+        question = self._questions.get(request_id)
+        if question is None or not question.keys:
+            return []
+        if question.complete is not None:
+            return question.complete
+        answers = question.answers.copy()  # more may come meanwhile
+        now = monotonic()
+        for source in range(len(self._tiers)):
+            if source not in answers and not self._overdue(source, question, now):
+                return None
+        question.known = question.known or now
+        held = answers.items()
+        stored = [tuple(source for source, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
+        if len(answers) == len(self._tiers):
+            question.promising = any(stored)
+            question.complete = stored
+        return stored
 
     def promising(self, request_id: str) -> bool:
         """Whether some chunk of the request is, or may turn out to be, stored."""
+        question = self._questions.get(request_id)
+        if question is not None and question.complete is not None:
+            return question.promising
         stored = self.answer(request_id)
         return stored is None or any(stored)
 
@@ -153,34 +161,36 @@ class Lookup:
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:
                 found = tier.lookup(keys)
-                self._complain(source, doubt_of(found))
+                if doubt := doubt_of(found):
+                    self._complaints[source].say(doubt)
             except CakeError as error:
-                self._complain(source, str(error))
+                self._complaints[source].say(str(error))
                 found = [None] * len(keys)
             except Exception:
-                _LOG.exception("cakekv: a look-up in the %s store failed in a way that no store should", tier.name)
+                self._complaints[source].say("it failed in a way that no store should", exc_info=True)
                 found = [None] * len(keys)
+            # The scheduler never waits for this: the lock is held to publish an answer, not to read it.
+            first, answers = 0, []
+            for question in batch:
+                answers.append(self._held(question, found, first))
+                first += len(question.keys) * len(self._shards)
             with self._changed:
                 self._busy_since[source] = None
-                for question in batch:
-                    count = len(question.keys) * len(self._shards)
-                    question.answers[source] = self._held(question, found[:count])
-                    found = found[count:]
+                for question, (held, sizes) in zip(batch, answers, strict=True):
+                    question.sizes += sizes
+                    question.answers[source] = held
 
-    def _complain(self, source: int, reason: str | None) -> None:
-        """Say once what a tier does not tell of what it holds; `None`: it tells all, now."""
-        if reason is not None and not self._complaints[source]:
-            _LOG.warning("cakekv: the %s store does not say what it holds: %s", self._tiers[source].name, reason)
-        self._complaints[source] = reason or ""
+    def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
+        """Which of a question's chunks a tier has in a form that will do, and their bytes.
 
-    def _held(self, question: _Question, found: Sequence[int | None]) -> list[bool]:
-        """Which of a question's chunks a tier has in a form that will do; `found` are the sizes of all shares."""
-        held = []
+        `found` are the sizes of all questions' shares, this one's from `first` on.
+        """
+        held, found_bytes, shares = [], [], len(self._shards)
         for chunk in range(len(question.keys)):
-            sizes = found[chunk * len(self._shards) : (chunk + 1) * len(self._shards)]
+            sizes = found[first + chunk * shares : first + (chunk + 1) * shares]
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
             held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))
             if held[-1]:
-                question.sizes.append(sum(stored))
-        return held
+                found_bytes.append(sum(stored))
+        return held, found_bytes

@@ -36,6 +36,15 @@ class Outcomes:
         if self._log_requests:
             log_restore(request_id, report)
 
+    @property
+    def awaited(self) -> bool:
+        """Whether reports wait to be handed out."""
+        return bool(self._wanted)
+
+    def report(self, request_id: str) -> RestoreReport | None:
+        """The report that a request asked for, if its restore is over."""
+        return self._wanted.get(request_id)
+
     def take_report(self, request_id: str) -> RestoreReport | None:
         """The report that a request asked for, which is over now."""
         return self._wanted.pop(request_id, None)

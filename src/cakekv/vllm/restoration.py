@@ -20,7 +20,7 @@ from cakekv.vllm.step_costs import SharedCost
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-_LOOK_S = 0.02
+LOOK_S = 0.02
 """Seconds after which a wait is thought over even if nothing was heard."""
 
 
@@ -79,6 +79,8 @@ class Restoration:
         """Whether vLLM still holds it to be loading, so that it computes nothing."""
         self.wanted = 0
         """Tokens that compute should take in the coming step."""
+        self.passed_over = False
+        """Whether that was not thought about, since others use up the step's tokens."""
         self._block_ids = block_ids
         self._block_tokens = block_tokens
         self._chunk_blocks = restore.chunk_tokens // block_tokens
@@ -127,15 +129,29 @@ class Restoration:
         return not self.unsure and self.restore.position >= self.restore.prefix_tokens
 
     @property
+    def shared(self) -> bool:
+        """Whether other requests find the prefix in vLLM's cache, which hashes it with what is computed behind it."""
+        return not self.unsure and self.restore.position > self.restore.prefix_tokens
+
+    @property
     def position(self) -> int:
         """Where compute should go on."""
         return self.restore.prefix_tokens if self.offers_layered else self.restore.position
 
-    def think(self, now: float, alone: bool) -> None:
-        """Decide what compute should take next, given that the step before is over; `alone` if nobody else has work."""
+    def begin_step(self, now: float) -> None:
+        """The step before is over. Unless `think` follows, compute takes nothing."""
         self.settle(now)
         self.offered_in_vain = self.offers_layered
-        self.wanted, self.offers_layered = 0, False
+        self.wanted, self.offers_layered, self.passed_over = 0, False, True
+        if self._loads:
+            self.restore.check_late(now)
+
+    def think(self, now: float, alone: bool, look_s: float = LOOK_S) -> None:
+        """Decide what compute should take next; `alone` if nobody else has work.
+
+        A wait is thought over after `look_s` seconds even if nothing was heard.
+        """
+        self.passed_over = False
         self.restore.layered_allowed = alone and not self._gave_up
         if now >= self._idle_until:
             self.wanted = self.restore.computable_tokens(now)
@@ -143,7 +159,7 @@ class Restoration:
                 self.wanted = self.restore.layered_tokens
                 self.offers_layered = self.wanted > 0
             if not self.wanted:
-                self._idle_until = now + _LOOK_S
+                self._idle_until = now + look_s
 
     def settle(self, now: float) -> None:
         """What was taken in the step before is in the cache, as far as any later step can tell."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -12,12 +11,11 @@ from time import monotonic
 from cakekv.errors import CakeError, CannotEncode
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
+from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.messages import SaveOrder
 from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.share import Share
 from cakekv.vllm.threads import start_thread
-
-_LOG = logging.getLogger("vllm.cakekv")
 
 _WRITERS = 2
 
@@ -54,7 +52,8 @@ class SavePool:
         self._lock = threading.Lock()
         self._unsaved: list[ChunkKey] = []
         self._stats = CakeStats()
-        self._complaint = ""
+        self._failed = Complaints("chunks could not be saved, so later prompts will have to be computed")
+        self._odd = Complaints("a chunk is not saved")
         self._threads = [start_thread(f"cakekv-save-{number}", self._work) for number in range(_WRITERS)]
 
     def save(self, orders: Sequence[SaveOrder]) -> None:
@@ -63,7 +62,7 @@ class SavePool:
             try:
                 buffer = self._buffer()
             except Exception:  # the system may have no pinned memory left
-                _LOG.exception("cakekv: no memory for a chunk to be saved; it is not saved")
+                self._odd.say("there is no memory for it", exc_info=True)
                 self._lost(order.key, "crashed")
                 continue
             if buffer is None:
@@ -72,7 +71,7 @@ class SavePool:
             try:
                 waits = [share.gather(order.block_ids, part) for share, part in self._cut(buffer)]
             except Exception:  # a GPU may be out of memory for the moment; the request goes on
-                _LOG.exception("cakekv: a chunk could not be copied out of the KV cache; it is not saved")
+                self._odd.say("it could not be copied out of the KV cache", exc_info=True)
                 self._lost(order.key, "crashed")
                 with self._lock:
                     self._free.append(buffer)
@@ -133,13 +132,13 @@ class SavePool:
                     kept, size = kept and written > 0, size + written
             except CannotEncode as error:
                 kept, reason = False, "cannot be encoded"
-                self._complain(str(error))
+                self._failed.say(str(error))
             except CakeError as error:
                 kept, reason = False, "store failed"
-                self._complain(str(error))
+                self._failed.say(str(error))
             except Exception:
                 kept, reason = False, "crashed"
-                _LOG.exception("cakekv: a save failed in a way that no store should")
+                self._odd.say("the store failed in a way that no store should", exc_info=True)
             if not kept:
                 self._lost(order.key, reason)
             with self._lock:
@@ -154,9 +153,3 @@ class SavePool:
         with self._lock:
             self._unsaved.append(key)
             self._stats.add("cakekv:unsaved_chunks", 1, reason)
-
-    def _complain(self, message: str) -> None:
-        """Log the first error of a kind."""
-        if message != self._complaint:
-            self._complaint = message
-            _LOG.warning("cakekv: chunks could not be saved, so later prompts will have to be computed: %s", message)

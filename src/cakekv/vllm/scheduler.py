@@ -61,6 +61,10 @@ class CakeSchedulerMixin(Scheduler):
         """Tokens of the coming step per prefilling request."""
         self._looked_again: list[Request] = []
         """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
+        self._reserved: dict[Request, int] = {}
+        """Blocks that prefills on their way still need, as it was when this step came to them."""
+        self._adapters: tuple[int, set[int]] = (-1, set())
+        """How many requests run, and which adapters they use, as of this step."""
         self._parked: list[list[KVCacheBlock]] = []
         """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
@@ -71,11 +75,13 @@ class CakeSchedulerMixin(Scheduler):
     # ------------------------------------------------------------ before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._half.think()
+        self._half.think(self._turned_away)
+        self._adapters = (-1, set())
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
         waiting = self._share_out()
         before = set(self._half.restorations)
+        self._reserved.clear()
         self._looked_again.clear()
         output = super().schedule(throttle_prefills)
         self._correct_statistics(before, output)
@@ -103,8 +109,10 @@ class CakeSchedulerMixin(Scheduler):
         """Have the policy share out the step's tokens; returns the plain requests among those that wait."""
         self._granted = {}
         restorations = self._half.restorations
-        if not restorations and not any(self._half.admission.unadmitted(request) for request in self.waiting):
+        admission = self._half.admission
+        if not restorations and not any(map(admission.unadmitted, self.waiting)):
             return set()
+        unadmitted, plain_tokens = admission.full, 0
         states: list[RequestState] = []
         waiting_plain: set[str] = set()
         outside = set(self._turned_away)
@@ -114,15 +122,21 @@ class CakeSchedulerMixin(Scheduler):
         for queue in (self.kv_holding_waiting, self.waiting):
             for request in queue:
                 restoration = restorations.get(request.request_id)
-                state = self._state_of(request, restoration)
-                if restoration is None and self._half.admission.unadmitted(request):
-                    state = state._replace(kind=Kind.STORED_PREFILL, admitted=False)
-                elif restoration is None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-                    if self._nobody_admitted:
+                if restoration is None and admission.unadmitted(request):
+                    if not unadmitted:  # one says as much as all of them
+                        unadmitted = True
+                        state = self._state_of(request, None)
+                        states.append(state._replace(kind=Kind.STORED_PREFILL, admitted=False))
+                    continue
+                if restoration is None:
+                    if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or self._nobody_admitted:
                         continue
                     waiting_plain.add(request.request_id)
-                elif restoration is None:
-                    continue
+                    if plain_tokens >= self.max_num_scheduled_tokens:
+                        continue  # those before it use up the step
+                state = self._state_of(request, restoration)
+                if restoration is None:
+                    plain_tokens += state.tokens
                 elif state.tokens and (places <= 0 or not self._has_room_for_adapter(request)):
                     outside.add(state.request_id)
                 elif state.tokens:
@@ -172,13 +186,18 @@ class CakeSchedulerMixin(Scheduler):
         """
         if self.lora_config is None or request.lora_request is None:
             return True
-        used = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
+        running, used = self._adapters
+        if running != len(self.running):  # once per step, and whenever one joins: not for each that waits
+            used = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
+            self._adapters = len(self.running), used
         return request.lora_request.lora_int_id in used or len(used) < self.lora_config.max_loras
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         if not self._has_room_for_adapter(request):
             return False
         restoration = self._half.restorations.get(request.request_id)
+        if restoration is None and self._half.admission.must_wait(request):
+            return False
         if restoration is None or not restoration.parked:
             # To be given no tokens later would end vLLM's search for others that wait.
             ready = bool(super()._handle_blocked_waiting_request(request))
@@ -203,6 +222,13 @@ class CakeSchedulerMixin(Scheduler):
             if usable < tokens:
                 blocks, tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, usable), usable
         return blocks, tokens, boundary, diverged
+
+    def _inflight_prefill_reserved_blocks(self) -> int:
+        """As vLLM's, which counts anew for every restore that begins: that grows with the square of their number."""
+        for request in self._inflight_prefills:
+            if request not in self._reserved:
+                self._reserved[request] = self._request_remaining_blocks(request)
+        return sum(self._reserved[request] for request in self._inflight_prefills)
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations
@@ -268,6 +294,11 @@ class CakeSchedulerMixin(Scheduler):
             self._discard_output(lost)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._half.ended(scheduler_output.kv_connector_metadata)
+        if self._half.outcomes.awaited:
+            for output in (output for client in outputs.values() for output in client.outputs):
+                request = self.requests.get(output.request_id)
+                if request is not None and output.kv_transfer_params is None:
+                    output.kv_transfer_params = self._half.report_early(request)
         return outputs
 
     # -------------------------------------------------------------- layered steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from functools import partial
 from time import monotonic, time
@@ -29,7 +29,7 @@ from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
 from cakekv.vllm.outcomes import Outcomes
-from cakekv.vllm.restoration import Restoration
+from cakekv.vllm.restoration import LOOK_S, Restoration
 from cakekv.vllm.save_desk import SaveDesk
 from cakekv.vllm.save_plan import SavePlan
 from cakekv.vllm.shard_key import shard_key
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("vllm.cakekv")
 
 _LOOKUP_PATIENCE_S = 2.0
+_LOOKED_AT = 16
+"""Restores that may think a wait over as often as they like; more of them do so more seldom."""
 _CLOSING_S = 2.0
 """Seconds that a store may take to be closed: here, nothing is written to it."""
 
@@ -88,6 +90,10 @@ class SchedulerHalf:
         self._waited_s = 0.0
         """Seconds that the step waited for loads."""
         self._clock = StepClock(self.costs)
+        self._states: dict[str, RequestState] = {}
+        """The restores as the policies see them in this step."""
+        self._token_s: dict[int, float] = {}
+        """Per source, seconds of its time per token, in this step."""
         self._share = 1.0
         """What the restore that was last shared out got of the steps."""
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
@@ -177,7 +183,7 @@ class SchedulerHalf:
             covered_tokens=local_tokens,
             now=now,
         )
-        self.restorations[request.request_id] = Restoration(
+        self.restorations[request.request_id] = restoration = Restoration(
             request,
             restore,
             cost,
@@ -188,6 +194,8 @@ class SchedulerHalf:
             local_tokens,
             self.lossy,
         )
+        self.admission.began(restoration)
+        self._states[request.request_id] = self._state(restoration)
 
     def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
         """For a layered finish; None if the suffix takes more than a step, or what it computes cannot be taken back."""
@@ -228,6 +236,12 @@ class SchedulerHalf:
         self.outcomes.ended(request.request_id, report, wanted, complete=restoration.done_at is not None)
         return restoration.loading
 
+    def report_early(self, request: Request) -> dict[str, Any] | None:
+        """What goes with any output of a request that a stop string may end, which only vLLM's front end sees."""
+        params = request.sampling_params
+        report = self.outcomes.report(request.request_id) if params is not None and params.stop else None
+        return answer(report) if report is not None else None
+
     def _forget(self, request: Request) -> None:
         self.admission.forget(request.request_id)
         self.saves.forget(request.request_id)
@@ -248,23 +262,51 @@ class SchedulerHalf:
 
     # -------------------------------------------------------------------- steps
 
-    def think(self) -> None:
-        """Before a step is put together: decide what every restore could use of it."""
+    def think(self, turned_away: Container[str] = ()) -> None:
+        """Before a step is put together: decide what the restores could use of it.
+
+        Those `turned_away` may not get what they ask for, so others are asked, too.
+        """
         now = monotonic()
         paused_s = self._clock.standstill_s()
-        self._weigh(now)
         for restoration in self.restorations.values():
             restoration.pause(paused_s)
-            restoration.think(now, self._scheduler.serves_only(restoration.request))
+            restoration.begin_step(now)
+        self._token_s = self._desk.seconds_per_token(self.options.chunk_tokens)
+        self._states = {name: self._state(restoration) for name, restoration in self.restorations.items()}
+        self._weigh(now)
+        self._think_in_turn(now, turned_away)
+        self.admission.begin_step(self.restorations)
+
+    def _think_in_turn(self, now: float, turned_away: Container[str]) -> None:
+        """Ask the restores what they could compute, in the policy's order.
+
+        Once that is more than a step takes, those that are parked are passed over.
+        """
+        budget = self._scheduler.max_num_scheduled_tokens
+        spare = self.tokens_beside_decodes()
+        look_s = LOOK_S * max(1.0, len(self.restorations) / _LOOKED_AT)
+        for state in self.policy.compute_order(self._states.values(), time()):
+            restoration = self.restorations[state.request_id]
+            if restoration.done_at is not None or (restoration.parked and budget <= 0):
+                continue
+            restoration.think(now, self._scheduler.serves_only(restoration.request), look_s)
+            self._states[state.request_id] = state._replace(tokens=restoration.wanted)
+            if state.request_id in turned_away:
+                continue
+            # One that gives way to decodes leaves to others what it may not have.
+            limited = spare is not None and state.kind is Kind.STORED_PREFILL and state.gives_way
+            budget -= min(restoration.wanted, spare or 0) if limited else restoration.wanted
 
     def _weigh(self, now: float) -> None:
         """Tell the restores how long they wait for the sources while others are served before them."""
         loading = [restoration for restoration in self.restorations.values() if not restoration.joined]
-        left = {
-            restoration.request_id: restoration.restore.prefix_tokens - restoration.restore.position
+        states = [
+            self._states[restoration.request_id]._replace(
+                tokens=restoration.restore.prefix_tokens - restoration.restore.position
+            )
             for restoration in loading
-        }
-        states = [self.state_of(restoration)._replace(tokens=left[restoration.request_id]) for restoration in loading]
+        ]
         burden = burdens(states, self.policy, time())
         for restoration in loading:
             for source, cost in enumerate(restoration.load_costs):
@@ -273,19 +315,23 @@ class SchedulerHalf:
                     cost.crowded_s = now
 
     def state_of(self, restoration: Restoration) -> RequestState:
-        """A restore as the policies see it."""
+        """A restore as the policies see it in this step."""
+        return self._states[restoration.request_id]
+
+    def _state(self, restoration: Restoration) -> RequestState:
+        """A restore as it is now, before it is known what it could compute."""
         restore, shape = restoration.restore, self.costs.cost.shape
-        request, tokens = restoration.request, self.options.chunk_tokens
-        loads = not restoration.joined and restore.mode != "compute"
-        token_s = self._desk.seconds_per_token(tokens)
+        request, tokens, position = restoration.request, self.options.chunk_tokens, restore.position
+        joined = restoration.joined
+        loads = not joined and restore.mode != "compute"
         return RequestState(
             request.request_id,
-            Kind.PLAIN_PREFILL if restoration.joined else Kind.STORED_PREFILL,
+            Kind.PLAIN_PREFILL if joined else Kind.STORED_PREFILL,
             request.arrival_time,
-            restoration.wanted,
-            front_s=self.costs.cost.seconds(restore.position, tokens) / tokens,
+            0,
+            front_s=self.costs.cost.seconds(position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={source: token_s[source] for source in restore.sources_left()} if loads else {},
+            load_s={source: self._token_s[source] for source in restore.sources_left()} if loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 
@@ -295,7 +341,7 @@ class SchedulerHalf:
         self._sequence += 1
         orders = StepOrders(self._sequence, answer=bool(self._fences))
         step_s = self._take(output.num_scheduled_tokens, now)
-        states = [self.state_of(restoration) for restoration in self.restorations.values()]
+        states = [self._states[request_id] for request_id in self.restorations]
         self._desk.order(orders, self.restorations, states, step_s)
         for restoration in self.restorations.values():
             if restoration.unsure:
@@ -319,11 +365,19 @@ class SchedulerHalf:
                 Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
             ]
         step_s = self._clock.begin(self._sequence, pieces, bool(scheduled))
+        left = self._scheduler.max_num_scheduled_tokens - sum(scheduled.values())
+        beside_decodes = self.tokens_beside_decodes() if scheduled else None
+        if beside_decodes is not None:
+            left = min(left, beside_decodes)
         for request_id, restoration in self.restorations.items():
             if restoration.done_at is not None:
                 continue
             tokens, start = scheduled.get(request_id, 0), restoration.request.num_computed_tokens
-            restoration.cost.shared(Piece(restoration.position, restoration.wanted), tokens, step_s)
+            if restoration.wanted or restoration.passed_over:
+                wanted = Piece(restoration.position, restoration.wanted or 1)
+                restoration.cost.shared(wanted, tokens, step_s)
+            else:
+                restoration.cost.spared(Piece(restoration.position, left), step_s)
             self._share = restoration.cost.share
             if tokens:
                 position = restoration.position

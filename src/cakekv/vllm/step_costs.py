@@ -105,5 +105,18 @@ class SharedCost(ComputeCost):
         if step_s <= 0 or not wanted.tokens:
             return
         alone_s = self._costs.seconds([wanted]) * tokens / wanted.tokens
-        weight = 1 - 0.5 ** (step_s / _HALF_LIFE_S)
-        self.share = max(_LEAST_SHARE, self.share + weight * (min(1.0, alone_s / step_s) - self.share))
+        self._approach(min(1.0, alone_s / step_s), step_s)
+
+    def spared(self, left: Piece, step_s: float) -> None:
+        """The restore wanted nothing of a step that takes `step_s` seconds, and these tokens were left of it.
+
+        One that was passed over for a while thinks that computing does not pay, and so would never find out that it
+        does again.
+        """
+        own_s = self._costs.seconds([left])
+        if own_s > 0 and (share := own_s / (own_s + step_s)) > self.share:
+            self._approach(share, own_s + step_s)
+
+    def _approach(self, share: float, seconds: float) -> None:
+        weight = 1 - 0.5 ** (seconds / _HALF_LIFE_S)
+        self.share = max(_LEAST_SHARE, self.share + weight * (share - self.share))
