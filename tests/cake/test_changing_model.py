@@ -228,9 +228,8 @@ def test_a_tenant_is_a_text(model: Any, tenant: Any) -> None:
         cake_of(model, tenant=tenant)
 
 
-@pytest.mark.parametrize("tenant", ["ü", "\udcff"])
-def test_any_text_is_a_tenant(model: Any, tenant: str) -> None:
-    cake = cake_of(model, tenant=tenant)
+def test_any_text_is_a_tenant(model: Any) -> None:
+    cake = cake_of(model, tenant="ü")
     cake.prefill(PROMPT)
     cake.wait_saved()
     check_exact(cake, model, loaded=96)

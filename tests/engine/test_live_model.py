@@ -398,10 +398,12 @@ def test_gradient_checkpointing_in_training_is_an_error_not_an_empty_cache() -> 
     before = root(engine)
     model.gradient_checkpointing_enable()
     assert root(engine) == before, "it does nothing in evaluation mode"
-    compute(engine)
+    expected = compute(engine)
     model.train()
-    with pytest.raises(UnsupportedModel, match="eval"):
-        compute(engine)
+    try:
+        torch.testing.assert_close(compute(engine), expected)
+    except UnsupportedModel as error:  # until 5.23, a forward did without its cache then
+        assert "eval" in str(error)
 
 
 class Extra(torch.nn.Module):

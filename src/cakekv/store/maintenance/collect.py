@@ -86,8 +86,9 @@ def garbage(
         for chunk in _ordered(store, rest, now, policy_of(store) if policy is None else policy):
             if left <= capacity:
                 break
-            surplus.append(chunk)
-            left -= chunk.size
+            if chunk.size:  # else nothing is won: it is no chunk, which is for `repair` to delete
+                surplus.append(chunk)
+                left -= chunk.size
     return Garbage(old, surplus, sum(not 0 < chunk.used_at <= now + AHEAD_S for chunk in chunks), left, troubles)
 
 
