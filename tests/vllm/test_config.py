@@ -1,6 +1,8 @@
 """The plug-in's options: defaults, what they take, and what a wrong one is told."""
 
+import json
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,14 +128,21 @@ def test_chunks_are_whole_blocks():
         ({"text_config": {"attn_temperature_tuning": True}}, True),
     ],
 )
-def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(config: dict[str, Any], matters: bool) -> None:
+def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
+    config: dict[str, Any], matters: bool, tmp_path: Path
+) -> None:
     from types import SimpleNamespace as Some
 
     from cakekv.vllm.identity import _architecture
 
-    models = [
-        Some(hf_config=Some(to_dict=lambda: config), quantization=None, max_model_len=length)
-        for length in (4096, 32768)
-    ]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    common = {
+        "model": str(tmp_path),
+        "hf_config_path": None,
+        "revision": None,
+        "hf_overrides": {},
+        "quantization": None,
+    }
+    models = [Some(max_model_len=length, **common) for length in (4096, 32768)]
     short, long = (_architecture(model) for model in models)  # type: ignore[arg-type]
     assert (short != long) == matters
