@@ -69,6 +69,7 @@ def _handed_over(
     def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         return self._run(lambda: method(self, *arguments, **options))
 
+    run.__kwdefaults__ = method.__kwdefaults__  # type: ignore[attr-defined]  # `wraps` leaves them out
     return run
 
 
