@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace as Some
 from typing import Any
 
 import pytest
 from tiny_engine import TinyEngine
 
 from cakekv.errors import BadOption, UnsupportedEngine
+
+GPT_OSS = Some(model_type="gpt_oss")
+"""Without its hybrid allocator, vLLM itself answers differently every time on a CPU, unless it has one thread."""
 
 
 def refusal(model: Path, cake: dict[str, Any], **engine: Any) -> str:
@@ -73,12 +77,12 @@ def test_windows(tmp_path: Path) -> None:
         ({"model_config.is_mm_prefix_lm": True}, "in one piece"),
         ({"aux_output_config.enabled": True}, "--enable-return-routed-experts"),
         ({"attention_config.hisparse_config": "any"}, "HiSparse"),
+        ({"model_config.hf_text_config": GPT_OSS}, "gpt-oss on a CPU"),
+        ({"model_config.hf_text_config": GPT_OSS, "device_config.device_type": "cuda"}, None),
     ],
 )
 def test_what_cannot_be_started_here(settings: dict[str, Any], words: str | None) -> None:
     """By configurations: no multimodal model is small enough, and some of vLLM's options want a GPU."""
-    from types import SimpleNamespace as Some
-
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -88,7 +92,8 @@ def test_what_cannot_be_started_here(settings: dict[str, Any], words: str | None
     multimodal = Some(mm_processor_cache_gb=4)
     config = Some(
         multimodal_config=multimodal,
-        model_config=Some(multimodal_config=multimodal, is_mm_prefix_lm=False),
+        model_config=Some(multimodal_config=multimodal, is_mm_prefix_lm=False, hf_text_config=Some(model_type="llama")),
+        device_config=Some(device_type="cpu"),
         cache_config=Some(enable_prefix_caching=True),
         scheduler_config=Some(enable_chunked_prefill=True, disable_chunked_mm_input=False),
         parallel_config=Some(pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1),

@@ -33,14 +33,6 @@ def gemma3() -> Any:
     return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **sizes, tie_word_embeddings=False))
 
 
-def gpt_oss() -> Any:
-    """Layers with windows and without by turns, with attention sinks."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    sizes = {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128}
-    return GptOssForCausalLM(GptOssConfig(**SIZES, **sizes))
-
-
 def llama4() -> Any:
     """Three layers that attend within chunks of positions, to one without RoPE that attends to everything."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -60,8 +52,8 @@ class Windowed(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[(gemma3, "float32"), (gpt_oss, "bfloat16"), (llama4, "float32")],
-    ids=lambda each: each[0].__name__,
+    params=[(gemma3, "float32"), (gemma3, "bfloat16"), (llama4, "float32")],
+    ids=lambda each: f"{each[0].__name__}-{each[1]}",
 )
 def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windowed]:
     """One engine for each of the models; its prompt's seven full chunks are stored."""

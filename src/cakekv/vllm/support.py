@@ -51,6 +51,14 @@ def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
             "cache-manager"
         )
     assert all(isinstance(spec, FullAttentionSpec) for spec in iter_layer_specs(groups[0].kv_cache_spec))
+    if (
+        vllm_config.model_config.hf_text_config.model_type == "gpt_oss"
+        and vllm_config.device_config.device_type == "cpu"
+    ):
+        raise UnsupportedEngine(
+            "this is gpt-oss on a CPU: without its hybrid allocator, which is off beside any KV connector, vLLM "
+            "answers differently every time there, with or without cakekv; leave cakekv out"
+        )
     parallel = vllm_config.parallel_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) > 1:
