@@ -161,6 +161,8 @@ class Cake:
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
         check_kinds(tenant=tenant, codec=codec, policy=policy, layered_finish=layered_finish, calibration=calibration)
+        if metrics is not None and not callable(getattr(metrics, "add_restore", None)):  # its module needs an extra
+            raise BadInput(f"metrics is of type {type(metrics).__name__}: give cakekv.metrics.Metrics(), or None")
         self.codec = codec_named(codec) if isinstance(codec, str) else codec
         check_options(chunk_tokens, max_span_tokens, ttft_target_s, quality_floor, self.codec)
         chunk_tokens, max_span_tokens = int(chunk_tokens), int(max_span_tokens)  # of any integer type

@@ -100,6 +100,7 @@ def test_where_positions_have_no_end_memory_has(tokens: int) -> None:
         *({"ttft_target_s": value} for value in ("5", None, True, NAN, -1)),
         *({"quality_floor": value} for value in ("5", None, True, NAN, 0, 1.0)),
         *({"calibration": value} for value in (5, True)),
+        *({"metrics": value} for value in (True, "prometheus", object)),
         *({"store": value} for value in (5, b"memory://", [5], [None], True, {"memory://"})),
         *({"tokenizer": value} for value in ("gpt2", 5)),
     ],
