@@ -97,7 +97,7 @@ class Clock:
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """Let the plug-in's scheduler tell the time by it; what waits for stores does not."""
-        from cakekv.vllm import lookup
+        from cakekv.vllm.scheduling import lookup
 
         replaced = []
         for name, module in list(sys.modules.items()):
@@ -188,7 +188,7 @@ class LoneScheduler:
 
         from cakekv.restore.costs import ComputeCost, ComputeShape
         from cakekv.vllm.messages import ShardDescription
-        from cakekv.vllm.scheduler import CakeScheduler
+        from cakekv.vllm.scheduling.scheduler import CakeScheduler
 
         LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, vocab_size=512).save_pretrained(folder)
         self.clock, self.plain = Clock(), plain

@@ -13,17 +13,21 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
-from cakekv.arbiter import Request
 from cakekv.calibration import KnownCosts
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.embedded.arbiter import Request
+from cakekv.embedded.executor import Executor, check
+from cakekv.embedded.lookup import Lookup
+from cakekv.embedded.restorer import Arms, OnProgress, Progress, Restorer
+from cakekv.embedded.saver import SAVE_QUEUE_BYTES, Saver, SaveReport
+from cakekv.embedded.stored import Found, StoredPrefixes
+from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError, UnsupportedEngine
-from cakekv.executor import Executor, check
 from cakekv.forks import on_fork
 from cakekv.keys import Identity
-from cakekv.load.lookup import Lookup
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import Answering, Options, check_kinds, check_options, patience, queue_bytes
@@ -34,13 +38,9 @@ from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.planner import MODES, Mode
 from cakekv.restore.priority import Policy, open_policy
 from cakekv.restore.report import RestoreReport
-from cakekv.restorer import Arms, OnProgress, Progress, Restorer
 from cakekv.results import Generation, Prefill
-from cakekv.save.saver import SAVE_QUEUE_BYTES, Saver, SaveReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
-from cakekv.stored import Found, StoredPrefixes
-from cakekv.tokenizing import Tokenizing
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -63,7 +63,7 @@ LOOKUP_DEADLINE_S = 2.0
 def _handed_over(
     method: Callable[Concatenate[Cake, Parameters], Result],
 ) -> Callable[Concatenate[Cake, Parameters], Result]:
-    """Have a method of `Cake` run where its caller's interrupts do not reach it; see `cakekv.executor`."""
+    """Have a method of `Cake` run where its caller's interrupts do not reach it; see `cakekv.embedded.executor`."""
 
     @wraps(method)
     def run(self: Cake, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:

@@ -14,9 +14,9 @@ from cakekv.quantities import parse_bytes, real, whole
 from cakekv.restore.priority import Policy
 
 if TYPE_CHECKING:
+    from cakekv.embedded.restorer import OnProgress
     from cakekv.metrics import Metrics
     from cakekv.restore.planner import Mode
-    from cakekv.restorer import OnProgress
 
 
 class Answering(TypedDict, total=False):

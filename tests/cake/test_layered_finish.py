@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cakekv import restorer
 from cakekv.cake import Cake
 from cakekv.chunk import ChunkShape, segments
+from cakekv.embedded import restorer
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError

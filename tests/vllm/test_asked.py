@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from cakekv.restore.report import Miss, RestoreReport
-from cakekv.vllm.asked import Asked, answer, log_restore
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.scheduling.asked import Asked, answer, log_restore
 
 OPTIONS = VllmOptions(mode="both")
 

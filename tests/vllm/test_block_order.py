@@ -10,10 +10,10 @@ import torch
 from test_paged_cache import BLOCKS, CACHES
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from cakekv.vllm.paged_cache.device_order import DeviceOrder
-from cakekv.vllm.paged_cache.host import HostPagedCache
-from cakekv.vllm.paged_cache.layers import as_blocks
-from cakekv.vllm.paged_cache.order import BlockOrder, learn_order
+from cakekv.vllm.working.paged_cache.device_order import DeviceOrder
+from cakekv.vllm.working.paged_cache.host import HostPagedCache
+from cakekv.vllm.working.paged_cache.layers import as_blocks
+from cakekv.vllm.working.paged_cache.order import BlockOrder, learn_order
 
 HEADS, TOKENS, WIDTH = 4, 16, 24
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

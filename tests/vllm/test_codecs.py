@@ -165,7 +165,7 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
 def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from cakekv.vllm.rotation import rotations
+    from cakekv.vllm.working.rotation import rotations
 
     expected = LlamaForCausalLM.from_pretrained(model).model.rotary_emb.inv_freq.tolist()
     found = rotations(coded.llm.llm_engine.vllm_config, 3)
@@ -180,7 +180,7 @@ def test_turns_that_are_not_known_are_refused(coded: TinyEngine, monkeypatch: py
     from vllm.model_executor.layers import rotary_embedding
 
     from cakekv.errors import UnknownRotation
-    from cakekv.vllm.rotation import rotations
+    from cakekv.vllm.working.rotation import rotations
 
     config = coded.llm.llm_engine.vllm_config
     plain = next(module for module in rotary_embedding._ROPE_DICT.values() if module.head_size == 32)

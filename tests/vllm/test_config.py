@@ -133,7 +133,7 @@ def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
 ) -> None:
     from types import SimpleNamespace as Some
 
-    from cakekv.vllm.identity import _architecture
+    from cakekv.vllm.scheduling.identity import _architecture
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     common = {

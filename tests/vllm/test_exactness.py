@@ -6,7 +6,7 @@ import pytest
 
 from cakekv.codec.int8 import Int8
 from cakekv.codec.raw import Raw
-from cakekv.vllm.exactness import LossyBlocks, first_exact_chunk
+from cakekv.vllm.scheduling.exactness import LossyBlocks, first_exact_chunk
 
 BLOCK = 16
 OWN = list(range(100, 110))

@@ -123,7 +123,7 @@ def test_a_vllm_that_knows_no_connectors_starts_without_it(monkeypatch, caplog):
 
 def test_every_method_that_is_overridden_is_compared() -> None:
     from cakekv.vllm.connector import CakeConnector
-    from cakekv.vllm.scheduler import CakeSchedulerMixin
+    from cakekv.vllm.scheduling.scheduler import CakeSchedulerMixin
 
     for ours, place in (
         (CakeSchedulerMixin, "vllm.v1.core.sched.scheduler:Scheduler"),

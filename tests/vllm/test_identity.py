@@ -16,8 +16,8 @@ import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
 import vllm
-from cakekv.vllm import identity
-from cakekv.vllm.identity import Keyring
+from cakekv.vllm.scheduling import identity
+from cakekv.vllm.scheduling.identity import Keyring
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -74,7 +74,7 @@ def test_every_adapter_has_chunks_of_its_own(model: Path, plain: dict[int, list[
 
 
 def test_an_adapter_is_its_weights_and_how_they_are_used(tmp_path: Path) -> None:
-    from cakekv.vllm.identity import _adapter
+    from cakekv.vllm.scheduling.identity import _adapter
 
     folder = save_adapter(tmp_path / "a", 1)
     first = _adapter(folder)

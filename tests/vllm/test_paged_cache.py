@@ -18,13 +18,13 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-import cakekv.vllm.paged_cache.cuda as cuda
+import cakekv.vllm.working.paged_cache.cuda as cuda
 from cakekv.errors import UnsupportedEngine
-from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
-from cakekv.vllm.paged_cache.cuda import CudaPagedCache
-from cakekv.vllm.paged_cache.host import HostPagedCache
-from cakekv.vllm.paged_cache.layers import as_blocks
 from cakekv.vllm.support import check_device
+from cakekv.vllm.working.paged_cache import PagedCache, open_paged_cache
+from cakekv.vllm.working.paged_cache.cuda import CudaPagedCache
+from cakekv.vllm.working.paged_cache.host import HostPagedCache
+from cakekv.vllm.working.paged_cache.layers import as_blocks
 
 BLOCKS, LAYERS = 8, 3
 

@@ -6,8 +6,8 @@ from collections.abc import Container
 
 from cakekv.codec.raw import Raw
 from cakekv.keys import ChunkKey
-from cakekv.vllm.exactness import LossyBlocks
-from cakekv.vllm.save_plan import SavePlan
+from cakekv.vllm.scheduling.exactness import LossyBlocks
+from cakekv.vllm.scheduling.save_plan import SavePlan
 
 KEYS = [ChunkKey(bytes([number]) * 32) for number in range(4)]
 NOTHING: list[tuple[int, ...]] = [()] * 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
 
-import cakekv.vllm.worker_half as worker_half
+import cakekv.vllm.working.half as worker_half
 
 LAST_WRITES_S = 0.5
 """Instead of ten."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cakekv.restore.costs import ComputeCost, ComputeShape
-from cakekv.vllm.step_costs import Piece, SharedCost, StepCosts, equivalent_span
+from cakekv.vllm.scheduling.step_costs import Piece, SharedCost, StepCosts, equivalent_span
 
 SHAPE = ComputeShape(fixed=10e-3, linear=1e-3, quadratic=1e-6)
 

@@ -16,9 +16,9 @@ from benchmarks.vllm_steps import LoneScheduler, Scenario, fill
 
 from cakekv.keys import ChunkKey
 from cakekv.store.memory import MemoryStore
-from cakekv.vllm import admission
-from cakekv.vllm.admission import MOST_BEGUN
-from cakekv.vllm.lookup import Lookup
+from cakekv.vllm.scheduling import admission
+from cakekv.vllm.scheduling.admission import MOST_BEGUN
+from cakekv.vllm.scheduling.lookup import Lookup
 from cakekv.vllm.shard_key import shard_key
 
 

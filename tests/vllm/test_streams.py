@@ -14,18 +14,18 @@ from lazy_streams import LazyDevice
 from test_codecs import CHUNKS, blocks_of, emptied, recoded
 from tiny_engine import BLOCK, ScriptedStore, TinyEngine, prompt, sampling, scripted
 
-import cakekv.vllm.paged_cache.cuda as cuda
-import cakekv.vllm.shares as shares
+import cakekv.vllm.working.paged_cache.cuda as cuda
+import cakekv.vllm.working.shares as shares
 from cakekv.codec import codec_named
 from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.vllm.messages import LoadOrder, StepOrders
-from cakekv.vllm.paged_cache import PagedCache, open_paged_cache
-from cakekv.vllm.paged_cache.cuda import CudaPagedCache
-from cakekv.vllm.paged_cache.layers import as_blocks
-from cakekv.vllm.paged_cache.order import BlockOrder
+from cakekv.vllm.working.paged_cache import PagedCache, open_paged_cache
+from cakekv.vllm.working.paged_cache.cuda import CudaPagedCache
+from cakekv.vllm.working.paged_cache.layers import as_blocks
+from cakekv.vllm.working.paged_cache.order import BlockOrder
 
 OLD, NEW, STORED = b"\x01" * 8, b"\x02" * 8, b"\x03" * 8
 

@@ -21,8 +21,8 @@ from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 
 if TYPE_CHECKING:
+    from cakekv.embedded.restorer import OnProgress
     from cakekv.restore.report import RestoreReport
-    from cakekv.restorer import OnProgress
 
 DEFAULT_CAPACITY = "5GB"
 

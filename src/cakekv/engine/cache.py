@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cakekv.embedded.executor import check
 from cakekv.engine.versions import (
     Cache,
     CacheLayerMixin,
@@ -23,7 +24,6 @@ from cakekv.engine.versions import (
     DynamicSlidingWindowLayer,
 )
 from cakekv.errors import BadInput
-from cakekv.executor import check
 from cakekv.layout import LayerLayout, PlaneLayout
 from cakekv.quantities import format_bytes
 

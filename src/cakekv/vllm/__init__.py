@@ -13,9 +13,9 @@ __all__ = ["CakeAsyncScheduler", "CakeConnector", "CakeScheduler"]
 
 if TYPE_CHECKING:
     from cakekv.vllm.connector import CakeConnector
-    from cakekv.vllm.scheduler import CakeAsyncScheduler, CakeScheduler
+    from cakekv.vllm.scheduling.scheduler import CakeAsyncScheduler, CakeScheduler
 
-_HOMES = {"CakeConnector": "connector", "CakeScheduler": "scheduler", "CakeAsyncScheduler": "scheduler"}
+_HOMES = {"CakeConnector": "connector", "CakeScheduler": "scheduling.scheduler", "CakeAsyncScheduler": "scheduler"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,9 @@ from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.hooks import check_hooks
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
 from cakekv.vllm.metrics import CakeMetrics, CakeStats
-from cakekv.vllm.scheduler_half import SchedulerHalf
+from cakekv.vllm.scheduling.half import SchedulerHalf
 from cakekv.vllm.support import check_engine, check_scheduler
-from cakekv.vllm.worker_half import WorkerHalf
+from cakekv.vllm.working.half import WorkerHalf
 
 if TYPE_CHECKING:
     import torch

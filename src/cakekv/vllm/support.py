@@ -117,7 +117,7 @@ def check_scheduler(vllm_config: VllmConfig) -> None:
         `--scheduler-cls` is missing or another.
     """
     from cakekv.vllm.plugin import make_scheduler
-    from cakekv.vllm.scheduler import CakeSchedulerMixin
+    from cakekv.vllm.scheduling.scheduler import CakeSchedulerMixin
 
     scheduler = vllm_config.scheduler_config.get_scheduler_cls()
     if scheduler is make_scheduler:

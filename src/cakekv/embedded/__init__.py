@@ -1,0 +1,1 @@
+"""The embedded driver: restores in one process, on one model, in threads."""

@@ -1,0 +1,172 @@
+"""Lets the requests of one model take turns: `Turns` and the policy decide, this waits and wakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+
+from cakekv.embedded.executor import check
+from cakekv.restore.contention import Burden, burdens
+from cakekv.restore.priority import Kind, Policy, RequestState, Turns
+
+
+class Request:
+    """One request that is being served.
+
+    Attributes
+    ----------
+    id : str
+        Sorts in order of arrival.
+    arrived_s : float
+        `time.monotonic()` at its arrival.
+    woken : Condition
+        Notified when it may be its turn, or something it waits for has happened; of the arbiter's lock.
+    describe : callable
+        Its state for the policy; called with the arbiter's lock held. A new request is a decode.
+    on_burden : callable
+        Told what the other requests are to it, if it is `open`; likewise.
+    """
+
+    def __init__(self, number: int, arrived_s: float, lock: threading.Lock) -> None:
+        self.id = f"{number:012}"
+        self.arrived_s = arrived_s
+        self.woken = threading.Condition(lock)
+        self.decode()
+
+    def decode(self) -> None:
+        """From now on it decodes."""
+        self.describe: Callable[[], RequestState] = self._decoding
+        self.on_burden: Callable[[Burden], None] = _bear
+
+    def _decoding(self) -> RequestState:
+        return RequestState(self.id, Kind.DECODE, self.arrived_s, tokens=1)
+
+
+def _bear(burden: Burden) -> None:
+    """Nothing to plan."""
+
+
+class Arbiter:
+    """Who computes, and in which order tiers work for the open requests.
+
+    `lock` guards it, and everything that the requests share: their planners, and what compute and tiers cost. While
+    there is a single request, nothing is compared and nobody is woken.
+
+    Parameters
+    ----------
+    policy : Policy
+        Orders the requests.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.lock = threading.Lock()
+        self._policy = policy
+        self._turns = Turns(policy)
+        self._asking: dict[str, Request] = {}
+        self._open: dict[str, Request] = {}
+        self._numbers = 0
+        self.teller: int | None = None
+        """The thread that runs a caller's callback with the lock held."""
+
+    def request(self, arrived_s: float) -> Request:
+        """A new request."""
+        with self.lock:
+            self._numbers += 1
+            return Request(self._numbers, arrived_s, self.lock)
+
+    # The following are called with `lock` held.
+
+    def open(self, request: Request) -> None:
+        """The request's prefill begins: both arms work for it."""
+        self._open[request.id] = request
+
+    def close(self, request: Request) -> None:
+        """The request's prefill is over, whether it succeeded or not."""
+        self._open.pop(request.id, None)
+        self.give_back(request)
+        if len(self._open) == 1:
+            for other in self._open.values():
+                other.on_burden(Burden())
+
+    def take(self, request: Request) -> None:
+        """Wait until it is the request's turn to compute."""
+        self._asking[request.id] = request
+        try:
+            check()
+            while (first := self._first()) is not request:
+                if first is not None:  # the order has changed since this request was woken
+                    first.woken.notify_all()
+                request.woken.wait()
+                check()
+            self._turns.take(request.id, request.describe().kind)
+        except BaseException:
+            self.give_back(request)
+            raise
+
+    def give_back(self, request: Request, asks_again: bool = False) -> None:
+        """The request has computed, or has nothing to compute for now."""
+        self._turns.give_back(request.id)
+        if not asks_again:
+            self._asking.pop(request.id, None)
+        first = self._first()
+        if first is not None and first is not request:
+            first.woken.notify_all()
+
+    def load_order(self, source: int, now: float) -> list[Request]:
+        """The open requests that `source` may work for, the one to serve first at the front."""
+        if len(self._open) < 2:
+            return list(self._open.values())
+        states = self._weigh(now)
+        order = [self._open[state.request_id] for state in self._policy.load_order(states, source, now)]
+        return order
+
+    def weigh(self, now: float) -> None:
+        """Tell the open requests what they are to each other."""
+        if len(self._open) > 1:
+            self._weigh(now)
+
+    # The following are called without it.
+
+    def wake(self) -> None:
+        """Have all who wait for their turn `check` whether they still should."""
+        with self.lock:
+            for request in [*self._asking.values(), *self._open.values()]:
+                request.woken.notify_all()
+
+    @contextmanager
+    def turn(self, request: Request) -> Iterator[None]:
+        """The compute arm for the duration of the `with` block."""
+        try:
+            with self.lock:
+                self.take(request)
+            yield
+        finally:
+            with self.lock:
+                self.give_back(request)
+
+    @contextmanager
+    def lent(self, request: Request) -> Iterator[None]:
+        """Let others have the compute arm, which the request holds, during the `with` block."""
+        with self.lock:
+            self.give_back(request)
+        yield
+        with self.lock:
+            self.take(request)
+
+    def _first(self) -> Request | None:
+        """Whose turn it is; None if the arm is in use or not wanted."""
+        if self._turns.holder is not None or not self._asking:
+            return None
+        if len(self._asking) == 1:
+            return next(iter(self._asking.values()))
+        states = [request.describe() for request in self._asking.values()]
+        first = self._turns.next(states, monotonic())
+        return None if first is None else self._asking[first]
+
+    def _weigh(self, now: float) -> Sequence[RequestState]:
+        states = [request.describe() for request in self._open.values()]
+        for request_id, burden in burdens(states, self._policy, now).items():
+            self._open[request_id].on_burden(burden)
+        return states

@@ -1,0 +1,1 @@
+"""The half of the plug-in that runs in vLLM's scheduler."""

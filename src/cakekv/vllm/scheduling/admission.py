@@ -1,0 +1,230 @@
+"""Which requests are restored, and from what: asks the stores about every request as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from cakekv.errors import UnsupportedEngine
+from cakekv.keys import ChunkKey
+from cakekv.vllm.complaints import Complaints
+from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.scheduling.asked import Asked
+from cakekv.vllm.scheduling.exactness import first_exact_chunk
+from cakekv.vllm.scheduling.identity import Keyring
+from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.restoration import Restoration
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+MOST_OPEN = 64
+"""Restores at a time: as many as loads may queue at a source. The others would only wait, and cost in every step."""
+MOST_BEGUN = 8
+"""Restores that may begin in a step: vLLM allocates all of a prefix's blocks for each."""
+
+
+class Match(NamedTuple):
+    """What a request was told that it may load."""
+
+    stored: list[tuple[int, ...]]
+    prefix_tokens: int
+    local_tokens: int
+
+
+class Admission:
+    """Answers vLLM's question how much of a prompt could come from elsewhere.
+
+    Parameters
+    ----------
+    options : VllmOptions
+        The plug-in's.
+    keyring : Keyring
+        Names the requests' chunks.
+    lookup : Lookup
+        Asks the stores.
+    window : int
+        How many of a prompt's newest tokens have to be exact.
+    shares_blocks : bool
+        Whether vLLM's own prefix cache is on.
+    alive : callable
+        The sources that have a reader left.
+    """
+
+    def __init__(
+        self,
+        options: VllmOptions,
+        keyring: Keyring,
+        lookup: Lookup,
+        window: int,
+        shares_blocks: bool,
+        alive: Callable[[], Collection[int]],
+    ) -> None:
+        self.options = options
+        self.keyring = keyring
+        self.lookup = lookup
+        self._window = window
+        self._shares_blocks = shares_blocks
+        self._alive = alive
+        self._unnamed = Complaints("a request is neither restored nor saved")
+        self._matched: dict[str, Match] = {}
+        self._asked: dict[str, Asked] = {}
+        self._readable: set[str] = set()
+        """Requests that are restored if anything of them is stored."""
+        self._fronts: dict[int, dict[ChunkKey, Restoration]] = {}
+        """The restores whose prefix others cannot share yet, by the first chunk that it lacks: its number, its key."""
+        self._twins: dict[str, Restoration] = {}
+        """By waiting request, the restore that it waits for."""
+        self._room = MOST_BEGUN
+        """Restores that may still begin in this step."""
+
+    def arrived(self, request: Request) -> None:
+        """A request came, or has to begin again: see what is stored of it."""
+        asked = Asked.of(request.kv_transfer_params, self.options)
+        try:
+            keys = list(self.keyring.keys(request))
+        except UnsupportedEngine as error:
+            self._unnamed.say(str(error))
+            keys, asked = [], asked._replace(mode="compute", save=False)
+        if request.resumable:
+            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
+        self._asked[request.request_id] = asked
+        self._twins.pop(request.request_id, None)
+        wanted = asked.mode != "compute" or asked.report
+        if wanted and not request.skip_reading_prefix_cache and not _must_not_be_cut(request):
+            self._readable.add(request.request_id)
+        else:
+            self._readable.discard(request.request_id)
+        exact_from = first_exact_chunk(request.num_tokens, self._window, self.options.chunk_tokens)
+        self.lookup.ask(request.request_id, keys, exact_from)
+
+    def asked(self, request_id: str) -> Asked:
+        """What a request asked for."""
+        return self._asked[request_id]
+
+    def save_nothing_of(self, request_id: str) -> None:
+        """What the request computes is of no use to others any more."""
+        self._asked[request_id] = self._asked[request_id]._replace(save=False)
+
+    def forget(self, request_id: str) -> None:
+        """The request is gone."""
+        self._matched.pop(request_id, None)
+        self._asked.pop(request_id, None)
+        self._readable.discard(request_id)
+        self._twins.pop(request_id, None)
+        self.lookup.forget(request_id)
+        self.keyring.forget(request_id)
+
+    def begin_step(self, restorations: Mapping[str, Restoration]) -> None:
+        """Look once at all restores that go on, instead of once per request that waits."""
+        self._room = max(0, min(MOST_BEGUN, MOST_OPEN - len(restorations)))
+        self._fronts.clear()
+        for restoration in restorations.values():
+            self._note_front(restoration)
+        self._twins = {
+            request_id: twin
+            for request_id, twin in self._twins.items()
+            if restorations.get(twin.request_id) is twin and not twin.shared
+        }
+
+    def began(self, restoration: Restoration) -> None:
+        """A restore begins within the step."""
+        self._room -= 1
+        self._twins.pop(restoration.request_id, None)
+        self._note_front(restoration)
+
+    def _note_front(self, restoration: Restoration) -> None:
+        if not self._shares_blocks or restoration.shared:
+            return
+        last = restoration.restore.prefix_tokens // self.options.chunk_tokens - 1
+        chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
+        if 0 <= chunk < len(restoration.keys):
+            self._fronts.setdefault(chunk, {}).setdefault(restoration.keys[chunk], restoration)
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether vLLM need not even look into its own cache for a waiting request.
+
+        It would in every step, and for long prompts that takes milliseconds: while it is not known what is stored,
+        while another request restores what this one lacks, and while there are restores enough.
+        """
+        if request.num_computed_tokens or not self.readable(request):
+            return False
+        if request.request_id in self._twins:
+            return True
+        if not self.lookup.promising(request.request_id):
+            return False
+        if self._room <= 0 or self.lookup.answer(request.request_id) is None:
+            return True
+        keys = self.keyring.keys(request)
+        for chunk, fronts in self._fronts.items():
+            twin = fronts.get(keys[chunk]) if chunk < len(keys) else None
+            if twin is not None:
+                self._twins[request.request_id] = twin
+                return True
+        return False
+
+    def match(
+        self, request: Request, local_tokens: int, restorations: Collection[Restoration]
+    ) -> tuple[int | None, bool]:
+        """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
+        if not self.readable(request):
+            return 0, False
+        stored = self.lookup.answer(request.request_id)
+        if stored is None:
+            return None, False
+        alive, asked = self._alive(), self.lookup.sources
+        if len(alive) < asked:
+            stored = [tuple(source for source in holders if source in alive) for holders in stored]
+        prefix = self._prefix_tokens(request, stored, local_tokens)
+        if prefix <= local_tokens:
+            return 0, False
+        if self._twin(request, local_tokens, restorations):
+            return None, False
+        self._matched[request.request_id] = Match(stored, prefix, local_tokens)
+        return prefix - local_tokens, True
+
+    def take(self, request_id: str) -> Match:
+        """What a request that is admitted was told."""
+        return self._matched.pop(request_id)
+
+    @property
+    def full(self) -> bool:
+        """Whether no restore may begin in this step."""
+        return self._room <= 0
+
+    def unadmitted(self, request: Request) -> bool:
+        """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
+        if request.num_computed_tokens or not self.readable(request):
+            return False
+        return self.lookup.promising(request.request_id)
+
+    def readable(self, request: Request) -> bool:
+        """Whether the request is restored. Computing all of it is a restore, too, if a report was asked for."""
+        return request.request_id in self._readable
+
+    def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
+        """End of the last chunk worth loading: behind what vLLM has, before the last token."""
+        tokens = self.options.chunk_tokens
+        first = -(-local_tokens // tokens)
+        last = min(len(stored), (request.num_tokens - 1) // tokens)
+        return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
+
+    def _twin(self, request: Request, local_tokens: int, restorations: Collection[Restoration]) -> bool:
+        """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""
+        if not self._shares_blocks:
+            return False
+        chunk = -(-local_tokens // self.options.chunk_tokens)
+        key = self.keyring.keys(request)[chunk]
+        return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.shared for other in restorations)
+
+
+def _must_not_be_cut(request: Request) -> bool:
+    """Whether vLLM would die of computing the prompt in several parts.
+
+    Its V1 runner rewinds a request's random generator after every part but the last; CPU generators cannot do that.
+    """
+    if request.sampling_params is None or request.sampling_params.seed is None:
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())

@@ -1,0 +1,100 @@
+"""Text to tokens, and answers back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from cakekv.embedded.tokenizing import Tokenizing
+from cakekv.errors import BadInput
+
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "hi": 4, ":": 5}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def tokenizer(template: str | None) -> Any:
+    """One of words, which puts around a text what the template says."""
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template is not None:
+        special = [(word, WORDS[word]) for word in ("<s>", "</s>")]
+        words.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    made = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = "{{bos_token}}{% for m in messages %}{{m['role']}} : {{m['content']}}{% endfor %}"
+    return made
+
+
+@pytest.mark.parametrize(("template", "behind"), [("<s> $A", []), ("<s> $A </s>", [2])])
+def test_a_chat_template_s_bos_is_not_repeated(template: str, behind: list[int]) -> None:
+    made = tokenizer(template)
+    notes: list[str] = []
+    text = made.apply_chat_template(MESSAGES, tokenize=False)
+    assert Tokenizing(made).tokens(text, notes) == [1, 3, 5, 4, *behind]
+    assert len(notes) == 1
+    assert "begins with <s>" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "tokens"),
+    [
+        ("<s> $A", "user : hi", [1, 3, 5, 4]),
+        (None, "<s> hi", [1, 4]),
+        (None, "<s> <s> hi", [1, 1, 4]),
+        ("<s> $A", "hi <s>", [1, 4, 1]),
+    ],
+)
+def test_what_does_not_repeat_it_stays(template: str | None, text: str, tokens: list[int]) -> None:
+    notes: list[str] = []
+    assert Tokenizing(tokenizer(template)).tokens(text, notes) == tokens
+    assert notes == []
+
+
+def test_what_a_tokenizer_or_a_chat_template_returns_is_a_prompt() -> None:
+    made = tokenizer("<s> $A")
+    for tensors in (None, "pt", "np"):
+        assert Tokenizing(made).tokens(made("hi", return_tensors=tensors), []) == [1, 4]
+        chat = made.apply_chat_template(MESSAGES, return_tensors=tensors)
+        assert Tokenizing(made).tokens(chat, []) == [1, 3, 5, 4]
+
+
+def test_text_that_cannot_be_read() -> None:
+    with pytest.raises(BadInput, match="there is no tokenizer"):
+        Tokenizing(None).tokens("hi", [])
+    with pytest.raises(BadInput, match="surrogate"):
+        Tokenizing(tokenizer(None)).tokens("\udcff", [])
+    with pytest.raises(BadInput, match="the tokenizer is 'gpt2'"):
+        Tokenizing("gpt2")
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+@given(st.binary(max_size=12) | st.text(max_size=6).map(str.encode) | st.just("ab€".encode()[:-1]))
+def test_pieces_make_up_the_text_whatever_the_tokens_end_in(answer: bytes) -> None:
+    tokenizing = Tokenizing(Bytes())
+    assert "".join(tokenizing.pieces(iter(answer))) == tokenizing.text(list(answer))
+
+
+def test_pieces_are_whole_characters_as_soon_as_they_are_there() -> None:
+    given: list[int] = []
+
+    def answer() -> Iterator[int]:
+        for byte in "a€b".encode():
+            given.append(byte)
+            yield byte
+
+    pieces = [(piece, len(given)) for piece in Tokenizing(Bytes()).pieces(answer())]
+    assert pieces == [("a", 1), ("€", 4), ("b", 5)]
