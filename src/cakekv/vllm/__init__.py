@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from cakekv.vllm.connector import CakeConnector
     from cakekv.vllm.scheduling.scheduler import CakeAsyncScheduler, CakeScheduler
 
-_HOMES = {"CakeConnector": "connector", "CakeScheduler": "scheduling.scheduler", "CakeAsyncScheduler": "scheduler"}
+_HOMES = {
+    "CakeConnector": "connector",
+    "CakeScheduler": "scheduling.scheduler",
+    "CakeAsyncScheduler": "scheduling.scheduler",
+}
 
 
 def __getattr__(name: str) -> Any:
