@@ -252,8 +252,8 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "bench": Table("README.md", bench),
-    "bench_vllm": Table("README.md", bench_vllm),
+    "bench": Table("docs/measured.md", bench),
+    "bench_vllm": Table("docs/measured.md", bench_vllm),
     "bench_peers": Table("README.md", bench_peers),
     "vllm_layered": Table("docs/vllm.md", bench_vllm),
     "vllm_burst": Table("docs/vllm.md", vllm_burst),
