@@ -1,4 +1,4 @@
-"""`python -m cakekv`: the command cakekv, also where scripts are not on the path."""
+"""`python -m cakekv` runs the command cakekv, also where scripts are not on the path."""
 
 from cakekv.cli.main import main
 

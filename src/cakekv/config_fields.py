@@ -1,4 +1,4 @@
-"""A model's configuration without what a newer transformers adds to it by itself, so that an upgrade changes no key.
+"""A model's configuration without what a newer transformers adds to it, so that an upgrade changes no key.
 
 A configuration object shows every setting that its class knows, with its default where the model's folder says nothing.
 A release that adds a setting would thereby give each model of that class a new key, and orphan all its chunks. So a

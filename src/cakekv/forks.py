@@ -1,4 +1,4 @@
-"""Tells objects that their process is a fork of the one they were made in."""
+"""Tells an object that its process is a fork of the one that made it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who a chunk is: model fingerprint, layout, recipe, tenant and the tokens so far make its key.
+"""Names a chunk: model fingerprint, layout, recipe, tenant and the tokens so far make its key.
 
 A key is the BLAKE3 digest of the key before it and the chunk's own tokens; the first chunk follows the digest of an
 `Identity`. So a key names every token from the beginning of the prompt, and the same everywhere: no process, machine

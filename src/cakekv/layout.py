@@ -1,4 +1,4 @@
-"""The shape of a model's KV cache, in plain numbers: what one layer keeps for one token."""
+"""The shape of a model's KV cache in plain numbers: what one layer keeps for one token."""
 
 from __future__ import annotations
 

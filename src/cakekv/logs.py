@@ -1,4 +1,4 @@
-"""What the library has to say to operators: events with stable names and fields, under the logger `cakekv`.
+"""Events for operators, with stable names and fields, under the logger `cakekv`.
 
 Each event is one record of the standard library's logging. Its message is the event's name and its fields in words, and
 it carries both as `record.event` and `record.fields`, which `JsonFormatter` writes as one line of JSON. Nothing is

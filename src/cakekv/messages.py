@@ -1,4 +1,4 @@
-"""What every message passes before anybody reads it: secrets are taken out, and what a terminal would act on.
+"""Cleans every message before anybody reads it: no secrets, nothing that a terminal would act on.
 
 Errors (`CakeError`), events in the log and what the command line prints come by here. Secrets are known by where they
 stand in a text (`://USER:PASSWORD@`, `sig=…`), by having been part of a store's URL or of a file of keys (`learn`), and

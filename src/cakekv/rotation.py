@@ -1,4 +1,4 @@
-"""How keys are turned by their positions, so that a codec can take them back to before and turn them again."""
+"""How keys are turned by their positions (RoPE), so that a codec can turn them back and turn them again."""
 
 from __future__ import annotations
 

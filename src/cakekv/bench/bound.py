@@ -1,4 +1,4 @@
-"""The clairvoyant bound: how soon both arms could be done if they met at the best point, with no granularity."""
+"""The clairvoyant bound: how soon both arms could be done if they met at the best point, without granularity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast chunks are decoded: on CPU cores, and on the model's device where it can."""
+"""How fast chunks are decoded, on CPU cores and on the model's device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring the modes side by side, over prefix lengths and bandwidths."""
+"""Measures the modes side by side, over prefix lengths and bandwidths."""
 
 from __future__ import annotations
 

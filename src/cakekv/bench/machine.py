@@ -1,4 +1,4 @@
-"""How a measurement was made, and on what."""
+"""How, and on which machine, a measurement was made."""
 
 from __future__ import annotations
 

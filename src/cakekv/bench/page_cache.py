@@ -1,4 +1,4 @@
-"""Having the system forget files that it keeps in memory, so that they are read from their device."""
+"""Drops files from the system's page cache, so that they are read from their device."""
 
 from __future__ import annotations
 

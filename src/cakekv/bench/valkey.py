@@ -1,4 +1,4 @@
-"""What a database of a Valkey server holds, seen without passing the link that the server is behind."""
+"""Looks into a Valkey server's database without using the link that the server is behind."""
 
 from __future__ import annotations
 

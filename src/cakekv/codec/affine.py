@@ -1,4 +1,4 @@
-"""What the codecs with evenly spaced levels have in common: groups with a scale and a least element each."""
+"""What all codecs with evenly spaced levels share: groups, each with a scale and a least element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a chunk as a model's cache has it to the chunk that is stored, and back."""
+"""Turns a chunk of a model's cache into the chunk that is stored, and back."""
 
 from __future__ import annotations
 

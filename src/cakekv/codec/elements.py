@@ -1,4 +1,4 @@
-"""Between float32 and what models keep their caches in; NumPy has no bfloat16."""
+"""Converts between float32 and the types that caches are kept in; NumPy has no bfloat16."""
 
 from __future__ import annotations
 

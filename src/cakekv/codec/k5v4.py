@@ -1,4 +1,4 @@
-"""Five bits for keys, four for values: an error in a key costs answers several times as much as one in a value."""
+"""Five bits for keys, four for values, because an error in a key costs several times as much."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner loops of the codecs, compiled by numba, which lets go of the interpreter lock while they run.
+"""The codecs' inner loops, compiled by numba, which releases the interpreter lock while they run.
 
 Codes of fewer than 8 bits lie side by side along the tokens: a byte holds the same channel of 2, 4 or 8 neighbouring
 tokens, so that the loop over a row's channels does one thing to consecutive bytes. Three and five bits are two or four,

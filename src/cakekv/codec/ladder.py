@@ -1,4 +1,4 @@
-"""Eight bits in three parts: two are of use alone, two and four more make them finer, so that a load can choose."""
+"""Eight bits in three parts: two are useful alone, two and four more refine them, so that a load can choose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding where the model's cache is: codes are copied there, fewer bytes than the cache's, and decoded by torch."""
+"""Decodes where the model's cache is: copies codes to the device and decodes them with torch."""
 
 from __future__ import annotations
 

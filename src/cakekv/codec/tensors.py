@@ -1,4 +1,4 @@
-"""The decoders' inner steps as torch operations, on whatever device the codes are: what `kernels.py` is on CPU cores.
+"""The decoders' inner steps as torch operations on any device: the counterpart of `kernels.py`.
 
 Several layers with planes of one shape are decoded at once, along the first dimension: a device is busy for so short a
 time with one of them that launching its kernels would take longer. Every multiplication and addition is an operation of

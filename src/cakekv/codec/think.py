@@ -1,4 +1,4 @@
-"""ThinK: the key channels that matter least are not kept (arXiv 2407.21018)."""
+"""ThinK: drops the key channels that matter least (arXiv 2407.21018)."""
 
 from __future__ import annotations
 

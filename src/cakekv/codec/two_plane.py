@@ -1,4 +1,4 @@
-"""Eight bits in two parts: the upper four are of use alone, the lower can come later (QuantSpec, arXiv 2502.10424)."""
+"""Eight bits in two parts: the upper four are useful alone, the lower can come later (QuantSpec, arXiv 2502.10424)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long documents with a question: by default CPython's own language reference, which every Python carries."""
+"""Long documents with a question: by default CPython's language reference, which every Python carries."""
 
 from __future__ import annotations
 

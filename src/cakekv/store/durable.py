@@ -1,4 +1,4 @@
-"""Files and folders that are there whole after a crash, or not at all."""
+"""Writes files and folders that are there whole after a crash, or not at all."""
 
 from __future__ import annotations
 

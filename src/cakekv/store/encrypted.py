@@ -1,4 +1,4 @@
-"""Encryption at rest: another store, in which every chunk is sealed with AES-256-GCM.
+"""Encryption at rest: wraps a store and seals every chunk with AES-256-GCM.
 
     offset 0      magic, version, block length, length of the chunk, name of the key, salt
     offset 48     the tag of each block (16 bytes), then zeros up to a multiple of 4096

@@ -1,4 +1,4 @@
-"""A tier that fails on purpose, for tests: any store, with errors, damage, stalls and losses mixed in by a seed."""
+"""A tier that fails on purpose, for tests: wraps a store and mixes in errors, damage, stalls and losses by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder behind the disk tier: one file per chunk, shared by any number of processes of one machine.
+"""The folder behind the disk tier: one file per chunk, shared by any number of processes on one machine.
 
     cakekv-store.json      names the version of this arrangement
     cakekv.lock            flock'ed around every change; holds how many chunks and bytes are stored

@@ -1,4 +1,4 @@
-"""Notes of whose chunks a store holds: small, checked when written and when read, and only there to explain misses."""
+"""Notes on whose chunks a store holds: small, checked, and only there to explain misses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes that died left in a store's folder, and what never belonged there."""
+"""Finds what dead processes left in a store's folder, and what never belonged there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tier of a tiered store: asked with a deadline, left alone while it is down, and asked again behind the scenes."""
+"""One tier of a tiered store: asked with a deadline, left alone while it is down, retried in the background."""
 
 from __future__ import annotations
 

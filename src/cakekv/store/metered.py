@@ -1,4 +1,4 @@
-"""A tier whose operations are counted and timed."""
+"""Wraps a tier and counts and times its operations."""
 
 from __future__ import annotations
 

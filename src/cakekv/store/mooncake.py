@@ -1,4 +1,4 @@
-"""The Mooncake tier: chunks in a Mooncake Store, the pool of memory that many serving clusters run already.
+"""The Mooncake tier: chunks in a Mooncake Store, the memory pool that many serving clusters already run.
 
     {prefix}chunk:KEY      a chunk, by its key in hexadecimal: one object
     {prefix}identity:ROOT  a note: whose chunks these are

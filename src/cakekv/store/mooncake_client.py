@@ -1,4 +1,4 @@
-"""Mooncake's own client, with deadlines, and with buffers that nobody else uses while a transfer may.
+"""Mooncake's own client, with deadlines, and with buffers that nobody else uses during a transfer.
 
 That client is a C++ library in this process. It waits up to 30 s for an answer, and cannot be told otherwise, so every
 call runs on a thread of its own and is given up at its deadline. Such a call goes on, and even a transfer that failed

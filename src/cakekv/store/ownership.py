@@ -1,4 +1,4 @@
-"""Whose the files of a store's folder are, who may use them, and saying so."""
+"""Who owns the files of a store's folder, who may use them, and how to say so."""
 
 from __future__ import annotations
 

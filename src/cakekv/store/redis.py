@@ -1,4 +1,4 @@
-"""The Redis tier: chunks in a Redis or Valkey server, or a cluster of them, shared by everyone who can reach it.
+"""The Redis tier: chunks in a Redis or Valkey server, or a cluster, shared by everyone who can reach it.
 
     {prefix}chunk:KEY   a chunk, by its key in hexadecimal: one string, written with SET, read with GET or GETRANGE
     {prefix}identities  a hash: whose chunks these are

@@ -1,4 +1,4 @@
-"""Reading a chunk from Redis: one request for all of it, received piece by piece into the buffers it is wanted in.
+"""Reads a chunk from Redis in one request, piece by piece into the buffers it is wanted in.
 
 redis-py's own replies are copied several times, at a fifth of the speed; and a request per piece leaves the server idle
 in between. A read that is given up costs its connection, and what was on its way.

@@ -1,4 +1,4 @@
-"""The object storage tier: chunks in a bucket of S3 or what speaks its language, of Google's or of Azure's storage.
+"""The object storage tier: chunks in a bucket of S3 or a compatible service, of Google's or of Azure's storage.
 
     {prefix}/chunks/KEY            a chunk, by its key in hexadecimal
     {prefix}/identities/ROOT.json  whose chunks these are

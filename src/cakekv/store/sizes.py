@@ -1,4 +1,4 @@
-"""Sizes that a look-up found: how far they can be relied on, and so that opening a chunk need not ask again."""
+"""Remembers the sizes that a look-up found, and how far to trust them, so that opening a chunk asks no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several stores as one, each chunk in the one that its key chooses: folders on several disks, read at once."""
+"""Several stores as one: a chunk's key chooses its store, so folders on several disks are read at once."""
 
 from __future__ import annotations
 

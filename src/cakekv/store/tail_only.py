@@ -1,4 +1,4 @@
-"""A store that does not take the heads of prompts, which a restore would compute anyway."""
+"""Wraps a store and declines the heads of prompts, which a restore would compute anyway."""
 
 from __future__ import annotations
 

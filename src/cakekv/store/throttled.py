@@ -1,4 +1,4 @@
-"""A tier behind a link of a given bandwidth and latency, for experiments: any store, slowed down exactly."""
+"""Puts a tier behind a link of a given bandwidth and latency, for experiments."""
 
 from __future__ import annotations
 

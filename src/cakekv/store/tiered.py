@@ -1,4 +1,4 @@
-"""Several tiers as one store: fast ones in front, large ones behind; all of them loaded from at once."""
+"""Several tiers as one store: fast ones in front, large ones behind, all loaded from at once."""
 
 from __future__ import annotations
 

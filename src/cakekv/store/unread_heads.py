@@ -1,4 +1,4 @@
-"""A store that finds out which part of every prompt its restores compute anyway, and does not take that."""
+"""Wraps a store, learns which part of every prompt restores compute anyway, and declines that part."""
 
 from __future__ import annotations
 

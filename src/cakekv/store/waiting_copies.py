@@ -1,4 +1,4 @@
-"""Which chunks of a tier wait to be copied to another one: noted in the tier, so that they outlive this process."""
+"""Chunks that wait to be copied to another tier, noted in their tier so that the list outlives the process."""
 
 from __future__ import annotations
 

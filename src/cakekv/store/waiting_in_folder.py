@@ -1,4 +1,4 @@
-"""Which chunks of a folder wait to be copied to another tier: noted on disk, so that they outlive their process.
+"""Chunks of a folder that wait to be copied to another tier, noted on disk.
 
     uncopied/….keys    one process's notes, flock'ed as long as it lives: "+" and a key for each chunk that waits, "-"
                        and a key for each that does not any more

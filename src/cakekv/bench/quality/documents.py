@@ -1,4 +1,4 @@
-"""Documents of several kinds that every machine with Python has, each with needles in it."""
+"""Documents of several kinds that come with every Python, each with needles in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge: the same document through the exact cache and through a codec's, and how far apart the answers are."""
+"""The judge: runs a document over the exact cache and over a codec's, and compares the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to a server, each with what a client sees of it: its tokens, and when they came."""
+"""Sends requests to a server and records what a client sees: its tokens, and when they came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that are compared: of the same model, with the same options, but for the plug-in."""
+"""Servers to compare: the same model and options, with and without the plug-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores filled by a server, and the bandwidth at which loading from them would take as long as computing."""
+"""Has a server fill a store, and finds the bandwidth at which loading takes as long as computing."""
 
 from __future__ import annotations
 

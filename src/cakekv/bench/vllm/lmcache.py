@@ -1,4 +1,4 @@
-"""LMCache's server as a process of its own, and what makes a vLLM use it: a peer to compare with."""
+"""LMCache's server as a process, and the options that make vLLM use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server as a process of its own, which is started by `with` and leaves nothing behind."""
+"""A server as a process that `with` starts and leaves nothing of behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm serve` as a process of its own, with and without the plug-in, and questions to it over its OpenAI API."""
+"""`vllm serve` as a process, with or without the plug-in, and requests over its OpenAI API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who goes when a tier is full: one policy per file."""
+"""What goes when a tier is full: one policy per file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an eviction policy: told what becomes of every chunk of a tier, it says which one goes next.
+"""The contract of an eviction policy: it hears what happens to every chunk of a tier, and says which one goes next.
 
 A policy is pure: no I/O, no clock, no threads. Its store tells it the time and serialises the calls.
 """

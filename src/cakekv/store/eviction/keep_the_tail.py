@@ -1,4 +1,4 @@
-"""What saves the fewest seconds of compute per byte goes first: the heads of prompts, and what nobody comes back to."""
+"""Evicts what saves the fewest seconds of compute per byte: the heads of prompts, and what nobody comes back to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunk that is read least often for its age goes first."""
+"""Evicts the chunk that is read least often for its age."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least recently used chunk goes first."""
+"""Evicts the least recently used chunk."""
 
 from __future__ import annotations
 

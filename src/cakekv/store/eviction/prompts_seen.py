@@ -1,4 +1,4 @@
-"""What look-ups tell about prompts: where in its prompt a chunk is, how old the conversation, which part is needed."""
+"""What look-ups reveal about prompts: a chunk's place, the age of the conversation, which part is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a chunk will be wanted while it is kept, learned from those that were kept before."""
+"""How often a chunk will be wanted while it is kept, learned from the chunks kept before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was read since it came stays; what was not goes soon, and is remembered for a while."""
+"""S3-FIFO: keeps what was read since it came, soon evicts what was not, and remembers that for a while."""
 
 from __future__ import annotations
 

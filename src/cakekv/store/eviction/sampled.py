@@ -1,4 +1,4 @@
-"""Policies that go by a worth which changes with time, so that no order lasts: the least worthy of a sample goes."""
+"""For policies whose ranking changes with time: evicts the least valuable chunk of a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking after stores: verifying, repairing, collecting, copying, exporting; for any kind of store, and for programs.
+"""Looking after stores of any kind: verify, repair, collect, copy, export.
 
 The commands `cakekv store …` are these, with progress bars.
 """

@@ -1,4 +1,4 @@
-"""Stores as one portable file: a tar of chunks and identities that `tar tv` lists.
+"""A store as one portable file: a tar of chunks and identities that `tar tv` lists.
 
     cakekv-archive.json     names the version of this arrangement
     identities/ROOT.json    whose chunks these are

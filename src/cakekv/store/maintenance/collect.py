@@ -1,4 +1,4 @@
-"""What goes from a store that is too large, or holds what nobody has asked for in a long time."""
+"""Chooses what goes from a store that is too large, or holds chunks nobody has asked for in a long time."""
 
 from __future__ import annotations
 

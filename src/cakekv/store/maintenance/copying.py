@@ -1,4 +1,4 @@
-"""Copying chunks from one store to another, whatever kind each is."""
+"""Copies chunks from one store to another, whatever kind each is."""
 
 from __future__ import annotations
 

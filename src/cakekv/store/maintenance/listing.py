@@ -1,4 +1,4 @@
-"""What a store holds, as far as it can be listed: a part that cannot be does not keep the rest from being seen."""
+"""Lists what a store holds; a part that cannot be listed does not hide the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewriting what a store holds in a former arrangement: under older keys, in the open, in other folders.
+"""Rewrites chunks stored in an older arrangement: under older encryption keys, unencrypted, in other folders.
 
 There is nothing to rewrite between versions of the chunk format: both that exist, aligned and packed, are current, and
 the version is part of every key, so that chunks of another one would be asked for by nobody.

@@ -1,4 +1,4 @@
-"""Reading chunks whole, and checking all of their bytes, with no knowledge of the model."""
+"""Reads chunks whole and checks all of their bytes, without knowing the model."""
 
 from __future__ import annotations
 

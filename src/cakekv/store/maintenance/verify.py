@@ -1,4 +1,4 @@
-"""Reading every chunk of a store, and removing what cannot be trusted."""
+"""Reads every chunk of a store, and removes what cannot be trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Getting at the parts of a store, and working on many chunks at a time."""
+"""Walks the parts of a store, and works on many chunks at a time."""
 
 from __future__ import annotations
 

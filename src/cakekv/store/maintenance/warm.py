@@ -1,4 +1,4 @@
-"""Bringing chunks to the front of a tiered store before anybody asks for them."""
+"""Brings chunks to the front of a tiered store before anybody asks for them."""
 
 from __future__ import annotations
 
