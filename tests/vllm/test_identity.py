@@ -17,7 +17,7 @@ from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
 import vllm
 from cakekv.vllm.scheduling import identity
-from cakekv.vllm.scheduling.identity import Keyring
+from cakekv.vllm.scheduling.identity import ChunkNames
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,7 +50,7 @@ def root(folder: Path, change: Any = None, **options: Any) -> str:
     config.cache_config.prefix_caching_hash_algo = identity.HASH
     if change is not None:
         change(config)
-    return Keyring(config, 256, 128, "layout", "", "raw").identity.root.hex()
+    return ChunkNames(config, 256, 128, "layout", "", "raw").identity.root.hex()
 
 
 def test_the_same_model_has_the_same_key_under_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_hashes_that_look_ahead_are_others(tmp_path: Path) -> None:
     plain, ahead = (
         SimpleNamespace(**(vars(config_of(folder)) | {"num_hash_lookahead_tokens": tokens})) for tokens in (0, 1)
     )
-    first, second = (Keyring(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
+    first, second = (ChunkNames(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
     assert first.root.hex() == root(folder)
     assert first.root != second.root
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tiny_engine import TinyEngine, closing, prompt, sampling, scripted
+from tiny_engine import TinyEngine, closing, prompt, scripted
 
 
 def save_adapter(folder: Path, seed: int) -> Path:
@@ -43,11 +43,7 @@ def test_every_adapter_has_chunks_of_its_own(model: Path, plain: dict[int, list[
     with closing(TinyEngine(model, options, enable_lora=True, max_loras=2, max_lora_rank=8)) as engine:
 
         def answer(adapter: LoRARequest | None) -> list[int]:
-            engine._number += 1
-            name = f"r{engine._number}"
-            tokens = {"prompt_token_ids": prompt(1000)}
-            engine.llm.llm_engine.add_request(name, tokens, sampling(), lora_request=adapter)
-            return engine.finish(name)[0]
+            return engine.run(prompt(1000), lora_request=adapter)
 
         computed = []
         for count, adapter in enumerate(adapters, 1):
@@ -94,10 +90,7 @@ def test_more_adapters_than_vllm_has_room_for(model: Path, tmp_path: Path) -> No
     setup = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
 
     def add(engine: TinyEngine, tokens: list[int], adapter: LoRARequest) -> str:
-        engine._number += 1
-        name = f"r{engine._number}"
-        engine.llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, sampling(), lora_request=adapter)
-        return name
+        return engine.add(tokens, lora_request=adapter)
 
     with closing(TinyEngine(model, **setup)) as engine:
         expected = [engine.finish(add(engine, *request))[0] for request in requests]

@@ -15,6 +15,13 @@ def seconds(pieces: list[Piece]) -> float:
     return SHAPE.fixed + sum(SHAPE.seconds(piece.start, piece.tokens) - SHAPE.fixed for piece in pieces)
 
 
+def step_costs(cost: ComputeCost) -> StepCosts:
+    """Costs of which something is known already."""
+    costs = StepCosts()
+    costs.cost = cost
+    return costs
+
+
 @pytest.mark.parametrize(
     "pieces",
     [[Piece(100, 50)], [Piece(0, 256), Piece(0, 256)], [Piece(4000, 1), Piece(1000, 300), Piece(0, 200)]],
@@ -26,7 +33,7 @@ def test_a_step_costs_as_much_as_its_equivalent_span(pieces: list[Piece]) -> Non
 
 
 def test_mixed_steps_teach_what_a_span_alone_costs() -> None:
-    costs = StepCosts(ComputeCost(ComputeShape(20e-3, 2e-3, 1e-6)))
+    costs = step_costs(ComputeCost(ComputeShape(20e-3, 2e-3, 1e-6)))
     for number in range(40):
         pieces = [Piece(3000, 1), Piece(number * 100, 100 + 7 * (number % 5)), Piece(0, 200)]
         costs.observe(pieces, seconds(pieces))
@@ -40,7 +47,7 @@ def test_decodes_teach_nothing_of_prefill() -> None:
 
 
 def test_a_restore_that_gets_half_of_every_step_takes_twice_as_long() -> None:
-    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
     assert shared.seconds(0, 100) == pytest.approx(0.1)
     for _ in range(50):
@@ -51,7 +58,7 @@ def test_a_restore_that_gets_half_of_every_step_takes_twice_as_long() -> None:
 
 def test_a_few_tokens_in_a_step_that_decodes_are_little_for_its_time() -> None:
     """Ten tokens in steps of 50 ms, where a step of its own would have computed 450 in half a second."""
-    costs = StepCosts(ComputeCost(ComputeShape(50e-3, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(50e-3, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
     for _ in range(100):
         shared.shared(Piece(0, 450), 10, 50e-3)
@@ -59,7 +66,7 @@ def test_a_few_tokens_in_a_step_that_decodes_are_little_for_its_time() -> None:
 
 
 def test_a_share_follows_time_and_not_the_number_of_steps() -> None:
-    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     few, many = SharedCost(costs), SharedCost(costs)
     few.shared(Piece(0, 100), 0, 0.5)
     for _ in range(10):
@@ -69,7 +76,7 @@ def test_a_share_follows_time_and_not_the_number_of_steps() -> None:
 
 
 def test_a_restore_that_gets_nothing_is_left_to_the_loads() -> None:
-    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
     for _ in range(50):
         shared.shared(Piece(500, 100), 0, 0.1)
@@ -78,7 +85,7 @@ def test_a_restore_that_gets_nothing_is_left_to_the_loads() -> None:
 
 def test_a_restore_that_was_passed_over_learns_that_steps_are_free_again() -> None:
     """It wants nothing, since computing does not seem to pay; so what others leave has to tell it."""
-    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs)
     for _ in range(100):
         shared.shared(Piece(500, 100), 0, 0.1)
@@ -89,7 +96,7 @@ def test_a_restore_that_was_passed_over_learns_that_steps_are_free_again() -> No
 
 
 def test_what_busy_steps_leave_is_no_more_than_it_is() -> None:
-    costs = StepCosts(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
+    costs = step_costs(ComputeCost(ComputeShape(0.0, 1e-3, 0.0), trusted=True))
     shared = SharedCost(costs, 0.1)
     for _ in range(100):
         shared.spared(Piece(0, 100), 0.3)

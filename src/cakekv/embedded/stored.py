@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cakekv.codec.coder import ChunkCoder
+from cakekv.codec.window import first_exact_chunk
 from cakekv.embedded.lookup import Lookup
 from cakekv.embedded.restorer import Restorer
 from cakekv.embedded.saver import Saver, Source
@@ -138,7 +139,7 @@ class StoredPrefixes:
 
     def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
         """Whether tokens of the chunk are in the window that the codec keeps exact."""
-        return (chunk + 1) * self._coder.exact.tokens > prompt_tokens - self._coder.codec.window
+        return chunk >= first_exact_chunk(prompt_tokens, self._coder.codec.window, self._coder.exact.tokens)
 
     def _identify(self) -> Identity:
         return self._engine.identity(self._coder.exact.tokens, self._tenant, self._coder.codec.fingerprint)

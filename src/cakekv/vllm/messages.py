@@ -79,7 +79,7 @@ class LoadResult(NamedTuple):
 
 
 @dataclass
-class ShardReport:
+class WorkerReport:
     """From one worker, with a step's output."""
 
     sequence: int
@@ -99,25 +99,25 @@ class ShardReport:
 class StepReport(KVConnectorWorkerMetadata):
     """From all workers, by rank."""
 
-    shards: dict[int, ShardReport]
+    workers: dict[int, WorkerReport]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Both together."""
         assert isinstance(other, StepReport)
-        return StepReport(self.shards | other.shards)
+        return StepReport(self.workers | other.workers)
 
 
 @dataclass
-class ShardDescription(KVConnectorHandshakeMetadata):
+class WorkerDescription(KVConnectorHandshakeMetadata):
     """What a worker keeps of every chunk, told to the scheduler once."""
 
     tags: tuple[str, ...]
-    """Parts of the keys of this worker's chunks: which shares it has."""
+    """Parts of the keys of this worker's chunks: which shards it has."""
     layout: str
-    """Order of the bytes in a share, `canonical`."""
+    """Order of the bytes in a shard, `canonical`."""
     exact_bytes: int
-    """Of a share that is stored as it is; one that is encoded is smaller."""
+    """Of a shard that is stored as it is; one that is encoded is smaller."""
     chunk_bytes: int
-    """To read for a chunk, all shares together, as far as that is known beforehand."""
+    """To read for a chunk, all its shards together, as far as that is known beforehand."""
     group_bytes: tuple[int, ...]
     """The same per group of layers, for a layered finish."""

@@ -63,7 +63,7 @@ class _HashedAgain:
         return getattr(self._request, name)
 
 
-class Keyring:
+class ChunkNames:
     """Makes the keys of a request's chunks.
 
     Parameters
@@ -73,7 +73,7 @@ class Keyring:
     chunk_tokens, hash_tokens : int
         Tokens per chunk, and per hash of vLLM's.
     layout : str
-        Order of the bytes in a share, `canonical`.
+        Order of the bytes in a shard, `canonical`.
     tenant : str
         As in the options.
     recipe : str

@@ -22,7 +22,7 @@ class _Question:
     keys: list[ChunkKey]
     exact_from: int
     """From this chunk on, only exact ones will do."""
-    asked: float
+    asked_at: float
     sizes: list[int] = field(default_factory=list)
     """Bytes of the chunks found."""
     answers: dict[int, list[bool]] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Lookup:
     tiers : sequence of Store
         Whom to ask.
     shards : sequence of callable
-        From a chunk's key to those of the workers' shares; it is stored if all of them are.
+        From a chunk's key to those of its shards; it is stored if all of them are.
     exact_bytes : int
-        Of a share that is stored exactly; encoded ones are smaller.
+        Of a shard that is stored exactly; encoded ones are smaller.
     patience_s : float
         A tier that has not answered after so many seconds is taken to hold nothing; as long as it owes that answer,
         nobody waits for it.
@@ -61,7 +61,7 @@ class Lookup:
         self._tiers = tiers
         self._shards = shards
         self._exact_bytes = exact_bytes
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._changed = threading.Condition()
         self._questions: dict[str, _Question] = {}
         self._waiting: list[list[_Question]] = [[] for _ in tiers]
@@ -114,15 +114,15 @@ class Lookup:
         stored = self.answer(request_id)
         return stored is None or any(stored)
 
-    def asked(self, request_id: str) -> float:
+    def asked_at(self, request_id: str) -> float:
         """When the stores were asked about the request, on `time.monotonic`'s clock; 0.0 if they never were."""
         question = self._questions.get(request_id)
-        return 0.0 if question is None else question.asked
+        return 0.0 if question is None else question.asked_at
 
     def seconds(self, request_id: str) -> float:
         """How long the request's answer took to come."""
         question = self._questions.get(request_id)
-        return 0.0 if question is None or question.known is None else question.known - question.asked
+        return 0.0 if question is None or question.known is None else question.known - question.asked_at
 
     def chunk_bytes(self, request_id: str) -> int | None:
         """Bytes of the request's stored chunks, on average; None if there are none."""
@@ -142,8 +142,8 @@ class Lookup:
 
     def _overdue(self, source: int, question: _Question, now: float) -> bool:
         since = self._busy_since[source]
-        since = question.asked if since is None else min(since, question.asked)
-        return now - since >= self._patience_s
+        since = question.asked_at if since is None else min(since, question.asked_at)
+        return now - since >= self.patience_s
 
     def _work(self, source: int) -> None:
         tier = self._tiers[source]
@@ -183,11 +183,11 @@ class Lookup:
     def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
         """Which of a question's chunks a tier has in a form that will do, and their bytes.
 
-        `found` are the sizes of all questions' shares, this one's from `first` on.
+        `found` are the sizes of all questions' shards, this one's from `first` on.
         """
-        held, found_bytes, shares = [], [], len(self._shards)
+        held, found_bytes, shards = [], [], len(self._shards)
         for chunk in range(len(question.keys)):
-            sizes = found[first + chunk * shares : first + (chunk + 1) * shares]
+            sizes = found[first + chunk * shards : first + (chunk + 1) * shards]
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
             held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))

@@ -25,18 +25,21 @@ from vllm.v1.request import RequestStatus
 from cakekv.errors import UnsupportedEngine
 from cakekv.restore.priority import Kind, RequestState
 from cakekv.vllm.connector import CakeConnector
-from cakekv.vllm.scheduling.restoration import Restoration
+from cakekv.vllm.scheduling.restoration import Restoration, Stage
+from cakekv.vllm.support import computes_while_loading
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.metrics.stats import PrefixCacheStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from cakekv.vllm.scheduling.half import SchedulerHalf
 
+
+@computes_while_loading
 class CakeSchedulerMixin(Scheduler):
     """What both schedulers have in common.
 
@@ -54,8 +57,7 @@ class CakeSchedulerMixin(Scheduler):
                 f"{type(self).__name__} works with CakeConnector as the only KV connector, and this is {given}: name "
                 'CakeConnector in --kv-transfer-config ("cakekv vllm-args" prints it); MultiConnector is not supported'
             )
-        self._half = self.connector.scheduler_half
-        self._half.join(self)
+        self.connector.join(self)
         self.resume_to_jump = self.use_v2_model_runner
         self._granted: dict[str, int] = {}
         """Tokens of the coming step per prefilling request."""
@@ -65,17 +67,19 @@ class CakeSchedulerMixin(Scheduler):
         """Blocks that prefills on their way still need, as it was when this step came to them."""
         self._adapters: tuple[int, set[int]] = (-1, set())
         """How many requests run, and which adapters they use, as of this step."""
-        self._parked: list[list[KVCacheBlock]] = []
-        """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
         self._turned_away: set[str] = set()
         """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
 
+    def join(self, half: SchedulerHalf) -> None:
+        """The connector has met the workers: this is what it says from now on."""
+        self._half = half
+
     # ------------------------------------------------------------ before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._half.think(self._turned_away)
+        self._half.think(self._turned_away, alone=sum(self.get_request_counts()) == 1)
         self._adapters = (-1, set())
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
@@ -96,7 +100,7 @@ class CakeSchedulerMixin(Scheduler):
         request, position = restoration.request, restoration.position
         if request.status != RequestStatus.RUNNING or request.num_computed_tokens == position:
             return
-        if request.num_computed_tokens > position and not restoration.offered_in_vain:
+        if request.num_computed_tokens > position and not restoration.layered_declined:
             return
         request.num_computed_tokens = position
         if self.resume_to_jump:
@@ -165,7 +169,7 @@ class CakeSchedulerMixin(Scheduler):
 
     def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
         """A request as the policies see it."""
-        if restoration is not None and restoration.done_at is None:
+        if restoration is not None and restoration.computed_by is None:
             return self._half.state_of(restoration)
         tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
         decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
@@ -201,12 +205,12 @@ class CakeSchedulerMixin(Scheduler):
         if restoration is None or not restoration.parked:
             # To be given no tokens later would end vLLM's search for others that wait.
             ready = bool(super()._handle_blocked_waiting_request(request))
-            if restoration is not None and restoration.done_at is None:
+            if restoration is not None and restoration.computed_by is None:
                 request.num_computed_tokens = restoration.position  # more may have been loaded since it jumped
             return ready and self._granted.get(request.request_id, 1) > 0
         if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or not self._granted.get(request.request_id, 0):
             return False
-        restoration.parked = False
+        restoration.enter(Stage.PREFILLING)
         request.num_computed_tokens = restoration.position
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         return True
@@ -303,24 +307,14 @@ class CakeSchedulerMixin(Scheduler):
 
     # -------------------------------------------------------------- layered steps
 
-    def serves_only(self, request: Request) -> bool:
-        """Whether nobody else is there that a step could hold up."""
-        return sum(self.get_request_counts()) == 1 and request.request_id in self.requests
-
     def _discard_output(self, restoration: Restoration) -> None:
         """What the last step computed is void: compute again, as vLLM does after failed synchronous loads."""
         request = restoration.request
-        self.unhash(restoration)
         request.num_computed_tokens = restoration.position
         request.drop_stale_output = True
         request.num_stale_output_tokens = request.num_in_flight_tokens
         request.is_prefill_chunk = True
         self._inflight_prefills.add(request)
-
-    def unhash(self, restoration: Restoration) -> None:
-        """Have nobody share what may not be what its hash says."""
-        block_ids = self.kv_cache_manager.get_block_ids(restoration.request_id)[0]
-        self.kv_cache_manager.evict_blocks(set(block_ids[restoration.sure_blocks :]))
 
     # ------------------------------------------------------------- freeing blocks
 
@@ -328,25 +322,14 @@ class CakeSchedulerMixin(Scheduler):
         if not self._half.drop(request):
             super()._free_request_blocks(request)
             return
-        self.park_blocks(request)
-
-    def park_blocks(self, request: Request) -> None:
-        """Take a request's blocks away, and free them once no worker writes into them any more."""
-        blocks: list[KVCacheBlock] = self.kv_cache_manager.pop_blocks_for_free(request)
-        self._parked.append(blocks)
-
-        def free() -> None:
-            self._parked.remove(blocks)
-            self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
-
-        self._half.when_safe(free)
+        self._half.parked_blocks.park(request)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._half.arrived(request)
 
     def has_finished_requests(self) -> bool:
-        return bool(super().has_finished_requests()) or self._half.waiting_for_workers
+        return bool(super().has_finished_requests()) or self._half.parked_blocks.waiting
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
@@ -358,7 +341,7 @@ class CakeSchedulerMixin(Scheduler):
 
         A restore that has computed nothing yet loses no work: it is given up before vLLM preempts anyone.
         """
-        if self._half.waiting_for_workers:
+        if self._half.parked_blocks.waiting:
             return True
         parked = [restoration.request for restoration in self._half.restorations.values() if restoration.parked]
         if not parked:
@@ -387,14 +370,8 @@ class CakeSchedulerMixin(Scheduler):
             self.prev_step_scheduled_req_ids.clear()
             for restoration in list(self._half.restorations.values()):
                 self._send_back(restoration.request)
-        pool = self.kv_cache_manager.block_pool
-        for blocks in self._parked:
-            pool.free_blocks(reversed(blocks))
-        try:
+        with self._half.parked_blocks.passed_over():
             return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
-        finally:
-            for blocks in self._parked:
-                pool.touch(blocks)
 
 
 class CakeScheduler(CakeSchedulerMixin):

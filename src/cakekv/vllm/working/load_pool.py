@@ -1,4 +1,8 @@
-"""A worker's I/O arm: threads that read, verify and place chunks into the paged cache, in the order of the orders."""
+"""A worker's I/O arm: threads that read, verify and place chunks, and a forward pass that waits for them.
+
+Chunks are loaded in the order of the orders. In a layered step, the forward pass waits before each layer for that
+layer's part of the prefix.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from cakekv.store.base import Store
 from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.threads import start_thread
-from cakekv.vllm.working.share import Share
+from cakekv.vllm.working.shard import Shard
 
 
 class _Job:
@@ -38,17 +42,17 @@ class LoadPool:
         One per source of the orders.
     threads : sequence of int
         Per tier, how many chunks to read at a time at the most.
-    shares : sequence of Share
+    shards : sequence of Shard
         What this worker has of a chunk.
     groups : sequence of range
         The layers of each group of a layered finish.
     """
 
     def __init__(
-        self, tiers: Sequence[Store], threads: Sequence[int], shares: Sequence[Share], groups: Sequence[range]
+        self, tiers: Sequence[Store], threads: Sequence[int], shards: Sequence[Shard], groups: Sequence[range]
     ) -> None:
-        self._tiers = tiers
-        self._shares = shares
+        self.tiers = tiers
+        self._shards = shards
         self._groups = groups
         self._changed = threading.Condition()
         self._queues: list[deque[_Job]] = [deque() for _ in tiers]
@@ -154,16 +158,16 @@ class LoadPool:
 
     def _load(self, job: _Job, progress: Progress) -> bool:
         """Read, verify and place a chunk; False if it was cancelled at the last moment."""
-        order, tier = job.order, self._tiers[job.order.source]
+        order, tier = job.order, self.tiers[job.order.source]
         layers = self._groups[order.group] if order.group is not None else None
         with ExitStack() as stack:
-            parts = [share.read(tier, order.key, order.start, layers, job, progress, stack) for share in self._shares]
+            parts = [shard.read(tier, order.key, order.start, layers, job, progress, stack) for shard in self._shards]
             with self._changed:
                 if job.cancelled:
                     return False
                 job.placing = True
-            for share, segments in zip(self._shares, parts, strict=True):
-                share.cache.place(order.block_ids, segments)
+            for shard, segments in zip(self._shards, parts, strict=True):
+                shard.cache.place(order.block_ids, segments)
         return True
 
     def _end(self, job: _Job, placed: bool, reason: str, progress: Progress) -> None:
@@ -171,7 +175,45 @@ class LoadPool:
         job.placing = False
         del self._jobs[job.order.number]
         if not self._jobs:
-            for share in self._shares:
-                share.forget_headers()
+            for shard in self._shards:
+                shard.forget_headers()
         now = monotonic()
         self._ended[job.order.number] = (placed, reason, progress, job.began or now, now)
+
+
+class LayerGate:
+    """Holds one forward pass up.
+
+    vLLM cannot give a forward pass up. So one that lacks something goes on with whatever lies in the cache, and is
+    `lost`: the scheduler throws its output away and has it computed again.
+
+    Parameters
+    ----------
+    loads : LoadPool
+        Where the loads go on.
+    awaited : sequence of sequences of int
+        Per group of layers, the loads that must be in place.
+    patience_s : float
+        Seconds after which the pass waits no more.
+    """
+
+    def __init__(self, loads: LoadPool, awaited: Sequence[Sequence[int]], patience_s: float) -> None:
+        self._loads = loads
+        self._awaited = awaited
+        self._until = monotonic() + patience_s
+        self._passed = 0
+        """Groups that may be computed."""
+        self.waited_s = 0.0
+        self.lost = False
+
+    def wait(self, group: int) -> None:
+        """Wait until this group of layers, and those before it, may be computed."""
+        while self._passed <= group and not self.lost:
+            began = monotonic()
+            self.lost = not self._loads.wait(self._awaited[self._passed], self._until)
+            self.waited_s += monotonic() - began
+            self._passed += 1
+
+    def close(self) -> None:
+        """The pass is over: if vLLM did not ask for every group, it did not wait for all it needed."""
+        self.lost = self.lost or self._passed < len(self._awaited)

@@ -15,7 +15,7 @@ from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.messages import SaveOrder
 from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.threads import start_thread
-from cakekv.vllm.working.share import Share
+from cakekv.vllm.working.shard import Shard
 
 _WRITERS = 2
 
@@ -31,16 +31,16 @@ class SavePool:
     ----------
     store : Store
         Where to.
-    shares : sequence of Share
+    shards : sequence of Shard
         What this worker has of a chunk.
     capacity : int
         Bytes that may wait to be written; at least one chunk may.
     """
 
-    def __init__(self, store: Store, shares: Sequence[Share], capacity: int) -> None:
+    def __init__(self, store: Store, shards: Sequence[Shard], capacity: int) -> None:
         self._store = store
-        self._shares = shares
-        self._sizes = [share.coder.exact.total_bytes for share in shares]
+        self._shards = shards
+        self._sizes = [shard.coder.exact.total_bytes for shard in shards]
         self.pending = 0
         """Chunks taken over and not written yet."""
         self._room = max(1, capacity // sum(self._sizes))
@@ -69,7 +69,7 @@ class SavePool:
                 self._lost(order.key, "store too slow")
                 continue
             try:
-                waits = [share.gather(order.block_ids, part) for share, part in self._cut(buffer)]
+                waits = [shard.gather(order.block_ids, part) for shard, part in self._cut(buffer)]
             except Exception:  # a GPU may be out of memory for the moment; the request goes on
                 self._odd.say("it could not be copied out of the KV cache", exc_info=True)
                 self._lost(order.key, "crashed")
@@ -108,16 +108,16 @@ class SavePool:
                 return None
             self._room -= 1
         try:
-            return self._shares[0].cache.allocate(sum(self._sizes))
+            return self._shards[0].cache.allocate(sum(self._sizes))
         except BaseException:
             with self._lock:
                 self._room += 1
             raise
 
-    def _cut(self, buffer: memoryview) -> list[tuple[Share, memoryview]]:
-        """Each share with its part of a buffer."""
+    def _cut(self, buffer: memoryview) -> list[tuple[Shard, memoryview]]:
+        """Each shard with its part of a buffer."""
         ends = list(accumulate(self._sizes, initial=0))
-        return [(share, buffer[begin:end]) for share, begin, end in zip(self._shares, ends, ends[1:], strict=False)]
+        return [(shard, buffer[begin:end]) for shard, begin, end in zip(self._shards, ends, ends[1:], strict=False)]
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -127,8 +127,8 @@ class SavePool:
                 for wait in waits:
                     wait()
                 began = monotonic()
-                for share, part in self._cut(buffer):
-                    written = share.write(self._store, order.key, order.start, part, order.exact)
+                for shard, part in self._cut(buffer):
+                    written = shard.write(self._store, order.key, order.start, part, order.exact)
                     kept, size = kept and written > 0, size + written
             except CannotEncode as error:
                 kept, reason = False, "cannot be encoded"

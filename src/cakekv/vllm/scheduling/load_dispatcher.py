@@ -1,4 +1,4 @@
-"""Hands out loads to the workers and hears what became of them: enough at a time to keep every source busy."""
+"""Hands out loads to the workers, enough at a time to keep every source busy, and takes in what became of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from time import monotonic, time
 
 from cakekv.restore.flights import Load, Source
 from cakekv.restore.priority import Policy, RequestState
-from cakekv.vllm.messages import ShardReport, StepOrders
+from cakekv.vllm.messages import StepOrders, WorkerReport
 from cakekv.vllm.scheduling.restoration import Restoration
 
 _MOST_AHEAD = 64
@@ -16,10 +16,10 @@ _MOST_AHEAD = 64
 _ALL = 1 << 20
 
 
-class LoadDesk:
+class LoadDispatcher:
     """The scheduler's side of all workers' loads.
 
-    The scheduler hears of loads between two steps only. So as many are handed out as a source can get through in a
+    Workers report on loads between two steps only. So as many are handed out as a source can get through in a
     step, beside those that it is at; the workers take them in order, and drop those that compute overtakes.
 
     Parameters
@@ -28,13 +28,16 @@ class LoadDesk:
         The tiers.
     policy : Policy
         Whose loads go first.
+    workers : int
+        How many workers make each load.
+    chunk_bytes : int
+        To read for a chunk, of all workers together.
     """
 
-    def __init__(self, sources: Sequence[Source], policy: Policy) -> None:
+    def __init__(self, sources: Sequence[Source], policy: Policy, workers: int, chunk_bytes: int) -> None:
         self.sources = sources
-        self.chunk_bytes = 0
-        """Of all workers together."""
-        self.ranks = 0
+        self.workers = workers
+        self.chunk_bytes = chunk_bytes
         self._policy = policy
         self._number = 0
         self._outstanding = [0] * len(sources)
@@ -111,7 +114,7 @@ class LoadDesk:
             orders.cancels += restoration.new_cancels()
         self._orphans.clear()
 
-    def heard(self, rank: int, report: ShardReport) -> None:
+    def receive(self, rank: int, report: WorkerReport) -> None:
         """A worker reports."""
         now = monotonic()
         begun = [(-ago_s, 1, number) for number, ago_s in report.begun.items()]
@@ -123,6 +126,6 @@ class LoadDesk:
                     self._ordered[number][0].begun(number, now + at_s)
                 continue
             restoration, source, _ = self._ordered[number]
-            if restoration.ended(number, rank, report.ended[number], self.ranks, now):
+            if restoration.ended(number, rank, report.ended[number], self.workers, now):
                 del self._ordered[number]
                 self._outstanding[source] -= 1

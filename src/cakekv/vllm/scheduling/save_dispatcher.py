@@ -1,18 +1,23 @@
-"""Which chunks to save when: every computed chunk once, unless a store has it."""
+"""Orders each step's saves: every computed chunk once, unless a store has it or it is not exact enough."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING
 
+from cakekv.codec.window import first_exact_chunk
 from cakekv.keys import ChunkKey
-from cakekv.vllm.messages import SaveOrder
-from cakekv.vllm.scheduling.exactness import LossyBlocks
+from cakekv.vllm.messages import SaveOrder, StepOrders
+from cakekv.vllm.scheduling.admission import Admission
+from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
+from cakekv.vllm.scheduling.restoration import Restoration
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 _WRITING_S = 30.0
 """Seconds after which a chunk that was handed over should be stored."""
@@ -27,7 +32,72 @@ def new_blocks(output: SchedulerOutput) -> list[int]:
     return [block for (group,) in given for block in group]
 
 
-class SavePlan:
+class SaveDispatcher:
+    """The scheduler's side of all workers' saves.
+
+    Parameters
+    ----------
+    requests : mapping of str to Request
+        vLLM's, by id.
+    block_ids : callable
+        From a request's id to its blocks.
+    admission : Admission
+        Knows what is stored of them.
+    tracker : SaveTracker
+        Which chunks to save.
+    lossy : LossyBlocks
+        Told of everything that is computed.
+    """
+
+    def __init__(
+        self,
+        requests: Mapping[str, Request],
+        block_ids: Callable[[str], Sequence[int]],
+        admission: Admission,
+        tracker: SaveTracker,
+        lossy: LossyBlocks,
+    ) -> None:
+        self._requests = requests
+        self._block_ids = block_ids
+        self._admission = admission
+        self._tracker = tracker
+        self._lossy = lossy
+
+    def order(self, orders: StepOrders, output: SchedulerOutput, restorations: Mapping[str, Restoration]) -> None:
+        """Put what the step completes into its orders."""
+        options = self._admission.options
+        if options.save:
+            orders.new_blocks = new_blocks(output)
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            restoration = restorations.get(request_id)
+            if restoration is not None and restoration.layered:
+                continue  # with the next step, if it was not in vain
+            request = self._requests[request_id]
+            self.note(request_id, request.num_computed_tokens, tokens, restoration)
+            end = min(request.num_computed_tokens + tokens, request.num_tokens)
+            if options.save and self._tracker.due(request_id, end) and self._admission.options_of(request_id).save:
+                lookup = self._admission.lookup
+                orders.saves += self._tracker.orders(
+                    request_id,
+                    end,
+                    self._admission.chunk_names.keys(request),
+                    self._block_ids(request_id),
+                    lookup.answer(request_id) or [],
+                    restoration.lost if restoration is not None else (),
+                    first_exact_chunk(request.num_tokens, self._lossy.codec.window, options.chunk_tokens),
+                    lookup.asked_at(request_id),
+                    monotonic(),
+                )
+
+    def note(self, request_id: str, start: int, tokens: int, restoration: Restoration | None) -> None:
+        """A request computes so many tokens: if anything before them is lossy, so are they."""
+        if self._lossy.concerns(request_id, start, start + tokens):
+            lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens)
+            if lossy and restoration is not None:
+                restoration.after_lossy_tokens += max(0, min(tokens, restoration.restore.prompt_tokens - start))
+
+
+class SaveTracker:
     """Follows each request through its chunks.
 
     Parameters
@@ -60,7 +130,7 @@ class SavePlan:
         stored: Sequence[tuple[int, ...]],
         again: Container[int],
         exact_from: int,
-        asked: float,
+        asked_at: float,
         now: float,
     ) -> list[SaveOrder]:
         """What to save of a request.
@@ -81,7 +151,7 @@ class SavePlan:
             Chunks to save although they were stored: they could not be had.
         exact_from : int
             The first chunk to save as it is, whatever the codec.
-        asked, now : float
+        asked_at, now : float
             When the stores were asked about the request, and the time, in seconds on any one clock. A chunk that was
             handed over long before and is not stored was evicted, or never written.
         """
@@ -93,7 +163,7 @@ class SavePlan:
             key = keys[chunk]
             known = (chunk < len(stored) and stored[chunk]) or self._handed_over.get(
                 key, -math.inf
-            ) > asked - _WRITING_S
+            ) > asked_at - _WRITING_S
             blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
             if (known and chunk not in again) or self._lossy.any_of(blocks):
                 continue
