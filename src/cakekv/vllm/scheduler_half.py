@@ -94,6 +94,10 @@ class SchedulerHalf:
         """The restores as the policies see them in this step."""
         self._token_s: dict[int, float] = {}
         """Per source, seconds of its time per token, in this step."""
+        self._shape = self.costs.cost.shape
+        """What compute costs, in this step."""
+        self._furthest = 0
+        """The position of the restore that has come furthest, in this step."""
         self._share = 1.0
         """What the restore that was last shared out got of the steps."""
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
@@ -196,6 +200,7 @@ class SchedulerHalf:
         )
         self.admission.began(restoration)
         self._states[request.request_id] = self._state(restoration)
+        self._furthest = max(self._furthest, restoration.position)
 
     def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
         """For a layered finish; None if the suffix takes more than a step, or what it computes cannot be taken back."""
@@ -270,10 +275,13 @@ class SchedulerHalf:
         now = monotonic()
         paused_s = self._clock.standstill_s()
         for restoration in self.restorations.values():
-            restoration.pause(paused_s)
+            if paused_s:
+                restoration.pause(paused_s)
             restoration.begin_step(now)
         self._token_s = self._desk.seconds_per_token(self.options.chunk_tokens)
+        self._shape = self.costs.cost.shape
         self._states = {name: self._state(restoration) for name, restoration in self.restorations.items()}
+        self._furthest = max((restoration.position for restoration in self.restorations.values()), default=0)
         self._weigh(now)
         self._think_in_turn(now, turned_away)
         self.admission.begin_step(self.restorations)
@@ -291,7 +299,8 @@ class SchedulerHalf:
             if restoration.done_at is not None or (restoration.parked and budget <= 0):
                 continue
             restoration.think(now, self._scheduler.serves_only(restoration.request), look_s)
-            self._states[state.request_id] = state._replace(tokens=restoration.wanted)
+            if restoration.wanted:
+                self._states[state.request_id] = state._replace(tokens=restoration.wanted)
             if state.request_id in turned_away:
                 continue
             # One that gives way to decodes leaves to others what it may not have.
@@ -309,8 +318,9 @@ class SchedulerHalf:
         ]
         burden = burdens(states, self.policy, time())
         for restoration in loading:
+            burden_of = burden[restoration.request_id].load
             for source, cost in enumerate(restoration.load_costs):
-                cost.burden = burden[restoration.request_id].load.get(source, 1.0)
+                cost.burden = burden_of.get(source, 1.0)
                 if len(loading) > 1:
                     cost.crowded_s = now
 
@@ -320,7 +330,7 @@ class SchedulerHalf:
 
     def _state(self, restoration: Restoration) -> RequestState:
         """A restore as it is now, before it is known what it could compute."""
-        restore, shape = restoration.restore, self.costs.cost.shape
+        restore, shape = restoration.restore, self._shape
         request, tokens, position = restoration.request, self.options.chunk_tokens, restore.position
         joined = restoration.joined
         loads = not joined and restore.mode != "compute"
@@ -394,7 +404,7 @@ class SchedulerHalf:
         if not self.options.decode_slowdown or not self._clock.decode_s:
             return None
         spare_s = (self.options.decode_slowdown - 1) * self._clock.decode_s
-        return self._clock.tokens_within(spare_s, max((r.position for r in self.restorations.values()), default=0))
+        return self._clock.tokens_within(spare_s, self._furthest)
 
     def layered_step_ended(self, report: object) -> Restoration | None:
         """If a step's layers waited, listen to its report before its output is used; returns whose output is void."""
