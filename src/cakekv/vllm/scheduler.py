@@ -28,6 +28,8 @@ from cakekv.vllm.connector import CakeConnector
 from cakekv.vllm.restoration import Restoration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -375,6 +377,14 @@ class CakeSchedulerMixin(Scheduler):
 
     def has_finished_requests(self) -> bool:
         return bool(super().has_finished_requests()) or self._half.waiting_for_workers
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        if request_ids is None:  # all of them, as the engine shuts down: nothing is to be waited for
+            self._half.last_saves.forget()
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""

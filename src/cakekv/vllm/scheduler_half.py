@@ -25,6 +25,7 @@ from cakekv.vllm.asked import answer
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.identity import Keyring, make_hashes_stable
+from cakekv.vllm.last_saves import LastSaves
 from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
@@ -73,6 +74,7 @@ class SchedulerHalf:
         self.restorations: dict[str, Restoration] = {}
         """By request."""
         self.outcomes = Outcomes(options.log_requests)
+        self.last_saves = LastSaves()
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._store, self._tiers = open_tiers(options)
@@ -357,6 +359,7 @@ class SchedulerHalf:
             if restoration.unsure:
                 self._await_layers(orders, restoration)
         self._save_desk.order(orders, output, self.restorations)
+        orders.idle = not self._scheduler.requests
         return orders
 
     def _await_layers(self, orders: StepOrders, restoration: Restoration) -> None:
@@ -440,6 +443,7 @@ class SchedulerHalf:
         for rank, shard in report.shards.items():
             self._desk.heard(rank, shard)
             self.saves.unsaved(shard.unsaved)
+            self.last_saves.heard(rank, shard.saving)
         if len(report.shards) == self._desk.ranks:
             reached = min(shard.sequence for shard in report.shards.values())
             while self._fences and self._fences[0][0] <= reached:
