@@ -23,6 +23,7 @@ from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
 from cakekv.vllm.scheduling import layered_step
 from cakekv.vllm.scheduling.admission import Admission
 from cakekv.vllm.scheduling.identity import ChunkNames
+from cakekv.vllm.scheduling.last_saves import LastSaves
 from cakekv.vllm.scheduling.load_dispatcher import LoadDispatcher
 from cakekv.vllm.scheduling.lookup import Lookup
 from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
@@ -112,6 +113,7 @@ class SchedulerHalf:
         self.restorations: dict[str, Restoration] = {}
         """By request."""
         self.outcomes = Outcomes(options.log_requests)
+        self.last_saves = LastSaves()
         self.tiers = list(store.tiers)
         self.parked_blocks = ParkedBlocks(scheduler.kv_cache_manager)
         self._store = store
@@ -130,6 +132,10 @@ class SchedulerHalf:
         """The restores as the policies see them in this step."""
         self._token_s: dict[int, float] = {}
         """Per source, seconds of its time per token, in this step."""
+        self._shape = self.costs.cost.shape
+        """What compute costs, in this step."""
+        self._furthest = 0
+        """The position of the restore that has come furthest, in this step."""
         self._share = 1.0
         """What the restore that was last shared out got of the steps."""
 
@@ -232,6 +238,7 @@ class SchedulerHalf:
         )
         self.admission.began(restoration)
         self._states[request.request_id] = self._state(restoration)
+        self._furthest = max(self._furthest, restoration.position)
 
     def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
         """For a layered finish; None if the suffix takes more than a step, or what it computes cannot be taken back."""
@@ -299,10 +306,13 @@ class SchedulerHalf:
         now = monotonic()
         paused_s = self._clock.standstill_s()
         for restoration in self.restorations.values():
-            restoration.pause(paused_s)
+            if paused_s:
+                restoration.pause(paused_s)
             restoration.begin_step(now)
         self._token_s = self.loads.seconds_per_token(self.options.chunk_tokens)
+        self._shape = self.costs.cost.shape
         self._states = {name: self._state(restoration) for name, restoration in self.restorations.items()}
+        self._furthest = max((restoration.position for restoration in self.restorations.values()), default=0)
         self._weigh(now)
         self._think_in_turn(now, turned_away, alone)
         self.admission.begin_step(self.restorations)
@@ -320,7 +330,8 @@ class SchedulerHalf:
             if restoration.computed_by is not None or (restoration.parked and budget <= 0):
                 continue
             restoration.think(now, alone, look_s)
-            self._states[state.request_id] = state._replace(tokens=restoration.demand.tokens)
+            if restoration.demand.tokens:
+                self._states[state.request_id] = state._replace(tokens=restoration.demand.tokens)
             if state.request_id in turned_away:
                 continue
             # One that gives way to decodes leaves to others what it may not have.
@@ -338,8 +349,9 @@ class SchedulerHalf:
         ]
         burden = burdens(states, self.policy, time())
         for restoration in loading:
+            burden_of = burden[restoration.request_id].load
             for source, cost in enumerate(restoration.load_costs):
-                cost.burden = burden[restoration.request_id].load.get(source, 1.0)
+                cost.burden = burden_of.get(source, 1.0)
                 if len(loading) > 1:
                     cost.crowded_s = now
 
@@ -349,7 +361,7 @@ class SchedulerHalf:
 
     def _state(self, restoration: Restoration) -> RequestState:
         """A restore as it is now, before it is known what it could compute."""
-        restore, shape = restoration.restore, self.costs.cost.shape
+        restore, shape = restoration.restore, self._shape
         request, tokens, position = restoration.request, self.options.chunk_tokens, restore.position
         joined = restoration.joined
         loads = not joined and restore.mode != "compute"
@@ -377,6 +389,7 @@ class SchedulerHalf:
             if restoration.layered:
                 self._await_layers(orders, restoration)
         self._save_dispatcher.order(orders, output, self.restorations)
+        orders.idle = not self._scheduler.requests
         return orders
 
     def _await_layers(self, orders: StepOrders, restoration: Restoration) -> None:
@@ -423,7 +436,7 @@ class SchedulerHalf:
         if not self.options.decode_slowdown or not self._clock.decode_s:
             return None
         spare_s = (self.options.decode_slowdown - 1) * self._clock.decode_s
-        return self._clock.tokens_within(spare_s, max((r.position for r in self.restorations.values()), default=0))
+        return self._clock.tokens_within(spare_s, self._furthest)
 
     def layered_step_ended(self, report: object) -> Restoration | None:
         """If a step's layers waited, take in its report before its output is used; returns whose output is void."""
@@ -460,6 +473,7 @@ class SchedulerHalf:
         for rank, worker in report.workers.items():
             self.loads.receive(rank, worker)
             self.saves.unsaved(worker.unsaved)
+            self.last_saves.receive(rank, worker.saving)
         if len(report.workers) == self.loads.workers:
             self.parked_blocks.answered(min(worker.sequence for worker in report.workers.values()))
 

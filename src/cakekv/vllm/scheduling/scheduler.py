@@ -29,6 +29,8 @@ from cakekv.vllm.scheduling.restoration import Restoration, Stage
 from cakekv.vllm.support import computes_while_loading
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
@@ -69,6 +71,8 @@ class CakeSchedulerMixin(Scheduler):
         """How many requests run, and which adapters they use, as of this step."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
+        self._aside: list[Request] = []
+        """Requests that wait, in turn, and of which nothing can begin in this step: vLLM need not look at them."""
         self._turned_away: set[str] = set()
         """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
 
@@ -87,7 +91,7 @@ class CakeSchedulerMixin(Scheduler):
         before = set(self._half.restorations)
         self._reserved.clear()
         self._looked_again.clear()
-        output = super().schedule(throttle_prefills)
+        output = self._schedule_others(throttle_prefills)
         self._correct_statistics(before, output)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
@@ -95,10 +99,34 @@ class CakeSchedulerMixin(Scheduler):
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
+    def _schedule_others(self, throttle_prefills: bool) -> SchedulerOutput:
+        """As vLLM's `schedule`, which looks at every request that waits, but without those that were put aside."""
+        if not self._aside:
+            return super().schedule(throttle_prefills)
+        waiting = list(self.waiting)
+        self.waiting.remove_requests(self._aside)
+        output = super().schedule(throttle_prefills)
+        self.deferred_waiting.update(self._aside)
+        left, known = list(self.waiting), set(waiting)
+        still = {*left, *self._aside}
+        in_turn = [request for request in left if request not in known]  # those that were sent back come first
+        in_turn += [request for request in waiting if request in still]
+        self.waiting.remove_requests(left)
+        self.waiting.prepend_requests(reversed(in_turn))
+        self._aside = []
+        return output
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._aside)
+
     def _jump(self, restoration: Restoration) -> None:
         """If compute has come upon loaded chunks, go on behind them."""
-        request, position = restoration.request, restoration.position
-        if request.status != RequestStatus.RUNNING or request.num_computed_tokens == position:
+        request = restoration.request
+        if request.status != RequestStatus.RUNNING:
+            return
+        position = restoration.position
+        if request.num_computed_tokens == position:
             return
         if request.num_computed_tokens > position and not restoration.layered_declined:
             return
@@ -131,6 +159,8 @@ class CakeSchedulerMixin(Scheduler):
                         unadmitted = True
                         state = self._state_of(request, None)
                         states.append(state._replace(kind=Kind.STORED_PREFILL, admitted=False))
+                    if queue is self.waiting and admission.held(request.request_id):
+                        self._aside.append(request)
                     continue
                 if restoration is None:
                     if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or self._nobody_admitted:
@@ -330,6 +360,12 @@ class CakeSchedulerMixin(Scheduler):
 
     def has_finished_requests(self) -> bool:
         return bool(super().has_finished_requests()) or self._half.parked_blocks.waiting
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is None:  # all of them, as the engine shuts down: nothing is to be waited for
+            self._half.last_saves.forget()
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
