@@ -37,7 +37,7 @@ from cakekv.demo.document import read_document
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore
+from cakekv.restore.planner import Mode, Planner
 from cakekv.restore.report import RestoreReport
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.disk import DiskStore
@@ -76,7 +76,7 @@ def predicted_s(mode: Mode, stored: Stored, shape: ComputeShape, bandwidth: floa
     chunks = prefix // cake.chunk_tokens
     size, depth = stored.bytes // chunks, stored.link.parallel_reads
     known = LoadFigures(1 / bandwidth, depth * size / bandwidth + stored.decode_s, size, size / bandwidth)
-    restore = Restore(
+    restore = Planner(
         prompt,
         cake.chunk_tokens,
         [(0,)] * chunks,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.flights import Load, Source
 from cakekv.restore.level_choice import RESERVE, Level, best_level
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.trace import Trace
 
@@ -51,7 +51,7 @@ COARSER = (Level(1, 300, 300), Level(2, 500, 500))
 SHAPE = ComputeShape(1e-6, 0.1 / TOKENS, 1e-12)
 
 
-class Watched(Restore):
+class Watched(Planner):
     """Counts the loads that are placed by how much of them was read."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

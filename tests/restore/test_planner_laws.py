@@ -14,7 +14,7 @@ from cakekv.restore.coverage import State
 from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Load, Source
 from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import MODES, Restore, Span, Wait
+from cakekv.restore.planner import MODES, Planner, Span, Wait
 
 GROUPS = 3
 """The second consists of windowed layers."""
@@ -23,7 +23,7 @@ GROUPS = 3
 class Driver:
     """Plays engine and loader in a random order and keeps its own record of who covered what."""
 
-    def __init__(self, restore: Restore, sources: int, seed: int, failing: float, slow_source: bool) -> None:
+    def __init__(self, restore: Planner, sources: int, seed: int, failing: float, slow_source: bool) -> None:
         self.restore = restore
         self.sources = sources
         self.random = random.Random(seed)
@@ -134,7 +134,7 @@ class Driver:
                 self.placing.append(load)
 
 
-def check_laws(restore: Restore, driver: Driver) -> None:
+def check_laws(restore: Planner, driver: Driver) -> None:
     """Of a restore that has ended: every position was covered, by one arm, and the report says so."""
     chunks = restore.coverage.chunks
     assert restore.done
@@ -180,7 +180,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     rng = random.Random(seed)
     chunks = -(-prompt // chunk)
     stored = [tuple(source for source in range(sources) if rng.random() < stored_share) for _ in range(prompt // chunk)]
-    restore = Restore(
+    restore = Planner(
         prompt,
         chunk,
         stored,
@@ -227,7 +227,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         costs = [LoadCost(depth) for _ in range(sources)]
         for cost in costs:
             cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
-        restore = Restore(
+        restore = Planner(
             prefix * chunk + rng.randint(1, 3 * chunk),
             chunk,
             [tuple(range(sources))] * prefix,
@@ -254,7 +254,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), mode=st.sampled_from(["auto", "load", "both"]))
 def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> None:
-    restore = Restore(
+    restore = Planner(
         640,
         64,
         [(0,)] * 9,

@@ -12,7 +12,7 @@ from cakekv.restore.coverage import State
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.planner import MODES
-from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.restore.stepwise import StepwisePlanner
 
 
 @settings(max_examples=150, deadline=None)
@@ -32,7 +32,7 @@ def test_every_position_is_covered_once(
     covered = int(covered_share * (prompt_tokens - 1))
     stored = [(0,) if chance.random() < 0.8 else () for _ in range(prompt_tokens // chunk_tokens)]
     source = Source("tier", LoadCost(2), 2)
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         prompt_tokens,
         chunk_tokens,
         stored,
@@ -85,7 +85,7 @@ def test_every_position_is_covered_once(
 
 
 def test_compute_that_enters_a_chunk_owns_it() -> None:
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         1024, 128, [(0,)] * 7, [Source("tier", LoadCost(2), 2)], ComputeCost(), chunk_bytes=1000, mode="both"
     )
     loads = [restore.next_load(0, 0.0, ahead=10) for _ in range(8)]
@@ -135,7 +135,7 @@ def test_no_load_is_waited_for_longer_than_the_deadline() -> None:
 
 def test_what_is_covered_already_is_neither_computed_nor_loaded() -> None:
     shape = ComputeShape(0.0, 1e-3, 0.0)
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         1000,
         128,
         [(0,)] * 7,
@@ -163,7 +163,7 @@ def test_a_layered_suffix_sees_all_that_it_attends_to(
     chance, tokens_of = random.Random(seed), 16
     size = tokens_of * 100
     figures = LoadFigures(byte_s=0.5 / size, load_s=0.5, alone_s=0.5, load_bytes=size)
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         chunks * tokens_of + suffix,
         tokens_of,
         [range(sources)] * chunks,

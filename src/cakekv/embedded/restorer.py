@@ -24,7 +24,7 @@ from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore, Span, Wait
+from cakekv.restore.planner import Mode, Planner, Span, Wait
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store, distinct_names
@@ -78,7 +78,7 @@ class Arms(Generic[Cache, Logits]):
     sources : list of Source
         The planner's view of the tiers.
     max_span_tokens, deadline_s
-        As in `Restore`.
+        As in `Planner`.
     """
 
     engine: Engine[Cache, Logits]
@@ -142,9 +142,9 @@ class Restorer(Generic[Cache, Logits]):
     sizes : sequence of int
         Bytes of the stored chunks, to plan with.
     mode : str
-        As in `Restore`.
+        As in `Planner`.
     ttft_target_s : float
-        As in `Restore`.
+        As in `Planner`.
     quality_floor : int
         The fewest parts of a coded chunk that are read.
     on_span : callable
@@ -185,7 +185,7 @@ class Restorer(Generic[Cache, Logits]):
         self._load_costs = [SharedLoad(source.cost) for source in arms.sources]
         for load_cost in self._load_costs:
             load_cost.doubt(best.chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
-        self._restore = Restore(
+        self._restore = Planner(
             len(token_ids),
             shape.tokens,
             stored,

@@ -64,7 +64,7 @@ class Flights:
     sources : sequence of Source
         The tiers.
     patience_s, deadline_s : float
-        As in `Restore`.
+        As in `Planner`.
     """
 
     def __init__(self, sources: Sequence[Source], patience_s: float, deadline_s: float = math.inf) -> None:

@@ -24,7 +24,7 @@ class Level(NamedTuple):
     parts : int or None
         How many parts of a chunk are read; None: as many as the codec says.
     chunk_bytes, unwindowed_chunk_bytes, groups
-        As in `Restore`.
+        As in `Planner`.
     """
 
     parts: int | None

@@ -45,7 +45,7 @@ class Outlook:
     max_span_chunks : int
         Chunks in the longest span.
     mode : str
-        As in `Restore`.
+        As in `Planner`.
     reserved : int or None
         A stored chunk that is to be computed all the same.
 

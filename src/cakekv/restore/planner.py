@@ -29,7 +29,7 @@ from cakekv.restore.level_choice import RESERVE, Level
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
-__all__ = ["MODES", "Mode", "Restore", "Span", "Wait"]
+__all__ = ["MODES", "Mode", "Planner", "Span", "Wait"]
 
 Mode = Literal["auto", "compute", "load", "both"]
 MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
@@ -47,7 +47,7 @@ class Wait(NamedTuple):
     until: float
 
 
-class Restore:
+class Planner:
     """One prompt's way from stored chunks and tokens to a complete KV cache.
 
     Parameters

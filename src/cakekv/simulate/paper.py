@@ -17,7 +17,7 @@ from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import curve, io_only_s, overhead_of
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -125,7 +125,7 @@ def predict(cell: Cell) -> Prediction:
     span_tokens = max(LOAD_TOKENS, compute.step_tokens // LOAD_TOKENS * LOAD_TOKENS)
     known = LoadCost()
     known.observe(size, -chunk_s, 0.0)
-    restore = Restore(
+    restore = Planner(
         cell.tokens + 1,  # the whole prefix is stored; one token more gives the first logits
         LOAD_TOKENS,
         [(0,)] * (cell.tokens // LOAD_TOKENS),

@@ -8,7 +8,7 @@ from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore, Span
+from cakekv.restore.planner import Mode, Planner, Span
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
@@ -156,7 +156,7 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
     return tuple(stored)
 
 
-def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
+def restore_of(configuration: Configuration, mode: Mode = "auto") -> Planner:
     """A fresh restore, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
     curve = configuration.curve
@@ -167,7 +167,7 @@ def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
             _warm_up(cost, size, size / tier.mean)
         sources.append(Source(f"tier{index}", cost, DEPTH))
     holders = tuple(range(len(sources)))
-    return Restore(
+    return Planner(
         configuration.prompt_tokens,
         configuration.chunk_tokens,
         [holders if held else () for held in configuration.stored],

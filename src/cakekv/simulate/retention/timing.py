@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.plan import Candidate, assign_loads
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 DEPTH = 2
@@ -98,7 +98,7 @@ def planned_seconds(timer: Timer, prompt_tokens: int, stored: Sequence[bool]) ->
     rate = size / timer.load_s
     cost = LoadCost(DEPTH)
     cost.observe(size, 0.0, size / rate)
-    restore = Restore(
+    restore = Planner(
         prompt_tokens,
         timer.chunk_tokens,
         [(0,) if held else () for held in stored[: timer.whole_chunks(prompt_tokens)]],

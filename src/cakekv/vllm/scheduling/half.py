@@ -17,7 +17,7 @@ from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
 from cakekv.restore.priority import Kind, RequestState, open_policy
-from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import distinct_names
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
@@ -55,7 +55,7 @@ _CLOSING_S = 2.0
 
 
 class SchedulerHalf:
-    """Drives one `Restore` per request with a stored prefix; the scheduler's class does the rest.
+    """Drives one `StepwisePlanner` per request with a stored prefix; the scheduler's class does the rest.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ class SchedulerHalf:
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
             self._desk.chunk_bytes = found_bytes * self._copies
-        restore = StepwiseRestore(
+        restore = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
