@@ -20,7 +20,7 @@ from cakekv.load import pieces
 from cakekv.load.pieces import layer_groups
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.planner import Planner
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.base import ChunkReader

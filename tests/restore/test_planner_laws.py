@@ -13,7 +13,7 @@ from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.coverage import State
 from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.planner import MODES, Planner, Span, Wait
 
 GROUPS = 3

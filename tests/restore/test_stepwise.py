@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.planner import MODES
 from cakekv.restore.stepwise import StepwisePlanner
 

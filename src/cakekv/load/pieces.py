@@ -7,8 +7,7 @@ from functools import partial
 
 from cakekv.chunk import ALIGNMENT, ChunkShape
 from cakekv.codec.coder import ChunkCoder
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.level_choice import Level
+from cakekv.restore.level_choice import LayerGroups, Level
 
 _MOST_GROUPS = 16
 _LEAST_READ_BYTES = 1 << 18

@@ -10,7 +10,8 @@ from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.front import Front
-from cakekv.restore.layered import LayeredFinish, LayerGroups, cut_into_pieces
+from cakekv.restore.layered import LayeredFinish, cut_into_pieces
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.record import Recorder
 
 _LAST_SPAN_SHARE = 0.5

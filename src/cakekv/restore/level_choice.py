@@ -10,10 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cakekv.restore.layered import LayerGroups
-
 RESERVE = 0.1
 """The part of a target that is kept in hand, since what is foreseen is not what happens."""
+
+
+class LayerGroups(NamedTuple):
+    """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
+
+    bytes: tuple[int, ...]
+    """With the windowed layers."""
+    unwindowed_bytes: tuple[int, ...]
+    """Without them; 0 for a group that consists of them."""
 
 
 class Level(NamedTuple):

@@ -24,8 +24,8 @@ from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.front import Front, Span
-from cakekv.restore.layered import LayerGroups, Piece
-from cakekv.restore.level_choice import RESERVE, Level
+from cakekv.restore.layered import Piece
+from cakekv.restore.level_choice import RESERVE, LayerGroups, Level
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 

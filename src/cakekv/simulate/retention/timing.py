@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cakekv.restore.assignment import Candidate, assign_loads
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.plan import Candidate, assign_loads
 from cakekv.restore.planner import Planner
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 

@@ -15,7 +15,7 @@ from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import distinct_names
