@@ -24,7 +24,8 @@ from cakekv.bench.machine import describe_run
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Planner, Span, Wait
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span, Wait
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 CHUNK_TOKENS, SPAN_TOKENS, SUFFIX_TOKENS = 128, 512, 256
@@ -125,8 +126,8 @@ def open_restore(chunks: int, bandwidth: float) -> TimedPlanner:
         [(0,)] * chunks,
         [Source("tier", loading, DEPTH)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=CHUNK_BYTES,
-        max_span_tokens=SPAN_TOKENS,
+        [Level.whole(CHUNK_BYTES)],
+        PlannerOptions(max_span_tokens=SPAN_TOKENS),
     )
 
 

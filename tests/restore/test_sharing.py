@@ -6,7 +6,8 @@ import pytest
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Planner, Span
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 SIZE = 100
@@ -32,8 +33,8 @@ def restore(stored: str, *sources: Source, compute_s: float = 1.0, fixed_s: floa
         [holders if letter == "L" else () for letter in stored],
         sources,
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=100,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=100),
     )
 
 
@@ -110,8 +111,8 @@ def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
         [(0,)] * 54,
         [tier(0.1765, 4, alone_s=0.177)],
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=448,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=448),
     )
     link = VirtualTier(constant(SIZE / 0.1765), 0.5e-3)
     ended = run_restore(planner, lambda span, now: shape.seconds(span.start, span.tokens), [link])

@@ -48,7 +48,7 @@ def levels_of(
         segments_of = partial(coder.segments_of, shape, parts=parts)
         levels.append(
             Level(
-                parts,
+                parts if parts < most else None,
                 load_bytes(shape, segments_of(range(coder.layers))),
                 load_bytes(shape, segments_of(unwindowed)),
                 group_bytes(shape, groups, unwindowed, segments_of) if len(groups) > 1 else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.flights import Flights, Source
@@ -50,7 +50,7 @@ class Finish:
         coverage: Coverage,
         flights: Flights,
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
         plan: CurrentPlan,
         front: Front,
         record: Recorder,

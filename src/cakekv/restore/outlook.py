@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from cakekv.restore.assignment import Candidate, assign_loads, charge_spans, complete_landing, order_loads
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.forecast import Forecast
@@ -45,7 +45,7 @@ class Outlook:
     max_span_chunks : int
         Chunks in the longest span.
     mode : str
-        As in `Planner`.
+        As in `PlannerOptions`.
     reserved : int or None
         A stored chunk that is to be computed all the same.
 
@@ -60,7 +60,7 @@ class Outlook:
         coverage: Coverage,
         flights: Flights,
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
         max_span_chunks: int,
         mode: str,
         reserved: int | None,

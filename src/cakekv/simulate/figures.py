@@ -9,6 +9,7 @@ from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Source
+from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Planner, Span, Wait
 from cakekv.restore.report import FrontierPoint
 from cakekv.simulate.baseline import CakeBaseline
@@ -185,7 +186,7 @@ def _restore(curve: ComputeCurve) -> Planner:
         [(0,)] * len(_STORED),
         [Source("storage", LoadCost(), 1)],
         ComputeCost(curve.shape(STEP_TOKENS), trusted=True),
-        chunk_bytes=round(MODEL.token_bytes() * CHUNK_TOKENS),
+        [Level.whole(round(MODEL.token_bytes() * CHUNK_TOKENS))],
     )
 
 

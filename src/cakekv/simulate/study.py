@@ -8,7 +8,8 @@ from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Planner, Span
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Mode, Planner, PlannerOptions, Span
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
@@ -173,9 +174,8 @@ def restore_of(configuration: Configuration, mode: Mode = "auto") -> Planner:
         [holders if held else () for held in configuration.stored],
         sources,
         ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
-        chunk_bytes=size,
-        mode=mode,
-        max_span_tokens=curve.step_tokens,
+        [Level.whole(size)],
+        PlannerOptions(mode=mode, max_span_tokens=curve.step_tokens),
     )
 
 

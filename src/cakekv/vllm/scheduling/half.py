@@ -15,7 +15,8 @@ from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.level_choice import LayerGroups
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.options import PlannerOptions
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import distinct_names
@@ -174,12 +175,12 @@ class SchedulerHalf:
             stored[: prefix // self.options.chunk_tokens],
             [source._replace(cost=shared) for source, shared in zip(self._desk.sources, load_costs, strict=True)],
             cost,
-            chunk_bytes=self._desk.chunk_bytes,
-            groups=self._groups_for(request, prefix),
-            mode=self.admission.asked(request.request_id).mode,
-            max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
-            patience_s=self.options.load_deadline,
-            deadline_s=self.options.load_deadline,
+            [Level.whole(self._desk.chunk_bytes, self._groups_for(request, prefix))],
+            PlannerOptions(
+                mode=self.admission.asked(request.request_id).mode,
+                max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+                deadline_s=self.options.load_deadline,
+            ),
             covered_tokens=local_tokens,
             now=now,
         )
