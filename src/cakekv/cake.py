@@ -268,7 +268,7 @@ class Cake:
         prompt : str, sequence of int, array, tensor, or mapping
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
         mode : {"auto", "compute", "load", "both"}
-            Which arms may work; see `cakekv.restore.planner.Restore`.
+            Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None

@@ -14,7 +14,7 @@ def flights(*, known: bool) -> Flights:
     cost = LoadCost(2)
     if known:
         cost.observe(1000, 0.0, 0.01)
-    return Flights([Source("disk", cost, 2)], patience_s=DEADLINE_S, deadline_s=DEADLINE_S)
+    return Flights([Source("disk", cost, 2)], deadline_s=DEADLINE_S)
 
 
 def load(chunk: int, began: float = 1.0) -> Load:
@@ -66,7 +66,7 @@ def test_no_more_loads_in_flight_than_keep_the_source_busy() -> None:
         cost.observe(size, 0.125 + 0.025 * number, 0.225 + 0.025 * number)
     assert 5 <= source.useful_depth(size) <= 6
     assert source.useful_depth(10 * size) == source.useful_depth(size)
-    flying = Flights([source], patience_s=DEADLINE_S, deadline_s=DEADLINE_S)
+    flying = Flights([source], deadline_s=DEADLINE_S)
     for chunk in range(source.useful_depth(size)):
         assert flying.has_room(0, size)
         flying.begin(load(chunk))

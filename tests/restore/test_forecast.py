@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cakekv.restore.assignment import Candidate
 from cakekv.restore.forecast import Forecast
-from cakekv.restore.plan import Candidate
 
 
 def forecast(

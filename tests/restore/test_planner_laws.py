@@ -13,8 +13,8 @@ from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.coverage import State
 from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import MODES, Restore, Span, Wait
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.planner import MODES, Planner, PlannerOptions, Span, Wait
 
 GROUPS = 3
 """The second consists of windowed layers."""
@@ -23,7 +23,7 @@ GROUPS = 3
 class Driver:
     """Plays engine and loader in a random order and keeps its own record of who covered what."""
 
-    def __init__(self, restore: Restore, sources: int, seed: int, failing: float, slow_source: bool) -> None:
+    def __init__(self, restore: Planner, sources: int, seed: int, failing: float, slow_source: bool) -> None:
         self.restore = restore
         self.sources = sources
         self.random = random.Random(seed)
@@ -134,7 +134,7 @@ class Driver:
                 self.placing.append(load)
 
 
-def check_laws(restore: Restore, driver: Driver) -> None:
+def check_laws(restore: Planner, driver: Driver) -> None:
     """Of a restore that has ended: every position was covered, by one arm, and the report says so."""
     chunks = restore.coverage.chunks
     assert restore.done
@@ -180,18 +180,15 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     rng = random.Random(seed)
     chunks = -(-prompt // chunk)
     stored = [tuple(source for source in range(sources) if rng.random() < stored_share) for _ in range(prompt // chunk)]
-    restore = Restore(
+    groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200))
+    restore = Planner(
         prompt,
         chunk,
         stored,
         [Source(f"tier{source}", LoadCost(depth), depth) for source in range(sources)],
         ComputeCost(),
-        chunk_bytes=chunk * 1000,
-        unwindowed_chunk_bytes=chunk * 400,
-        window=window,
-        groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200)) if layered else None,
-        mode=mode,  # type: ignore[arg-type]
-        max_span_tokens=max_span,
+        [Level(None, chunk * 1000, chunk * 400, groups if layered else None)],
+        PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),  # type: ignore[arg-type]
     )
     driver = Driver(restore, sources, seed, failing, slow_source)
     driver.run()
@@ -227,18 +224,19 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         costs = [LoadCost(depth) for _ in range(sources)]
         for cost in costs:
             cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
-        restore = Restore(
+        groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400))
+        restore = Planner(
             prefix * chunk + rng.randint(1, 3 * chunk),
             chunk,
             [tuple(range(sources))] * prefix,
             [Source(f"tier{source}", cost, depth) for source, cost in enumerate(costs)],
             ComputeCost(ComputeShape(1e-3, rng.uniform(0.01, 0.5), 1e-9), trusted=True),
-            chunk_bytes=chunk * 1000,
-            unwindowed_chunk_bytes=chunk * 700,
-            window=rng.choice([None, rng.randint(1, 300)]),
-            groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400)),
-            mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
-            max_span_tokens=rng.choice([chunk, 4 * chunk]),
+            [Level(None, chunk * 1000, chunk * 700, groups)],
+            PlannerOptions(
+                window=rng.choice([None, rng.randint(1, 300)]),
+                mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
+                max_span_tokens=rng.choice([chunk, 4 * chunk]),
+            ),
         )
         driver = Driver(restore, sources, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_source=False)
         driver.run()
@@ -254,15 +252,14 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), mode=st.sampled_from(["auto", "load", "both"]))
 def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> None:
-    restore = Restore(
+    restore = Planner(
         640,
         64,
         [(0,)] * 9,
         [Source("dead", LoadCost(2), 2)],
         ComputeCost(),
-        chunk_bytes=1000,
-        mode=mode,  # type: ignore[arg-type]
-        patience_s=5.0,
+        [Level.whole(1000)],
+        PlannerOptions(mode=mode, deadline_s=5.0),  # type: ignore[arg-type]
     )
     rng = random.Random(seed)
     now = 0.0

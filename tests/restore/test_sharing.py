@@ -6,7 +6,8 @@ import pytest
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 SIZE = 100
@@ -22,22 +23,22 @@ def tier(each_s: float, depth: int, alone_s: float | None) -> Source:
     return Source("tier", cost, depth)
 
 
-def restore(stored: str, *sources: Source, compute_s: float = 1.0, fixed_s: float = 0.0) -> Restore:
+def restore(stored: str, *sources: Source, compute_s: float = 1.0, fixed_s: float = 0.0) -> Planner:
     """Chunks of 10 tokens; L is stored at every source, h is a hole; the suffix comes behind."""
     holders = tuple(range(len(sources)))
     shape = ComputeShape(fixed_s, compute_s / 10, 0.0)
-    return Restore(
+    return Planner(
         10 * len(stored) + 1,
         10,
         [holders if letter == "L" else () for letter in stored],
         sources,
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=100,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=100),
     )
 
 
-def loads(planner: Restore, source: int, now: float) -> list[Load]:
+def loads(planner: Planner, source: int, now: float) -> list[Load]:
     found = []
     while (load := planner.next_load(source, now)) is not None:
         found.append(load)
@@ -104,14 +105,14 @@ def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
     # A span of up to 7 chunks costs 7.6 ms and about 3 ms per chunk; 54 stored chunks and the suffix fill 8 spans in
     # 217 ms. A load takes 177 ms, so one chunk arrives; but then the suffix takes a ninth span: 7.6 ms to save 3 ms.
     shape = ComputeShape(7.6e-3, 2.53e-3 / 64, 0.012e-3 / 64**2)
-    planner = Restore(
+    planner = Planner(
         3487,
         64,
         [(0,)] * 54,
         [tier(0.1765, 4, alone_s=0.177)],
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=448,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=448),
     )
     link = VirtualTier(constant(SIZE / 0.1765), 0.5e-3)
     ended = run_restore(planner, lambda span, now: shape.seconds(span.start, span.tokens), [link])

@@ -21,7 +21,7 @@ from cakekv.load.reading import Abandoned, Progress, failure_reason, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner
 from cakekv.store.base import Store
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Loading:
     ----------
     request : Request
         Whose they are; woken whenever one of them has ended.
-    restore : Restore
+    restore : Planner
         The planner; only called with the arbiter's lock held.
     keys : sequence of ChunkKey
         Keys of the prompt's chunks.
@@ -67,7 +67,7 @@ class Loading:
     def __init__(
         self,
         request: Request,
-        restore: Restore,
+        restore: Planner,
         keys: Sequence[ChunkKey],
         place: Place,
         on_event: Callable[[], None] = lambda: None,

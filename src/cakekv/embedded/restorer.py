@@ -24,7 +24,7 @@ from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore, Span, Wait
+from cakekv.restore.planner import Mode, Planner, PlannerOptions, Span, Wait
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store, distinct_names
@@ -78,7 +78,7 @@ class Arms(Generic[Cache, Logits]):
     sources : list of Source
         The planner's view of the tiers.
     max_span_tokens, deadline_s
-        As in `Restore`.
+        As in `PlannerOptions`.
     """
 
     engine: Engine[Cache, Logits]
@@ -142,9 +142,9 @@ class Restorer(Generic[Cache, Logits]):
     sizes : sequence of int
         Bytes of the stored chunks, to plan with.
     mode : str
-        As in `Restore`.
+        As in `PlannerOptions`.
     ttft_target_s : float
-        As in `Restore`.
+        As in `PlannerOptions`.
     quality_floor : int
         The fewest parts of a coded chunk that are read.
     on_span : callable
@@ -170,7 +170,8 @@ class Restorer(Generic[Cache, Logits]):
         on_progress: OnProgress | None = None,
     ) -> None:
         engine, coder, shape = arms.engine, arms.coder, arms.coder.expected(sizes)
-        *coarser, best = levels_of(coder, shape, engine.layout.unwindowed, arms.groups, quality_floor)
+        levels = levels_of(coder, shape, engine.layout.unwindowed, arms.groups, quality_floor)
+        chunk_bytes = levels[-1].chunk_bytes
         self._arms = arms
         self._arbiter = arms.arbiter
         self._request = request
@@ -180,27 +181,25 @@ class Restorer(Generic[Cache, Logits]):
         self._on_span = on_span
         self._on_progress = on_progress
         self._loads = any(stored) and mode != "compute"
-        self._chunk_bytes = best.chunk_bytes
+        self._chunk_bytes = chunk_bytes
         self._compute_cost = SharedCompute(arms.compute_cost)
         self._load_costs = [SharedLoad(source.cost) for source in arms.sources]
         for load_cost in self._load_costs:
-            load_cost.doubt(best.chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
-        self._restore = Restore(
+            load_cost.doubt(chunk_bytes, arms.compute_cost.seconds(0, len(token_ids)))
+        self._restore = Planner(
             len(token_ids),
             shape.tokens,
             stored,
             [source._replace(cost=cost) for source, cost in zip(arms.sources, self._load_costs, strict=True)],
             self._compute_cost,
-            chunk_bytes=best.chunk_bytes,
-            unwindowed_chunk_bytes=best.unwindowed_chunk_bytes,
-            coarser=coarser,
-            ttft_target_s=ttft_target_s,
-            window=engine.layout.window,
-            groups=best.groups,
-            mode=mode,
-            max_span_tokens=arms.max_span_tokens,
-            patience_s=arms.deadline_s,
-            deadline_s=arms.deadline_s,
+            levels,
+            PlannerOptions(
+                mode=mode,
+                max_span_tokens=arms.max_span_tokens,
+                window=engine.layout.window,
+                ttft_target_s=ttft_target_s,
+                deadline_s=arms.deadline_s,
+            ),
             now=request.arrived_s,
         )
         self._loading = Loading(

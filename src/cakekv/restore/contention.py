@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.restore.costs import ComputeModel, ComputeShape, LoadFigures, LoadModel
 from cakekv.restore.priority.base import Kind, Policy, RequestState
 
 _PROBE_SHARE = 0.5
@@ -70,10 +70,10 @@ def _both_s(request: RequestState) -> float:
     return compute_s * load_s / (compute_s + load_s)
 
 
-class SharedCompute(ComputeCost):
+class SharedCompute(ComputeModel):
     """One request's view of a compute cost that all requests learn together."""
 
-    def __init__(self, cost: ComputeCost) -> None:
+    def __init__(self, cost: ComputeModel) -> None:
         self._cost = cost
         self.burden = 1.0
 
@@ -95,12 +95,12 @@ class SharedCompute(ComputeCost):
         self._cost.observe(start, tokens, seconds)
 
 
-class SharedLoad(LoadCost):
+class SharedLoad(LoadModel):
     """One request's view of a tier's cost that all requests learn together.
 
     Parameters
     ----------
-    cost : LoadCost
+    cost : LoadModel
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
 
     Attributes
@@ -111,7 +111,7 @@ class SharedLoad(LoadCost):
         When other requests last used the tier, on the clock of `observe`.
     """
 
-    def __init__(self, cost: LoadCost) -> None:
+    def __init__(self, cost: LoadModel) -> None:
         self._cost = cost
         self._doubt = 1.0
         self.burden = 1.0

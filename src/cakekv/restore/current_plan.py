@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.level_choice import Level, best_level
@@ -41,7 +41,7 @@ class CurrentPlan:
         coverage: Coverage,
         flights: Flights,
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
         levels: Sequence[Level],
         max_span_chunks: int,
         mode: str,

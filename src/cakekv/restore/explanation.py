@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Source
 
@@ -29,7 +29,7 @@ class PlannedRun(NamedTuple):
 
 
 def planned_runs(
-    coverage: Coverage, plan: Mapping[int, int], sources: tuple[Source, ...], compute: ComputeCost, chunk_bytes: int
+    coverage: Coverage, plan: Mapping[int, int], sources: tuple[Source, ...], compute: ComputeModel, chunk_bytes: int
 ) -> list[PlannedRun]:
     """What a plan does with the chunks that are not covered yet, in runs."""
     groups: list[tuple[int, int, int, bool]] = []

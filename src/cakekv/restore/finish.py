@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.front import Front
-from cakekv.restore.layered import LayeredFinish, LayerGroups, cut_into_pieces
+from cakekv.restore.layered import LayeredFinish, cut_into_pieces
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.record import Recorder
 
 _LAST_SPAN_SHARE = 0.5
@@ -49,7 +50,7 @@ class Finish:
         coverage: Coverage,
         flights: Flights,
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
         plan: CurrentPlan,
         front: Front,
         record: Recorder,

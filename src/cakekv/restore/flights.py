@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cakekv.restore.costs import LoadCost
+from cakekv.restore.costs import LoadModel
+
+_PATIENCE_S = 30.0
+"""How long a load of a source of unknown speed is waited for where there is no deadline."""
 
 
 class Source(NamedTuple):
     """A tier to load from."""
 
     name: str
-    cost: LoadCost
+    cost: LoadModel
     depth: int
     """Loads to keep in flight, at the most."""
 
@@ -63,13 +66,12 @@ class Flights:
     ----------
     sources : sequence of Source
         The tiers.
-    patience_s, deadline_s : float
-        As in `Restore`.
+    deadline_s : float
+        As in `PlannerOptions`.
     """
 
-    def __init__(self, sources: Sequence[Source], patience_s: float, deadline_s: float = math.inf) -> None:
+    def __init__(self, sources: Sequence[Source], deadline_s: float = math.inf) -> None:
         self._sources = sources
-        self._patience_s = patience_s
         self._deadline_s = deadline_s
         self.any_begun = False
         """Whether any load was ever handed out."""
@@ -244,8 +246,9 @@ class Flights:
         since = load.began
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
-        usual_s = max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
-        return since + min(usual_s, self._deadline_s)
+        if cost.known:
+            return since + min(max(2.0, 10.0 * cost.duration(load.size)), self._deadline_s)
+        return since + (_PATIENCE_S if self._deadline_s == math.inf else self._deadline_s)
 
 
 def _age(load: Load) -> float:

@@ -1,8 +1,8 @@
 """When a restore would end under a given plan, as far as is known now; and small changes that make it end sooner.
 
-The plan of `cakekv.restore.plan` reasons with one figure per chunk. What it cannot see exactly decides short prompts
-and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a tier, so that
-the first of them take as long as all of them. Here the two arms are played to the end instead.
+The assignment of loads (`cakekv.restore.assignment`) reasons with one figure per chunk. What it cannot see decides
+short prompts and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a
+tier, so that the first of them take as long as all of them. Here both arms are played to the end instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from cakekv.restore.plan import Candidate
+from cakekv.restore.assignment import Candidate
 
 _COMPUTE = -1
 _STRIDES = (1, 2, 4, 8)
@@ -24,7 +24,7 @@ class Forecast:
     Parameters
     ----------
     candidates : sequence of Candidate
-        As for `cakekv.restore.plan.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
+        As for `cakekv.restore.assignment.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
     fixed_s : float
         Seconds that a span costs besides its chunks.
     max_span_chunks : int

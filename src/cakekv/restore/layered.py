@@ -12,15 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cakekv.restore.coverage import Coverage, State
-
-
-class LayerGroups(NamedTuple):
-    """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
-
-    bytes: tuple[int, ...]
-    """With the windowed layers."""
-    unwindowed_bytes: tuple[int, ...]
-    """Without them; 0 for a group that consists of them."""
+from cakekv.restore.level_choice import LayerGroups
 
 
 class Piece(NamedTuple):

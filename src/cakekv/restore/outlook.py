@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.assignment import Candidate, assign_loads, charge_spans, complete_landing, order_loads
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.flights import Flights, Source
 from cakekv.restore.forecast import Forecast
-from cakekv.restore.plan import Candidate, assign_loads, charge_spans, complete_landing, order_loads
 
 _MOST_PLAYED, _MOST_PLAYED_SIMPLE = 128, 24
 """With more uncovered chunks plans are not played to the end: it would take too long, and matters less. The second
@@ -45,7 +45,7 @@ class Outlook:
     max_span_chunks : int
         Chunks in the longest span.
     mode : str
-        As in `Restore`.
+        As in `PlannerOptions`.
     reserved : int or None
         A stored chunk that is to be computed all the same.
 
@@ -60,7 +60,7 @@ class Outlook:
         coverage: Coverage,
         flights: Flights,
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
         max_span_chunks: int,
         mode: str,
         reserved: int | None,

@@ -13,27 +13,25 @@ own uses `stepwise`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Flights, Load, Source
 from cakekv.restore.front import Front, Span
-from cakekv.restore.layered import LayerGroups, Piece
+from cakekv.restore.layered import Piece
 from cakekv.restore.level_choice import RESERVE, Level
+from cakekv.restore.options import MODES, Mode, PlannerOptions
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
-__all__ = ["MODES", "Mode", "Restore", "Span", "Wait"]
+__all__ = ["MODES", "Mode", "Planner", "PlannerOptions", "Span", "Wait"]
 
-Mode = Literal["auto", "compute", "load", "both"]
-MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
-
+_DEFAULT = PlannerOptions()
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _MOMENT_S = 0.005
@@ -47,7 +45,7 @@ class Wait(NamedTuple):
     until: float
 
 
-class Restore:
+class Planner:
     """One prompt's way from stored chunks and tokens to a complete KV cache.
 
     Parameters
@@ -60,28 +58,12 @@ class Restore:
         Per chunk, from the first, the indices of the sources that hold it; chunks past the end of it are not stored.
     sources : sequence of Source
         The tiers.
-    compute : ComputeCost
+    compute : ComputeModel
         What spans cost; learns from this restore.
-    chunk_bytes, unwindowed_chunk_bytes : int
-        Bytes to read for a chunk, and for its part of the layers without a sliding window.
-    coarser : sequence of Level
-        Other ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`).
-    ttft_target_s : float
-        Seconds from `now` until everything should be covered: chunks are read as exactly as that allows.
-    window : int or None
-        Widest sliding window of the model in tokens.
-    groups : LayerGroups or None
-        How a chunk is cut for a layered finish (see `layered`); None: the suffix waits for whole chunks.
-    mode : {"auto", "compute", "load", "both"}
-        "compute" loads nothing, "load" computes only what cannot be loaded, "both" puts both arms to work whether it
-        pays or not (the first stored chunk is computed, the last one requested), "auto" leaves an idle arm idle.
-    max_span_tokens : int
-        Longest span to compute at a time.
-    patience_s : float
-        A load from a source of unknown speed is given up after this long; from a known one after ten times what it
-        should take, but not before two seconds.
-    deadline_s : float
-        No load is waited for longer than that.
+    levels : sequence of Level
+        The ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`). One will do.
+    options : PlannerOptions
+        What it may do, and until when.
     covered_tokens : int
         Positions at the front that are in the cache already.
     now : float
@@ -94,35 +76,27 @@ class Restore:
         chunk_tokens: int,
         stored: Sequence[Sequence[int]],
         sources: Sequence[Source],
-        compute: ComputeCost,
+        compute: ComputeModel,
+        levels: Sequence[Level],
+        options: PlannerOptions = _DEFAULT,
         *,
-        chunk_bytes: int,
-        unwindowed_chunk_bytes: int | None = None,
-        coarser: Sequence[Level] = (),
-        ttft_target_s: float = math.inf,
-        window: int | None = None,
-        groups: LayerGroups | None = None,
-        mode: Mode = "auto",
-        max_span_tokens: int = 512,
-        patience_s: float = 30.0,
-        deadline_s: float = math.inf,
         covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
         if not 0 <= covered_tokens < prompt_tokens:
             raise ValueError(f"at least one token is left to compute: {covered_tokens=}, {prompt_tokens=}")
-        if prompt_tokens < 1 or chunk_tokens < 1 or max_span_tokens < 1:
-            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
+        if prompt_tokens < 1 or chunk_tokens < 1:
+            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}")
+        if not levels:
+            raise ValueError("there is no way to read a chunk: give at least one level")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        self.mode = mode
-        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
+        self.mode = options.mode
+        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window)
         self._sources = tuple(sources)
         self._compute = compute
-        unwindowed = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
-        levels = [*coarser, Level(None, chunk_bytes, unwindowed, groups)]
-        self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self._flights = Flights(self._sources, patience_s, deadline_s)
+        self._max_span_chunks = max(1, options.max_span_tokens // chunk_tokens)
+        self._flights = Flights(self._sources, options.deadline_s)
         self._front = Front(self.coverage, self._flights, compute, covered_tokens)
         self._plan = CurrentPlan(
             self.coverage,
@@ -131,19 +105,20 @@ class Restore:
             compute,
             levels,
             self._max_span_chunks,
-            mode,
-            now + ttft_target_s * (1 - RESERVE),
+            self.mode,
+            now + options.ttft_target_s * (1 - RESERVE),
         )
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
         self.prefix_tokens = self.coverage.start_of(self._suffix)
-        report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
-        self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
+        report = RestoreReport(self.mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
+        names, token_bytes = [source.name for source in self._sources], levels[-1].chunk_bytes / chunk_tokens
+        self._record = Recorder(report, names, token_bytes, now)
         self._record.frontier(now, 0, self.prefix_tokens)
         can_wait = (
-            mode in ("auto", "both")
+            self.mode in ("auto", "both")
             and not self._plan.chooses_level  # of pieces it could not be changed any more
             and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
         )
@@ -156,7 +131,7 @@ class Restore:
             self._front,
             self._record,
             self._suffix,
-            groups if can_wait else None,
+            levels[-1].groups if can_wait else None,
         )
 
     @property

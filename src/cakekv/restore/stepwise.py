@@ -9,11 +9,11 @@ at the source and reports with `begun` when they begin. For a layered span it as
 from __future__ import annotations
 
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.planner import Planner, Span
 
 
-class StepwiseRestore(Restore):
-    """A `Restore` whose spans begin and end wherever its driver's steps do."""
+class StepwisePlanner(Planner):
+    """A `Planner` whose spans begin and end wherever its driver's steps do."""
 
     def computable_tokens(self, now: float) -> int:
         """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""

@@ -14,9 +14,10 @@ from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.options import PlannerOptions
 from cakekv.restore.priority import Kind, RequestState, open_policy
-from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import Store, distinct_names
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
@@ -211,18 +212,18 @@ class SchedulerHalf:
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
             self.loads.chunk_bytes = found_bytes * self._copies
-        restore = StepwiseRestore(
+        restore = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
             [source._replace(cost=shared) for source, shared in zip(self.loads.sources, load_costs, strict=True)],
             cost,
-            chunk_bytes=self.loads.chunk_bytes,
-            groups=self._groups_for(request, prefix),
-            mode=self.admission.options_of(request.request_id).mode,
-            max_span_tokens=self._max_span_tokens,
-            patience_s=self.options.load_deadline,
-            deadline_s=self.options.load_deadline,
+            [Level.whole(self.loads.chunk_bytes, self._groups_for(request, prefix))],
+            PlannerOptions(
+                mode=self.admission.options_of(request.request_id).mode,
+                max_span_tokens=self._max_span_tokens,
+                deadline_s=self.options.load_deadline,
+            ),
             covered_tokens=local_tokens,
             now=now,
         )

@@ -14,7 +14,7 @@ from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span
 from cakekv.restore.report import RestoreReport
-from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.vllm.messages import LoadOrder, LoadResult
 from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
 from cakekv.vllm.scheduling.step_costs import SharedCost
@@ -76,7 +76,7 @@ class Restoration:
     ----------
     request
         vLLM's request.
-    restore : StepwiseRestore
+    restore : StepwisePlanner
         Its planner.
     cost : SharedCost
         The planner's idea of compute.
@@ -95,7 +95,7 @@ class Restoration:
     def __init__(
         self,
         request: Request,
-        restore: StepwiseRestore,
+        restore: StepwisePlanner,
         cost: SharedCost,
         load_costs: Sequence[SharedLoad],
         keys: Sequence[ChunkKey],

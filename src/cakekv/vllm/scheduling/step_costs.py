@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost, ComputeShape
+from cakekv.restore.costs import ComputeCost, ComputeModel, ComputeShape
 
 _LEAST_TOKENS = 16
 """Steps below are decodes, which cost by the weights read and not by the token."""
@@ -116,7 +116,7 @@ class StepClock:
         return idle_s if not self._steps and self._last_ended and idle_s > _STANDSTILL_S else 0.0
 
 
-class SharedCost(ComputeCost):
+class SharedCost(ComputeModel):
     """What compute costs for one restore among other requests: the machine's cost over the share that it gets.
 
     Parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cakekv.restore.plan import Candidate, assign_loads
+from cakekv.restore.assignment import Candidate, assign_loads
 
 
 def chunks(costs: list[float], stored: dict[int, dict[int, float]]) -> list[Candidate]:
