@@ -218,7 +218,7 @@ def test_somebody_comes_when_pieces_are_on_their_way(
     take_loads_for(engine, 0.25)
     store.gate.clear()
     request = engine.add(layered)
-    engine.until(lambda: engine.restoration(request) and engine.restoration(request).restore.in_pieces)
+    engine.until(lambda: engine.restoration(request) and engine.restoration(request).planner.in_pieces)
     other = engine.add(prompt(300, seed=5))
     assert engine.finish(other) == [plain[300]]
     assert not engine.outputs.get(request)

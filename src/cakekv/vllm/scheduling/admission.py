@@ -136,7 +136,7 @@ class Admission:
         """Remember what others that lack the same wait for."""
         if not self._shares_blocks:
             return
-        last = restoration.restore.prefix_tokens // self.options.chunk_tokens - 1
+        last = restoration.planner.prefix_tokens // self.options.chunk_tokens - 1
         chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
         if 0 <= chunk < len(restoration.keys):
             self._fronts.setdefault(chunk, {}).setdefault(restoration.keys[chunk], restoration)

@@ -46,7 +46,7 @@ _LOG = logging.getLogger("vllm.cakekv")
 
 _LOOKUP_PATIENCE_S = 2.0
 _LOOKED_AT = 16
-"""Restores that may think a wait over as often as they like; more of them do so more seldom."""
+"""Restores that may reconsider a wait as often as they like; more of them do so more seldom."""
 CLOSING_S = 2.0
 """Seconds that a store may take to be closed: here, nothing is written to it."""
 
@@ -212,7 +212,7 @@ class SchedulerHalf:
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
             self.loads.chunk_bytes = found_bytes * self._copies
-        restore = StepwisePlanner(
+        planner = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
@@ -229,7 +229,7 @@ class SchedulerHalf:
         )
         self.restorations[request.request_id] = restoration = Restoration(
             request,
-            restore,
+            planner,
             cost,
             load_costs,
             self.chunk_names.keys(request),
@@ -298,7 +298,7 @@ class SchedulerHalf:
 
     # -------------------------------------------------------------------- steps
 
-    def think(self, turned_away: Container[str], alone: bool) -> None:
+    def begin_step(self, turned_away: Container[str], alone: bool) -> None:
         """Before a step is put together: decide what the restores could use of it.
 
         Those `turned_away` may not get what they ask for, so others are asked, too. `alone` says whether vLLM has one
@@ -315,10 +315,10 @@ class SchedulerHalf:
         self._states = {name: self._state(restoration) for name, restoration in self.restorations.items()}
         self._furthest = max((restoration.position for restoration in self.restorations.values()), default=0)
         self._weigh(now)
-        self._think_in_turn(now, turned_away, alone)
+        self._decide_in_turn(now, turned_away, alone)
         self.admission.begin_step(self.restorations)
 
-    def _think_in_turn(self, now: float, turned_away: Container[str], alone: bool) -> None:
+    def _decide_in_turn(self, now: float, turned_away: Container[str], alone: bool) -> None:
         """Ask the restores what they could compute, in the policy's order.
 
         Once that is more than a step takes, those that are parked are passed over.
@@ -330,7 +330,7 @@ class SchedulerHalf:
             restoration = self.restorations[state.request_id]
             if restoration.computed_by is not None or (restoration.parked and budget <= 0):
                 continue
-            restoration.think(now, alone, look_s)
+            restoration.decide(now, alone, look_s)
             if restoration.demand.tokens:
                 self._states[state.request_id] = state._replace(tokens=restoration.demand.tokens)
             if state.request_id in turned_away:
@@ -344,7 +344,7 @@ class SchedulerHalf:
         loading = [restoration for restoration in self.restorations.values() if not restoration.joined]
         states = [
             self._states[restoration.request_id]._replace(
-                tokens=restoration.restore.prefix_tokens - restoration.restore.position
+                tokens=restoration.planner.prefix_tokens - restoration.planner.position
             )
             for restoration in loading
         ]
@@ -362,19 +362,19 @@ class SchedulerHalf:
 
     def _state(self, restoration: Restoration) -> RequestState:
         """A restore as it is now, before it is known what it could compute."""
-        restore, shape = restoration.restore, self._shape
-        request, tokens, position = restoration.request, self.options.chunk_tokens, restore.position
+        planner, shape = restoration.planner, self._shape
+        request, tokens, position = restoration.request, self.options.chunk_tokens, planner.position
         joined = restoration.joined
-        loads = not joined and restore.mode != "compute"
+        loads = not joined and planner.mode != "compute"
         return RequestState(
             request.request_id,
             Kind.PLAIN_PREFILL if joined else Kind.STORED_PREFILL,
             request.arrival_time,
             0,
             front_s=self.costs.cost.seconds(position, tokens) / tokens,
-            back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={source: self._token_s[source] for source in restore.sources_left()} if loads else {},
-            prefix_tokens=restore.prefix_tokens,
+            back_s=shape.linear + shape.quadratic * planner.latest.back,
+            load_s={source: self._token_s[source] for source in planner.sources_left()} if loads else {},
+            prefix_tokens=planner.prefix_tokens,
         )
 
     def orders(self, output: SchedulerOutput) -> StepOrders:
@@ -453,7 +453,7 @@ class SchedulerHalf:
             self._unhash(restoration)
             return restoration
         self._scheduler.count_prefill(restoration)
-        prefix, prompt = restoration.restore.prefix_tokens, restoration.restore.prompt_tokens
+        prefix, prompt = restoration.planner.prefix_tokens, restoration.planner.prompt_tokens
         self._save_dispatcher.note(restoration.request_id, prefix, prompt - prefix, restoration)
         return None
 

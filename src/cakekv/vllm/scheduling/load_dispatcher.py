@@ -88,7 +88,7 @@ class LoadDispatcher:
             Seconds that the step should take; 0.0 if that is not known, or it computes nothing.
         """
         now = monotonic()
-        in_pieces = any(restoration.restore.in_pieces for restoration in restorations.values())
+        in_pieces = any(restoration.planner.in_pieces for restoration in restorations.values())
         late = self._late()
         for number, source in enumerate(self.sources):
             useful = source.depth if in_pieces else source.useful_depth(self.chunk_bytes)
@@ -100,7 +100,7 @@ class LoadDispatcher:
                     break
                 restoration = restorations[state.request_id]
                 may_queue = (
-                    _ALL if restoration.restore.in_pieces else ahead
+                    _ALL if restoration.planner.in_pieces else ahead
                 )  # nothing is handed out during a layered step
                 while self._outstanding[number] - late[number] < useful + may_queue:
                     order = restoration.next_load(number, self._number, now, may_queue)

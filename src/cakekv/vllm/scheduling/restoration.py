@@ -76,8 +76,8 @@ class Restoration:
     ----------
     request
         vLLM's request.
-    restore : StepwisePlanner
-        Its planner.
+    planner : StepwisePlanner
+        Decides what is computed and what is loaded.
     cost : SharedCost
         The planner's idea of compute.
     load_costs : sequence of SharedLoad
@@ -95,7 +95,7 @@ class Restoration:
     def __init__(
         self,
         request: Request,
-        restore: StepwisePlanner,
+        planner: StepwisePlanner,
         cost: SharedCost,
         load_costs: Sequence[SharedLoad],
         keys: Sequence[ChunkKey],
@@ -104,7 +104,7 @@ class Restoration:
         lossy: LossyBlocks,
     ) -> None:
         self.request = request
-        self.restore = restore
+        self.planner = planner
         self.cost = cost
         self.load_costs = load_costs
         self.keys = keys
@@ -130,7 +130,7 @@ class Restoration:
         self._lossy_chunks: set[int] = set()
         """Chunks that were placed and are not exact."""
         self._block_ids = block_ids
-        self._chunk_blocks = restore.chunk_tokens // lossy.block_tokens
+        self._chunk_blocks = planner.chunk_tokens // lossy.block_tokens
         self._loads: dict[int, _OpenLoad] = {}
         """By number."""
         self._span: Span | None = None
@@ -146,7 +146,7 @@ class Restoration:
     @property
     def lost(self) -> set[int]:
         """Chunks that were stored but could not be had, or not in time."""
-        return self.failed_chunks | self.restore.coverage.late
+        return self.failed_chunks | self.planner.coverage.late
 
     @property
     def loading(self) -> bool:
@@ -166,17 +166,17 @@ class Restoration:
     @property
     def joined(self) -> bool:
         """Whether the arms have met: all that is left is the suffix."""
-        return self.stage is not Stage.LAYERED and self.restore.position >= self.restore.prefix_tokens
+        return self.stage is not Stage.LAYERED and self.planner.position >= self.planner.prefix_tokens
 
     @property
     def shared(self) -> bool:
         """Whether other requests find the prefix in vLLM's cache, which hashes it with what is computed behind it."""
-        return self.stage is not Stage.LAYERED and self.restore.position > self.restore.prefix_tokens
+        return self.stage is not Stage.LAYERED and self.planner.position > self.planner.prefix_tokens
 
     @property
     def position(self) -> int:
         """Where compute should go on."""
-        return self.restore.prefix_tokens if self.demand.layered else self.restore.position
+        return self.planner.prefix_tokens if self.demand.layered else self.planner.position
 
     def enter(self, stage: Stage) -> None:
         """Go on to another stage."""
@@ -184,24 +184,24 @@ class Restoration:
         self.stage = stage
 
     def begin_step(self, now: float) -> None:
-        """The step before is over. Unless `think` follows, compute takes nothing."""
+        """The step before is over. Unless `decide` follows, compute takes nothing."""
         self.commit(now)
         self.layered_declined = self.demand.layered
         self.demand = _UNKNOWN
         if self._loads:
-            self.restore.check_late(now)
+            self.planner.check_late(now)
 
-    def think(self, now: float, alone: bool, look_s: float = LOOK_S) -> None:
+    def decide(self, now: float, alone: bool, look_s: float = LOOK_S) -> None:
         """Decide what compute should take next; `alone` if nobody else has work.
 
         A wait is thought over after `look_s` seconds even if nothing was heard.
         """
-        self.restore.layered_allowed = alone and not self._layered_failed
+        self.planner.layered_allowed = alone and not self._layered_failed
         tokens, layered = 0, False
         if now >= self._idle_until:
-            tokens = self.restore.computable_tokens(now)
-            if not tokens and self.restore.layered_allowed:
-                tokens = self.restore.layered_tokens
+            tokens = self.planner.computable_tokens(now)
+            if not tokens and self.planner.layered_allowed:
+                tokens = self.planner.layered_tokens
                 layered = tokens > 0
             if not tokens:
                 self._idle_until = now + look_s
@@ -212,21 +212,21 @@ class Restoration:
         if self.stage is Stage.LAYERED:
             self.confirm(False, now)
         if self._span is not None:
-            self.restore.computed(self._span, now)
+            self.planner.computed(self._span, now)
             self._span = None
 
     def take(self, tokens: int, sequence: int, now: float) -> None:
         """Compute takes the next tokens, as far as they are the prompt's, in the step with orders of this number."""
         if self.demand.layered:
             assert tokens == self.demand.tokens, f"vLLM computes {tokens} tokens of a suffix of {self.demand.tokens}"
-            self.sure_blocks = self.restore.position // self._lossy.block_tokens
-            self._span = self.restore.take_layered(now)
+            self.sure_blocks = self.planner.position // self._lossy.block_tokens
+            self._span = self.planner.take_layered(now)
             self.demand = self.demand._replace(layered=False)
             self.enter(Stage.LAYERED)
             self.computed_by = sequence
         else:
-            left = self.restore.prompt_tokens - self.restore.position
-            self._span = self.restore.take(min(tokens, left), now)
+            left = self.planner.prompt_tokens - self.planner.position
+            self._span = self.planner.take(min(tokens, left), now)
             if tokens >= left:
                 self.enter(Stage.COMPUTED)
                 self.computed_by = sequence
@@ -235,12 +235,12 @@ class Restoration:
     def confirm(self, waited: bool, now: float) -> bool:
         """The layered step is over; `waited` if all workers say that they had what they needed. Returns whether so."""
         assert self._span is not None
-        if waited and not self.restore.lost and not self.restore.awaits_pieces:
+        if waited and not self.planner.lost and not self.planner.awaits_pieces:
             self.enter(Stage.COMPUTED)
             return True
         self.enter(Stage.PREFILLING)
         self._layered_failed = True
-        self.restore.gave_up(self._span, now)
+        self.planner.gave_up(self._span, now)
         self._span, self.computed_by = None, None
         return False
 
@@ -265,7 +265,7 @@ class Restoration:
 
     def next_load(self, source: int, number: int, now: float, ahead: int) -> LoadOrder | None:
         """The next load to order from a source, if any is worth it."""
-        load = self.restore.next_load(source, now, ahead)
+        load = self.planner.next_load(source, now, ahead)
         if load is None:
             return None
         self._loads[number] = _OpenLoad(load)
@@ -289,7 +289,7 @@ class Restoration:
         """A worker began with a load."""
         open_ = self._loads.get(number)
         if open_ is not None and open_.load.queued:
-            self.restore.begun(open_.load, at)
+            self.planner.begun(open_.load, at)
 
     def ended(self, number: int, rank: int, result: LoadResult, ranks: int, now: float) -> bool:
         """A worker is through with a load. Returns whether all of them are."""
@@ -301,7 +301,7 @@ class Restoration:
         if result.reason and not open_.failed:
             open_.failed = True
             self.failed_chunks.add(load.chunk)
-            self.restore.failed(load, result.reason, result.size, at, result.silent)
+            self.planner.failed(load, result.reason, result.size, at, result.silent)
             load.cancelled = True  # so the other workers are told, too
         if len(results) < ranks:
             return False
@@ -314,25 +314,25 @@ class Restoration:
         if self._lossy.codec.name != "raw":  # encoded or not, it may have another size than was expected
             load.size = sum(result.size for result in results.values())
         if not all(result.placed for result in results.values()):
-            self.restore.abandoned(load, sum(result.size for result in results.values()), at)
-        elif self.restore.arrived(load, at):
-            self.restore.placed(load, at)
+            self.planner.abandoned(load, sum(result.size for result in results.values()), at)
+        elif self.planner.arrived(load, at):
+            self.planner.placed(load, at)
             if self._lossy.loaded(self._blocks_of(load), coded):
                 self._lossy_chunks.add(load.chunk)
         return True
 
     def report(self) -> RestoreReport:
         """What happened, as it stands."""
-        report, state = self.restore.report, self.restore.coverage.state
+        report, state = self.planner.report, self.planner.coverage.state
         report.ttft_s = monotonic() - self.began
         report.codec = self._lossy.codec.name
         lossy = sum(state[chunk] is State.LOADED for chunk in self._lossy_chunks)
-        report.lossy_tokens, report.after_lossy_tokens = lossy * self.restore.chunk_tokens, self.after_lossy_tokens
+        report.lossy_tokens, report.after_lossy_tokens = lossy * self.planner.chunk_tokens, self.after_lossy_tokens
         return report
 
     def give_up(self) -> None:
         """No load is needed any more."""
-        self.restore.cancel_loads()
+        self.planner.cancel_loads()
 
     def pause(self, seconds: float) -> None:
         """The engine stood still: that is no fault of the loads."""

@@ -94,7 +94,7 @@ class SaveDispatcher:
         if self._lossy.concerns(request_id, start, start + tokens):
             lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens)
             if lossy and restoration is not None:
-                restoration.after_lossy_tokens += max(0, min(tokens, restoration.restore.prompt_tokens - start))
+                restoration.after_lossy_tokens += max(0, min(tokens, restoration.planner.prompt_tokens - start))
 
 
 class SaveTracker:

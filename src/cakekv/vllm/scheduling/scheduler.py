@@ -83,7 +83,7 @@ class CakeSchedulerMixin(Scheduler):
     # ------------------------------------------------------------ before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._half.think(self._turned_away, alone=sum(self.get_request_counts()) == 1)
+        self._half.begin_step(self._turned_away, alone=sum(self.get_request_counts()) == 1)
         self._adapters = (-1, set())
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
@@ -273,7 +273,7 @@ class CakeSchedulerMixin(Scheduler):
         """Take back what vLLM counted as hits of restores that only begin, and what it looked up twice."""
         for request_id, restoration in self._half.restorations.items():
             if request_id not in before:
-                hits = restoration.restore.prefix_tokens - restoration.local_tokens
+                hits = restoration.planner.prefix_tokens - restoration.local_tokens
                 self._uncount(self.connector_prefix_cache_stats, restoration.request, restoration.queried_tokens, hits)
         for request in self._looked_again:
             if request.request_id in output.num_scheduled_tokens:
@@ -302,7 +302,7 @@ class CakeSchedulerMixin(Scheduler):
         """A restore is over: what it loaded was a hit."""
         if self.connector_prefix_cache_stats is None:
             return
-        request, hits = restoration.request, restoration.restore.report.loaded_tokens
+        request, hits = restoration.request, restoration.planner.report.loaded_tokens
         self.connector_prefix_cache_stats.record(
             num_tokens=restoration.queried_tokens,
             num_hits=hits,
@@ -314,7 +314,7 @@ class CakeSchedulerMixin(Scheduler):
         """The last tokens of a restored prompt are on their way: say how it was covered."""
         request, local = restoration.request, restoration.local_tokens
         if request.prefill_stats is not None and not request.num_preemptions:
-            loaded = restoration.restore.report.loaded_tokens
+            loaded = restoration.planner.report.loaded_tokens
             request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))
 
     # -------------------------------------------------------------- after a step
