@@ -22,6 +22,7 @@ from cakekv.store.base import Store, distinct_names
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
 from cakekv.vllm.scheduling import layered_step
+from cakekv.vllm.scheduling.adapter_mixing import mixes_adapters
 from cakekv.vllm.scheduling.admission import Admission
 from cakekv.vllm.scheduling.identity import ChunkNames
 from cakekv.vllm.scheduling.last_saves import LastSaves
@@ -178,8 +179,9 @@ class SchedulerHalf:
             options, self.chunk_names, self.lookup, self._codec.window, shares_blocks, self.loads.alive
         )
         self.saves = SaveTracker(options.chunk_tokens, block_tokens, self.lossy)
+        mixes = mixes_adapters(vllm_config)
         self._save_dispatcher = SaveDispatcher(
-            scheduler.requests, self._block_ids, self.admission, self.saves, self.lossy
+            scheduler.requests, self._block_ids, self.admission, self.saves, self.lossy, mixes
         )
 
     def _block_ids(self, request_id: str) -> list[int]:

@@ -47,6 +47,8 @@ class SaveDispatcher:
         Which chunks to save.
     lossy : LossyBlocks
         Told of everything that is computed.
+    mixes_adapters : bool
+        Whether vLLM computes requests without an adapter wrongly beside those with one.
     """
 
     def __init__(
@@ -56,24 +58,30 @@ class SaveDispatcher:
         admission: Admission,
         tracker: SaveTracker,
         lossy: LossyBlocks,
+        mixes_adapters: bool,
     ) -> None:
         self._requests = requests
         self._block_ids = block_ids
         self._admission = admission
         self._tracker = tracker
         self._lossy = lossy
+        self._mixes_adapters = mixes_adapters
 
     def order(self, orders: StepOrders, output: SchedulerOutput, restorations: Mapping[str, Restoration]) -> None:
         """Put what the step completes into its orders."""
         options = self._admission.options
         if options.save:
             orders.new_blocks = new_blocks(output)
+        beside_adapter = self._mixes_adapters and any(
+            self._requests[request_id].lora_request is not None for request_id in output.num_scheduled_tokens
+        )
         for request_id, tokens in output.num_scheduled_tokens.items():
             restoration = restorations.get(request_id)
             if restoration is not None and restoration.layered:
                 continue  # with the next step, if it was not in vain
             request = self._requests[request_id]
-            self.note(request_id, request.num_computed_tokens, tokens, restoration)
+            wrong = beside_adapter and request.lora_request is None
+            self.note(request_id, request.num_computed_tokens, tokens, restoration, wrong)
             end = min(request.num_computed_tokens + tokens, request.num_tokens)
             if options.save and self._tracker.due(request_id, end) and self._admission.options_of(request_id).save:
                 lookup = self._admission.lookup
@@ -89,10 +97,12 @@ class SaveDispatcher:
                     monotonic(),
                 )
 
-    def note(self, request_id: str, start: int, tokens: int, restoration: Restoration | None) -> None:
-        """A request computes so many tokens: if anything before them is lossy, so are they."""
-        if self._lossy.concerns(request_id, start, start + tokens):
-            lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens)
+    def note(
+        self, request_id: str, start: int, tokens: int, restoration: Restoration | None, wrong: bool = False
+    ) -> None:
+        """A request computes so many tokens: if they come out wrong, or anything before them is lossy, so are they."""
+        if wrong or self._lossy.concerns(request_id, start, start + tokens):
+            lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens, wrong)
             if lossy and restoration is not None:
                 restoration.after_lossy_tokens += max(0, min(tokens, restoration.planner.prompt_tokens - start))
 
