@@ -89,7 +89,7 @@ def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> No
         said["text_config"]["_name_or_path"] = path
         write(tmp_path, said)
         config.text_config.brand_new_default = path
-        texts.append(identity._architecture(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
+        texts.append(identity.architecture_of(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
     assert texts[0] == texts[1]
     assert "brand_new_default" not in texts[0]
 
@@ -138,9 +138,9 @@ def test_a_configuration_in_no_file_is_taken_from_the_library(tmp_path: Path) ->
     """As that of a GGUF file."""
     folder = write(tmp_path, LLAMA)
     config = config_of(folder)
-    expected = identity._architecture_by_library(config.model_config)
+    expected = identity.architecture_by_library(config.model_config)
     (folder / "config.json").unlink()
-    assert identity._architecture(config.model_config) == expected
+    assert identity.architecture_of(config.model_config) == expected
 
 
 def test_what_an_earlier_cakekv_stored_is_found(
@@ -149,7 +149,7 @@ def test_what_an_earlier_cakekv_stored_is_found(
     store = scripted("earlier")
     options = {"store": "scripted://earlier", "mode": "load"}
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "_architecture", identity._architecture_by_library)
+        patch.setattr(identity, "architecture_of", identity.architecture_by_library)
         with closing(TinyEngine(model, options)) as engine:
             assert engine.run(prompt(1000)) == plain[1000]
             engine.settle()

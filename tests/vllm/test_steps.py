@@ -18,7 +18,7 @@ from cakekv.keys import ChunkKey
 from cakekv.store.memory import MemoryStore
 from cakekv.vllm.scheduling import admission
 from cakekv.vllm.scheduling.admission import MOST_BEGUN
-from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.lookup import BackgroundLookup
 from cakekv.vllm.shard_key import shard_key
 
 
@@ -181,7 +181,7 @@ def test_reading_a_long_answer_keeps_nobody_waiting() -> None:
         def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
             return found
 
-    lookup = Lookup([Tier()], [partial(shard_key, tag="0 of 1")], 100, 1e9)
+    lookup = BackgroundLookup([Tier()], [partial(shard_key, tag="0 of 1")], 100, 1e9)
     lookup.ask("first", [ChunkKey(os.urandom(32)) for _ in range(8)], 8)
     assert found.begun.wait(60)
     done = threading.Event()

@@ -11,7 +11,7 @@ from cakekv.keys import ChunkKey
 from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.scheduling.identity import ChunkNames
-from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.lookup import BackgroundLookup
 from cakekv.vllm.scheduling.request_options import RequestOptions
 from cakekv.vllm.scheduling.restoration import Restoration
 
@@ -41,7 +41,7 @@ class Admission:
         The plug-in's.
     chunk_names : ChunkNames
         Names the requests' chunks.
-    lookup : Lookup
+    lookup : BackgroundLookup
         Asks the stores.
     window : int
         How many of a prompt's newest tokens have to be exact.
@@ -55,7 +55,7 @@ class Admission:
         self,
         options: VllmOptions,
         chunk_names: ChunkNames,
-        lookup: Lookup,
+        lookup: BackgroundLookup,
         window: int,
         shares_blocks: bool,
         alive: Callable[[], Collection[int]],

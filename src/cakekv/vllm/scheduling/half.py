@@ -16,6 +16,7 @@ from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.options import PlannerOptions
+from cakekv.restore.planner import Span
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import Store, distinct_names
@@ -24,22 +25,22 @@ from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
 from cakekv.vllm.scheduling import layered_step
 from cakekv.vllm.scheduling.adapter_mixing import mixes_adapters
 from cakekv.vllm.scheduling.admission import Admission
+from cakekv.vllm.scheduling.hit_statistics import CountingScheduler, HitStatistics
 from cakekv.vllm.scheduling.identity import ChunkNames
 from cakekv.vllm.scheduling.last_saves import LastSaves
 from cakekv.vllm.scheduling.load_dispatcher import LoadDispatcher
-from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.lookup import BackgroundLookup
 from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
 from cakekv.vllm.scheduling.outcomes import Outcomes, answer
 from cakekv.vllm.scheduling.parked_blocks import ParkedBlocks
 from cakekv.vllm.scheduling.restoration import LOOK_S, Restoration, Stage
 from cakekv.vllm.scheduling.save_dispatcher import SaveDispatcher, SaveTracker
-from cakekv.vllm.scheduling.step_costs import Piece, SharedCost, StepClock, StepCosts
+from cakekv.vllm.scheduling.step_costs import SharedCost, StepClock, StepCosts
 from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.stores import close_store
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -52,22 +53,15 @@ CLOSING_S = 2.0
 """Seconds that a store may take to be closed: here, nothing is written to it."""
 
 
-class RestoringScheduler(Protocol):
+class RestoringScheduler(CountingScheduler, Protocol):
     """What the connector, and its half in the scheduler, use of the scheduler that they serve."""
 
     requests: dict[str, Request]
-    kv_cache_manager: KVCacheManager
     hash_block_size: int
     max_num_scheduled_tokens: int
 
     def join(self, half: SchedulerHalf) -> None:
         """The half is there: work with it."""
-
-    def count_hits(self, restoration: Restoration) -> None:
-        """A restore is over: what it loaded was a hit."""
-
-    def count_prefill(self, restoration: Restoration) -> None:
-        """The last tokens of a restored prompt are on their way: say how it was covered."""
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
@@ -115,6 +109,7 @@ class SchedulerHalf:
         self.restorations: dict[str, Restoration] = {}
         """By request."""
         self.outcomes = Outcomes(options.log_requests)
+        self.hits = HitStatistics(scheduler)
         self.last_saves = LastSaves()
         self.tiers = list(store.tiers)
         self.parked_blocks = ParkedBlocks(scheduler.kv_cache_manager)
@@ -138,7 +133,7 @@ class SchedulerHalf:
         """What compute costs, in this step."""
         self._furthest = 0
         """The position of the restore that has come furthest, in this step."""
-        self._share = 1.0
+        self.latest_share = 1.0
         """What the restore that was last shared out got of the steps."""
 
         self._codec = codec_named(options.codec)
@@ -173,7 +168,7 @@ class SchedulerHalf:
         """How many workers keep each shard."""
         shards = [partial(shard_key, tag=tag) for tag in tags]
         patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
-        self.lookup = Lookup(self.tiers, shards, first.exact_bytes, patience_s)
+        self.lookup = BackgroundLookup(self.tiers, shards, first.exact_bytes, patience_s)
         shares_blocks = vllm_config.cache_config.enable_prefix_caching
         self.admission = Admission(
             options, self.chunk_names, self.lookup, self._codec.window, shares_blocks, self.loads.alive
@@ -209,7 +204,7 @@ class SchedulerHalf:
         stored, prefix, local_tokens = self.admission.take(request.request_id)
         assert prefix == local_tokens + external_tokens
         now = monotonic()
-        cost = SharedCost(self.costs, self._share)
+        cost = SharedCost(self.costs, self.latest_share)
         load_costs = [SharedLoad(source.cost) for source in self.loads.sources]
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
@@ -275,7 +270,7 @@ class SchedulerHalf:
         restoration.commit(monotonic())
         restoration.give_up()
         self.loads.adopt(restoration)
-        self._scheduler.count_hits(restoration)
+        self.hits.count_loaded(restoration)
         report = restoration.report()
         report.lookup_s = self.lookup.seconds(request.request_id)
         wanted = self.admission.options_of(request.request_id).report
@@ -404,13 +399,11 @@ class SchedulerHalf:
 
     def _take(self, scheduled: Mapping[str, int], now: float) -> float:
         """Claim the tokens of the step; returns how many seconds it should take."""
-        pieces = []
+        spans = []
         if any(tokens > 1 for tokens in scheduled.values()):
             requests = self._scheduler.requests
-            pieces = [
-                Piece(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()
-            ]
-        step_s = self._clock.begin(self._sequence, pieces, bool(scheduled))
+            spans = [Span(requests[request_id].num_computed_tokens, tokens) for request_id, tokens in scheduled.items()]
+        step_s = self._clock.begin(self._sequence, spans, bool(scheduled))
         left = self._step_tokens - sum(scheduled.values())
         beside_decodes = self.tokens_beside_decodes() if scheduled else None
         if beside_decodes is not None:
@@ -421,17 +414,17 @@ class SchedulerHalf:
             tokens, start = scheduled.get(request_id, 0), restoration.request.num_computed_tokens
             demand = restoration.demand
             if demand.tokens or not demand.known:
-                wanted = Piece(restoration.position, demand.tokens or 1)
+                wanted = Span(restoration.position, demand.tokens or 1)
                 restoration.cost.shared(wanted, tokens, step_s)
             else:
-                restoration.cost.spared(Piece(restoration.position, left), step_s)
-            self._share = restoration.cost.share
+                restoration.cost.spared(Span(restoration.position, left), step_s)
+            self.latest_share = restoration.cost.share
             if tokens:
                 position = restoration.position
                 assert start == position, f"vLLM computes {request_id} from {start} on, the planner from {position}"
                 restoration.take(tokens, self._sequence, now)
                 if restoration.stage is Stage.COMPUTED:
-                    self._scheduler.count_prefill(restoration)
+                    self.hits.count_prefill(restoration)
         return step_s
 
     def tokens_beside_decodes(self) -> int | None:
@@ -454,7 +447,7 @@ class SchedulerHalf:
         if not restoration.confirm(waited, monotonic()):
             self._unhash(restoration)
             return restoration
-        self._scheduler.count_prefill(restoration)
+        self.hits.count_prefill(restoration)
         prefix, prompt = restoration.planner.prefix_tokens, restoration.planner.prompt_tokens
         self._save_dispatcher.note(restoration.request_id, prefix, prompt - prefix, restoration)
         return None

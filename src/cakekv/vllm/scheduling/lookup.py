@@ -35,7 +35,7 @@ class _Question:
     """Whether that names any tier."""
 
 
-class Lookup:
+class BackgroundLookup:
     """One thread per tier, so that one that hangs delays nobody else's answers.
 
     Parameters

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from cakekv.errors import UnsupportedEngine
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.metrics.stats import PrefixCacheStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -63,8 +61,6 @@ class CakeSchedulerMixin(Scheduler):
         self.resume_to_jump = self.use_v2_model_runner
         self._granted: dict[str, int] = {}
         """Tokens of the coming step per prefilling request."""
-        self._looked_again: list[Request] = []
-        """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
         self._reserved: dict[Request, int] = {}
         """Blocks that prefills on their way still need, as it was when this step came to them."""
         self._adapters: tuple[int, set[int]] = (-1, set())
@@ -88,11 +84,10 @@ class CakeSchedulerMixin(Scheduler):
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
         waiting = self._share_out()
-        before = set(self._half.restorations)
+        self._half.hits.begin_step(self._half.restorations)
         self._reserved.clear()
-        self._looked_again.clear()
         output = self._schedule_others(throttle_prefills)
-        self._correct_statistics(before, output)
+        self._half.hits.correct(self._half.restorations, output.num_scheduled_tokens)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
         self._turned_away = (self._turned_away | granted) - output.num_scheduled_tokens.keys() if left else set()
@@ -247,7 +242,7 @@ class CakeSchedulerMixin(Scheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         if request.request_id in self._half.restorations:
-            self._looked_again.append(request)
+            self._half.hits.looked_up_again(request)
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         lossy = self._half.lossy
@@ -266,56 +261,6 @@ class CakeSchedulerMixin(Scheduler):
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations
-
-    # ------------------------------------------------------------------ statistics
-
-    def _correct_statistics(self, before: set[str], output: SchedulerOutput) -> None:
-        """Take back what vLLM counted as hits of restores that only begin, and what it looked up twice."""
-        for request_id, restoration in self._half.restorations.items():
-            if request_id not in before:
-                hits = restoration.planner.prefix_tokens - restoration.local_tokens
-                self._uncount(self.connector_prefix_cache_stats, restoration.request, restoration.queried_tokens, hits)
-        for request in self._looked_again:
-            if request.request_id in output.num_scheduled_tokens:
-                self._uncount(self.connector_prefix_cache_stats, request, request.num_tokens, 0)
-                if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-                    self._uncount(self.kv_cache_manager.prefix_cache_stats, request, request.num_tokens, 0)
-
-    def _uncount(self, stats: PrefixCacheStats | None, request: Request, tokens: int, hits: int) -> None:
-        """The reverse of `PrefixCacheStats.record`, within the same step."""
-        if stats is None or not self.log_stats:
-            return
-        if request.num_preemptions > 0:
-            stats.preempted_requests -= 1
-            stats.preempted_queries -= tokens
-            stats.preempted_hits -= hits
-            return
-        stats.requests -= 1
-        stats.queries -= tokens
-        stats.hits -= hits
-        for source, count in list(stats.hits_by_source.items()):
-            taken = min(count, hits)
-            hits -= taken
-            stats.hits_by_source[source] = count - taken
-
-    def count_hits(self, restoration: Restoration) -> None:
-        """A restore is over: what it loaded was a hit."""
-        if self.connector_prefix_cache_stats is None:
-            return
-        request, hits = restoration.request, restoration.planner.report.loaded_tokens
-        self.connector_prefix_cache_stats.record(
-            num_tokens=restoration.queried_tokens,
-            num_hits=hits,
-            preempted=request.num_preemptions > 0,
-            hits_by_source={CacheHitSource.EXTERNAL_UNSPECIFIED: hits} if hits else None,
-        )
-
-    def count_prefill(self, restoration: Restoration) -> None:
-        """The last tokens of a restored prompt are on their way: say how it was covered."""
-        request, local = restoration.request, restoration.local_tokens
-        if request.prefill_stats is not None and not request.num_preemptions:
-            loaded = restoration.planner.report.loaded_tokens
-            request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))
 
     # -------------------------------------------------------------- after a step
 

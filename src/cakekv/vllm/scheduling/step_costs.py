@@ -1,7 +1,7 @@
 """What a step of vLLM's costs, learned from how long steps take, and how much of it goes into one restore.
 
-A step computes pieces of several requests at once. Attention aside, its time depends on the tokens alone, so a step is
-one span of a `ComputeCost` whose attention equals that of all pieces together. What is learned is the machine's cost;
+A step computes spans of several requests at once. Attention aside, its time depends on the tokens alone, so a step is
+one span of a `ComputeCost` whose attention equals that of all its spans together. What is learned is the machine's cost;
 a restore that shares its steps with others sees it divided by its share.
 """
 
@@ -13,6 +13,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from cakekv.restore.costs import ComputeCost, ComputeModel, ComputeShape
+from cakekv.restore.planner import Span
 
 _LEAST_TOKENS = 16
 """Steps below are decodes, which cost by the weights read and not by the token."""
@@ -23,23 +24,16 @@ _STANDSTILL_S = 1.0
 """A longer time between two steps with none on its way means that the engine was paused."""
 
 
-class Piece(NamedTuple):
-    """Tokens of one request in a step."""
+def equivalent_span(spans: Sequence[Span]) -> Span:
+    """The span with as many tokens, and as many pairs of tokens that attend, as all these together.
 
-    start: int
-    tokens: int
-
-
-def equivalent_span(pieces: Sequence[Piece]) -> Piece:
-    """The span with as many tokens, and as many pairs of tokens that attend, as all pieces together.
-
-    Its start may be negative: that of several pieces at the beginnings of their prompts.
+    Its start may be negative: that of several spans at the beginnings of their prompts.
     """
-    tokens = sum(piece.tokens for piece in pieces)
+    tokens = sum(span.tokens for span in spans)
     if not tokens:
-        return Piece(0, 0)
-    attended = sum(piece.tokens * (piece.start + 0.5 * piece.tokens) for piece in pieces)
-    return Piece(round(attended / tokens - 0.5 * tokens), tokens)
+        return Span(0, 0)
+    attended = sum(span.tokens * (span.start + 0.5 * span.tokens) for span in spans)
+    return Span(round(attended / tokens - 0.5 * tokens), tokens)
 
 
 class StepCosts:
@@ -48,15 +42,15 @@ class StepCosts:
     def __init__(self) -> None:
         self.cost = ComputeCost()
 
-    def observe(self, pieces: Sequence[Piece], seconds: float) -> None:
+    def observe(self, spans: Sequence[Span], seconds: float) -> None:
         """Learn from a step that took `seconds`."""
-        span = equivalent_span(pieces)
+        span = equivalent_span(spans)
         if span.tokens >= _LEAST_TOKENS:
             self.cost.observe(span.start, span.tokens, seconds)
 
-    def seconds(self, pieces: Sequence[Piece]) -> float:
+    def seconds(self, spans: Sequence[Span]) -> float:
         """Expected seconds of a step; 0.0 for an empty one."""
-        span = equivalent_span(pieces)
+        span = equivalent_span(spans)
         return self.cost.seconds(span.start, span.tokens) if span.tokens else 0.0
 
 
@@ -65,7 +59,7 @@ class _Step(NamedTuple):
 
     sequence: int
     began: float
-    pieces: list[Piece]
+    spans: list[Span]
     """All that it computes, if prefills are among it."""
     computes: bool
 
@@ -86,10 +80,10 @@ class StepClock:
         self.decode_s = 0.0
         """Seconds of a step without prefills, as they have been lately; 0.0: there was none."""
 
-    def begin(self, sequence: int, pieces: list[Piece], computes: bool) -> float:
-        """A step begins; no pieces if it is without prefills. Returns how many seconds it should take."""
-        self._steps.append(_Step(sequence, monotonic(), pieces, computes))
-        prefill_s = self._costs.seconds(pieces) if self._costs.cost.known else 0.0
+    def begin(self, sequence: int, spans: list[Span], computes: bool) -> float:
+        """A step begins; no spans if it is without prefills. Returns how many seconds it should take."""
+        self._steps.append(_Step(sequence, monotonic(), spans, computes))
+        prefill_s = self._costs.seconds(spans) if self._costs.cost.known else 0.0
         return max(prefill_s, self.decode_s) if computes else 0.0
 
     def end(self, sequence: int, waited_s: float = 0.0) -> None:
@@ -99,8 +93,8 @@ class StepClock:
         assert step.sequence == sequence, "vLLM's steps end in another order than they began"
         # A step that was scheduled ahead began in truth when the one before ended.
         seconds = now - max(step.began, self._last_ended) - waited_s
-        if step.pieces:
-            self._costs.observe(step.pieces, seconds)
+        if step.spans:
+            self._costs.observe(step.spans, seconds)
         elif step.computes:
             self.decode_s += (0.2 if self.decode_s else 1.0) * (seconds - self.decode_s)
         self._last_ended = now
@@ -154,14 +148,14 @@ class SharedCost(ComputeModel):
     def observe(self, start: int, tokens: int, seconds: float) -> None:
         """Nothing: steps are observed as a whole."""
 
-    def shared(self, wanted: Piece, tokens: int, step_s: float) -> None:
+    def shared(self, wanted: Span, tokens: int, step_s: float) -> None:
         """Of a step that takes `step_s` seconds, the restore got `tokens` of those that it `wanted`."""
         if step_s <= 0 or not wanted.tokens:
             return
         alone_s = self._costs.seconds([wanted]) * tokens / wanted.tokens if tokens else 0.0
         self._approach(min(1.0, alone_s / step_s), step_s)
 
-    def spared(self, left: Piece, step_s: float) -> None:
+    def spared(self, left: Span, step_s: float) -> None:
         """The restore wanted nothing of a step that takes `step_s` seconds, and these tokens were left of it.
 
         One that was passed over for a while thinks that computing does not pay, and so would never find out that it
