@@ -378,9 +378,7 @@ class CakeSchedulerMixin(Scheduler):
     def has_finished_requests(self) -> bool:
         return bool(super().has_finished_requests()) or self._half.waiting_for_workers
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         if request_ids is None:  # all of them, as the engine shuts down: nothing is to be waited for
             self._half.last_saves.forget()
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
