@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cakekv.codec import codec_named
 from cakekv.errors import StoreError
-from cakekv.restore.contention import SharedLoad, burdens
+from cakekv.restore.contention import SharedLoad, load_burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
@@ -300,7 +300,8 @@ class SchedulerHalf:
             restoration = self.restorations[state.request_id]
             if restoration.done_at is not None or (restoration.parked and budget <= 0):
                 continue
-            restoration.think(now, self._scheduler.serves_only(restoration.request), look_s)
+            alone = len(self.restorations) == 1 and self._scheduler.serves_only(restoration.request)
+            restoration.think(now, alone, look_s)
             if restoration.wanted:
                 self._states[state.request_id] = state._replace(tokens=restoration.wanted)
             if state.request_id in turned_away:
@@ -318,9 +319,9 @@ class SchedulerHalf:
             )
             for restoration in loading
         ]
-        burden = burdens(states, self.policy, time())
+        burden = load_burdens(states, self.policy, time())
         for restoration in loading:
-            burden_of = burden[restoration.request_id].load
+            burden_of = burden[restoration.request_id]
             for source, cost in enumerate(restoration.load_costs):
                 cost.burden = burden_of.get(source, 1.0)
                 if len(loading) > 1:
