@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cakekv.codec import codec_named
 from cakekv.errors import StoreError
-from cakekv.restore.contention import SharedLoad, burdens
+from cakekv.restore.contention import SharedLoad, load_burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.level_choice import LayerGroups, Level
@@ -345,9 +345,9 @@ class SchedulerHalf:
             )
             for restoration in loading
         ]
-        burden = burdens(states, self.policy, time())
+        burden = load_burdens(states, self.policy, time())
         for restoration in loading:
-            burden_of = burden[restoration.request_id].load
+            burden_of = burden[restoration.request_id]
             for source, cost in enumerate(restoration.load_costs):
                 cost.burden = burden_of.get(source, 1.0)
                 if len(loading) > 1:

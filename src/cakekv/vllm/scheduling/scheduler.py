@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     from cakekv.vllm.scheduling.half import SchedulerHalf
 
+_DECODES = (Kind.DECODE, 0)
+"""Where they stand among those that run."""
+
 
 @computes_while_loading
 class CakeSchedulerMixin(Scheduler):
@@ -144,8 +147,19 @@ class CakeSchedulerMixin(Scheduler):
         waiting_plain: set[str] = set()
         outside = set(self._turned_away)
         places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        decode_tokens = 0
+        in_order: dict[str, tuple[int, int]] = {}
         for request in self.running:
-            states.append(self._state_of(request, restorations.get(request.request_id)))
+            restoration = restorations.get(request.request_id)
+            if restoration is None and not request.is_prefill_chunk:
+                decode_tokens += _tokens_left(request)
+                continue
+            state = self._state_of(request, restoration)
+            states.append(state)
+            computed = request.num_computed_tokens if state.kind is Kind.STORED_PREFILL else 0
+            in_order[state.request_id] = (state.kind, -computed)
+        if len(in_order) < len(self.running):  # one says as much as all of them
+            states.append(RequestState("", Kind.DECODE, 0.0, decode_tokens))
         for queue in (self.kv_holding_waiting, self.waiting):
             for request in queue:
                 restoration = restorations.get(request.request_id)
@@ -183,23 +197,16 @@ class CakeSchedulerMixin(Scheduler):
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
         # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
-        kinds = {state.request_id: state.kind for state in states}
-        self.running.sort(
-            key=lambda request: (
-                kinds[request.request_id],
-                -request.num_computed_tokens if kinds[request.request_id] is Kind.STORED_PREFILL else 0,
-            )
-        )
+        self.running.sort(key=lambda request: in_order.get(request.request_id, _DECODES))
         return waiting_plain
 
     def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
         """A request as the policies see it."""
         if restoration is not None and restoration.computed_by is None:
             return self._half.state_of(restoration)
-        tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
         decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
         kind = Kind.DECODE if decoding else Kind.PLAIN_PREFILL
-        return RequestState(request.request_id, kind, request.arrival_time, max(tokens, 0))
+        return RequestState(request.request_id, kind, request.arrival_time, _tokens_left(request))
 
     # ------------------------------------------------------- while it is put together
 
@@ -353,6 +360,11 @@ class CakeSchedulerMixin(Scheduler):
                 self._send_back(restoration.request)
         with self._half.parked_blocks.passed_over():
             return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+
+
+def _tokens_left(request: Request) -> int:
+    """Tokens that the request could compute now."""
+    return max(0, request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
 
 
 class CakeScheduler(CakeSchedulerMixin):
