@@ -15,8 +15,8 @@ def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int
 class LossyBlocks:
     """Keeps track of blocks whose content is not what a full prefill computes.
 
-    So are blocks that a lossy chunk was loaded into, those that vLLM computes wrongly (`adapter_mixing`), and those that
-    were computed behind such: requests share them by vLLM's prefix cache, also with requests that load nothing themselves.
+    So are blocks that a lossy chunk was loaded into, those that vLLM computes wrongly (`adapter_mixing`), and those
+    computed behind such: requests share them by vLLM's prefix cache, also with requests that load nothing themselves.
 
     Parameters
     ----------
