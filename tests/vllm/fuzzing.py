@@ -61,12 +61,15 @@ class Setup(NamedTuple):
         What goes wrong in its store.
     salted : bool
         Whether some requests have a `cache_salt`.
+    ahead : bool
+        Whether steps are scheduled while the one before runs.
     """
 
     engine: dict[str, Any]
     cake: dict[str, Any]
     faults: str
     salted: bool
+    ahead: bool
 
     @classmethod
     def draw(cls, seed: int) -> Setup:
@@ -85,9 +88,7 @@ class Setup(NamedTuple):
         if choose.random() < 0.15:
             engine["long_prefill_token_threshold"] = choose.randint(64, 300)
         kind = choose.choice(["plain", "plain", "ahead", "adapters", "adapters", "speculation"])
-        if kind == "ahead":
-            engine["async_scheduling"] = True
-        elif kind == "adapters":
+        if kind == "adapters":
             engine |= {"enable_lora": True, "max_loras": choose.randint(1, 2), "max_lora_rank": 8}
         elif kind == "speculation":
             drafts = choose.randint(1, 4)
@@ -109,7 +110,7 @@ class Setup(NamedTuple):
         }
         if choose.random() < 0.2:
             cake["save_queue"] = 1  # one chunk at a time, the others are not saved
-        return cls(engine, cake, choose.choice(FAULTS), choose.random() < 0.4)
+        return cls(engine, cake, choose.choice(FAULTS), choose.random() < 0.4, kind == "ahead")
 
     @property
     def adapters(self) -> bool:
@@ -431,9 +432,11 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     wrong_beside_adapters = setup.adapters and repair_lora_operators() and not repair
     store = f"fuzz {seed}"
     url = f"scripted://{store}" + (f"?faults=seed:{seed},{setup.faults}" if setup.faults else "")
-    scheduler = {"scheduler_cls": "cakekv.vllm.plugin.make_scheduler"}
+    scheduler = {"scheduler_cls": "cakekv.vllm.CakeAsyncScheduler"} if setup.ahead else {}
     with closing(TinyEngine(model, {"store": url} | setup.cake, **scheduler, **setup.engine)) as engine:
         engine.half.outcomes.latest = deque()  # all of them
+        if setup.ahead:
+            engine.schedule_ahead()
         Watch(engine, findings.counts)
         for number, asked in enumerate(played):
             answers = play(engine, adapters, asked, resets[number])
@@ -469,7 +472,7 @@ def reread(
 ) -> None:
     """Have another engine load what is stored, and compare its answers."""
     cake = setup.cake | {"store": f"scripted://{store}", "mode": "load", "load_deadline": 30.0, "save": False}
-    options = setup.engine | {"enable_prefix_caching": False, "async_scheduling": False}
+    options = setup.engine | {"enable_prefix_caching": False}
     with closing(TinyEngine(model, cake, **options)) as engine:
         engine.half.outcomes.latest = deque()
         for adapter in range(ADAPTERS + 1):
