@@ -89,7 +89,7 @@ class Setup(NamedTuple):
             engine["long_prefill_token_threshold"] = choose.randint(64, 300)
         kind = choose.choice(["plain", "plain", "ahead", "adapters", "adapters", "speculation"])
         if kind == "adapters":
-            engine |= {"enable_lora": True, "max_loras": choose.randint(1, 2), "max_lora_rank": 8}
+            engine |= {"enable_lora": True, "max_loras": choose.randint(1, 2), "max_lora_rank": 8, "max_cpu_loras": 4}
         elif kind == "speculation":
             drafts = choose.randint(1, 4)
             engine["speculative_config"] = {
