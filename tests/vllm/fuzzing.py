@@ -1,9 +1,9 @@
 """Random engines and random requests by a seed: plain vLLM and the plug-in have to answer the same.
 
 One seed is one engine's configuration and some rounds of requests. Plain vLLM with the same configuration says what is
-right; then the plug-in is given the same requests at random moments, over a store that fails, is slow, loses and damages
-chunks; in the end another engine, which only loads, reads what that one has stored. The seed decides everything but how
-long threads take, so a rare failure may need several runs of its seed.
+right; then the plug-in is given the same requests at random moments, over a store that fails, is slow, loses and
+damages chunks; in the end another engine, which only loads, reads what that one has stored. The seed decides everything
+but how long threads take, so a rare failure may need several runs of its seed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cakekv.vllm.metrics import kind_of
 MODEL_TOKENS = 1024
 ADAPTERS = 3
 TOLERANCE = 1e-3
-"""By how much log-probabilities may differ, and two tokens still be a tie: what batches of other shapes round differently
-is a hundredth of that, and a chunk of other content a hundred times that."""
+"""By how much log-probabilities may differ, and two tokens still be a tie. What batches of other shapes
+round differently is far below, chunks of other content make far more."""
 IDLE_S = 30.0
 """Seconds in which nothing at all is computed or loaded: longer than any deadline here."""
 STARVED_STEPS = 600
@@ -61,12 +61,15 @@ class Setup(NamedTuple):
         What goes wrong in its store.
     salted : bool
         Whether some requests have a `cache_salt`.
+    ahead : bool
+        Whether steps are scheduled while the one before runs.
     """
 
     engine: dict[str, Any]
     cake: dict[str, Any]
     faults: str
     salted: bool
+    ahead: bool
 
     @classmethod
     def draw(cls, seed: int) -> Setup:
@@ -85,10 +88,8 @@ class Setup(NamedTuple):
         if choose.random() < 0.15:
             engine["long_prefill_token_threshold"] = choose.randint(64, 300)
         kind = choose.choice(["plain", "plain", "ahead", "adapters", "adapters", "speculation"])
-        if kind == "ahead":
-            engine["async_scheduling"] = True
-        elif kind == "adapters":
-            engine |= {"enable_lora": True, "max_loras": choose.randint(1, 2), "max_lora_rank": 8}
+        if kind == "adapters":
+            engine |= {"enable_lora": True, "max_loras": choose.randint(1, 2), "max_lora_rank": 8, "max_cpu_loras": 4}
         elif kind == "speculation":
             drafts = choose.randint(1, 4)
             engine["speculative_config"] = {
@@ -100,7 +101,7 @@ class Setup(NamedTuple):
             engine["max_num_batched_tokens"] = max(engine["max_num_batched_tokens"], places * (drafts + 1) + 64)
         cake = {
             "chunk_tokens": choose.choice([BLOCK, BLOCK, 2 * BLOCK]),
-            "mode": choose.choice(["auto", "load", "both", "both", "compute"]),
+            "mode": choose.choice(["auto", "auto", "load", "load", "both", "both", "both", "compute"]),
             "load_deadline": choose.choice([0.2, 0.5, 2.0, 5.0]),
             "load_threads": choose.choice([0, 0, 1, 4]),
             "layered_finish": choose.random() < 0.4,
@@ -109,7 +110,7 @@ class Setup(NamedTuple):
         }
         if choose.random() < 0.2:
             cake["save_queue"] = 1  # one chunk at a time, the others are not saved
-        return cls(engine, cake, choose.choice(FAULTS), choose.random() < 0.4)
+        return cls(engine, cake, choose.choice(FAULTS), choose.random() < 0.4, kind == "ahead")
 
     @property
     def adapters(self) -> bool:
@@ -161,11 +162,11 @@ class Asked(NamedTuple):
     """A question, and when and how it is asked."""
 
     question: Question
-    step: int
-    abort_after: int | None
-    priority: int
-    salt: str
-    wanted: dict[str, Any]
+    step: int = 0
+    abort_after: int | None = None
+    priority: int = 0
+    salt: str = ""
+    wanted: dict[str, Any] = {}  # noqa: RUF012
 
 
 def questions(choose: random.Random, texts: Sequence[list[int]], count: int, setup: Setup) -> list[Question]:
@@ -175,14 +176,16 @@ def questions(choose: random.Random, texts: Sequence[list[int]], count: int, set
         if made and choose.random() < 0.2:
             made.append(choose.choice(made))
             continue
-        most = choose.choice([1, 2, 4, 8, 8, 40])
-        begin = choose.choice([0, 1, BLOCK - 1, BLOCK, 2 * BLOCK, choose.randint(1, 900), choose.randint(300, 900)])
-        own = choose.choice([0, 1, choose.randint(1, BLOCK), choose.randint(1, 2 * BLOCK)])
+        most = choose.choice([1, 2, 2, 4, 4, 8, 30])
+        begin = choose.choice(
+            [choose.choice([0, 1, BLOCK - 1, BLOCK]), 5 * BLOCK, *(choose.randint(129, 900) for _ in range(3))]
+        )
+        own = choose.choice([0, 1, choose.randint(1, 40), choose.randint(1, 2 * BLOCK)])
         tokens = choose.choice(texts)[:begin] + prompt(own, choose.randrange(10**9))
         tokens = (tokens or [7])[: MODEL_TOKENS - most - 8]
         stops = tuple(choose.sample(range(3, VOCABULARY), 50)) if choose.random() < 0.25 else ()
         answers = choose.choice([2, 3]) if choose.random() < 0.1 else 1
-        adapter = choose.randint(0, ADAPTERS) if setup.adapters else 0
+        adapter = choose.choice([0, 0, 1, 1, 2, 3]) if setup.adapters else 0
         made.append(Question(tuple(tokens), most, stops, answers, adapter))
     return made
 
@@ -205,7 +208,7 @@ def asks(choose: random.Random, what: Sequence[Question], setup: Setup) -> list[
                 step,
                 choose.choice([0, 1, choose.randint(2, 60)]) if choose.random() < 0.15 else None,
                 choose.randint(-2, 2) if setup.engine["scheduling_policy"] == "priority" else 0,
-                choose.choice(["", "mine", "yours"]) if setup.salted else "",
+                choose.choice(["", "", "", "mine", "yours"]) if setup.salted else "",
                 wanted,
             )
         )
@@ -239,7 +242,7 @@ class Difference(NamedTuple):
 
 
 def compare(right: Answer, ours: Answer) -> Difference:
-    """Token by token, and log-probability by log-probability, up to where plain vLLM might as well have gone on otherwise."""
+    """Tokens and log-probabilities, up to where plain vLLM might as well have gone on with another token."""
     deviation, tie = 0.0, False
     if len(right) != len(ours):
         return Difference(f"{len(ours)} outputs instead of {len(right)}")
@@ -388,8 +391,8 @@ def repair_lora_operators() -> bool:
     return True
 
 
-def fuzz(model: Path, seed: int, rounds: int, requests: int, spoil: str = "") -> Findings:
-    """All of one seed. May be done once in a process.
+def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
+    """All of one seed. To be done once in a process.
 
     Parameters
     ----------
@@ -399,8 +402,6 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int, spoil: str = "") ->
         Decides the rest.
     rounds, requests : int
         Rounds, and requests in each.
-    spoil : {"", "load", "save"}
-        What to do wrong on purpose: place other bytes than were loaded, or store other bytes than were computed.
 
     Raises
     ------
@@ -431,12 +432,12 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int, spoil: str = "") ->
     wrong_beside_adapters = setup.adapters and repair_lora_operators() and not repair
     store = f"fuzz {seed}"
     url = f"scripted://{store}" + (f"?faults=seed:{seed},{setup.faults}" if setup.faults else "")
-    scheduler = {"scheduler_cls": "cakekv.vllm.plugin.make_scheduler"}
+    scheduler = {"scheduler_cls": "cakekv.vllm.CakeAsyncScheduler"} if setup.ahead else {}
     with closing(TinyEngine(model, {"store": url} | setup.cake, **scheduler, **setup.engine)) as engine:
         engine.half.outcomes.latest = deque()  # all of them
+        if setup.ahead:
+            engine.schedule_ahead()
         Watch(engine, findings.counts)
-        if spoil:
-            spoil_chunks(engine, spoil)
         for number, asked in enumerate(played):
             answers = play(engine, adapters, asked, resets[number])
             engine.settle()
@@ -471,12 +472,12 @@ def reread(
 ) -> None:
     """Have another engine load what is stored, and compare its answers."""
     cake = setup.cake | {"store": f"scripted://{store}", "mode": "load", "load_deadline": 30.0, "save": False}
-    options = setup.engine | {"enable_prefix_caching": False, "async_scheduling": False}
+    options = setup.engine | {"enable_prefix_caching": False}
     with closing(TinyEngine(model, cake, **options)) as engine:
         engine.half.outcomes.latest = deque()
         for adapter in range(ADAPTERS + 1):
             names = {
-                each: each[0].send(engine, adapters, Asked(each[0], 0, None, 0, each[1], {}))
+                each: each[0].send(engine, adapters, Asked(each[0], salt=each[1]))
                 for each in dict.fromkeys(stored)
                 if each[0].adapter == adapter
             }
@@ -487,37 +488,55 @@ def reread(
         engine.assert_nothing_leaked()
         findings.counts["stored chunks"] += len(list(scripted(store)))
         findings.counts["reread tokens"] += sum(report.loaded_tokens for _, report in engine.half.outcomes.latest)
+        findings.counts["spoiled"] += notices_spoiled_chunks(engine, adapters, stored, right)
 
 
-def spoil_chunks(engine: TinyEngine, what: str) -> None:
-    """Have chunks loaded, or saved, that hold halves of the keys and values, behind all checks of ours."""
+def notices_spoiled_chunks(
+    engine: TinyEngine, adapters: Path, stored: Sequence[tuple[Question, str]], right: dict[Question, Answer]
+) -> int:
+    """The negative control: place other keys and values than were stored, and see that answers differ.
+
+    Returns how many did, all of them; of the five requests that load most.
+    """
+    spoil_loads(engine)
+    loaded = sorted(set(stored), key=lambda each: -len(each[0].tokens))[:20]
+    differ = 0
+    for question, salt in loaded:
+        if differ == 5:
+            break
+        engine.half.outcomes.latest.clear()
+        name = question.send(engine, adapters, Asked(question, salt=salt))
+        engine.finish(name)
+        engine.settle()
+        found = engine.half.outcomes.latest
+        if not found or found[-1][1].loaded_tokens < len(question.tokens) / 2:
+            continue
+        difference = compare(right[question], answer(engine.outputs[name]))
+        assert difference.what, f"chunks of other content make no difference to {question.about()}"
+        differ += 1
+    return differ
+
+
+def spoil_loads(engine: TinyEngine) -> None:
+    """Have half of the keys and values placed, behind all checks of ours."""
     cache = engine.worker.shards[0].cache
-    place, gather = cache.place, cache.gather
+    place = cache.place
 
     def place_halves(block_ids: Any, segments: Any) -> Any:
         halves = [None if one is None else bytearray(one) for one in segments]
-        for half in halves:
-            if half is not None:
-                np.frombuffer(half, np.float32)[:] *= 0.5
+        for half in filter(None, halves):
+            np.frombuffer(half, np.float32)[:] *= 0.5
         return place(block_ids, [None if half is None else memoryview(half) for half in halves])
 
-    def gather_halves(block_ids: Any, segments: Any) -> Any:
-        wait = gather(block_ids, segments)
-
-        def wait_and_halve() -> None:
-            wait()
-            for segment in segments:
-                np.frombuffer(segment, np.float32)[:] *= 0.5
-
-        return wait_and_halve
-
-    if what == "load":
-        cache.place = place_halves
-    else:
-        cache.gather = gather_halves
+    cache.place = place_halves
 
 
-def fuzz_alone(model: Path, seed: int, rounds: int, requests: int, spoil: str = "") -> Findings:
+def fuzz_alone(model: Path, seed: int, rounds: int, requests: int, most_s: float) -> Findings:
     """`fuzz` in a process of its own: repaired operators, n-gram drafts and broken engines stay there."""
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        return processes.submit(fuzz, model, seed, rounds, requests, spoil).result()
+        try:
+            return processes.submit(fuzz, model, seed, rounds, requests).result(most_s)
+        except BaseException:
+            for process in list(processes._processes.values()):
+                process.kill()
+            raise

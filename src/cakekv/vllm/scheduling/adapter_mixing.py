@@ -14,8 +14,8 @@ _LOG = logging.getLogger("vllm.cakekv")
 def mixes_adapters(vllm_config: VllmConfig) -> bool:
     """Whether this vLLM does so; if it does, that is logged.
 
-    Its operators for CPUs take the number of no adapter, -1, for the last of the places for adapters. Those of vLLM 0.33
-    do not.
+    Its operators for CPUs take the number of no adapter, -1, for the last of the places for adapters. Those of vLLM
+    0.33 do not.
     """
     if vllm_config.lora_config is None or vllm_config.device_config.device_type != "cpu":
         return False
