@@ -1,8 +1,8 @@
 """What a step of vLLM's costs, learned from how long steps take, and how much of it goes into one restore.
 
 A step computes spans of several requests at once. Attention aside, its time depends on the tokens alone, so a step is
-one span of a `ComputeCost` whose attention equals that of all its spans together. What is learned is the machine's cost;
-a restore that shares its steps with others sees it divided by its share.
+taken for one span whose attention equals that of all its spans together. What is learned is the machine's cost; a
+restore that shares its steps with others sees it divided by its share.
 """
 
 from __future__ import annotations
