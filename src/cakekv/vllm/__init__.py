@@ -20,8 +20,9 @@ In each worker (`working/`)
     is to be saved and writes it behind. A report goes back with the step's output.
 In the scheduler again
     `half.py` passes the reports on: to `load_dispatcher.py`, which tells the restorations, and to `parked_blocks.py`,
-    which frees blocks once no worker writes into them any more. When the prompt is covered, `outcomes.py` takes the
-    report. From then on the request is like any other.
+    which frees blocks once no worker writes into them any more. When the prompt is covered, `hit_statistics.py` counts
+    what was loaded among vLLM's own figures, and `outcomes.py` takes the report. From then on the request is like any
+    other.
 """
 
 from __future__ import annotations
