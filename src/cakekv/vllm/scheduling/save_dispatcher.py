@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cakekv.codec.window import first_exact_chunk
 from cakekv.keys import ChunkKey
@@ -88,12 +88,14 @@ class SaveDispatcher:
                 orders.saves += self._tracker.orders(
                     request_id,
                     end,
-                    self._admission.chunk_names.keys(request),
-                    self._block_ids(request_id),
-                    lookup.answer(request_id) or [],
+                    RequestChunks(
+                        self._admission.chunk_names.keys(request),
+                        self._block_ids(request_id),
+                        lookup.answer(request_id) or [],
+                        lookup.asked_at(request_id),
+                        first_exact_chunk(request.num_tokens, self._lossy.codec.window, options.chunk_tokens),
+                    ),
                     restoration.lost if restoration is not None else (),
-                    first_exact_chunk(request.num_tokens, self._lossy.codec.window, options.chunk_tokens),
-                    lookup.asked_at(request_id),
                     monotonic(),
                 )
 
@@ -105,6 +107,21 @@ class SaveDispatcher:
             lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens, wrong)
             if lossy and restoration is not None:
                 restoration.after_lossy_tokens += max(0, min(tokens, restoration.planner.prompt_tokens - start))
+
+
+class RequestChunks(NamedTuple):
+    """The chunks of one request."""
+
+    keys: Sequence[ChunkKey]
+    """As far as known."""
+    block_ids: Sequence[int]
+    """The request's blocks, one after the other."""
+    stored: Sequence[tuple[int, ...]]
+    """Per chunk, who held it when the request came."""
+    asked_at: float
+    """When the stores were asked that. A chunk handed over long before, and not stored, was evicted or never written."""
+    exact_from: int
+    """The first chunk to save as it is, whatever the codec."""
 
 
 class SaveTracker:
@@ -135,12 +152,8 @@ class SaveTracker:
         self,
         request_id: str,
         end: int,
-        keys: Sequence[ChunkKey],
-        block_ids: Sequence[int],
-        stored: Sequence[tuple[int, ...]],
+        chunks: RequestChunks,
         again: Container[int],
-        exact_from: int,
-        asked_at: float,
         now: float,
     ) -> list[SaveOrder]:
         """What to save of a request.
@@ -151,35 +164,26 @@ class SaveTracker:
             The request.
         end : int
             It is computed, or loaded, up to here.
-        keys : sequence of ChunkKey
-            Keys of its chunks, as far as known.
-        block_ids : sequence of int
-            Its blocks.
-        stored : sequence of tuple of int
-            Per chunk, who held it when the request came.
+        chunks : RequestChunks
+            Its chunks.
         again : container of int
-            Chunks to save although they were stored: they could not be had.
-        exact_from : int
-            The first chunk to save as it is, whatever the codec.
-        asked_at, now : float
-            When the stores were asked about the request, and the time, in seconds on any one clock. A chunk that was
-            handed over long before and is not stored was evicted, or never written.
+            Those to save although they were stored: they could not be had.
+        now : float
+            The time, on the clock of `RequestChunks.asked_at`, in seconds.
         """
         first = self._next.get(request_id, 0)
-        last = min(end // self._chunk_tokens, len(keys))
+        last = min(end // self._chunk_tokens, len(chunks.keys))
         self._next[request_id] = max(first, last)
         orders = []
         for chunk in range(first, last):
-            key = keys[chunk]
-            known = (chunk < len(stored) and stored[chunk]) or self._handed_over.get(
-                key, -math.inf
-            ) > asked_at - _WRITING_S
-            blocks = block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
+            key, stored = chunks.keys[chunk], chunk < len(chunks.stored) and chunks.stored[chunk]
+            known = stored or self._handed_over.get(key, -math.inf) > chunks.asked_at - _WRITING_S
+            blocks = chunks.block_ids[chunk * self._chunk_blocks : (chunk + 1) * self._chunk_blocks]
             if (known and chunk not in again) or self._lossy.any_of(blocks):
                 continue
             self._handed_over[key] = now
             self._handed_over.move_to_end(key)
-            orders.append(SaveOrder(key, chunk * self._chunk_tokens, tuple(blocks), chunk >= exact_from))
+            orders.append(SaveOrder(key, chunk * self._chunk_tokens, tuple(blocks), chunk >= chunks.exact_from))
         while len(self._handed_over) > _REMEMBERED:
             self._handed_over.popitem(last=False)
         return orders
