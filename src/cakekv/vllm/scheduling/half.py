@@ -14,7 +14,7 @@ from cakekv.codec import codec_named
 from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.options import PlannerOptions
 from cakekv.restore.priority import Kind, RequestState, open_policy
@@ -81,7 +81,7 @@ class SchedulerHalf:
         self.lossy = LossyBlocks(self._codec, self._block_tokens)
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
         names = distinct_names(self._tiers)
-        sources = [Source(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
+        sources = [Tier(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
         self._desk = LoadDesk(sources, self.policy)
         self._sequence = 0
         self._groups: LayerGroups | None = None
@@ -332,7 +332,7 @@ class SchedulerHalf:
             0,
             front_s=self.costs.cost.seconds(position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={source: self._token_s[source] for source in restore.sources_left()} if loads else {},
+            load_s={source: self._token_s[source] for source in restore.tiers_left()} if loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 
