@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Mode, Planner, PlannerOptions
 from cakekv.restore.report import RestoreReport
@@ -19,7 +19,7 @@ def synthetic_report(
         prompt,
         64,
         stored,
-        [Source("disk", LoadCost(2), 2)],
+        [Tier("disk", LoadCost(2), 2)],
         ComputeCost(),
         [Level.whole(64)],
         PlannerOptions(mode=mode),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Load, Tier
 from cakekv.restore.level_choice import RESERVE, Level, best_level
 from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, run_restore
@@ -72,7 +72,7 @@ def restored(bandwidth: Trace, target_s: float, levels: tuple[Level, ...], mode:
         CHUNKS * TOKENS + 1,
         TOKENS,
         [(0,)] * CHUNKS,
-        [Source("tier", known, 2)],
+        [Tier("tier", known, 2)],
         ComputeCost(SHAPE, trusted=True),
         [*levels[:-1], best],
         PlannerOptions(mode=mode, ttft_target_s=target_s, max_span_tokens=TOKENS),  # type: ignore[arg-type]

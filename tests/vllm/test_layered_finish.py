@@ -22,18 +22,18 @@ def layered(engine: TinyEngine, stored: list[int], monkeypatch: pytest.MonkeyPat
     compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)
     monkeypatch.setattr(engine.half.costs, "cost", compute)
     monkeypatch.setattr(compute, "observe", lambda *observed: None)
-    monkeypatch.setattr(engine.half.loads, "sources", engine.half.loads.sources)
+    monkeypatch.setattr(engine.half.loads, "tiers", engine.half.loads.tiers)
     take_loads_for(engine, 0.05)
     return stored
 
 
 def take_loads_for(engine: TinyEngine, seconds: float) -> None:
     """Have the engine expect that a chunk takes so long to load."""
-    desk = engine.half.loads
+    loads = engine.half.loads
     figures = LoadFigures(
-        byte_s=seconds / desk.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=desk.chunk_bytes
+        byte_s=seconds / loads.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=loads.chunk_bytes
     )
-    desk.sources = [source._replace(cost=LoadCost(source.depth, figures)) for source in desk.sources]
+    loads.tiers = [tier._replace(cost=LoadCost(tier.depth, figures)) for tier in loads.tiers]
 
 
 @pytest.fixture

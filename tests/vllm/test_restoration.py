@@ -11,7 +11,7 @@ from cakekv.codec.raw import Raw
 from cakekv.keys import ChunkKey
 from cakekv.restore.contention import SharedLoad
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.options import PlannerOptions
 from cakekv.restore.stepwise import StepwisePlanner
@@ -36,7 +36,7 @@ def restoration() -> Restoration:
         prompt,
         BLOCK,
         [(0,)] * CHUNKS,
-        [Source("disk", load_cost, 1)],
+        [Tier("disk", load_cost, 1)],
         cost,
         [Level.whole(100_000_000, groups)],
         PlannerOptions(mode="load"),

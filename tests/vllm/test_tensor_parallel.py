@@ -67,7 +67,7 @@ def main():
             half.costs.observe = lambda *observed: None
             size = half.loads.chunk_bytes
             figures = LoadFigures(byte_s=0.1 / size, load_s=0.1, alone_s=0.1, load_bytes=size)
-            half.loads.sources = [each._replace(cost=LoadCost(each.depth, figures)) for each in half.loads.sources]
+            half.loads.tiers = [each._replace(cost=LoadCost(each.depth, figures)) for each in half.loads.tiers]
         if what == "damaged":  # one worker's part of one chunk
             files = [file for file in sorted(Path(store).rglob("*")) if file.is_file()]
             file = [file for file in files if file.stat().st_size > 200_000][5]

@@ -209,7 +209,7 @@ class Loader:
             loading.restore.check_late(now)
         for load in waited_for:
             if load.late:
-                tier, waited_s = self._tiers[load.source].name, round(now - load.began, 3)
+                tier, waited_s = self._tiers[load.tier].name, round(now - load.began, 3)
                 emit(_LOG, logging.WARNING, "deadline_missed", tier=tier, operation="load", waited_s=waited_s)
         self.wake()
 
@@ -278,7 +278,7 @@ class Loader:
         except BaseException as error:
             crash = error
         with self._lock:
-            del self._in_flight[load.source][load]
+            del self._in_flight[load.tier][load]
             loading.in_flight -= 1
             if crash is not None:
                 self._crashed(loading, crash)
@@ -324,7 +324,7 @@ class Loader:
             self._report(loading, placed)
 
     def _log_failure(self, load: Load, key: ChunkKey, error: Exception) -> None:
-        tier = self._tiers[load.source].name
+        tier = self._tiers[load.tier].name
         if isinstance(error, CorruptChunk):
             fault, detail = error.fault.name.lower(), error.detail
             emit(_LOG, logging.WARNING, "chunk_corrupt", tier=tier, chunk=key.short, fault=fault, detail=detail)
@@ -342,11 +342,11 @@ class Loader:
         """Read, verify and decode what the load needs; the layers it does not need are None."""
         coder, key = self._coder, loading.keys[load.chunk]
         layers = self._layers(load)
-        header = loading.headers.get((load.chunk, load.source)) if load.group is not None else None
-        with self._tiers[load.source].open(key) as reader:
+        header = loading.headers.get((load.chunk, load.tier)) if load.group is not None else None
+        with self._tiers[load.tier].open(key) as reader:
             header = read_chunk(reader, coder, key, load.start, layers, buffer, load, progress, load.parts, header)
         if load.group is not None:
-            loading.headers[load.chunk, load.source] = header
+            loading.headers[load.chunk, load.tier] = header
         parts: list[Segment | None] = [None] * coder.layers
         found = decoded_layers(coder, header, layers, buffer, load, decoded, self._decoder, load.parts)
         for layer, segment in found:

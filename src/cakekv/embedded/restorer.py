@@ -23,7 +23,7 @@ from cakekv.load.staging import StagingPool
 from cakekv.restore.contention import Burden, SharedCompute, SharedLoad
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.planner import Mode, Planner, PlannerOptions, Span, Wait
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.restore.report import RestoreReport
@@ -75,7 +75,7 @@ class Arms(Generic[Cache, Logits]):
         The layers of each group of a layered finish; at most one for none.
     compute_cost : ComputeCost
         What spans cost; learns.
-    sources : list of Source
+    sources : list of Tier
         The planner's view of the tiers.
     max_span_tokens, deadline_s
         As in `PlannerOptions`.
@@ -87,7 +87,7 @@ class Arms(Generic[Cache, Logits]):
     coder: ChunkCoder
     groups: list[range]
     compute_cost: ComputeCost
-    sources: list[Source]
+    sources: list[Tier]
     max_span_tokens: int
     deadline_s: float
 
@@ -112,7 +112,7 @@ class Arms(Generic[Cache, Logits]):
         loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
         names = distinct_names(tiers)
         sources = [
-            Source(name, cost, tier.parallel_reads) for name, tier, cost in zip(names, tiers, load_costs, strict=True)
+            Tier(name, cost, tier.parallel_reads) for name, tier, cost in zip(names, tiers, load_costs, strict=True)
         ]
         return cls(engine, arbiter, loader, coder, groups, compute_cost, sources, max_span_tokens, deadline_s)
 
@@ -366,7 +366,7 @@ class Restorer(Generic[Cache, Logits]):
             span_tokens=arms.max_span_tokens,
             front=coverage.start_of(coverage.front),
             back=restore.latest.back,
-            load_s={source: self._token_s(source) for source in coverage.sources_left()} if self._loads else {},
+            load_s={source: self._token_s(source) for source in coverage.tiers_left()} if self._loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 

@@ -18,7 +18,7 @@ class Burden:
 
     compute: float = 1.0
     load: dict[int, float] = field(default_factory=dict)
-    """Per source; 1.0 where there is none."""
+    """Per tier; 1.0 where there is none."""
 
 
 def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
@@ -49,11 +49,11 @@ def load_burdens(requests: Sequence[RequestState], policy: Policy, now: float) -
     """The part of `burdens` that concerns loads, for prefills: per request, as in `Burden`."""
     result: dict[str, dict[int, float]] = {request.request_id: {} for request in requests}
     both_s = {request.request_id: _both_s(request) for request in requests}
-    for source in {source for request in requests for source in request.load_s}:
+    for tier in {tier for request in requests for tier in request.load_s}:
         ahead_s = 0.0
-        for request in policy.load_order(requests, source, now):
-            own_s = request.tokens * request.load_s[source]
-            result[request.request_id][source] = _burden(ahead_s, own_s)
+        for request in policy.load_order(requests, tier, now):
+            own_s = request.tokens * request.load_s[tier]
+            result[request.request_id][tier] = _burden(ahead_s, own_s)
             ahead_s += both_s[request.request_id]
     return result
 

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.baseline import CakeBaseline
@@ -130,7 +130,7 @@ def predict(cell: Cell) -> Prediction:
         cell.tokens + 1,  # the whole prefix is stored; one token more gives the first logits
         LOAD_TOKENS,
         [(0,)] * (cell.tokens // LOAD_TOKENS),
-        [Source("storage", known, 1)],
+        [Tier("storage", known, 1)],
         ComputeCost(compute.shape(span_tokens), trusted=True),
         [Level.whole(size)],
         PlannerOptions(max_span_tokens=span_tokens),

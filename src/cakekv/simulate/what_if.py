@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.costs import TYPICAL, ComputeCost, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Mode, Planner, PlannerOptions
 from cakekv.simulate.hardware import HARDWARE, SHORT_STEP, STEP_TOKENS, ComputeCurve, estimated_curve
@@ -159,7 +159,7 @@ def what_if(model: ModelShape, tokens: int, bandwidth: str, compute: str, suffix
             tokens,
             chunk,
             stored,
-            [Source("storage", known, _DEPTH)],
+            [Tier("storage", known, _DEPTH)],
             ComputeCost(curve.shape(span_tokens), trusted=True),
             [Level.whole(size)],
             PlannerOptions(mode=mode, max_span_tokens=span_tokens),

@@ -19,7 +19,7 @@ class LoadOrder(NamedTuple):
 
     number: int
     """Names the load; never used again."""
-    source: int
+    tier: int
     key: ChunkKey
     start: int
     """Position of the chunk's first token."""
@@ -48,7 +48,7 @@ class StepOrders(KVConnectorMetadata):
     sequence: int
     loads: list[LoadOrder] = field(default_factory=list)
     at_a_time: list[int] = field(default_factory=list)
-    """Per source, how many chunks to read at a time; what else was ordered waits for its turn."""
+    """Per tier, how many chunks to read at a time; what else was ordered waits for its turn."""
     cancels: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)

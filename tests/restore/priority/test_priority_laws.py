@@ -86,13 +86,13 @@ def test_nobody_younger_is_served_before_one_past_the_bound(
 
 
 @settings(deadline=None)
-@given(requests=REQUESTS, source=st.integers(0, 1))
+@given(requests=REQUESTS, tier=st.integers(0, 1))
 def test_loads_are_for_admitted_restores_that_need_the_source(
-    policy: Policy, requests: list[RequestState], source: int
+    policy: Policy, requests: list[RequestState], tier: int
 ) -> None:
-    order = policy.load_order(requests, source, NOW)
+    order = policy.load_order(requests, tier, NOW)
     assert {request.request_id for request in order} == {
-        request.request_id for request in requests if request.admitted and source in request.load_s
+        request.request_id for request in requests if request.admitted and tier in request.load_s
     }
     overdue = [request.arrived_s for request in order if is_overdue(request, policy)]
     assert [request.arrived_s for request in order[: len(overdue)]] == sorted(overdue)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cakekv.restore.assignment import Candidate, assign_loads
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -103,7 +103,7 @@ def planned_seconds(timer: Timer, prompt_tokens: int, stored: Sequence[bool]) ->
         prompt_tokens,
         timer.chunk_tokens,
         [(0,) if held else () for held in stored[: timer.whole_chunks(prompt_tokens)]],
-        [Source("tier", cost, DEPTH)],
+        [Tier("tier", cost, DEPTH)],
         ComputeCost(timer.shape, trusted=True),
         [Level.whole(size)],
         PlannerOptions(max_span_tokens=timer.chunk_tokens),

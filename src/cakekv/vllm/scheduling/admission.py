@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MOST_OPEN = 64
-"""Restores at a time: as many as loads may queue at a source. The others would only wait, and cost in every step."""
+"""Restores at a time: as many as loads may queue at a tier. The others would only wait, and cost in every step."""
 MOST_BEGUN = 8
 """Restores that may begin in a step: vLLM allocates all of a prefix's blocks for each."""
 
@@ -48,7 +48,7 @@ class Admission:
     shares_blocks : bool
         Whether vLLM's own prefix cache is on.
     alive : callable
-        The sources that have a reader left.
+        The tiers that have a reader left.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class Admission:
         if stored is None:
             return None, False
         alive = self._alive()
-        if len(alive) < self.lookup.sources:
-            stored = [tuple(source for source in holders if source in alive) for holders in stored]
+        if len(alive) < self.lookup.tiers:
+            stored = [tuple(tier for tier in holders if tier in alive) for holders in stored]
         prefix = self._prefix_tokens(request, stored, local_tokens)
         if prefix <= local_tokens:
             return 0, False

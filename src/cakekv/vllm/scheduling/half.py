@@ -13,7 +13,7 @@ from cakekv.codec import codec_named
 from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, load_burdens
 from cakekv.restore.costs import LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.options import PlannerOptions
 from cakekv.restore.planner import Span
@@ -128,7 +128,7 @@ class SchedulerHalf:
         self._states: dict[str, RequestState] = {}
         """The restores as the policies see them in this step."""
         self._token_s: dict[int, float] = {}
-        """Per source, seconds of its time per token, in this step."""
+        """Per tier, seconds of its time per token, in this step."""
         self._shape = self.costs.cost.shape
         """What compute costs, in this step."""
         self._furthest = 0
@@ -155,9 +155,9 @@ class SchedulerHalf:
 
         depths = [options.load_threads or tier.parallel_reads for tier in self.tiers]
         names = distinct_names(self.tiers)
-        sources = [Source(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
+        tiers = [Tier(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
         chunk_bytes = sum(worker.chunk_bytes for worker in workers.values())
-        self.loads = LoadDispatcher(sources, self.policy, len(workers), chunk_bytes)
+        self.loads = LoadDispatcher(tiers, self.policy, len(workers), chunk_bytes)
         self._groups: LayerGroups | None = None
         """How chunks are cut for a layered finish; None: this engine cannot have layers wait."""
         if layered_step.is_possible(vllm_config) and self._codec.fixed:
@@ -205,7 +205,7 @@ class SchedulerHalf:
         assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs, self.latest_share)
-        load_costs = [SharedLoad(source.cost) for source in self.loads.sources]
+        load_costs = [SharedLoad(tier.cost) for tier in self.loads.tiers]
         found_bytes = self.lookup.chunk_bytes(request.request_id)
         if found_bytes is not None and not self._codec.fixed:
             self.loads.chunk_bytes = found_bytes * self._copies
@@ -213,7 +213,7 @@ class SchedulerHalf:
             request.num_tokens,
             self.options.chunk_tokens,
             stored[: prefix // self.options.chunk_tokens],
-            [source._replace(cost=shared) for source, shared in zip(self.loads.sources, load_costs, strict=True)],
+            [tier._replace(cost=shared) for tier, shared in zip(self.loads.tiers, load_costs, strict=True)],
             cost,
             [Level.whole(self.loads.chunk_bytes, self._groups_for(request, prefix))],
             PlannerOptions(
@@ -337,7 +337,7 @@ class SchedulerHalf:
             budget -= min(restoration.demand.tokens, spare or 0) if limited else restoration.demand.tokens
 
     def _weigh(self, now: float) -> None:
-        """Tell the restores how long they wait for the sources while others are served before them."""
+        """Tell the restores how long they wait for the tiers while others are served before them."""
         loading = [restoration for restoration in self.restorations.values() if not restoration.joined]
         states = [
             self._states[restoration.request_id]._replace(
@@ -348,8 +348,8 @@ class SchedulerHalf:
         burden = load_burdens(states, self.policy, time())
         for restoration in loading:
             burden_of = burden[restoration.request_id]
-            for source, cost in enumerate(restoration.load_costs):
-                cost.burden = burden_of.get(source, 1.0)
+            for tier, cost in enumerate(restoration.load_costs):
+                cost.burden = burden_of.get(tier, 1.0)
                 if len(loading) > 1:
                     cost.crowded_s = now
 
@@ -370,7 +370,7 @@ class SchedulerHalf:
             0,
             front_s=self.costs.cost.seconds(position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * planner.latest.back,
-            load_s={source: self._token_s[source] for source in planner.sources_left()} if loads else {},
+            load_s={tier: self._token_s[tier] for tier in planner.tiers_left()} if loads else {},
             prefix_tokens=planner.prefix_tokens,
         )
 

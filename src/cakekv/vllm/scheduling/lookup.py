@@ -68,11 +68,11 @@ class BackgroundLookup:
         self._busy_since: list[float | None] = [None for _ in tiers]
         self._closed = False
         self._complaints = [Complaints(f"the {tier.name} store does not say what it holds") for tier in tiers]
-        for source, tier in enumerate(tiers):
-            start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
+        for tier, store in enumerate(tiers):
+            start_thread(f"cakekv-lookup-{store.name}", lambda tier=tier: self._work(tier))  # type: ignore[misc]
 
     @property
-    def sources(self) -> int:
+    def tiers(self) -> int:
         """How many tiers there are."""
         return len(self._tiers)
 
@@ -95,12 +95,12 @@ class BackgroundLookup:
             return question.complete
         answers = question.answers.copy()  # more may come meanwhile
         now = monotonic()
-        for source in range(len(self._tiers)):
-            if source not in answers and not self._overdue(source, question, now):
+        for tier in range(len(self._tiers)):
+            if tier not in answers and not self._overdue(tier, question, now):
                 return None
         question.known = question.known or now
         held = answers.items()
-        stored = [tuple(source for source, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
+        stored = [tuple(tier for tier, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
         if len(answers) == len(self._tiers):
             question.promising = any(stored)
             question.complete = stored
@@ -140,34 +140,34 @@ class BackgroundLookup:
             self._closed = True
             self._changed.notify_all()
 
-    def _overdue(self, source: int, question: _Question, now: float) -> bool:
-        since = self._busy_since[source]
+    def _overdue(self, tier: int, question: _Question, now: float) -> bool:
+        since = self._busy_since[tier]
         since = question.asked_at if since is None else min(since, question.asked_at)
         return now - since >= self.patience_s
 
-    def _work(self, source: int) -> None:
-        tier = self._tiers[source]
+    def _work(self, tier: int) -> None:
+        store = self._tiers[tier]
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting[source] or self._closed)
+                self._changed.wait_for(lambda: self._waiting[tier] or self._closed)
                 if self._closed:
                     return
                 alive = set(map(id, self._questions.values()))  # others were forgotten, or ask anew
-                batch = [question for question in self._waiting[source] if id(question) in alive]
-                self._waiting[source] = []
+                batch = [question for question in self._waiting[tier] if id(question) in alive]
+                self._waiting[tier] = []
                 if not batch:
                     continue
-                self._busy_since[source] = monotonic()
+                self._busy_since[tier] = monotonic()
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:
-                found = tier.lookup(keys)
+                found = store.lookup(keys)
                 if doubt := doubt_of(found):
-                    self._complaints[source].say(doubt)
+                    self._complaints[tier].say(doubt)
             except CakeError as error:
-                self._complaints[source].say(str(error))
+                self._complaints[tier].say(str(error))
                 found = [None] * len(keys)
             except Exception:
-                self._complaints[source].say("it failed in a way that no store should", exc_info=True)
+                self._complaints[tier].say("it failed in a way that no store should", exc_info=True)
                 found = [None] * len(keys)
             # The scheduler never waits for this: the lock is held to publish an answer, not to read it.
             first, answers = 0, []
@@ -175,10 +175,10 @@ class BackgroundLookup:
                 answers.append(self._held(question, found, first))
                 first += len(question.keys) * len(self._shards)
             with self._changed:
-                self._busy_since[source] = None
+                self._busy_since[tier] = None
                 for question, (held, sizes) in zip(batch, answers, strict=True):
                     question.sizes += sizes
-                    question.answers[source] = held
+                    question.answers[tier] = held
 
     def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
         """Which of a question's chunks a tier has in a form that will do, and their bytes.

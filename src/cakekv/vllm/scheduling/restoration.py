@@ -81,7 +81,7 @@ class Restoration:
     cost : SharedCost
         The planner's idea of compute.
     load_costs : sequence of SharedLoad
-        Its idea of each source.
+        Its idea of each tier.
     keys : sequence of ChunkKey
         Keys of the chunks.
     block_ids : sequence of int
@@ -257,19 +257,19 @@ class Restoration:
         return awaited
 
     def awaited_s(self) -> float:
-        """Seconds that the slowest source should take for them."""
+        """Seconds that the slowest tier should take for them."""
         seconds = [0.0] * len(self.load_costs)
         for load in self._awaited_loads().values():
-            seconds[load.source] += self.load_costs[load.source].seconds(load.size)
+            seconds[load.tier] += self.load_costs[load.tier].seconds(load.size)
         return max(seconds)
 
-    def next_load(self, source: int, number: int, now: float, ahead: int) -> LoadOrder | None:
-        """The next load to order from a source, if any is worth it."""
-        load = self.planner.next_load(source, now, ahead)
+    def next_load(self, tier: int, number: int, now: float, ahead: int) -> LoadOrder | None:
+        """The next load to order from a tier, if any is worth it."""
+        load = self.planner.next_load(tier, now, ahead)
         if load is None:
             return None
         self._loads[number] = _OpenLoad(load)
-        return LoadOrder(number, source, self.keys[load.chunk], load.start, self._blocks_of(load), load.group)
+        return LoadOrder(number, tier, self.keys[load.chunk], load.start, self._blocks_of(load), load.group)
 
     def _blocks_of(self, load: Load) -> tuple[int, ...]:
         return tuple(self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks])

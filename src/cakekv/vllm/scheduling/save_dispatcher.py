@@ -119,7 +119,7 @@ class RequestChunks(NamedTuple):
     stored: Sequence[tuple[int, ...]]
     """Per chunk, who held it when the request came."""
     asked_at: float
-    """When the stores were asked that. A chunk handed over long before, and not stored, was evicted or never written."""
+    """When the stores were asked that. What was handed over long before, and is not stored, is to be saved again."""
     exact_from: int
     """The first chunk to save as it is, whatever the codec."""
 

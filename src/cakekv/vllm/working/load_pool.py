@@ -39,7 +39,7 @@ class LoadPool:
     Parameters
     ----------
     tiers : sequence of Store
-        One per source of the orders.
+        In the order that the scheduler numbers them in.
     threads : sequence of int
         Per tier, how many chunks to read at a time at the most.
     shards : sequence of Shard
@@ -64,9 +64,9 @@ class LoadPool:
         self._ended: dict[int, tuple[bool, str, Progress, float, float]] = {}
         self._closed = False
         self._odd = Complaints("a stored chunk is computed instead")
-        for source, (tier, count) in enumerate(zip(tiers, threads, strict=True)):
+        for tier, (store, count) in enumerate(zip(tiers, threads, strict=True)):
             for number in range(count):
-                start_thread(f"cakekv-load-{tier.name}-{number}", lambda source=source: self._work(source))  # type: ignore[misc]
+                start_thread(f"cakekv-load-{store.name}-{number}", lambda tier=tier: self._work(tier))  # type: ignore[misc]
 
     def submit(self, orders: Iterable[LoadOrder], at_a_time: Sequence[int]) -> None:
         """Queue loads; of each tier, read so many at a time from now on, not counting those that were given up."""
@@ -74,7 +74,7 @@ class LoadPool:
             self._at_a_time = list(at_a_time)
             for order in orders:
                 job = self._jobs[order.number] = _Job(order)
-                self._queues[order.source].append(job)
+                self._queues[order.tier].append(job)
             self._changed.notify_all()
 
     def cancel(self, numbers: Iterable[int]) -> None:
@@ -84,7 +84,7 @@ class LoadPool:
             for job in jobs:
                 job.cancelled = True
                 if job.began is None:
-                    self._queues[job.order.source].remove(job)
+                    self._queues[job.order.tier].remove(job)
                     self._end(job, False, "", Progress())
             self._changed.notify_all()  # others may begin in their place
             self._changed.wait_for(lambda: not any(job.placing for job in jobs))
@@ -124,8 +124,8 @@ class LoadPool:
             self._closed = True
             self._changed.notify_all()
 
-    def _work(self, source: int) -> None:
-        while (job := self._next(source)) is not None:
+    def _work(self, tier: int) -> None:
+        while (job := self._next(tier)) is not None:
             progress = Progress()
             placed, reason = False, ""
             try:
@@ -138,30 +138,30 @@ class LoadPool:
                 self._odd.say("a load failed in a way that no store should", exc_info=True)
                 reason = f"crashed: {error!r}"
             with self._changed:
-                self._reading[source].remove(job)
+                self._reading[tier].remove(job)
                 self._end(job, placed, reason, progress)
                 self._changed.notify_all()
 
-    def _next(self, source: int) -> _Job | None:
-        queue = self._queues[source]
+    def _next(self, tier: int) -> _Job | None:
+        queue = self._queues[tier]
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or (queue and self._has_room(source)))
+            self._changed.wait_for(lambda: self._closed or (queue and self._has_room(tier)))
             if self._closed:
                 return None
             job = queue.popleft()
-            self._reading[source].append(job)
+            self._reading[tier].append(job)
             job.began = self._begun[job.order.number] = monotonic()
             return job
 
-    def _has_room(self, source: int) -> bool:
-        return sum(not job.cancelled for job in self._reading[source]) < self._at_a_time[source]
+    def _has_room(self, tier: int) -> bool:
+        return sum(not job.cancelled for job in self._reading[tier]) < self._at_a_time[tier]
 
     def _load(self, job: _Job, progress: Progress) -> bool:
         """Read, verify and place a chunk; False if it was cancelled at the last moment."""
-        order, tier = job.order, self.tiers[job.order.source]
+        order, store = job.order, self.tiers[job.order.tier]
         layers = self._groups[order.group] if order.group is not None else None
         with ExitStack() as stack:
-            parts = [shard.read(tier, order.key, order.start, layers, job, progress, stack) for shard in self._shards]
+            parts = [shard.read(store, order.key, order.start, layers, job, progress, stack) for shard in self._shards]
             with self._changed:
                 if job.cancelled:
                     return False

@@ -68,7 +68,7 @@ class Shard:
         """Buffers to place from."""
         self._scratch = StagingPool(_allocate, coder.exact.total_bytes)
         self._headers: dict[tuple[ChunkKey, Store], ChunkHeader] = {}
-        """By chunk and tier: pieces after the first do not read the header again."""
+        """By chunk and store: pieces after the first do not read the header again."""
 
     def forget_headers(self) -> None:
         """No chunk is being loaded in pieces any more."""
@@ -76,7 +76,7 @@ class Shard:
 
     def read(
         self,
-        tier: Store,
+        store: Store,
         key: ChunkKey,
         position: int,
         layers: Sequence[int] | None,
@@ -88,7 +88,7 @@ class Shard:
 
         Parameters
         ----------
-        tier : Store
+        store : Store
             Where from.
         key : ChunkKey
             The chunk's.
@@ -114,11 +114,11 @@ class Shard:
         piece = layers is not None
         layers = range(coder.layers) if layers is None else layers
         buffer = stack.enter_context(self.staging.buffer())
-        header = self._headers.get((own, tier)) if piece else None
-        with tier.open(own) as reader:
+        header = self._headers.get((own, store)) if piece else None
+        with store.open(own) as reader:
             header = read_chunk(reader, coder, own, position, layers, buffer, load, progress, header=header)
         if piece:
-            self._headers[own, tier] = header
+            self._headers[own, store] = header
         return self._decode(header, layers, buffer, load, stack)
 
     def _decode(
