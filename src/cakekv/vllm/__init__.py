@@ -4,8 +4,9 @@
 asynchronously) into `--scheduler-cls`. Both are needed: the connector loads and saves, the scheduler computes.
 
 vLLM runs one scheduler and several workers, in processes of their own. `connector.py` hands every call of vLLM's on to
-the half that runs in its process: `scheduling/half.py` or `working/half.py`. The halves share `config.py`, `stores.py`,
-`shard_key.py` and the messages of `messages.py`, and nothing else. A request goes through them like this:
+the half that runs in its process: `scheduling/half.py` or `working/half.py`. The halves talk in the messages of
+`messages.py` only; each opens the stores (`stores.py`) by the same options (`config.py`), and names what is in them by
+the same keys (`shard_key.py`). A request goes through them like this:
 
 In the scheduler (`scheduling/`)
     It comes: `admission.py` reads its own options (`request_options.py`), names its chunks (`identity.py`), and has
