@@ -10,7 +10,7 @@ import pytest
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
-from cakekv.options import Options
+from cakekv.options import CakeKeywords
 from cakekv.store.memory import MemoryStore
 
 CHUNK = 16
@@ -22,9 +22,11 @@ def test_every_position_is_planned_for_and_nothing_is_done(engine: TransformersE
         cake.prefill(prompt)
         cake.wait_saved()
         store.delete([sorted(chunk.key for chunk in store)[0]])
-        runs = cake.explain(prompt, mode="load")
+        runs = cake.plan(prompt, mode="load")
         assert cake.last_report is not None
         assert cake.last_report.loaded_tokens == 0
+        with pytest.warns(DeprecationWarning, match=r"Cake\.plan"):
+            assert [run.how for run in cake.explain(prompt, mode="load")] == [run.how for run in runs]
     assert [run.start for run in runs] == [0, *(run.start + run.tokens for run in runs[:-1])]
     assert sum(run.tokens for run in runs) == len(prompt)
     computed = [run for run in runs if run.how == "compute"]
@@ -74,7 +76,7 @@ def test_what_a_tier_costs_is_known_to_the_next_process(
 def test_every_way_to_make_a_cake_takes_every_option() -> None:
     parameters = inspect.signature(Cake.__init__).parameters.values()
     keywords = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keywords == set(Options.__annotations__)
+    assert keywords == set(CakeKeywords.__annotations__)
     assert inspect.signature(Cake.from_pretrained).parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
 
 

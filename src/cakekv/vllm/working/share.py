@@ -11,7 +11,7 @@ from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.keys import ChunkKey
 from cakekv.load.decoding import decoded_layers
-from cakekv.load.reading import Cancellable, Progress, read_chunk
+from cakekv.load.reading import Cancellable, Headers, Progress, Wanted, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.shard_key import shard_key
@@ -48,8 +48,7 @@ class Share:
         self.staging = StagingPool(cache.allocate, coder.exact.total_bytes)
         """Buffers to place from."""
         self._scratch = StagingPool(_allocate, coder.exact.total_bytes)
-        self._headers: dict[tuple[ChunkKey, Store], ChunkHeader] = {}
-        """By chunk and tier: pieces after the first do not read the header again."""
+        self._headers: Headers = {}
 
     def forget_headers(self) -> None:
         """No chunk is being loaded in pieces any more."""
@@ -92,24 +91,20 @@ class Share:
         CorruptChunk, MissingChunk, StoreError, Abandoned
         """
         coder, own = self.coder, shard_key(key, self.tag)
-        piece = layers is not None
-        layers = range(coder.layers) if layers is None else layers
+        is_piece = layers is not None
+        wanted = Wanted(own, position, range(coder.layers) if layers is None else layers, is_piece=is_piece)
         buffer = stack.enter_context(self.staging.buffer())
-        header = self._headers.get((own, tier)) if piece else None
-        with tier.open(own) as reader:
-            header = read_chunk(reader, coder, own, position, layers, buffer, load, progress, header=header)
-        if piece:
-            self._headers[own, tier] = header
-        return self._decode(header, layers, buffer, load, stack)
+        header = read_chunk(tier, coder, wanted, buffer, load, progress, self._headers)
+        return self._decode(header, wanted, buffer, load, stack)
 
     def _decode(
-        self, header: ChunkHeader, layers: Sequence[int], buffer: memoryview, load: Cancellable, stack: ExitStack
+        self, header: ChunkHeader, wanted: Wanted, buffer: memoryview, load: Cancellable, stack: ExitStack
     ) -> list[Segment | None]:
         coder, decoder = self.coder, self._decoder if header.shape.packed else None
         decodes = header.shape.packed and decoder is None
         decoded = stack.enter_context(self._scratch.buffer()) if decodes else None
         parts: list[Segment | None] = [None] * coder.layers
-        found = decoded_layers(coder, header, layers, buffer, load, decoded, decoder)
+        found = decoded_layers(coder, header, wanted, buffer, load, decoded, decoder)
         if not self._orders or decoder is not None:
             for layer, segment in found:
                 parts[layer] = segment
