@@ -23,8 +23,9 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Planner, Span, Wait
+from cakekv.restore.flights import Load, Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span, Wait
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 CHUNK_TOKENS, SPAN_TOKENS, SUFFIX_TOKENS = 128, 512, 256
@@ -63,9 +64,9 @@ class TimedPlanner(Planner):
             self.compute_s.append(perf_counter() - began)
         return answer
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         began = perf_counter()
-        load = super().next_load(source, now)
+        load = super().next_load(tier, now)
         self._in_vain_s += perf_counter() - began
         if load is not None:
             self.load_s.append(self._in_vain_s)
@@ -123,10 +124,10 @@ def open_restore(chunks: int, bandwidth: float) -> TimedPlanner:
         chunks * CHUNK_TOKENS + SUFFIX_TOKENS,
         CHUNK_TOKENS,
         [(0,)] * chunks,
-        [Source("tier", loading, DEPTH)],
+        [Tier("tier", loading, DEPTH)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=CHUNK_BYTES,
-        max_span_tokens=SPAN_TOKENS,
+        [Level.whole(CHUNK_BYTES)],
+        PlannerOptions(max_span_tokens=SPAN_TOKENS),
     )
 
 

@@ -37,7 +37,7 @@ from cakekv.prompt import Prompt
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.restore.priority import Policy
 from cakekv.restore.report import RestoreReport
 from cakekv.results import Generation, OnProgress, Prefill, Progress
@@ -269,7 +269,7 @@ class Cake:
         prompt : str, sequence of int, array, tensor, or mapping
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
         mode : {"auto", "compute", "load", "both"}
-            Which arms may work; see `cakekv.restore.planner.Planner`.
+            Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None

@@ -13,7 +13,7 @@ from cakekv.codec.base import Codec
 from cakekv.errors import BadInput
 from cakekv.prompt import check_text
 from cakekv.quantities import parse_bytes, real, whole
-from cakekv.restore.planner import MODES, Mode
+from cakekv.restore.options import MODES, Mode
 from cakekv.restore.priority import Policy, open_policy
 from cakekv.results import OnProgress
 

@@ -19,9 +19,9 @@ from cakekv.keys import ChunkKey
 from cakekv.load import pieces
 from cakekv.load.pieces import layer_groups
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import Planner
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
@@ -75,7 +75,7 @@ def test_on_a_virtual_clock_both_arms_stay_busy_to_the_end(suffix: int) -> None:
         load.observe(64_000, -1.0, -0.936)
         cut = LayerGroups((64_000 // groups,) * groups, (64_000 // groups,) * groups) if groups > 1 else None
         restore = Planner(
-            prefix + suffix, 64, [(0,)] * 47, [Source("disk", load, 2)], compute, chunk_bytes=64_000, groups=cut
+            prefix + suffix, 64, [(0,)] * 47, [Tier("disk", load, 2)], compute, [Level.whole(64_000, cut)]
         )
         tier = VirtualTier(constant(1e6))
         return run_restore(restore, lambda span, now: 1e-4 + span.tokens * 1e-3, [tier], groups=groups), restore
@@ -100,12 +100,10 @@ def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
         40 * 64 + 30,
         64,
         [(0,)] * 40,
-        [Source("disk", load, 1)],
+        [Tier("disk", load, 1)],
         compute,
-        chunk_bytes=64_000,
-        groups=groups,
-        mode="both",
-        max_span_tokens=64,
+        [Level.whole(64_000, groups)],
+        PlannerOptions(mode="both", max_span_tokens=64),
     )
     tier = VirtualTier(constant(6.4e6))
     seconds = run_restore(restore, lambda span, now: 1e-4 + span.tokens * 2e-3, [tier], groups=5)

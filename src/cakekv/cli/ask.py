@@ -16,7 +16,7 @@ from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_do
 from cakekv.errors import BadInput
 from cakekv.messages import inert
 from cakekv.quantities import parse_bandwidth
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 

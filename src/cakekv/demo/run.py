@@ -10,7 +10,7 @@ from typing import Any
 from cakekv.bench.bound import compute_curve
 from cakekv.cake import Cake, Generation
 from cakekv.errors import CakeError
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.restore.report import RestoreReport
 from cakekv.results import OnProgress
 from cakekv.store.throttled import ThrottledStore

@@ -122,12 +122,12 @@ class Arbiter:
         if first is not None and first is not request:
             first.woken.notify_all()
 
-    def load_order(self, source: int, now: float) -> list[Request]:
-        """The open requests that `source` may work for, the one to serve first at the front."""
+    def load_order(self, tier: int, now: float) -> list[Request]:
+        """The open requests that `tier` may work for, the one to serve first at the front."""
         if len(self._open) < 2:
             return list(self._open.values())
         states = self._weigh(now)
-        order = [self._open[state.request_id] for state in self._policy.load_order(states, source, now)]
+        order = [self._open[state.request_id] for state in self._policy.load_order(states, tier, now)]
         return order
 
     def weigh(self, now: float) -> None:

@@ -15,7 +15,7 @@ from cakekv.load.pieces import layer_groups
 from cakekv.load.staging import StagingPool
 from cakekv.options import CakeOptions
 from cakekv.restore.costs import ComputeCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 from cakekv.store.base import Store, distinct_names
 
 
@@ -39,8 +39,8 @@ class Arms(Generic[Cache, Logits]):
         The layers of each group of a layered finish; at most one for none.
     compute_cost : ComputeCost
         What spans cost; learns.
-    sources : list of Source
-        The planner's view of the tiers.
+    tiers : list of Tier
+        The planner's view of the stores' tiers.
     """
 
     options: CakeOptions
@@ -50,7 +50,7 @@ class Arms(Generic[Cache, Logits]):
     loader: Loader
     groups: list[range]
     compute_cost: ComputeCost
-    sources: list[Source]
+    tiers: list[Tier]
 
     @classmethod
     def of(
@@ -59,20 +59,20 @@ class Arms(Generic[Cache, Logits]):
         engine: Engine[Cache, Logits],
         coder: ChunkCoder,
         staging: StagingPool,
-        tiers: Sequence[Store],
+        stores: Sequence[Store],
         costs: KnownCosts,
     ) -> Self:
-        """Make what is missing; `costs` are those of `tiers`, `staging` has buffers for exact chunks."""
+        """Make what is missing. Each of `stores` is a tier, with its `costs`; `staging` has buffers for exact chunks."""
         arbiter = Arbiter(options.policy)
         groups = layer_groups(coder.expected([]), coder.layers) if options.layered_finish else []
-        loader = Loader(arbiter, tiers, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
-        sources = [
-            Source(name, cost, tier.parallel_reads)
-            for name, tier, cost in zip(distinct_names(tiers), tiers, costs.loads, strict=True)
+        loader = Loader(arbiter, stores, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
+        tiers = [
+            Tier(name, cost, store.parallel_reads)
+            for name, store, cost in zip(distinct_names(stores), stores, costs.loads, strict=True)
         ]
-        return cls(options, engine, coder, arbiter, loader, groups, costs.compute, sources)
+        return cls(options, engine, coder, arbiter, loader, groups, costs.compute, tiers)
 
-    def hangs(self, source: int) -> bool:
+    def hangs(self, tier: int) -> bool:
         """Whether a tier does not answer any more."""
         with self.arbiter.lock:
-            return self.loader.hangs(source)
+            return self.loader.hangs(tier)

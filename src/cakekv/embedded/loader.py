@@ -109,7 +109,7 @@ class Loader:
     arbiter : Arbiter
         Orders the restores; its lock guards everything here.
     tiers : sequence of Store
-        One per source of the restores.
+        One per tier of the restores.
     coder : ChunkCoder
         What a chunk of this model looks like, and how it is decoded: by the thread that read it.
     unwindowed : sequence of int
@@ -162,35 +162,35 @@ class Loader:
 
     def wake(self) -> None:
         """Something has happened to a restore: there may be something to load."""
-        for source, free in enumerate(self._free):
+        for tier, free in enumerate(self._free):
             if not self._open:
                 free.notify_all()
                 continue
-            if self._stuck(source) >= 2 * self._tiers[source].parallel_reads:
-                self._give_up(source, "late")  # each one that is stuck holds a buffer
+            if self._stuck(tier) >= 2 * self._tiers[tier].parallel_reads:
+                self._give_up(tier, "late")  # each one that is stuck holds a buffer
                 continue
-            while self._workers[source] < self._places(source) and self._hire(source):
+            while self._workers[tier] < self._places(tier) and self._hire(tier):
                 pass
             free.notify()
 
-    def _hire(self, source: int) -> bool:
+    def _hire(self, tier: int) -> bool:
         """Start a worker. If the system has no thread to spare, those at work will do; without any, nothing loads."""
-        name = f"cakekv-load-{self._tiers[source].name}"
-        self._workers[source] += 1  # whatever else `start` raises, the thread has begun
+        name = f"cakekv-load-{self._tiers[tier].name}"
+        self._workers[tier] += 1  # whatever else `start` raises, the thread has begun
         try:
-            threading.Thread(target=self._work, args=(source,), name=name, daemon=True).start()
+            threading.Thread(target=self._work, args=(tier,), name=name, daemon=True).start()
             return True
         except RuntimeError as error:
-            self._workers[source] -= 1
-            if self._workers[source] <= self._stuck(source):
-                self._give_up(source, f"store failed: no thread can be started to read it ({error})")
+            self._workers[tier] -= 1
+            if self._workers[tier] <= self._stuck(tier):
+                self._give_up(tier, f"store failed: no thread can be started to read it ({error})")
             return False
 
-    def _give_up(self, source: int, reason: str) -> None:
+    def _give_up(self, tier: int, reason: str) -> None:
         """Have every chunk that this tier should deliver be computed, or delivered by another one."""
         for loads in self._open.values():
             now, planner = monotonic(), loads.restore.planner
-            while (load := planner.next_load(source, now)) is not None:
+            while (load := planner.next_load(tier, now)) is not None:
                 planner.failed(load, reason, 0, now)
             loads.restore.request.woken.notify_all()
 
@@ -201,61 +201,61 @@ class Loader:
             loads.restore.planner.check_late(now)
         for load in waited_for:
             if load.late:
-                tier, waited_s = self._tiers[load.source].name, round(now - load.began, 3)
+                tier, waited_s = self._tiers[load.tier].name, round(now - load.began, 3)
                 emit(_LOG, logging.WARNING, "deadline_missed", tier=tier, operation="load", waited_s=waited_s)
         self.wake()
 
-    def hangs(self, source: int) -> bool:
+    def hangs(self, tier: int) -> bool:
         """Whether as many workers as the tier has places are stuck in loads that nobody waits for any more."""
-        return self._stuck(source) >= self._tiers[source].parallel_reads
+        return self._stuck(tier) >= self._tiers[tier].parallel_reads
 
-    def _stuck(self, source: int) -> int:
-        now, stuck, in_flight = monotonic(), 0, self._in_flight[source]
+    def _stuck(self, tier: int) -> int:
+        now, stuck, in_flight = monotonic(), 0, self._in_flight[tier]
         for load, cancelled in in_flight.items():
             if load.cancelled and cancelled == math.inf:
                 in_flight[load] = now
             stuck += load.late or now - cancelled > _STUCK_S
         return stuck
 
-    def _places(self, source: int) -> int:
-        reads = self._tiers[source].parallel_reads
-        return reads + min(self._stuck(source), reads)
+    def _places(self, tier: int) -> int:
+        reads = self._tiers[tier].parallel_reads
+        return reads + min(self._stuck(tier), reads)
 
-    def _next(self, source: int) -> tuple[Loads, Load] | None:
-        while self._open and self._workers[source] <= self._places(source):
+    def _next(self, tier: int) -> tuple[Loads, Load] | None:
+        while self._open and self._workers[tier] <= self._places(tier):
             now = monotonic()
-            for request in self._arbiter.load_order(source, now):
+            for request in self._arbiter.load_order(tier, now):
                 loads = self._open.get(request.id)
                 if loads is None or loads.crash is not None:
                     continue
                 try:
-                    load = loads.restore.planner.next_load(source, now)
+                    load = loads.restore.planner.next_load(tier, now)
                 except BaseException as crash:
                     loads.crashed(crash)
                     continue
                 if load is not None:
                     loads.in_flight += 1
-                    self._in_flight[source][load] = math.inf
-                    self._free[source].notify()  # there may be more to load
+                    self._in_flight[tier][load] = math.inf
+                    self._free[tier].notify()  # there may be more to load
                     return loads, load
-            self._free[source].wait()
+            self._free[tier].wait()
         return None
 
     # The following are called without it.
 
-    def _work(self, source: int) -> None:
+    def _work(self, tier: int) -> None:
         try:
             while True:
                 with self._lock:
-                    job = self._next(source)
+                    job = self._next(tier)
                     if job is None:
-                        self._workers[source] -= 1
+                        self._workers[tier] -= 1
                         return
                 self._serve(*job)
                 del job
         except BaseException as crash:
             with self._lock:
-                self._workers[source] -= 1
+                self._workers[tier] -= 1
                 for loads in self._open.values():
                     loads.crashed(crash)
 
@@ -266,7 +266,7 @@ class Loader:
         except BaseException as error:
             crash = error
         with self._lock:
-            del self._in_flight[load.source][load]
+            del self._in_flight[load.tier][load]
             loads.in_flight -= 1
             if crash is not None:
                 loads.crashed(crash)
@@ -308,7 +308,7 @@ class Loader:
                 restore.changed()
 
     def _log_failure(self, load: Load, key: ChunkKey, error: Exception) -> None:
-        tier = self._tiers[load.source].name
+        tier = self._tiers[load.tier].name
         if isinstance(error, CorruptChunk):
             fault, detail = error.fault.name.lower(), error.detail
             emit(_LOG, logging.WARNING, "chunk_corrupt", tier=tier, chunk=key.short, fault=fault, detail=detail)
@@ -321,7 +321,7 @@ class Loader:
         """Read, verify and decode what the load needs; the layers it does not need are None."""
         coder, key = self._coder, loads.restore.keys[load.chunk]
         wanted = Wanted(key, load.start, self._layers(load), load.parts, is_piece=load.group is not None)
-        header = read_chunk(self._tiers[load.source], coder, wanted, buffer, load, progress, loads.headers)
+        header = read_chunk(self._tiers[load.tier], coder, wanted, buffer, load, progress, loads.headers)
         segments: list[Segment | None] = [None] * coder.layers
         for layer, segment in decoded_layers(coder, header, wanted, buffer, load, decoded, self._decoder):
             segments[layer] = segment

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.restore.costs import ComputeModel, ComputeShape, LoadFigures, LoadModel
 from cakekv.restore.priority.base import Kind, Policy, RequestState
 
 _PROBE_SHARE = 0.5
@@ -18,7 +18,7 @@ class Burden:
 
     compute: float = 1.0
     load: dict[int, float] = field(default_factory=dict)
-    """Per source; 1.0 where there is none."""
+    """Per tier; 1.0 where there is none."""
 
 
 def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
@@ -42,11 +42,11 @@ def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dic
     for request in policy.compute_order(requests, now):
         result[request.request_id].compute = _burden(ahead_s, _compute_s(request))
         ahead_s += _both_s(request)
-    for source in {source for request in requests for source in request.load_s}:
+    for tier in {tier for request in requests for tier in request.load_s}:
         ahead_s = 0.0
-        for request in policy.load_order(requests, source, now):
-            own_s = request.tokens * request.load_s[source]
-            result[request.request_id].load[source] = _burden(ahead_s, own_s)
+        for request in policy.load_order(requests, tier, now):
+            own_s = request.tokens * request.load_s[tier]
+            result[request.request_id].load[tier] = _burden(ahead_s, own_s)
             ahead_s += _both_s(request)
     return result
 
@@ -69,10 +69,10 @@ def _both_s(request: RequestState) -> float:
     return compute_s * load_s / (compute_s + load_s)
 
 
-class SharedCompute(ComputeCost):
+class SharedCompute(ComputeModel):
     """One request's view of a compute cost that all requests learn together."""
 
-    def __init__(self, cost: ComputeCost) -> None:
+    def __init__(self, cost: ComputeModel) -> None:
         self._cost = cost
         self.burden = 1.0
 
@@ -94,12 +94,12 @@ class SharedCompute(ComputeCost):
         self._cost.observe(start, tokens, seconds)
 
 
-class SharedLoad(LoadCost):
+class SharedLoad(LoadModel):
     """One request's view of a tier's cost that all requests learn together.
 
     Parameters
     ----------
-    cost : LoadCost
+    cost : LoadModel
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
 
     Attributes
@@ -110,7 +110,7 @@ class SharedLoad(LoadCost):
         When other requests last used the tier, on the clock of `observe`.
     """
 
-    def __init__(self, cost: LoadCost) -> None:
+    def __init__(self, cost: LoadModel) -> None:
         self._cost = cost
         self._doubt = 1.0
         self.burden = 1.0

@@ -6,9 +6,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
-from cakekv.restore.flights import Flights, Source
+from cakekv.restore.flights import Flights, Tier
 from cakekv.restore.level_choice import Level, best_level
 from cakekv.restore.outlook import Outlook, Plan
 
@@ -17,11 +17,11 @@ _PROBE_TOKENS = 128
 
 
 class CurrentPlan:
-    """What compute and each source should take next.
+    """What compute and each tier should take next.
 
     Parameters
     ----------
-    coverage, flights, sources, compute, max_span_chunks, mode
+    coverage, flights, tiers, compute, max_span_chunks, mode
         The restore's.
     levels : sequence of Level
         How chunks can be read, the best last.
@@ -40,8 +40,8 @@ class CurrentPlan:
         self,
         coverage: Coverage,
         flights: Flights,
-        sources: Sequence[Source],
-        compute: ComputeCost,
+        tiers: Sequence[Tier],
+        compute: ComputeModel,
         levels: Sequence[Level],
         max_span_chunks: int,
         mode: str,
@@ -49,10 +49,10 @@ class CurrentPlan:
     ) -> None:
         loadable = [chunk for chunk in coverage.uncovered if coverage.holders[chunk]]
         reserved = loadable[0] if mode == "both" and len(loadable) > 1 else None
-        self._outlook = Outlook(coverage, flights, sources, compute, max_span_chunks, mode, reserved)
+        self._outlook = Outlook(coverage, flights, tiers, compute, max_span_chunks, mode, reserved)
         self._coverage = coverage
         self._flights = flights
-        self._sources = sources
+        self._tiers = tiers
         self._compute = compute
         self._levels = levels if due < math.inf else levels[-1:]
         self._due = due
@@ -62,8 +62,8 @@ class CurrentPlan:
         self._longest = max_span_chunks
         self._mode = mode
         self._plan: dict[int, int] = {}
-        self._queues: list[list[int]] = [[] for _ in sources]
-        """Planned chunks per source, the one due first at the end."""
+        self._queues: list[list[int]] = [[] for _ in tiers]
+        """Planned chunks per tier, the one due first at the end."""
         self._deadlines: list[int] = []
         """As in `outlook.Plan`."""
         self._changes = 0
@@ -71,8 +71,8 @@ class CurrentPlan:
         self.upset()
 
     @property
-    def sources(self) -> Mapping[int, int]:
-        """The chunks to load, and from which source."""
+    def tiers(self) -> Mapping[int, int]:
+        """The chunks to load, and from which tier."""
         return self._plan
 
     @property
@@ -114,15 +114,15 @@ class CurrentPlan:
         def ends_s(level: int) -> float:
             outlook.chunk_bytes = self._levels[level].chunk_bytes
             plan = plans[level] = outlook.plan(now, busy_s, finish_s, self._plan)
-            return outlook.seconds(plan.sources, now, busy_s, finish_s) if chooses else 0.0
+            return outlook.seconds(plan.tiers, now, busy_s, finish_s) if chooses else 0.0
 
         level = best_level(len(self._levels) if chooses else 1, ends_s, self._due - now)
         self.level = self._levels[level]
         outlook.chunk_bytes = self.level.chunk_bytes
         self._plan, self._queues, self._deadlines = plans[level]
-        for source in range(len(self._sources)):
-            for load in self._flights.wanted(source):
-                if load.group is None and self._plan.get(load.chunk, source) != source:
+        for tier in range(len(self._tiers)):
+            for load in self._flights.wanted(tier):
+                if load.group is None and self._plan.get(load.chunk, tier) != tier:
                     load.moved = True
                     self._flights.cancel(load)
                     self._coverage.give_back(load.chunk)
@@ -133,7 +133,7 @@ class CurrentPlan:
         limit = min(coverage.chunks, first + 2 * self._longest)
         while end < limit and end not in self._plan and coverage.state[end] <= State.LOADING:
             end += 1
-        unsure = self._plan and any(not source.cost.known for source in self._sources)
+        unsure = self._plan and any(not tier.cost.known for tier in self._tiers)
         if unsure or not self._compute.known:
             return min(end - first, max(1, _PROBE_TOKENS // coverage.chunk_tokens, first))
         return end - first
@@ -143,27 +143,27 @@ class CurrentPlan:
         longest = self._longest
         return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
 
-    def due(self, source: int, may_queue: bool) -> int | None:
-        """The chunk that `source` should load now; if it is planned, it is taken off the plan's queue."""
-        queue = self._queues[source]
+    def due(self, tier: int, may_queue: bool) -> int | None:
+        """The chunk that `tier` should load now; if it is planned, it is taken off the plan's queue."""
+        queue = self._queues[tier]
         while queue:
             if self._coverage.state[queue[-1]] is not State.STORED:
                 queue.pop()
-            elif not may_queue and self._held_back(source, queue[-1]):
+            elif not may_queue and self._held_back(tier, queue[-1]):
                 return None
             else:
                 return queue.pop()
         if self._mode == "both" and not self._flights.any_begun:
-            stored = (chunk for chunk in reversed(self._coverage.uncovered) if source in self._coverage.holders[chunk])
+            stored = (chunk for chunk in reversed(self._coverage.uncovered) if tier in self._coverage.holders[chunk])
             return next((chunk for chunk in stored if self._coverage.state[chunk] is State.STORED), None)
         return None
 
-    def _held_back(self, source: int, chunk: int) -> bool:
+    def _held_back(self, tier: int, chunk: int) -> bool:
         """Whether loading the chunk now would only slow down loads that are due sooner."""
-        if not self._sources[source].cost.is_shared(self.level.chunk_bytes):
+        if not self._tiers[tier].cost.is_shared(self.level.chunk_bytes):
             return False
         due = bisect_right(self._deadlines, chunk)
-        return any(bisect_right(self._deadlines, load.chunk) < due for load in self._flights.wanted(source))
+        return any(bisect_right(self._deadlines, load.chunk) < due for load in self._flights.wanted(tier))
 
     def cuts_a_span(self, chunk: int) -> bool:
         """Whether a chunk, to be computed after all, costs less to compute than the span that it would cut off."""
@@ -176,5 +176,5 @@ class CurrentPlan:
         return shape.seconds(self._coverage.start_of(chunk), self._coverage.chunk_tokens) < 2 * shape.fixed
 
     def loading_seconds(self, suffix: int, now: float) -> float:
-        """Seconds until the source that takes longest is through with what is planned before chunk `suffix`."""
+        """Seconds until the tier that takes longest is through with what is planned before chunk `suffix`."""
         return self._outlook.busy_seconds(self._plan, suffix, now)

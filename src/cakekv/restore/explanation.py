@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
 
 
 class PlannedRun(NamedTuple):
@@ -29,25 +29,25 @@ class PlannedRun(NamedTuple):
 
 
 def planned_runs(
-    coverage: Coverage, plan: Mapping[int, int], sources: tuple[Source, ...], compute: ComputeCost, chunk_bytes: int
+    coverage: Coverage, plan: Mapping[int, int], tiers: tuple[Tier, ...], compute: ComputeModel, chunk_bytes: int
 ) -> list[PlannedRun]:
     """What a plan does with the chunks that are not covered yet, in runs."""
     groups: list[tuple[int, int, int, bool]] = []
     for chunk in coverage.uncovered:
-        source = plan.get(chunk, -1)
+        tier = plan.get(chunk, -1)
         missing = coverage.state[chunk] is State.MISSING
-        if groups and groups[-1][1] == chunk and groups[-1][2:] == (source, missing):
-            groups[-1] = (groups[-1][0], chunk + 1, source, missing)
+        if groups and groups[-1][1] == chunk and groups[-1][2:] == (tier, missing):
+            groups[-1] = (groups[-1][0], chunk + 1, tier, missing)
         else:
-            groups.append((chunk, chunk + 1, source, missing))
+            groups.append((chunk, chunk + 1, tier, missing))
     runs = []
-    for first, end, source, missing in groups:
+    for first, end, tier, missing in groups:
         start = coverage.start_of(first)
         tokens = coverage.start_of(end) - start
-        if source < 0:
+        if tier < 0:
             why = "not stored" if missing else "sooner than loading it"
             runs.append(PlannedRun(start, tokens, "compute", why, compute.seconds(start, tokens)))
         else:
-            seconds = sources[source].cost.seconds((end - first) * chunk_bytes)
-            runs.append(PlannedRun(start, tokens, sources[source].name, "", seconds))
+            seconds = tiers[tier].cost.seconds((end - first) * chunk_bytes)
+            runs.append(PlannedRun(start, tokens, tiers[tier].name, "", seconds))
     return runs

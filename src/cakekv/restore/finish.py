@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
-from cakekv.restore.flights import Flights, Source
+from cakekv.restore.flights import Flights, Tier
 from cakekv.restore.front import Front
-from cakekv.restore.layered import LayeredFinish, LayerGroups, cut_into_pieces
+from cakekv.restore.layered import LayeredFinish, cut_into_pieces
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.restore.record import Recorder
 
 _LAST_SPAN_SHARE = 0.5
@@ -18,7 +19,7 @@ _LAST_SPAN_SHARE = 0.5
 _WORTHWHILE = 0.05
 """Share of the suffix's time that loads must still take for a layered finish to begin."""
 _CUT = 1.5
-"""What a source delivers in so many times the suffix's time is cut into pieces: no more can be in its way, unless it
+"""What a tier delivers in so many times the suffix's time is cut into pieces: no more can be in its way, unless it
 takes longer than expected."""
 
 
@@ -27,7 +28,7 @@ class Finish:
 
     Parameters
     ----------
-    coverage, flights, sources, compute, plan, front, record
+    coverage, flights, tiers, compute, plan, front, record
         The restore's.
     suffix : int
         First chunk behind the last stored one.
@@ -48,8 +49,8 @@ class Finish:
         self,
         coverage: Coverage,
         flights: Flights,
-        sources: Sequence[Source],
-        compute: ComputeCost,
+        tiers: Sequence[Tier],
+        compute: ComputeModel,
         plan: CurrentPlan,
         front: Front,
         record: Recorder,
@@ -58,7 +59,7 @@ class Finish:
     ) -> None:
         self._coverage = coverage
         self._flights = flights
-        self._sources = sources
+        self._tiers = tiers
         self._compute = compute
         self._plan = plan
         self._front = front
@@ -91,22 +92,22 @@ class Finish:
         take over a chunk any more then, so the suffix must be worth that.
         """
         coverage, suffix_s = self._coverage, self.seconds()
-        if self._groups is None or not suffix_s or any(not source.cost.known for source in self._sources):
+        if self._groups is None or not suffix_s or any(not tier.cost.known for tier in self._tiers):
             return False
         computing, busy_s = self._front.span is not None, self._front.busy_s(now)
         if computing and suffix_s < _LAST_SPAN_SHARE * busy_s:
             return False
         waited = [chunk for chunk in coverage.uncovered if chunk < self._suffix]
-        if any(chunk not in self._plan.sources for chunk in waited):
+        if any(chunk not in self._plan.tiers for chunk in waited):
             return False
         if self._plan.loading_seconds(self._suffix, now) < _WORTHWHILE * suffix_s + busy_s:
             return False
         if not computing and coverage.take_back_unwindowed(self._suffix):
             self._plan.upset()
             return False
-        chunk_s = [source.cost.seconds(self._plan.level.chunk_bytes) for source in self._sources]
+        chunk_s = [tier.cost.seconds(self._plan.level.chunk_bytes) for tier in self._tiers]
         most = [_CUT * suffix_s / each_s if each_s else math.inf for each_s in chunk_s]
-        self.layered = cut_into_pieces(coverage, waited, self._plan.sources, self._groups, most)
+        self.layered = cut_into_pieces(coverage, waited, self._plan.tiers, self._groups, most)
         return True
 
     def disband(self) -> None:

@@ -1,8 +1,8 @@
 """When a restore would end under a given plan, as far as is known now; and small changes that make it end sooner.
 
-The plan of `cakekv.restore.plan` reasons with one figure per chunk. What it cannot see exactly decides short prompts
-and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a tier, so that
-the first of them take as long as all of them. Here the two arms are played to the end instead.
+The assignment of loads (`cakekv.restore.assignment`) reasons with one figure per chunk. What it cannot see decides
+short prompts and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a
+tier, so that the first of them take as long as all of them. Here both arms are played to the end instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from cakekv.restore.plan import Candidate
+from cakekv.restore.assignment import Candidate
 
 _COMPUTE = -1
 _STRIDES = (1, 2, 4, 8)
@@ -24,19 +24,19 @@ class Forecast:
     Parameters
     ----------
     candidates : sequence of Candidate
-        As for `cakekv.restore.plan.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
+        As for `cakekv.restore.assignment.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
     fixed_s : float
         Seconds that a span costs besides its chunks.
     max_span_chunks : int
         Chunks in the longest span.
     each_s : sequence of float
-        Per source, the seconds that a chunk keeps it busy.
+        Per tier, the seconds that a chunk keeps it busy.
     depths : sequence of int
-        Per source, loads in flight; they share it evenly.
+        Per tier, loads in flight; they share it evenly.
     shared : sequence of bool
-        Per source, whether a load due later waits for those in flight (see `LoadCost.is_shared`).
+        Per tier, whether a load due later waits for those in flight (see `LoadCost.is_shared`).
     in_flight : mapping of int to (int, float)
-        For each chunk in flight, its source and the seconds that the rest of it keeps the source busy.
+        For each chunk in flight, its tier and the seconds that the rest of it keeps the tier busy.
     busy_s : float
         Seconds until compute is done with what it is doing now.
     finish_s : float
@@ -70,7 +70,7 @@ class Forecast:
         self._flying = {index: in_flight[chunk] for index, chunk in enumerate(self._chunks) if chunk in in_flight}
 
     def labels(self, plan: Mapping[int, int]) -> list[int]:
-        """A plan as a list: per candidate its source, or -1 to compute it."""
+        """A plan as a list: per candidate its tier, or -1 to compute it."""
         return [
             plan.get(chunk, _COMPUTE) if holders else _COMPUTE
             for chunk, holders in zip(self._chunks, self._holders, strict=True)
@@ -117,15 +117,15 @@ class Forecast:
         flying: list[list[tuple[float, int, int]]] = [[] for _ in self._each_s]
         for group, indices in enumerate(self._order(labels)):
             for index in indices:
-                source = labels[index]
-                if index in self._flying and self._flying[index][0] == source:
-                    flying[source].append((self._flying[index][1], group, index))
+                tier = labels[index]
+                if index in self._flying and self._flying[index][0] == tier:
+                    flying[tier].append((self._flying[index][1], group, index))
                 else:
-                    queues[source].append((group, index))
-        for source, queue in enumerate(queues):
-            flows = flying[source]
+                    queues[tier].append((group, index))
+        for tier, queue in enumerate(queues):
+            flows = flying[tier]
             heapify(flows)
-            each_s, depth, shared = self._each_s[source], self._depths[source], self._shared[source]
+            each_s, depth, shared = self._each_s[tier], self._depths[tier], self._shared[tier]
             taken, now, served = 0, 0.0, 0.0
             while flows or taken < len(queue):
                 while len(flows) < depth and taken < len(queue):
@@ -142,18 +142,18 @@ class Forecast:
         return done
 
     def balanced(self, labels: Sequence[int]) -> list[int]:
-        """The same loads, each given to the source that is through with it first."""
+        """The same loads, each given to the tier that is through with it first."""
         busy_s = [0.0] * len(self._each_s)
         result = list(labels)
         for indices in self._order(labels):
             for index in indices:
                 if index in self._flying:
-                    source, left_s = self._flying[index]
-                    busy_s[source] += left_s
+                    tier, left_s = self._flying[index]
+                    busy_s[tier] += left_s
                 else:
-                    source = min(self._holders[index], key=lambda holder: busy_s[holder] + self._each_s[holder])
-                    busy_s[source] += self._each_s[source]
-                result[index] = source
+                    tier = min(self._holders[index], key=lambda holder: busy_s[holder] + self._each_s[holder])
+                    busy_s[tier] += self._each_s[tier]
+                result[index] = tier
         return result
 
     def best(self, starts: Sequence[list[int]], tries: int) -> list[int]:
@@ -210,16 +210,16 @@ class Forecast:
         return changed
 
     def _moved(self, labels: Sequence[int]) -> Iterator[list[int]]:
-        """Give one load to another source."""
+        """Give one load to another tier."""
         for index, label in enumerate(labels):
-            for source in self._holders[index]:
-                if label not in (_COMPUTE, source):
+            for tier in self._holders[index]:
+                if label not in (_COMPUTE, tier):
                     changed = list(labels)
-                    changed[index] = source
+                    changed[index] = tier
                     yield changed
 
     def _least_busy(self, labels: Sequence[int], index: int) -> int:
-        def busy_s(source: int) -> float:
-            return (labels.count(source) + 1) * self._each_s[source]
+        def busy_s(tier: int) -> float:
+            return (labels.count(tier) + 1) * self._each_s[tier]
 
         return min(self._holders[index], key=busy_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage
 from cakekv.restore.flights import Flights
 
@@ -34,7 +34,7 @@ class Front:
         How far compute has come in the chunk at the front.
     """
 
-    def __init__(self, coverage: Coverage, flights: Flights, compute: ComputeCost, covered_tokens: int) -> None:
+    def __init__(self, coverage: Coverage, flights: Flights, compute: ComputeModel, covered_tokens: int) -> None:
         self._coverage = coverage
         self._flights = flights
         self._compute = compute

@@ -12,15 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from cakekv.restore.coverage import Coverage, State
-
-
-class LayerGroups(NamedTuple):
-    """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
-
-    bytes: tuple[int, ...]
-    """With the windowed layers."""
-    unwindowed_bytes: tuple[int, ...]
-    """Without them; 0 for a group that consists of them."""
+from cakekv.restore.level_choice import LayerGroups
 
 
 class Piece(NamedTuple):
@@ -38,14 +30,14 @@ class LayeredFinish:
     Parameters
     ----------
     chunks : mapping of int to (int, tuple of int)
-        Chunks to load in pieces: the source, and the bytes of each group.
+        Chunks to load in pieces: the tier, and the bytes of each group.
     whole : mapping of int to (int or None)
-        Chunks that come in one piece, before the pieces, and their sources; None: on its way already. Every layer waits
+        Chunks that come in one piece, before the pieces, and their tiers; None: on its way already. Every layer waits
         for them.
     groups : int
         Number of groups of layers.
-    sources : int
-        Number of sources.
+    tiers : int
+        Number of tiers.
     """
 
     def __init__(
@@ -53,9 +45,9 @@ class LayeredFinish:
         chunks: Mapping[int, tuple[int, tuple[int, ...]]],
         whole: Mapping[int, int | None],
         groups: int,
-        sources: int,
+        tiers: int,
     ) -> None:
-        self._pending: list[deque[Piece]] = [deque() for _ in range(sources)]
+        self._pending: list[deque[Piece]] = [deque() for _ in range(tiers)]
         self._missing = [0] * groups
         """Pieces of each group that are not in place."""
         self._missing_of: dict[int, int] = {}
@@ -64,9 +56,9 @@ class LayeredFinish:
         """Of the chunks that are not complete."""
         self.whole = set(whole)
         self.broken = False
-        for chunk, source in sorted(whole.items(), reverse=True):
-            if source is not None:
-                self._pending[source].append(Piece(chunk, None, None))
+        for chunk, tier in sorted(whole.items(), reverse=True):
+            if tier is not None:
+                self._pending[tier].append(Piece(chunk, None, None))
         for group in range(groups):
             for chunk, (at, sizes) in sorted(chunks.items(), reverse=True):
                 if sizes[group]:
@@ -75,14 +67,14 @@ class LayeredFinish:
                     self._missing_of[chunk] = self._missing_of.get(chunk, 0) + 1
                     self.placed_bytes[chunk] = 0
 
-    def next(self, source: int) -> Piece | None:
-        """What `source` should load next."""
-        return self._pending[source].popleft() if self._pending[source] else None
+    def next(self, tier: int) -> Piece | None:
+        """What `tier` should load next."""
+        return self._pending[tier].popleft() if self._pending[tier] else None
 
     @property
     def asked(self) -> list[int]:
-        """The sources that are yet to be asked for pieces."""
-        return [source for source, pending in enumerate(self._pending) if pending]
+        """The tiers that are yet to be asked for pieces."""
+        return [tier for tier, pending in enumerate(self._pending) if pending]
 
     def placed(self, chunk: int, group: int, size: int) -> bool:
         """A piece is in the cache. Returns whether its chunk is complete."""
@@ -130,11 +122,11 @@ def cut_into_pieces(
     waited : iterable of int
         The chunks.
     plan : mapping of int to int
-        Their sources.
+        Their tiers.
     groups : LayerGroups
         How a chunk is cut.
     most : sequence of float
-        Per source, how many of its chunks to cut: a piece is a request of its own.
+        Per tier, how many of its chunks to cut: a piece is a request of its own.
     """
     whole: dict[int, int | None] = {
         chunk: None for chunk, state in enumerate(coverage.state) if state in (State.LOADING, State.PLACING)
@@ -144,11 +136,11 @@ def cut_into_pieces(
     for chunk in sorted(waited):
         if coverage.state[chunk] is not State.STORED:
             continue
-        source = plan[chunk]
-        if left[source] > 0:
-            left[source] -= 1
-            pieces[chunk] = (source, groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes)
+        tier = plan[chunk]
+        if left[tier] > 0:
+            left[tier] -= 1
+            pieces[chunk] = (tier, groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes)
         else:
-            whole[chunk] = source
+            whole[chunk] = tier
         coverage.state[chunk] = State.LOADING
     return LayeredFinish(pieces, whole, len(groups.bytes), len(most))

@@ -1,7 +1,7 @@
 """The heart: decides what one restore computes and loads next. Pure: told events with timestamps, answers decisions.
 
 The driver (an engine with threads, vLLM's scheduler, or a simulator with a virtual clock) asks `next_compute` whenever
-compute is free and `next_load` whenever a source has room, and reports what became of each answer. All calls must be
+compute is free and `next_load` whenever a tier has room, and reports what became of each answer. All calls must be
 serialised by the driver.
 
 A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
@@ -13,27 +13,25 @@ own uses `stepwise`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
 from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
 from cakekv.restore.finish import Finish
-from cakekv.restore.flights import Flights, Load, Source
+from cakekv.restore.flights import Flights, Load, Tier
 from cakekv.restore.front import Front, Span
-from cakekv.restore.layered import LayerGroups, Piece
+from cakekv.restore.layered import Piece
 from cakekv.restore.level_choice import RESERVE, Level
+from cakekv.restore.options import MODES, Mode, PlannerOptions
 from cakekv.restore.record import Recorder
 from cakekv.restore.report import FrontierPoint, RestoreReport
 
-__all__ = ["MODES", "Mode", "Planner", "Span", "Wait"]
+__all__ = ["MODES", "Mode", "Planner", "PlannerOptions", "Span", "Wait"]
 
-Mode = Literal["auto", "compute", "load", "both"]
-MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
-
+_DEFAULT = PlannerOptions()
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _MOMENT_S = 0.005
@@ -57,31 +55,15 @@ class Planner:
     chunk_tokens : int
         Tokens per chunk.
     stored : sequence of sequences of int
-        Per chunk, from the first, the indices of the sources that hold it; chunks past the end of it are not stored.
-    sources : sequence of Source
+        Per chunk, from the first, the indices of the tiers that hold it; chunks past the end of it are not stored.
+    tiers : sequence of Tier
         The tiers.
-    compute : ComputeCost
+    compute : ComputeModel
         What spans cost; learns from this restore.
-    chunk_bytes, unwindowed_chunk_bytes : int
-        Bytes to read for a chunk, and for its part of the layers without a sliding window.
-    coarser : sequence of Level
-        Other ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`).
-    ttft_target_s : float
-        Seconds from `now` until everything should be covered: chunks are read as exactly as that allows.
-    window : int or None
-        Widest sliding window of the model in tokens.
-    groups : LayerGroups or None
-        How a chunk is cut for a layered finish (see `layered`); None: the suffix waits for whole chunks.
-    mode : {"auto", "compute", "load", "both"}
-        "compute" loads nothing, "load" computes only what cannot be loaded, "both" puts both arms to work whether it
-        pays or not (the first stored chunk is computed, the last one requested), "auto" leaves an idle arm idle.
-    max_span_tokens : int
-        Longest span to compute at a time.
-    patience_s : float
-        A load from a source of unknown speed is given up after this long; from a known one after ten times what it
-        should take, but not before two seconds.
-    deadline_s : float
-        No load is waited for longer than that.
+    levels : sequence of Level
+        The ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`). One will do.
+    options : PlannerOptions
+        What it may do, and until when.
     covered_tokens : int
         Positions at the front that are in the cache already.
     now : float
@@ -93,70 +75,63 @@ class Planner:
         prompt_tokens: int,
         chunk_tokens: int,
         stored: Sequence[Sequence[int]],
-        sources: Sequence[Source],
-        compute: ComputeCost,
+        tiers: Sequence[Tier],
+        compute: ComputeModel,
+        levels: Sequence[Level],
+        options: PlannerOptions = _DEFAULT,
         *,
-        chunk_bytes: int,
-        unwindowed_chunk_bytes: int | None = None,
-        coarser: Sequence[Level] = (),
-        ttft_target_s: float = math.inf,
-        window: int | None = None,
-        groups: LayerGroups | None = None,
-        mode: Mode = "auto",
-        max_span_tokens: int = 512,
-        patience_s: float = 30.0,
-        deadline_s: float = math.inf,
         covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
         if not 0 <= covered_tokens < prompt_tokens:
             raise ValueError(f"at least one token is left to compute: {covered_tokens=}, {prompt_tokens=}")
-        if prompt_tokens < 1 or chunk_tokens < 1 or max_span_tokens < 1:
-            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
+        if prompt_tokens < 1 or chunk_tokens < 1:
+            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}")
+        if not levels:
+            raise ValueError("there is no way to read a chunk: give at least one level")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        self.mode = mode
-        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
-        self._sources = tuple(sources)
+        self.mode = options.mode
+        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window)
+        self._tiers = tuple(tiers)
         self._compute = compute
-        unwindowed = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
-        levels = [*coarser, Level(None, chunk_bytes, unwindowed, groups)]
-        self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self._flights = Flights(self._sources, patience_s, deadline_s)
+        self._max_span_chunks = max(1, options.max_span_tokens // chunk_tokens)
+        self._flights = Flights(self._tiers, options.deadline_s)
         self._front = Front(self.coverage, self._flights, compute, covered_tokens)
         self._plan = CurrentPlan(
             self.coverage,
             self._flights,
-            self._sources,
+            self._tiers,
             compute,
             levels,
             self._max_span_chunks,
-            mode,
-            now + ttft_target_s * (1 - RESERVE),
+            self.mode,
+            now + options.ttft_target_s * (1 - RESERVE),
         )
         stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
         self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
         """First chunk behind the last stored one."""
         self._back = self._suffix
         self.prefix_tokens = self.coverage.start_of(self._suffix)
-        report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
-        self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
+        report = RestoreReport(self.mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
+        names, token_bytes = [tier.name for tier in self._tiers], levels[-1].chunk_bytes / chunk_tokens
+        self._record = Recorder(report, names, token_bytes, now)
         self._record.frontier(now, 0, self.prefix_tokens)
         can_wait = (
-            mode in ("auto", "both")
+            self.mode in ("auto", "both")
             and not self._plan.chooses_level  # of pieces it could not be changed any more
             and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
         )
         self._finish = Finish(
             self.coverage,
             self._flights,
-            self._sources,
+            self._tiers,
             compute,
             self._plan,
             self._front,
             self._record,
             self._suffix,
-            groups if can_wait else None,
+            levels[-1].groups if can_wait else None,
         )
 
     @property
@@ -185,9 +160,7 @@ class Planner:
     def explain(self, now: float) -> list[PlannedRun]:
         """What would be done with everything that is not covered yet, as far as is known now."""
         self._replan(now)
-        return planned_runs(
-            self.coverage, self._plan.sources, self._sources, self._compute, self._plan.level.chunk_bytes
-        )
+        return planned_runs(self.coverage, self._plan.tiers, self._tiers, self._compute, self._plan.level.chunk_bytes)
 
     # ------------------------------------------------------------------ compute
 
@@ -279,35 +252,35 @@ class Planner:
 
     # -------------------------------------------------------------------- loads
 
-    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
-        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event).
+    def next_load(self, tier: int, now: float, ahead: int = 0) -> Load | None:
+        """What `tier` should load next, or None if there is nothing worth loading now (ask after the next event).
 
-        `ahead` loads may queue at the source beside those that it serves at a time.
+        `ahead` loads may queue at the tier beside those that it serves at a time.
         """
-        if self.mode == "compute" or not self._flights.has_room(source, self._plan.level.chunk_bytes, ahead):
+        if self.mode == "compute" or not self._flights.has_room(tier, self._plan.level.chunk_bytes, ahead):
             return None
         layered = self._finish.layered
         if layered is not None:
-            piece = None if layered.broken else layered.next(source)
-            return self._begin_load(piece, source, now, ahead) if piece else None
+            piece = None if layered.broken else layered.next(tier)
+            return self._begin_load(piece, tier, now, ahead) if piece else None
         if self._plan.stale:
             self._replan(now)
-        chunk = self._plan.due(source, ahead > 0)
+        chunk = self._plan.due(tier, ahead > 0)
         if chunk is None and self._plan.changed:
             self._replan(now)
-            chunk = self._plan.due(source, ahead > 0)
+            chunk = self._plan.due(tier, ahead > 0)
         if chunk is None:
             return None
         self.coverage.state[chunk] = State.LOADING
-        return self._begin_load(Piece(chunk, None, None), source, now, ahead)
+        return self._begin_load(Piece(chunk, None, None), tier, now, ahead)
 
-    def _begin_load(self, piece: Piece, source: int, now: float, ahead: int) -> Load:
+    def _begin_load(self, piece: Piece, tier: int, now: float, ahead: int) -> Load:
         chunk, group, size = piece
         windowed = self.coverage.needs_window(chunk)
         start, level = self.coverage.start_of(chunk), self._plan.level
         if size is None:
             size = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes
-        load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group, level.parts)
+        load = Load(chunk, start, self.chunk_tokens, tier, windowed, size, now, group, level.parts)
         self._flights.begin(load, may_queue=ahead > 0)
         self._plan.note(1)
         return load
@@ -351,9 +324,9 @@ class Planner:
         self._note(load, size, now, load.why_cancelled)
 
     def failed(self, load: Load, reason: str, size: int, now: float, silent: bool = False) -> None:
-        """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole.
+        """The load failed after `size` bytes; another tier is tried, or the chunk becomes a hole.
 
-        `silent`: because the source did not answer. If nothing else came from it meanwhile, it is asked for nothing
+        `silent`: because the tier did not answer. If nothing else came from it meanwhile, it is asked for nothing
         more: each chunk would be waited for as long as this one.
         """
         hangs = silent and self._flights.nothing_since(load)
@@ -363,24 +336,24 @@ class Planner:
             self._flights.land(load)
             self._lose(load, reason)
         if hangs:
-            self._give_up(load.source, reason)
+            self._give_up(load.tier, reason)
 
     def check_late(self, now: float) -> None:
-        """Give up loads that took too long; a chunk is asked for once more if its source still moves."""
+        """Give up loads that took too long; a chunk is asked for once more if its tier still moves."""
         for load in self._flights.give_up_late(now):
-            again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
+            again = load.chunk not in self.coverage.late and not self._flights.stalled(load.tier)
             self.coverage.late.add(load.chunk)
             self._lose(load, "late", again)
         layered = self._finish.layered
         if layered is not None and any(map(self._flights.stalled, layered.asked)):
             layered.broken = True
 
-    def _give_up(self, source: int, reason: str) -> None:
-        """Ask a source for nothing more, and wait for nothing that it was asked for."""
-        for load in self._flights.give_up(source):
+    def _give_up(self, tier: int, reason: str) -> None:
+        """Ask a tier for nothing more, and wait for nothing that it was asked for."""
+        for load in self._flights.give_up(tier):
             self.coverage.late.add(load.chunk)
             self._lose(load, "late")
-        for chunk in self.coverage.drop_source(source):
+        for chunk in self.coverage.drop_tier(tier):
             self._record.lost(self.coverage.start_of(chunk), reason)
         self._plan.upset()
 
@@ -400,13 +373,13 @@ class Planner:
         self._record.frontier(now, self.latest.front, self.coverage.start_of(self._back))
 
     def _lose(self, load: Load, reason: str, again: bool = False) -> None:
-        """Do not wait for this load any more; nor ever ask its source for the chunk, unless `again`."""
+        """Do not wait for this load any more; nor ever ask its tier for the chunk, unless `again`."""
         if self._finish.layered is not None:
             self._finish.layered.broken = True
         if again:
             self.coverage.give_back(load.chunk)
         else:
-            self.coverage.drop_holder(load.chunk, load.source)
+            self.coverage.drop_holder(load.chunk, load.tier)
         self._record.lost(load.start, reason)
         self._plan.upset()
 

@@ -15,7 +15,7 @@ class Recorder:
     ----------
     report : RestoreReport
         Filled in as things happen.
-    source_names : list of str
+    tier_names : list of str
         Names of the tiers.
     token_bytes : float
         Bytes to read per token.
@@ -23,13 +23,13 @@ class Recorder:
         The driver's clock when the restore began, in seconds.
     """
 
-    def __init__(self, report: RestoreReport, source_names: list[str], token_bytes: float, began: float) -> None:
+    def __init__(self, report: RestoreReport, tier_names: list[str], token_bytes: float, began: float) -> None:
         self.report = report
         self._token_bytes = token_bytes
-        self._names = source_names
+        self._names = tier_names
         self._began = began
         self._reasons: dict[int, str] = {}
-        report.bytes_by_tier = dict.fromkeys(source_names, 0)
+        report.bytes_by_tier = dict.fromkeys(tier_names, 0)
 
     def span(self, start: int, tokens: int, began: float, ended: float) -> None:
         """A span was computed."""
@@ -39,7 +39,7 @@ class Recorder:
     def load(self, load: Load, size: int, ended: float, outcome: str, tokens: int) -> None:
         """A load ended; `size` is what it really read, in bytes, and `tokens` what it completed."""
         report = self.report
-        name = self._names[load.source]
+        name = self._names[load.tier]
         began_s, ended_s = load.began - self._began, ended - self._began
         report.loads.append(
             LoadRecord(load.start, load.tokens, name, began_s, ended_s, size, outcome, load.group, load.parts)

@@ -2,7 +2,7 @@
 
 It asks `computable_tokens` instead of `next_compute`, and claims with `take` what it has room for: a chunk belongs to
 compute as soon as a span enters it. Such a driver hears of loads only between two steps, so it lets some queue `ahead`
-at the source and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims it with
+at the tier and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims it with
 `take_layered`, and says with `layered_allowed` whether it could.
 """
 
@@ -56,9 +56,9 @@ class StepwisePlanner(Planner):
         assert self.layered_tokens
         return self._begin_suffix(now)
 
-    def sources_left(self) -> set[int]:
-        """The sources that can deliver chunks which are not covered, and do not hang."""
-        return {source for source in self.coverage.sources_left() if not self._flights.stalled(source)}
+    def tiers_left(self) -> set[int]:
+        """The tiers that can deliver chunks which are not covered, and do not hang."""
+        return {tier for tier in self.coverage.tiers_left() if not self._flights.stalled(tier)}
 
     @property
     def in_pieces(self) -> bool:
@@ -71,6 +71,6 @@ class StepwisePlanner(Planner):
         return self._finish.layered is not None and not self._finish.layered.complete
 
     def begun(self, load: Load, now: float) -> None:
-        """The source began with a load that had queued."""
+        """The tier began with a load that had queued."""
         load.began = now
         self._flights.started(load)

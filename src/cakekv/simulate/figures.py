@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
 from cakekv.restore.planner import Planner, Span, Wait
 from cakekv.restore.report import FrontierPoint
 from cakekv.simulate.baseline import CakeBaseline
@@ -183,9 +184,9 @@ def _restore(curve: ComputeCurve) -> Planner:
         PREFIX_TOKENS + 1,
         CHUNK_TOKENS,
         [(0,)] * len(_STORED),
-        [Source("storage", LoadCost(), 1)],
+        [Tier("storage", LoadCost(), 1)],
         ComputeCost(curve.shape(STEP_TOKENS), trusted=True),
-        chunk_bytes=round(MODEL.token_bytes() * CHUNK_TOKENS),
+        [Level.whole(round(MODEL.token_bytes() * CHUNK_TOKENS))],
     )
 
 

@@ -14,8 +14,9 @@ from cakekv.codec import codec_named
 from cakekv.errors import StoreError
 from cakekv.restore.contention import SharedLoad, burdens
 from cakekv.restore.costs import LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.options import PlannerOptions
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.store.base import distinct_names
@@ -80,7 +81,7 @@ class SchedulerHalf:
         self.lossy = LossyBlocks(self._codec, self._block_tokens)
         depths = [options.load_threads or tier.parallel_reads for tier in self._tiers]
         names = distinct_names(self._tiers)
-        sources = [Source(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
+        sources = [Tier(name, LoadCost(depth), depth) for name, depth in zip(names, depths, strict=True)]
         self._desk = LoadDesk(sources, self.policy)
         self._sequence = 0
         self._groups: LayerGroups | None = None
@@ -174,12 +175,12 @@ class SchedulerHalf:
             stored[: prefix // self.options.chunk_tokens],
             [source._replace(cost=shared) for source, shared in zip(self._desk.sources, load_costs, strict=True)],
             cost,
-            chunk_bytes=self._desk.chunk_bytes,
-            groups=self._groups_for(request, prefix),
-            mode=self.admission.asked(request.request_id).mode,
-            max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
-            patience_s=self.options.load_deadline,
-            deadline_s=self.options.load_deadline,
+            [Level.whole(self._desk.chunk_bytes, self._groups_for(request, prefix))],
+            PlannerOptions(
+                mode=self.admission.asked(request.request_id).mode,
+                max_span_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+                deadline_s=self.options.load_deadline,
+            ),
             covered_tokens=local_tokens,
             now=now,
         )
@@ -331,7 +332,7 @@ class SchedulerHalf:
             0,
             front_s=self.costs.cost.seconds(position, tokens) / tokens,
             back_s=shape.linear + shape.quadratic * restore.latest.back,
-            load_s={source: self._token_s[source] for source in restore.sources_left()} if loads else {},
+            load_s={source: self._token_s[source] for source in restore.tiers_left()} if loads else {},
             prefix_tokens=restore.prefix_tokens,
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from cakekv.restore.layered import LayerGroups
+from cakekv.restore.level_choice import LayerGroups
 from cakekv.vllm.messages import ShardDescription
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from time import monotonic, time
 
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Load, Tier
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.vllm.messages import ShardReport, StepOrders
 from cakekv.vllm.scheduling.restoration import Restoration
@@ -24,13 +24,13 @@ class LoadDesk:
 
     Parameters
     ----------
-    sources : sequence of Source
+    sources : sequence of Tier
         The tiers.
     policy : Policy
         Whose loads go first.
     """
 
-    def __init__(self, sources: Sequence[Source], policy: Policy) -> None:
+    def __init__(self, sources: Sequence[Tier], policy: Policy) -> None:
         self.sources = sources
         self.chunk_bytes = 0
         """Of all workers together."""

@@ -208,7 +208,7 @@ class Restoration:
         """Seconds that the slowest source should take for them."""
         seconds = [0.0] * len(self.load_costs)
         for load in self._awaited_loads().values():
-            seconds[load.source] += self.load_costs[load.source].seconds(load.size)
+            seconds[load.tier] += self.load_costs[load.tier].seconds(load.size)
         return max(seconds)
 
     def next_load(self, source: int, number: int, now: float, ahead: int) -> LoadOrder | None:

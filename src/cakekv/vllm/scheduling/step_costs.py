@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost, ComputeShape
+from cakekv.restore.costs import ComputeCost, ComputeModel, ComputeShape
 
 _LEAST_TOKENS = 16
 """Steps below are decodes, which cost by the weights read and not by the token."""
@@ -62,7 +62,7 @@ class StepCosts:
         return self.cost.seconds(span.start, span.tokens) if span.tokens else 0.0
 
 
-class SharedCost(ComputeCost):
+class SharedCost(ComputeModel):
     """What compute costs for one restore among other requests: the machine's cost over the share that it gets.
 
     Parameters

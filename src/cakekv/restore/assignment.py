@@ -3,9 +3,9 @@
 Compute walks the uncovered chunks in order of position. A chunk that nobody stored (a hole, and the suffix) can only
 be computed once everything before it is covered; it is a *deadline* for every load before it. Loading a chunk saves
 its compute time, and late chunks save most (attention grows with position, bytes do not). So the plan takes the chunks
-from the back and gives each to the source with the most time to spare before the deadlines that follow the chunk,
+from the back and gives each to the tier with the most time to spare before the deadlines that follow the chunk,
 as long as the load ends before compute would get there. What is left below is computed meanwhile: both arms end
-together. With one source and no hole this is Cake's meeting point (arXiv 2410.03065, section 3), known in advance.
+together. With one tier and no hole this is Cake's meeting point (arXiv 2410.03065, section 3), known in advance.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 Candidate = tuple[int, float, Mapping[int, float]]
-"""An uncovered chunk: its index, the seconds to compute it, and per source that could deliver it the seconds that its
-load keeps that source busy; no source for a hole. If it is in flight, its source comes first."""
+"""An uncovered chunk: its index, the seconds to compute it, and per tier that could deliver it the seconds that its
+load keeps that tier busy; no tier for a hole. If it is in flight, its tier comes first."""
 
 
 def assign_loads(
     candidates: Sequence[Candidate],
-    sources: int,
+    tiers: int,
     compute_busy_s: float = 0.0,
     finish_s: float = 0.0,
     ends_s: Mapping[int, float] = MappingProxyType({}),
@@ -33,8 +33,8 @@ def assign_loads(
     ----------
     candidates : sequence of Candidate
         All uncovered chunks, by ascending position. The last one is a hole (the suffix is never stored).
-    sources : int
-        How many sources there are.
+    tiers : int
+        How many tiers there are.
     compute_busy_s : float
         Seconds until compute is done with what it is doing now.
     finish_s : float
@@ -42,20 +42,20 @@ def assign_loads(
     ends_s : mapping of int to float
         For each chunk in flight, the seconds until it should be in place.
     lag_s : sequence of float
-        Per source, the seconds by which loads of chunks due later, in flight beside it, may delay a chunk.
+        Per tier, the seconds by which loads of chunks due later, in flight beside it, may delay a chunk.
 
     Returns
     -------
     dict
-        Chunk to source, for the chunks to load.
+        Chunk to tier, for the chunks to load.
     """
     before_s = compute_busy_s + sum(candidate[1] for candidate in candidates)
     saved_s = 0.0
-    lags = lag_s or [0.0] * sources
+    lags = lag_s or [0.0] * tiers
     open_s = float("inf")
     """`saved_s` and the least time before any deadline behind the current chunk."""
-    spare_s = [open_s] * sources
-    """The same per source, less the loads chosen for it."""
+    spare_s = [open_s] * tiers
+    """The same per tier, less the loads chosen for it."""
     chosen: dict[int, int] = {}
     suffix_passed = False
     for chunk, compute_s, load_s in reversed(candidates):
@@ -64,18 +64,18 @@ def assign_loads(
             # Loads of chunks behind this hole can wait; only those before it are due when compute gets here.
             due_s = before_s + saved_s + (0.0 if suffix_passed else finish_s)
             open_s = min(open_s, due_s)
-            for source in range(sources):
-                spare_s[source] = min(spare_s[source], due_s - lags[source] if suffix_passed else due_s)
+            for tier in range(tiers):
+                spare_s[tier] = min(spare_s[tier], due_s - lags[tier] if suffix_passed else due_s)
             continue
         suffix_passed = True
         options = iter(load_s.items())
         if ends_s and ends_s.get(chunk, 0.0) > open_s - saved_s:
             next(options)  # the load in flight comes too late
         best, most = -1, saved_s
-        for source, seconds in options:
-            left = spare_s[source] - seconds
+        for tier, seconds in options:
+            left = spare_s[tier] - seconds
             if left > most:
-                best, most = source, left
+                best, most = tier, left
         if best >= 0:
             chosen[chunk] = best
             spare_s[best] = most
@@ -149,13 +149,13 @@ def complete_landing(
             if plan and max(plan) > chunk:
                 busy_s = [busy + lag for busy, lag in zip(busy_s, lag_s, strict=True)]
             break
-        source = plan.get(chunk)
-        if source is None:
+        tier = plan.get(chunk)
+        if tier is None:
             if len(short) == most:
                 return
-            source = min(load_s, key=lambda source: busy_s[source] + load_s[source])
-            short.append((chunk, source))
-        busy_s[source] += load_s[source]
+            tier = min(load_s, key=lambda tier: busy_s[tier] + load_s[tier])
+            short.append((chunk, tier))
+        busy_s[tier] += load_s[tier]
     if short and max(busy_s) < span_s(short[0][0], len(short)):
         plan.update(short)
 
@@ -164,22 +164,22 @@ class Order(NamedTuple):
     """In which order to load what was planned."""
 
     queues: list[list[int]]
-    """The chunks of each source, the one due first at the end."""
+    """The chunks of each tier, the one due first at the end."""
     deadlines: list[int]
     """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
 
 
-def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int) -> Order:
+def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], tiers: int) -> Order:
     """Nearest deadline first; back to front before each, since compute may take over what is nearest to it."""
-    queues: list[list[int]] = [[] for _ in range(sources)]
-    group: list[list[int]] = [[] for _ in range(sources)]
+    queues: list[list[int]] = [[] for _ in range(tiers)]
+    group: list[list[int]] = [[] for _ in range(tiers)]
     deadlines: list[int] = []
     deadline = candidates[-1][0] + 1 if candidates else 0
     open_group = False
     for chunk, _, _ in reversed(candidates):
-        source = plan.get(chunk)
-        if source is not None:
-            group[source].append(chunk)
+        tier = plan.get(chunk)
+        if tier is not None:
+            group[tier].append(chunk)
             if not open_group:
                 open_group = True
                 deadlines.append(deadline)
