@@ -62,7 +62,7 @@ class Arms(Generic[Cache, Logits]):
         stores: Sequence[Store],
         costs: KnownCosts,
     ) -> Self:
-        """Make what is missing. Each of `stores` is a tier, with its `costs`; `staging` has buffers for exact chunks."""
+        """Make what is missing. Each of `stores` is a tier, with its `costs`; `staging` has buffers for chunks."""
         arbiter = Arbiter(options.policy)
         groups = layer_groups(coder.expected([]), coder.layers) if options.layered_finish else []
         loader = Loader(arbiter, stores, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
