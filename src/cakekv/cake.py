@@ -98,38 +98,40 @@ class Cake:
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
     store : Store, str, sequence of them, or None
-        Where chunks are loaded from, all at once, as objects, URLs or paths; they are saved to the first. None: nothing
-        is stored.
+        Objects, URLs or paths. Chunks are loaded from all of them at once, and saved to the first. None: nothing is
+        stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
         Longest span of prefill, in tokens.
     tenant : str
-        Salt of all keys: prompts of different tenants never share a chunk.
+        Salt of all keys, so that prompts of different tenants never share a chunk.
     codec : str or Codec
-        How stored chunks are encoded, such as "raw", "int8" or "kivi:bits=2,window=128" (see `cakekv.codec`). Chunks of
-        different recipes never meet. With a lossy one, what is computed behind loaded chunks is not saved.
+        How stored chunks are encoded, such as "raw", "int8" or "kivi:bits=2,window=128" (see `cakekv.codec`). Codecs
+        with different options never read each other's chunks. With a lossy one, what is computed behind loaded chunks
+        is not saved.
     policy : str or Policy
         Who goes first when several requests are open: a key of `cakekv.restore.priority.POLICIES`, or such an object.
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
     deadline_s : float
-        Seconds that a tier may take for one chunk: one that has not arrived by then is computed, and a tier that has
-        not taken one by then is not waited for. Look-ups get no more than 2 s.
+        Seconds that a tier may take to deliver a chunk, or to store one. A chunk that is late is computed; a tier that
+        is late with storing is no longer waited for. Look-ups get at most 2 s.
     save_queue : int or str
-        Memory that what waits to be saved may keep, in bytes or such as "1GB"; a prompt waits for room, but not for a
-        store that hangs. A chunk keeps its prompt's whole cache, or a copy of itself if little of that is to be saved.
+        Memory that chunks waiting to be saved may keep, in bytes or such as "1GB". A prompt waits for room, but not for
+        a store that hangs. A waiting chunk keeps its prompt's whole cache, or a copy of itself if little of that cache
+        is to be saved.
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
-        "two_plane"), each load reads as many of them as that allows, given the bandwidth at that moment: all if there
-        is no target; 0.0 for as few as help. What was read is in the report's `level_tokens`.
+        "two_plane"), each load reads as many parts as the bandwidth of that moment allows: all of them without a
+        target, as few as help with 0.0. The report's `level_tokens` says what was read.
     quality_floor : int
         The fewest parts to read, whatever the target.
     calibration : path or None
-        A file that keeps between processes what this model costs on this machine, and the stores that were opened by
-        URL or path; written by `close`.
+        A file in which `close` keeps what this model costs on this machine, and what the stores cost that were opened
+        by URL or path; the next process begins with that.
     metrics : cakekv.metrics.Metrics or None
-        What counts restores and saves, and the operations of the stores that were given as URL or path.
+        Counts restores and saves, and the operations of stores that were given as URL or path.
 
     Examples
     --------
@@ -406,10 +408,10 @@ class Cake:
         return self._executor.run(self._saver.wait, though_closed=True)
 
     def close(self) -> None:
-        """Finish what other threads have asked for, and saving. Whatever is asked for later is refused.
+        """Finish what other threads have asked for, and saving; refuse what is asked for later.
 
-        Stores that were given as such stay open: they belong to the caller. May be called again, also after it was
-        interrupted: then it goes on.
+        Stores that were given as objects stay open: they belong to the caller. May be called again; if it was
+        interrupted, it goes on.
 
         Raises
         ------

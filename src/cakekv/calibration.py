@@ -1,4 +1,4 @@
-"""What a model and its tiers cost on this machine, kept between processes, so that nobody has to find out again."""
+"""What a model and its tiers cost on this machine, kept between processes so that it is measured once."""
 
 from __future__ import annotations
 

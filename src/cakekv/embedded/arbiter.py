@@ -1,4 +1,4 @@
-"""Lets the requests of one model take turns: `Turns` and the policy decide, this waits and wakes."""
+"""Lets the requests of one model take turns: the policy decides whose turn it is, this waits and wakes."""
 
 from __future__ import annotations
 

@@ -99,10 +99,10 @@ class Loader:
 
     A tier has as many workers as it reads chunks in parallel, however many restores there are; the arbiter says whose
     turn it is. A worker whose load was given up may hang for ever, so another takes its place until it is back; once as
-    many again hang, nothing more is loaded. Workers live only while a restore is open.
+    many again hang, nothing more is loaded from that tier. Workers live only while a restore is open.
 
-    A load is read in slices straight into the staging buffer that it is placed from, and given up between two slices
-    once compute has claimed its chunk. Nothing is placed that was not verified.
+    A load is read in slices, straight into the staging buffer that it is placed from. Between two slices it is given up
+    if compute has claimed its chunk. Only what was verified is placed.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class Loader:
     tiers : sequence of Store
         One per tier of the restores.
     coder : ChunkCoder
-        What a chunk of this model looks like, and how it is decoded: by the thread that read it.
+        What a chunk of this model looks like, and how the thread that read it decodes it.
     unwindowed : sequence of int
         The layers that every load needs; the others only where a sliding window can see the chunk.
     groups : sequence of range

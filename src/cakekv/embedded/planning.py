@@ -1,4 +1,4 @@
-"""What one prompt's restore is planned from: what is stored of it, and what both arms cost it. Nothing runs here."""
+"""Plans one prompt's restore, from what is stored of it and what both arms cost. Runs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tiers hold of prompts, and what of prompts is saved to them."""
+"""Finds what the tiers hold of a prompt, and saves what they lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a chunk that was read to segments that can be placed: each is verified, and decoded if it is coded."""
+"""Turns the bytes of a chunk into segments that can be placed: verifies each, and decodes it if it is coded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading of one chunk, whole or only some of its layers: what both drivers' workers do before they decode."""
+"""Reads a chunk, whole or only some of its layers, for the workers of both drivers."""
 
 from __future__ import annotations
 
