@@ -563,7 +563,7 @@ class Cake:
         cache = self.engine.new_cache(capacity)
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
         saver = stored.saver(cache, found, partial(arms.arbiter.lent, request)) if asked.save else None
-        restore = EmbeddedRestore(arms, request, planning, found, token_ids, cache, saver, asked.on_progress)
+        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress)
         logits = restore.run()
         report = restore.report()
         restore.release()

@@ -36,6 +36,8 @@ class Planning:
 
     Attributes
     ----------
+    request, found
+        As given.
     planner : Planner
         Decides.
     loads : bool
@@ -46,7 +48,8 @@ class Planning:
         options, layout, shape = arms.options, arms.engine.layout, arms.coder.expected(found.sizes)
         levels = levels_of(arms.coder, shape, layout.unwindowed, arms.groups, options.quality_floor)
         self._arms = arms
-        self._request = request
+        self.request = request
+        self.found = found
         self._chunk_bytes = levels[-1].chunk_bytes
         self._compute_cost = SharedCompute(arms.compute_cost)
         self._load_costs = [SharedLoad(tier.cost) for tier in arms.tiers]
@@ -79,8 +82,8 @@ class Planning:
         planner, coverage = self.planner, self.planner.coverage
         tokens = min(len(coverage.uncovered) * coverage.chunk_tokens, planner.prompt_tokens)
         return RequestState.prefill(
-            self._request.id,
-            self._request.arrived_s,
+            self.request.id,
+            self.request.arrived_s,
             tokens,
             stored=self.loads,
             shape=self._arms.compute_cost.shape,

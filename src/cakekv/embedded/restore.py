@@ -10,12 +10,11 @@ from time import monotonic
 from typing import Generic
 
 from cakekv.codec.base import Segment
-from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.executor import LOOK_S, check
 from cakekv.embedded.loader import Loads
 from cakekv.embedded.planning import Planning
-from cakekv.embedded.stored import CHANGED, Found, PromptSaver
+from cakekv.embedded.stored import CHANGED, PromptSaver
 from cakekv.engine.base import Cache, Logits
 from cakekv.keys import ChunkKey
 from cakekv.restore.flights import Load
@@ -40,12 +39,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
     ----------
     arms : Arms
         The model, and where to load from.
-    request : Request
-        Whose prompt it is.
     planning : Planning
-        Its planner.
-    found : Found
-        What is stored of it.
+        Whose prompt it is, what is stored of it, and its planner.
     token_ids : sequence of int
         The prompt.
     cache : Cache
@@ -59,21 +54,18 @@ class EmbeddedRestore(Generic[Cache, Logits]):
     def __init__(
         self,
         arms: Arms[Cache, Logits],
-        request: Request,
         planning: Planning,
-        found: Found,
         token_ids: Sequence[int],
         cache: Cache,
         saver: PromptSaver | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self.request = request
+        self.request = planning.request
         self.planner = planning.planner
-        self.keys: Sequence[ChunkKey] = found.keys
+        self.keys: Sequence[ChunkKey] = planning.found.keys
         self._arms = arms
         self._arbiter = arms.arbiter
         self._planning = planning
-        self._found = found
         self._token_ids = token_ids
         self._cache: Cache | None = cache
         self._saver = saver
@@ -144,9 +136,9 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(chunks)}
             report.level_tokens = {name: chunks[parts] * self._chunk_tokens for parts, name in names.items()}
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
-        report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._found.lookup_s, codec.name
+        report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._planning.found.lookup_s, codec.name
         report.notes += self.request.notes
-        if not self._found.still():
+        if not self._planning.found.still():
             report.notes.append(CHANGED)
         return report
 
