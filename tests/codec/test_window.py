@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cakekv.codec.window import first_exact_chunk
+from cakekv.codec.base import first_exact_chunk
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ class Raw(Codec):
 
     name: ClassVar[str] = "raw"
     lossy: ClassVar[bool] = False
+    encodes: ClassVar[bool] = False
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Chunks in pieces: how their layers are cut into groups for a layered finish, and which bytes a piece needs."""
+"""Cuts chunks into pieces: groups of layers for a layered finish, and the bytes that each piece needs."""
 
 from __future__ import annotations
 

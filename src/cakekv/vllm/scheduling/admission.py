@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from cakekv.codec.window import first_exact_chunk
+from cakekv.codec.base import first_exact_chunk
 from cakekv.errors import UnsupportedEngine
 from cakekv.keys import ChunkKey
 from cakekv.vllm.complaints import Complaints

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from cakekv.codec.window import first_exact_chunk
+from cakekv.codec.base import first_exact_chunk
 from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import SaveOrder, StepOrders
 from cakekv.vllm.scheduling.admission import Admission

@@ -19,7 +19,7 @@ from cakekv.errors import BadInput, BadOption
 from cakekv.keys import ChunkKey, canonical
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.load.decoding import decoded_layers
-from cakekv.load.reading import Cancellable, Progress, read_chunk
+from cakekv.load.reading import Cancellable, Headers, Progress, Wanted, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.config import VllmOptions
@@ -67,8 +67,7 @@ class Shard:
         self.staging = StagingPool(cache.allocate, coder.exact.total_bytes)
         """Buffers to place from."""
         self._scratch = StagingPool(_allocate, coder.exact.total_bytes)
-        self._headers: dict[tuple[ChunkKey, Store], ChunkHeader] = {}
-        """By chunk and store: pieces after the first do not read the header again."""
+        self._headers: Headers = {}
 
     def forget_headers(self) -> None:
         """No chunk is being loaded in pieces any more."""
@@ -111,24 +110,20 @@ class Shard:
         CorruptChunk, MissingChunk, StoreError, Abandoned
         """
         coder, own = self.coder, shard_key(key, self.tag)
-        piece = layers is not None
-        layers = range(coder.layers) if layers is None else layers
+        is_piece = layers is not None
+        wanted = Wanted(own, position, range(coder.layers) if layers is None else layers, is_piece=is_piece)
         buffer = stack.enter_context(self.staging.buffer())
-        header = self._headers.get((own, store)) if piece else None
-        with store.open(own) as reader:
-            header = read_chunk(reader, coder, own, position, layers, buffer, load, progress, header=header)
-        if piece:
-            self._headers[own, store] = header
-        return self._decode(header, layers, buffer, load, stack)
+        header = read_chunk(store, coder, wanted, buffer, load, progress, self._headers)
+        return self._decode(header, wanted, buffer, load, stack)
 
     def _decode(
-        self, header: ChunkHeader, layers: Sequence[int], buffer: memoryview, load: Cancellable, stack: ExitStack
+        self, header: ChunkHeader, wanted: Wanted, buffer: memoryview, load: Cancellable, stack: ExitStack
     ) -> list[Segment | None]:
         coder, decoder = self.coder, self.decoder if header.shape.packed else None
         decodes = header.shape.packed and decoder is None
         decoded = stack.enter_context(self._scratch.buffer()) if decodes else None
         parts: list[Segment | None] = [None] * coder.layers
-        found = decoded_layers(coder, header, layers, buffer, load, decoded, decoder)
+        found = decoded_layers(coder, header, wanted, buffer, load, decoded, decoder)
         if not self.orders or decoder is not None:
             for layer, segment in found:
                 parts[layer] = segment
@@ -266,7 +261,7 @@ class _Opener:
         cache = open_paged_cache(caches, self._config.num_blocks, kernel, self._config.needs_kv_cache_zeroing)
         tag = f"{self._first + number} of {self._shards}"
         tokens, block_tokens = self._options.chunk_tokens, self._spec.block_size
-        if self._codec.name == "raw":
+        if not self._codec.encodes:
             layers = [PlaneLayout(1, size // block_tokens, 1) for size in cache.segment_bytes_per_block]
             layout = KVLayout(tuple(LayerLayout((plane,)) for plane in layers))
             return Shard(tag, cache.layout, cache, ChunkCoder(self._codec, layout, tokens, "bytes"), ())
