@@ -331,7 +331,7 @@ class Restorer(Generic[Cache, Logits]):
         """What happened; complete once `run` has returned (abandoned loads are given a moment to stop)."""
         with self._arbiter.lock:
             self._loading.join(timeout_s=_LAST_LOADS_S)
-            report = self._restore.report
+            report = self._restore.report()
             report.placed_bytes = self._loading.placed_bytes
             chunk_tokens, codec = self._arms.coder.exact.tokens, self._arms.coder.codec
             chunks = Counter(self._loading.parts.values())
