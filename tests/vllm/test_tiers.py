@@ -174,4 +174,4 @@ def _keys(engine: TinyEngine, token_ids: list[int]) -> list[bytes]:
 
 
 def _placed(engine: TinyEngine, request: str, tier: str) -> bool:
-    return _tokens_from(engine.restoration(request).restore.report).get(tier, 0) > 0
+    return _tokens_from(engine.restoration(request).restore.report()).get(tier, 0) > 0

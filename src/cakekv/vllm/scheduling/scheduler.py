@@ -268,7 +268,7 @@ class CakeSchedulerMixin(Scheduler):
         """A restore is over: what it loaded was a hit."""
         if self.connector_prefix_cache_stats is None:
             return
-        request, hits = restoration.request, restoration.restore.report.loaded_tokens
+        request, hits = restoration.request, restoration.restore.report().loaded_tokens
         self.connector_prefix_cache_stats.record(
             num_tokens=restoration.queried_tokens,
             num_hits=hits,
@@ -280,7 +280,7 @@ class CakeSchedulerMixin(Scheduler):
         """The last tokens of a restored prompt are on their way: say how it was covered."""
         request, local = restoration.request, restoration.local_tokens
         if request.prefill_stats is not None and not request.num_preemptions:
-            loaded = restoration.restore.report.loaded_tokens
+            loaded = restoration.restore.report().loaded_tokens
             request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))
 
     # -------------------------------------------------------------- after a step
