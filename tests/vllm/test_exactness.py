@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.codec.int8 import Int8
 from cakekv.codec.raw import Raw
-from cakekv.vllm.scheduling.exactness import LossyBlocks, first_exact_chunk
+from cakekv.vllm.scheduling.exactness import LossyBlocks
 
 BLOCK = 16
 OWN = list(range(100, 110))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, NamedTuple
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.codec.coder import ChunkCoder
-from cakekv.codec.window import first_exact_chunk
 from cakekv.embedded.lookup import Lookup
 from cakekv.embedded.saver import Saver, Source
 from cakekv.engine.base import Engine, EngineState

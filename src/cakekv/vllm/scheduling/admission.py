@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.errors import UnsupportedEngine
 from cakekv.keys import ChunkKey
 from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.scheduling.asked import Asked
-from cakekv.vllm.scheduling.exactness import first_exact_chunk
 from cakekv.vllm.scheduling.identity import Keyring
 from cakekv.vllm.scheduling.lookup import Lookup
 from cakekv.vllm.scheduling.restoration import Restoration

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cakekv.codec.base import Codec
-
-
-def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int:
-    """From which chunk on a prompt's chunks hold some of its `window` newest tokens, and so have to be exact."""
-    return max(0, prompt_tokens - window) // chunk_tokens
+from cakekv.codec.base import Codec, first_exact_chunk
 
 
 class LossyBlocks:
@@ -54,7 +49,7 @@ class LossyBlocks:
 
     def usable_tokens(self, block_ids: Sequence[int], prompt_tokens: int) -> int:
         """How many tokens of a prompt whose first blocks are these may be shared: its newest ones have to be exact."""
-        first = max(0, prompt_tokens - self.codec.window) // self._block_tokens
+        first = first_exact_chunk(prompt_tokens, self.codec.window, self._block_tokens)
         lossy = (index for index in range(first, len(block_ids)) if block_ids[index] in self._blocks)
         return next(lossy, len(block_ids)) * self._block_tokens
 

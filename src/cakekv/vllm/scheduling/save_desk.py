@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.vllm.messages import StepOrders
 from cakekv.vllm.scheduling.admission import Admission
-from cakekv.vllm.scheduling.exactness import LossyBlocks, first_exact_chunk
+from cakekv.vllm.scheduling.exactness import LossyBlocks
 from cakekv.vllm.scheduling.restoration import Restoration
 from cakekv.vllm.scheduling.save_plan import SavePlan, new_blocks
 
