@@ -10,7 +10,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from test_contract import KEY, LAYOUT, PLANES, chunk, encoded, sample
 
 from cakekv.chunk import read_header, segments
 from cakekv.codec import CODECS, codec_named
@@ -19,6 +18,7 @@ from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
 from cakekv.errors import CorruptChunk
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
+from tests.codec.test_contract import KEY, LAYOUT, PLANES, chunk, encoded, sample
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RECIPES = ["fp8", "int8", "int4", "kivi", "kivi:bits=3", "kivi:bits=4", "k5v4", "k5v4:group=7", "two_plane", "ladder"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cake.crowd import CHUNK, tokens, until
 from cakekv.cake import Cake
 from cakekv.embedded.saver import Saver
 from cakekv.engine.cache import TwoEndedCache
@@ -18,6 +17,7 @@ from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
 from cakekv.store.memory import MemoryStore
+from tests.cake.crowd import CHUNK, tokens, until
 
 pytestmark = pytest.mark.timeout(120)
 

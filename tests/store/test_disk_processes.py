@@ -48,8 +48,8 @@ def start():
     processes = []
 
     def started(folder, seed, rounds):
-        program = f"from store.test_disk_processes import work; work({str(folder)!r}, {seed}, {rounds})"
-        path = [str(Path(__file__).parent.parent), *sys.path]
+        program = f"from tests.store.test_disk_processes import work; work({str(folder)!r}, {seed}, {rounds})"
+        path = [str(Path(__file__).parents[2]), *sys.path]
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from benchmarks import vllm_burst, vllm_load, vllm_overhead, vllm_peers, vllm_restore
 from tiny_engine import save_model
 from typer.testing import CliRunner
 
+from benchmarks import vllm_burst, vllm_load, vllm_overhead, vllm_peers, vllm_restore
 from cakekv.bench.picture import bench_picture
 from cakekv.bench.vllm.asking import Answer
 from cakekv.bench.vllm.lmcache import LMCacheServer

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, prompt
+from vllm import SamplingParams
 
 from cakekv.vllm.metrics import kind_of
-from vllm import SamplingParams
 
 PREFIXES, REQUESTS, AT_ONCE = 6, 60, 6
 FAULTS = {

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import pytest
+import vllm
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched import scheduler as vllm_scheduler
 
 import cakekv.vllm
-import vllm
 from cakekv.errors import UnsupportedEngine
 from cakekv.vllm.hooks import HOOKS, VERSIONS, check_hooks
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import vllm
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
-import vllm
 from cakekv.vllm.scheduling import identity
 from cakekv.vllm.scheduling.identity import Keyring
 

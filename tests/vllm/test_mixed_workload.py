@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, save_model
+from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from cakekv.demo.model import demo_model
-from vllm import SamplingParams
 
 VOCABULARY = 49152  # the tokenizer's, which structured output needs
 
