@@ -98,6 +98,8 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     """Grows whenever the same parameters give other bytes."""
     lossy: ClassVar[bool] = True
+    encodes: ClassVar[bool] = True
+    """False if a plane's code is its bytes in the cache, so that chunks are read straight into place."""
     fixed: ClassVar[bool] = True
     """Whether every plane takes exactly `size` bytes; else at most that many."""
     parts: ClassVar[int] = 1
