@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,7 +234,9 @@ def test_warming_up_decodes_what_loads_will_read(device: torch.device, monkeypat
         kind = type(coder.codec)
         plain: Callable[..., torch.Tensor] = kind.decode_tensors
 
-        def counted(self: Codec, plane: Plane, codes: list[torch.Tensor], plain=plain, seen=seen) -> torch.Tensor:
+        def counted(
+            self: Codec, plane: Plane, codes: list[torch.Tensor], plain: Any = plain, seen: Any = seen
+        ) -> torch.Tensor:
             seen.append(len(codes))
             return plain(self, plane, codes)
 

@@ -79,7 +79,7 @@ def test_fields_that_a_library_adds_removes_or_moves_do_not_count(tmp_path: Path
 def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    model: Any = SimpleNamespace(
+    model: Path = SimpleNamespace(
         model=str(tmp_path), hf_config_path=None, revision=None, hf_overrides={}, quantization=None, max_model_len=2048
     )
     texts = []
