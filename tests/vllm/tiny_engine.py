@@ -18,6 +18,7 @@ os.environ.update(
 )
 
 from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from cakekv.errors import StoreError
@@ -27,7 +28,6 @@ from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
-from vllm import LLM, SamplingParams
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
