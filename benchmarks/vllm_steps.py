@@ -242,9 +242,8 @@ class LoneScheduler:
 
     def add(self, name: str, tokens: Sequence[int], generated: int = 2000) -> str:
         """Send a request."""
-        from vllm.v1.request import Request
-
         from vllm import SamplingParams
+        from vllm.v1.request import Request
 
         params = SamplingParams(max_tokens=generated, ignore_eos=True)
         params._all_stop_token_ids = set()

@@ -47,7 +47,7 @@ from cakekv.store.opening import open_store
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
 
-__all__ = ["Cake", "Generation", "OnProgress", "Prefill", "Progress"]
+__all__ = ["Cake", "Generation", "OnProgress", "PlannedRun", "Prefill", "Progress", "SaveReport"]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

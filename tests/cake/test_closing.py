@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cake.crowd import CHUNK, WAIT_S, Watched, start, tokens, until
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.store.memory import MemoryStore
+from tests.cake.crowd import CHUNK, WAIT_S, Watched, start, tokens, until
 
 pytestmark = pytest.mark.timeout(120)
 

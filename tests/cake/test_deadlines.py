@@ -23,7 +23,7 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.tiered import TieredStore, TierPlan
 from cakekv.store.wrapper import WrappedStore
-from store.servers import suspend, valkey
+from tests.store.servers import suspend, valkey
 
 CHUNK = 16
 CHUNKS = 20

@@ -13,7 +13,7 @@ import transformers
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
-from matrix.models import build, tiny
+from tests.matrix.models import build, tiny
 
 NAN = float("nan")
 

@@ -86,9 +86,9 @@ def test_on_a_virtual_clock_both_arms_stay_busy_to_the_end(suffix: int) -> None:
     assert plain == pytest.approx(prefix / 2000 + suffix / 1000, rel=0.05)
     assert layered == pytest.approx((prefix + suffix) / 2000, rel=0.1)
     assert layered < plain
-    pieces = [load for load in restore.report.loads if load.group is not None]
+    pieces = [load for load in restore.report().loads if load.group is not None]
     assert pieces
-    assert restore.report.computed_tokens + restore.report.loaded_tokens == prefix + suffix
+    assert restore.report().computed_tokens + restore.report().loaded_tokens == prefix + suffix
 
 
 def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
@@ -107,7 +107,7 @@ def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
     )
     tier = VirtualTier(constant(6.4e6))
     seconds = run_restore(restore, lambda span, now: 1e-4 + span.tokens * 2e-3, [tier], groups=5)
-    loads = [load for load in restore.report.loads if load.outcome == "placed"]
+    loads = [load for load in restore.report().loads if load.outcome == "placed"]
     cut = {load.start // 64 for load in loads if load.group is not None}
     assert 6 <= len(cut) <= 10, "1.5 * 0.8 * 60 ms, of 10 ms each"
     assert cut == {*range(min(cut), max(cut) + 1)}, "the last ones to come"

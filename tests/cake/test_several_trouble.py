@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from cake.crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey, chunk_keys
+from tests.cake.crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 
 
 def test_a_store_that_fails_one_request_fails_no_other(engine: TransformersEngine, watched: Watched) -> None:

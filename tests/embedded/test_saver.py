@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cake.crowd import CHUNK, tokens, until
 from cakekv.cake import Cake
 from cakekv.embedded.saver import Saver
 from cakekv.engine.cache import TwoEndedCache
@@ -20,6 +19,7 @@ from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
 from cakekv.metrics import Metrics
 from cakekv.store.memory import MemoryStore
+from tests.cake.crowd import CHUNK, tokens, until
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -11,8 +11,8 @@ import torch
 
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput, UnsupportedModel
-from matrix.models import CONTEXT, VOCABULARY, build
-from matrix.restoring import CHUNK, gather, prefill, prompt
+from tests.matrix.models import CONTEXT, VOCABULARY, build
+from tests.matrix.restoring import CHUNK, gather, prefill, prompt
 
 
 @pytest.fixture(scope="module")

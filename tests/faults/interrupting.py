@@ -87,9 +87,9 @@ def main(folder: str, interrupts: int, seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cake.conftest import CHUNK, engine
     from cakekv.cake import Cake
     from cakekv.chunk import verify_chunk
+    from tests.cake.conftest import CHUNK, engine
 
     model, choose, figures = engine.__wrapped__(), random.Random(seed), Counter[str]()  # type: ignore[attr-defined]
     prefix = [choose.randrange(211) for _ in range(8 * CHUNK)]

@@ -25,7 +25,7 @@ def synthetic_report(
         PlannerOptions(mode=mode),
     )
     tier = VirtualTier(constant(bandwidth))
-    restore.report.ttft_s = run_restore(
+    restore.report().ttft_s = run_restore(
         restore, lambda span, now: 0.05 + span.tokens * (1 + span.start / 14000) / 450, [tier]
     )
-    return restore.report
+    return restore.report()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cakekv.restore.assignment import Candidate
-from cakekv.restore.forecast import Forecast
+from cakekv.restore.forecast import Forecast, Pace
+from cakekv.restore.situation import Moment
 
 
 def forecast(
@@ -24,17 +25,13 @@ def forecast(
     candidates: list[Candidate] = [
         (chunk, compute_s, load_s if letter == "L" else {}) for chunk, letter in enumerate(stored)
     ]
-    tiers = len(each_s)
     return Forecast(
         candidates,
         fixed_s,
         longest,
-        each_s,
-        [depth] * tiers,
-        [shared] * tiers,
+        [Pace(seconds, depth, shared) for seconds in each_s],
         in_flight or {},
-        busy_s,
-        finish_s,
+        Moment(0.0, busy_s, finish_s),
     )
 
 
@@ -107,5 +104,5 @@ def test_the_plan_before_is_kept_unless_another_is_clearly_better() -> None:
 def test_plans_and_labels_are_inverses() -> None:
     found = forecast("LhLLh")
     plan = {0: 0, 3: 0}
-    assert found.plan(found.labels(plan)) == plan
+    assert found.assigned(found.labels(plan)) == plan
     assert written(found.labels({1: 0, 2: 0})) == "cc0cc", "a hole cannot be loaded"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.coverage import State
-from cakekv.restore.finish import Finish
 from cakekv.restore.flights import Load, Tier
+from cakekv.restore.layered_finish import LayeredFinish
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.planner import MODES, Planner, PlannerOptions, Span, Wait
 
@@ -143,7 +143,7 @@ def check_laws(restore: Planner, driver: Driver) -> None:
     assert not set(driver.computed) & set(driver.placed)
     assert all(times == 1 for times in driver.computed.values())
     assert chunks - 1 in driver.computed, "the last token's logits are needed"
-    report = restore.report
+    report = restore.report()
     assert report.computed_tokens + report.loaded_tokens == restore.prompt_tokens
     assert sum(span.tokens for span in report.spans) == report.computed_tokens
 
@@ -193,7 +193,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     driver = Driver(restore, tiers, seed, failing, slow_tier)
     driver.run()
     check_laws(restore, driver)
-    report = restore.report
+    report = restore.report()
     if mode == "compute":
         assert report.loaded_tokens == 0
         assert not report.loads
@@ -209,15 +209,15 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
 ) -> None:
     """Restores made for a layered finish; some cut only the last chunks, some give up before those were asked for."""
     seen: Counter[str] = Counter()
-    disband = Finish.disband
+    disband = LayeredFinish.disband
 
-    def watched(finish: Finish) -> None:
-        assert finish.layered is not None
+    def watched(finish: LayeredFinish) -> None:
+        assert finish.pieces is not None
         seen["given up"] += 1
-        seen["before all was asked for"] += bool(finish.layered.not_begun)
+        seen["before all was asked for"] += bool(finish.pieces.not_begun)
         disband(finish)
 
-    monkeypatch.setattr(Finish, "disband", watched)
+    monkeypatch.setattr(LayeredFinish, "disband", watched)
     for seed in range(300):
         rng = random.Random(seed)
         chunk, tiers, depth, prefix = rng.randint(8, 32), rng.randint(1, 2), rng.randint(1, 3), rng.randint(8, 40)
@@ -241,7 +241,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         driver = Driver(restore, tiers, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_tier=False)
         driver.run()
         check_laws(restore, driver)
-        loads = restore.report.loads
+        loads = restore.report().loads
         pieces = {load.start for load in loads if load.group is not None}
         seen["finished layered"] += bool(pieces)
         seen["some of them whole"] += bool(pieces) and any(load.start > max(pieces) for load in loads)
@@ -275,4 +275,4 @@ def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> N
         else:
             now = max(now, answer.until)
     assert restore.done
-    assert restore.report.computed_tokens == 640
+    assert restore.report().computed_tokens == 640

@@ -98,7 +98,7 @@ def test_a_load_moves_from_a_tier_that_has_become_slow_to_one_that_is_idle() -> 
     assert isinstance(span, Span)
     planner.computed(span, 11.0)
     assert planner.done
-    assert [load.outcome for load in planner.report.loads] == ["placed", "moved", "placed"]
+    assert [load.outcome for load in planner.report().loads] == ["placed", "moved", "placed"]
 
 
 def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
@@ -116,8 +116,8 @@ def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
     )
     link = VirtualTier(constant(SIZE / 0.1765), 0.5e-3)
     ended = run_restore(planner, lambda span, now: shape.seconds(span.start, span.tokens), [link])
-    assert planner.report.wasted_bytes > 0, "one chunk was asked for"
-    assert planner.report.loaded_tokens == 0
-    assert len(planner.report.spans) == 8
+    assert planner.report().wasted_bytes > 0, "one chunk was asked for"
+    assert planner.report().loaded_tokens == 0
+    assert len(planner.report().spans) == 8
     alone = sum(shape.seconds(start, min(448, 3487 - start)) for start in range(0, 3487, 448))
     assert ended == pytest.approx(alone)

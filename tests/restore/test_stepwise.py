@@ -79,8 +79,8 @@ def test_every_position_is_covered_once(
     assert restore.done
     assert all(owners)
     assert restore.position == prompt_tokens
-    assert restore.report.computed_tokens == owners.count("compute")
-    assert restore.report.loaded_tokens == owners.count("load")
+    assert restore.report().computed_tokens == owners.count("compute")
+    assert restore.report().loaded_tokens == owners.count("load")
 
 
 def test_compute_that_enters_a_chunk_owns_it() -> None:

@@ -307,7 +307,7 @@ class Watch:
             state = (request.num_computed_tokens, request.num_tokens, request.status, request.num_preemptions)
             loads = None
             if restoration is not None:
-                state = (*state, restoration.planner.report.loaded_tokens, len(restoration.failed_chunks))
+                state = (*state, restoration.planner.report().loaded_tokens, len(restoration.failed_chunks))
                 loads = tuple(restoration._loads)
             before, step = self._seen.get(name, (None, 0))
             if name in output.num_scheduled_tokens or before != (state, loads):

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import vllm
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
-import vllm
 from cakekv.vllm.scheduling import identity
 from cakekv.vllm.scheduling.identity import ChunkNames
 
@@ -79,7 +79,7 @@ def test_fields_that_a_library_adds_removes_or_moves_do_not_count(tmp_path: Path
 def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    model: Any = SimpleNamespace(
+    model: Path = SimpleNamespace(
         model=str(tmp_path), hf_config_path=None, revision=None, hf_overrides={}, quantization=None, max_model_len=2048
     )
     texts = []

@@ -73,7 +73,7 @@ def test_loaded_to_the_end_and_computed(restoration: Restoration) -> None:
     restoration.take(SUFFIX, 7, now)
     assert (restoration.stage, restoration.computed_by) == (Stage.COMPUTED, 7)
     restoration.begin_step(now + 1)
-    assert restoration.planner.report.computed_tokens == SUFFIX
+    assert restoration.planner.report().computed_tokens == SUFFIX
     for stage in Stage:
         with pytest.raises(AssertionError, match="is COMPUTED and cannot become"):
             restoration.enter(stage)

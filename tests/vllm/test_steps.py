@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.vllm_steps import LoneScheduler, Scenario, fill
 
+from benchmarks.vllm_steps import LoneScheduler, Scenario, fill
 from cakekv.keys import ChunkKey
 from cakekv.store.memory import MemoryStore
 from cakekv.vllm.scheduling import admission

@@ -172,4 +172,4 @@ def _keys(engine: TinyEngine, token_ids: list[int]) -> list[bytes]:
 
 
 def _placed(engine: TinyEngine, request: str, tier: str) -> bool:
-    return _tokens_from(engine.restoration(request).planner.report).get(tier, 0) > 0
+    return _tokens_from(engine.restoration(request).planner.report()).get(tier, 0) > 0

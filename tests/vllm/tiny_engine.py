@@ -19,6 +19,7 @@ os.environ.update(
 )
 
 from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
@@ -30,7 +31,6 @@ from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
 from cakekv.vllm.shard_key import shard_key
-from vllm import LLM, SamplingParams
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cakekv.calibration import cache_folder
-from cakekv.cli.console import NEWS, print_json, write_text
+from cakekv.cli.console import NEWS, one_of, print_json, write_text
+from cakekv.codec import CODECS
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
 from cakekv.errors import BadInput
 from cakekv.messages import inert
@@ -49,7 +50,10 @@ def ask(
     ] = None,
     tenant: Annotated[str, typer.Option(help="Tenants never share chunks.")] = "",
     codec: Annotated[
-        str, typer.Option(help='How chunks are encoded: raw, int8, int4, "kivi:bits=2,window=128", … (docs/codecs.md).')
+        str,
+        typer.Option(
+            help=f'How chunks are encoded: {one_of(CODECS)}; with parameters "kivi:bits=2,window=128" (docs/codecs.md).'
+        ),
     ] = "raw",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,

@@ -129,7 +129,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         codec = self._arms.coder.codec
         with self._arbiter.lock:
             self._loads.join(timeout_s=_LAST_LOADS_S)
-            report = self.planner.report
+            report = self.planner.report()
             report.placed_bytes = self._placed_bytes
             chunks = Counter(self._parts.values())
             report.lossy_tokens = (chunks.total() - chunks[0]) * self._chunk_tokens if codec.lossy else 0

@@ -1,4 +1,4 @@
-"""The plan: which of the uncovered chunks to load, given what both arms cost. The rest is computed.
+"""The assignment: which of the uncovered chunks to load, given what both arms cost. The rest is computed.
 
 Compute walks the uncovered chunks in order of position. A chunk that nobody stored (a hole, and the suffix) can only
 be computed once everything before it is covered; it is a *deadline* for every load before it. Loading a chunk saves
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 Candidate = tuple[int, float, Mapping[int, float]]
 """An uncovered chunk: its index, the seconds to compute it, and per tier that could deliver it the seconds that its
@@ -38,7 +37,7 @@ def assign_loads(
     compute_busy_s : float
         Seconds until compute is done with what it is doing now.
     finish_s : float
-        Seconds that loads before the suffix may go on while the suffix is computed (see `layered`).
+        Seconds that loads before the suffix may go on while the suffix is computed (see `layered_finish`).
     ends_s : mapping of int to float
         For each chunk in flight, the seconds until it should be in place.
     lag_s : sequence of float
@@ -122,20 +121,20 @@ def charge_spans(candidates: list[Candidate], fixed_s: float) -> list[Candidate]
 
 def complete_landing(
     candidates: Sequence[Candidate],
-    plan: dict[int, int],
+    assigned: dict[int, int],
     lag_s: Sequence[float],
     most: int,
     span_s: Callable[[int, int], float],
 ) -> None:
     """Load the last chunks before the arms meet, too, if a span of their own would end later than that.
 
-    The plan spreads a span's fixed cost over full spans, which flatters a short one.
+    The assignment spreads a span's fixed cost over full spans, which flatters a short one.
 
     Parameters
     ----------
     candidates, lag_s
         As for `assign_loads`.
-    plan : dict
+    assigned : dict
         What `assign_loads` chose; chunks are added.
     most : int
         Chunks in the longest span: more than that are not worth a look.
@@ -146,10 +145,10 @@ def complete_landing(
     short: list[tuple[int, int]] = []
     for chunk, _, load_s in candidates:
         if not load_s:
-            if plan and max(plan) > chunk:
+            if assigned and max(assigned) > chunk:
                 busy_s = [busy + lag for busy, lag in zip(busy_s, lag_s, strict=True)]
             break
-        tier = plan.get(chunk)
+        tier = assigned.get(chunk)
         if tier is None:
             if len(short) == most:
                 return
@@ -157,42 +156,4 @@ def complete_landing(
             short.append((chunk, tier))
         busy_s[tier] += load_s[tier]
     if short and max(busy_s) < span_s(short[0][0], len(short)):
-        plan.update(short)
-
-
-class Order(NamedTuple):
-    """In which order to load what was planned."""
-
-    queues: list[list[int]]
-    """The chunks of each tier, the one due first at the end."""
-    deadlines: list[int]
-    """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
-
-
-def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], tiers: int) -> Order:
-    """Nearest deadline first; back to front before each, since compute may take over what is nearest to it."""
-    queues: list[list[int]] = [[] for _ in range(tiers)]
-    group: list[list[int]] = [[] for _ in range(tiers)]
-    deadlines: list[int] = []
-    deadline = candidates[-1][0] + 1 if candidates else 0
-    open_group = False
-    for chunk, _, _ in reversed(candidates):
-        tier = plan.get(chunk)
-        if tier is not None:
-            group[tier].append(chunk)
-            if not open_group:
-                open_group = True
-                deadlines.append(deadline)
-            continue
-        deadline = chunk
-        if open_group:
-            open_group = False
-            _close(queues, group)
-    _close(queues, group)
-    return Order(queues, deadlines[::-1])
-
-
-def _close(queues: Sequence[list[int]], group: Sequence[list[int]]) -> None:
-    for queue, chunks in zip(queues, group, strict=True):
-        queue.extend(reversed(chunks))
-        chunks.clear()
+        assigned.update(short)

@@ -45,6 +45,8 @@ class Coverage:
         Chunks that are missing, stored or loading, ascending.
     front : int
         First chunk that is neither covered nor being computed.
+    suffix : int
+        First chunk behind the last one that was stored; 0 if none was.
     late : set of int
         Chunks of which a load was given up as late.
     """
@@ -61,6 +63,7 @@ class Coverage:
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
         self.uncovered = list(range(self.chunks))
         self.front = 0
+        self.suffix = max((chunk + 1 for chunk, held in enumerate(self.holders) if held), default=0)
         self.late: set[int] = set()
         self._window = window
         self._unwindowed: set[int] = set()
@@ -99,14 +102,14 @@ class Coverage:
             found.update(self.holders[chunk])
         return found
 
-    def claim(self, first: int, end: int) -> None:
+    def computing(self, first: int, end: int) -> None:
         """Compute takes these chunks."""
         for chunk in range(first, end):
             assert self.state[chunk] <= State.LOADING
             self.state[chunk] = State.COMPUTING
         self._remove(first, end)
 
-    def compute(self, first: int, end: int) -> None:
+    def computed(self, first: int, end: int) -> None:
         """Compute has covered these chunks."""
         for chunk in range(first, end):
             assert self.state[chunk] is State.COMPUTING
@@ -119,13 +122,18 @@ class Coverage:
             assert self.state[chunk] is State.COMPUTING
             self.give_back(chunk)
 
-    def place(self, chunk: int) -> None:
+    def loading(self, chunk: int) -> None:
+        """A tier is asked for the chunk."""
+        assert self.state[chunk] is State.STORED
+        self.state[chunk] = State.LOADING
+
+    def placing(self, chunk: int) -> None:
         """A verified chunk is about to be put into the cache: nobody else may take it."""
         assert self.state[chunk] is State.LOADING
         self.state[chunk] = State.PLACING
         self._remove(chunk, chunk + 1)
 
-    def load(self, chunk: int, windowed: bool) -> None:
+    def loaded(self, chunk: int, windowed: bool) -> None:
         """A chunk is in the cache."""
         assert self.state[chunk] is State.PLACING
         self.state[chunk] = State.LOADED

@@ -41,7 +41,7 @@ class Load:
     began: float
     """When it was handed out; of one that had to queue, once that is known, when its tier began with it."""
     group: int | None = None
-    """Load only this group of layers (see `layered`); None: all that are needed."""
+    """Load only this group of layers (see `layered_finish`); None: all that are needed."""
     parts: int | None = None
     """Read only so many parts of it (see `level_choice`); None: as many as the codec says."""
     queued: bool = False

@@ -33,7 +33,7 @@ class Level(NamedTuple):
     chunk_bytes, unwindowed_chunk_bytes : int
         Bytes to read for a chunk, and for its part of the layers without a sliding window.
     groups : LayerGroups or None
-        How a chunk is cut for a layered finish (see `layered`); None: the suffix waits for whole chunks.
+        How a chunk is cut for a layered finish (see `layered_finish`); None: the suffix waits for whole chunks.
     """
 
     parts: int | None

@@ -9,6 +9,7 @@ at the tier and reports with `begun` when they begin. For a layered span it asks
 from __future__ import annotations
 
 from cakekv.restore.flights import Load
+from cakekv.restore.layered_finish import Phase
 from cakekv.restore.planner import Planner, Span
 
 
@@ -19,19 +20,17 @@ class StepwisePlanner(Planner):
         """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
         assert self._front.span is None, "the span before was not reported as computed"
         self.check_late(now)
-        layered = self._finish.layered
-        if layered is not None:
-            if layered.complete:
-                self._finish.layered = None
-            elif layered.broken and not self.placing:
-                self._finish.disband()
-            else:
-                return 0
+        if self._finish.complete:
+            self._finish.end()
+        elif self._finish.phase is Phase.BROKEN and not self.placing:
+            self._finish.disband()
+        elif self._finish.phase is not Phase.WHOLE:
+            return 0
         first = self.coverage.front + (self._front.inside > 0)
         count = self._computable(first, now)
         if not count and not self._front.inside:
-            self._finish.arm(now)
-        return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
+            self._finish.begin(now)
+        return self.coverage.start_of(first + self._schedule.span_chunks(count)) - self.position
 
     def take(self, tokens: int, now: float) -> Span:
         """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
@@ -40,14 +39,13 @@ class StepwisePlanner(Planner):
         self._front.claim(first, -(-(start + tokens) // self.chunk_tokens) - first)
         span = self._front.begin(Span(start, tokens), now)
         if not self.position % self.chunk_tokens:
-            self._finish.arm(now)
+            self._finish.begin(now)
         return span
 
     @property
     def layered_tokens(self) -> int:
         """How many tokens `take_layered` would claim; 0 if it may not be called now."""
-        layered = self._finish.layered
-        if layered is None or layered.broken or self._front.span is not None:
+        if self._finish.phase is not Phase.IN_PIECES or self._front.span is not None:
             return 0
         return self.prompt_tokens - self.prefix_tokens
 
@@ -63,12 +61,12 @@ class StepwisePlanner(Planner):
     @property
     def in_pieces(self) -> bool:
         """Whether what is left before the suffix is loaded in pieces."""
-        return self._finish.layered is not None
+        return self._finish.phase is not Phase.WHOLE
 
     @property
     def awaits_pieces(self) -> bool:
         """Whether anything that a layered span attends to is still to come."""
-        return self._finish.layered is not None and not self._finish.layered.complete
+        return self.in_pieces and not self._finish.complete
 
     def begun(self, load: Load, now: float) -> None:
         """The tier began with a load that had queued."""

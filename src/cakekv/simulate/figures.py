@@ -67,7 +67,7 @@ def figure_5(seed: int, ours: bool = True) -> Walk:
     if ours:
         restore = _restore(curve)
         time_s = run_restore(restore, _compute_time(curve, effort), [tier])
-        met_at, frontiers = restore.report.met_at or PREFIX_TOKENS, restore.report.frontiers
+        met_at, frontiers = restore.report().met_at or PREFIX_TOKENS, restore.report().frontiers
     else:
         cake = CakeBaseline(PREFIX_TOKENS, MODEL.token_bytes(), STEP_TOKENS, CHUNK_TOKENS)
         time_s = run_restore(cake, _compute_time(curve, effort), [tier])

@@ -167,7 +167,7 @@ def what_if(model: ModelShape, tokens: int, bandwidth: str, compute: str, suffix
         seconds = run_restore(
             restore, lambda span, now: curve.seconds(span.start, span.tokens), [VirtualTier(constant(rate))]
         )
-        return seconds, restore.report.met_at
+        return seconds, restore.report().met_at
 
     compute_s, _ = simulate("compute", rate)
     load_s, _ = simulate("load", rate)

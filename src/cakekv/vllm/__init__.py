@@ -55,6 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import vllm  # noqa: F401 - that there is none, Python says best
+
     from cakekv.vllm.hooks import unusable
 
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.errors import BadInput, StoreError
-from cakekv.keys import Identity, canonical, chunk_keys
-from cakekv.store.base import Store
+from cakekv.keys import ChunkKey, Identity, canonical, chunk_keys
+from cakekv.store.base import Removal, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.maintenance.explain import explain_prompt, prompt_keys
 from cakekv.store.memory import MemoryStore
@@ -27,7 +29,7 @@ def save(store: Store, identity: Identity, count: int | None = None) -> None:
     store.remember_identity(identity.root.hex(), identity.fields())
 
 
-def explained(*tiers: Store, identity: Identity = MINE):
+def explained(*tiers: Store, identity: Identity = MINE) -> Any:
     return explain_prompt(identity.root, identity.fields(), TOKENS, tiers)
 
 
@@ -70,7 +72,7 @@ def test_heads_that_are_never_kept() -> None:
 
 def test_a_server_does_not_tell() -> None:
     class Server(WrappedStore):
-        def removals(self, keys):
+        def removals(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Removal] | None:
             return None
 
     assert "decide" in explained(Server(MemoryStore())).notes[0]
@@ -78,7 +80,7 @@ def test_a_server_does_not_tell() -> None:
 
 def test_a_tier_that_fails_is_named() -> None:
     class Failing(WrappedStore):
-        def lookup(self, keys):
+        def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
             raise StoreError("nobody answers")
 
     memory = MemoryStore()

@@ -86,7 +86,7 @@ class HitStatistics:
         stats = self._scheduler.connector_prefix_cache_stats
         if stats is None:
             return
-        hits = restoration.planner.report.loaded_tokens
+        hits = restoration.planner.report().loaded_tokens
         stats.record(
             num_tokens=restoration.queried_tokens,
             num_hits=hits,
@@ -98,5 +98,5 @@ class HitStatistics:
         """The last tokens of a restored prompt are on their way: say how it was covered."""
         request, local = restoration.request, restoration.local_tokens
         if request.prefill_stats is not None and not request.num_preemptions:
-            loaded = restoration.planner.report.loaded_tokens
+            loaded = restoration.planner.report().loaded_tokens
             request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))

@@ -323,7 +323,7 @@ class Restoration:
 
     def report(self) -> RestoreReport:
         """What happened, as it stands."""
-        report, state = self.planner.report, self.planner.coverage.state
+        report, state = self.planner.report(), self.planner.coverage.state
         report.ttft_s = monotonic() - self.began
         report.codec = self._lossy.codec.name
         lossy = sum(state[chunk] is State.LOADED for chunk in self._lossy_chunks)
