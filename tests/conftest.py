@@ -6,7 +6,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="tests of faults and fuzzers at full length: an hour or more, not minutes")
+    parser.addoption(
+        "--long", action="store_true", help="tests of faults and fuzzers at full length: an hour or more, not minutes"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -362,9 +362,14 @@ def right_answers(model: Path, adapters: Path, setup: Setup, what: Sequence[Ques
                 for question in dict.fromkeys(what)
                 if question.adapter == adapter
             }
-            engine.finish(*names.values())
+            finish(engine, names.values())
             found |= {question: answer(engine.outputs[name]) for question, name in names.items()}
     return found
+
+
+def finish(engine: TinyEngine, names: Collection[str]) -> None:
+    """Work until these requests are finished, however long the machine takes."""
+    engine.until(lambda: all(name in engine.outputs and engine.outputs[name].finished for name in names), 3600)
 
 
 def repair_lora_operators() -> bool:
@@ -481,7 +486,7 @@ def reread(
                 for each in dict.fromkeys(stored)
                 if each[0].adapter == adapter
             }
-            engine.finish(*names.values())
+            finish(engine, names.values())
             for (question, salt), name in names.items():
                 findings.judge(right[question], answer(engine.outputs[name]), f"reread, {question.about()} {salt}")
         engine.settle()
@@ -499,7 +504,7 @@ def notices_spoiled_chunks(
     Returns how many did, all of them; of the five requests that load most.
     """
     spoil_loads(engine)
-    loaded = sorted(set(stored), key=lambda each: -len(each[0].tokens))[:20]
+    loaded = sorted(dict.fromkeys(stored), key=lambda each: -len(each[0].tokens))[:20]
     differ = 0
     for question, salt in loaded:
         if differ == 5:
