@@ -34,6 +34,8 @@ IDLE_S = 30.0
 """Seconds in which nothing at all is computed or loaded: longer than any deadline here."""
 STARVED_STEPS = 600
 """Steps that compute something, but nothing of a request that has a place, while nothing of it is loaded."""
+LIFETIME_STEPS = 5000
+"""Steps that compute something, from a request's arrival to its end: a round, one request after the other, takes less."""
 FAULTS = (
     "",
     "",
@@ -288,7 +290,8 @@ class Watch:
         self._engine = engine
         self._counts = counts
         self._scheduler = engine.scheduler
-        self._seen: dict[str, tuple[Any, int]] = {}
+        self._seen: dict[str, tuple[Any, int, int]] = {}
+        """Per request: how it stands, the last step in which that changed, and the first one."""
         self._computing_steps = 0
         self._moved_at = time.monotonic()
         self._schedule, self._preempt = engine.scheduler.schedule, engine.scheduler._preempt_request
@@ -309,13 +312,14 @@ class Watch:
             if restoration is not None:
                 state = (*state, restoration.restore.report.loaded_tokens, len(restoration.failed_chunks))
                 loads = tuple(restoration._loads)
-            before, step = self._seen.get(name, (None, 0))
+            before, moved, begun = self._seen.get(name, (None, 0, self._computing_steps))
             if name in output.num_scheduled_tokens or before != (state, loads):
-                step, self._moved_at = self._computing_steps, now
-            seen[name] = (state, loads), step
+                moved, self._moved_at = self._computing_steps, now
+            seen[name] = (state, loads), moved, begun
             admitted = restoration is not None or request in self._scheduler.running
-            waited = self._computing_steps - step
+            waited, age = self._computing_steps - moved, self._computing_steps - begun
             assert not admitted or waited < STARVED_STEPS, f"nothing of {name} in {waited} steps: {state}, {loads}"
+            assert age < LIFETIME_STEPS, f"no end of {name} in {age} steps: {state}, {loads}"
         self._seen = seen
         if not seen:
             self._moved_at = now
@@ -324,7 +328,9 @@ class Watch:
         return output
 
 
-def play(engine: TinyEngine, adapters: Path, asked: Sequence[Asked], resets: Sequence[tuple[int, dict[str, bool]]]):
+def play(
+    engine: TinyEngine, adapters: Path, asked: Sequence[Asked], resets: Sequence[tuple[int, dict[str, bool]]]
+) -> dict[int, Answer]:
     """Send a round's requests as its steps come; returns the answers of those that were not broken off, by index."""
     names: dict[int, str] = {}
     aborted: set[int] = set()
