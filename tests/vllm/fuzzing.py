@@ -35,7 +35,7 @@ IDLE_S = 30.0
 STARVED_STEPS = 600
 """Steps that compute something, but nothing of a request that has a place, while nothing of it is loaded."""
 LIFETIME_STEPS = 5000
-"""Steps that compute something, from a request's arrival to its end: a round, one request after the other, takes less."""
+"""Steps that compute something, from a request's arrival to its end: a whole round takes less."""
 FAULTS = (
     "",
     "",
