@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cakekv.vllm.adapter_mixing import operators_mix
 from test_lora import save_adapter
 from tiny_engine import BLOCK, VOCABULARY, RequestOutputKind, TinyEngine, closing, prompt, sampling, scripted
 from vllm.lora.request import LoRARequest
@@ -34,6 +35,8 @@ IDLE_S = 30.0
 """Seconds in which nothing at all is computed or loaded: longer than any deadline here."""
 STARVED_STEPS = 600
 """Steps that compute something, but nothing of a request that has a place, while nothing of it is loaded."""
+LIFETIME_STEPS = 5000
+"""Steps that compute something, from a request's arrival to its end: a whole round takes less."""
 FAULTS = (
     "",
     "",
@@ -288,7 +291,8 @@ class Watch:
         self._engine = engine
         self._counts = counts
         self._scheduler = engine.scheduler
-        self._seen: dict[str, tuple[Any, int]] = {}
+        self._seen: dict[str, tuple[Any, int, int]] = {}
+        """Per request: how it stands, the last step in which that changed, and the first one."""
         self._computing_steps = 0
         self._moved_at = time.monotonic()
         self._schedule, self._preempt = engine.scheduler.schedule, engine.scheduler._preempt_request
@@ -309,13 +313,14 @@ class Watch:
             if restoration is not None:
                 state = (*state, restoration.planner.report().loaded_tokens, len(restoration.failed_chunks))
                 loads = tuple(restoration._loads)
-            before, step = self._seen.get(name, (None, 0))
+            before, moved, begun = self._seen.get(name, (None, 0, self._computing_steps))
             if name in output.num_scheduled_tokens or before != (state, loads):
-                step, self._moved_at = self._computing_steps, now
-            seen[name] = (state, loads), step
+                moved, self._moved_at = self._computing_steps, now
+            seen[name] = (state, loads), moved, begun
             admitted = restoration is not None or request in self._scheduler.running
-            waited = self._computing_steps - step
+            waited, age = self._computing_steps - moved, self._computing_steps - begun
             assert not admitted or waited < STARVED_STEPS, f"nothing of {name} in {waited} steps: {state}, {loads}"
+            assert age < LIFETIME_STEPS, f"no end of {name} in {age} steps: {state}, {loads}"
         self._seen = seen
         if not seen:
             self._moved_at = now
@@ -324,7 +329,9 @@ class Watch:
         return output
 
 
-def play(engine: TinyEngine, adapters: Path, asked: Sequence[Asked], resets: Sequence[tuple[int, dict[str, bool]]]):
+def play(
+    engine: TinyEngine, adapters: Path, asked: Sequence[Asked], resets: Sequence[tuple[int, dict[str, bool]]]
+) -> dict[int, Answer]:
     """Send a round's requests as its steps come; returns the answers of those that were not broken off, by index."""
     names: dict[int, str] = {}
     aborted: set[int] = set()
@@ -362,33 +369,32 @@ def right_answers(model: Path, adapters: Path, setup: Setup, what: Sequence[Ques
                 for question in dict.fromkeys(what)
                 if question.adapter == adapter
             }
-            engine.finish(*names.values())
+            finish(engine, names.values())
             found |= {question: answer(engine.outputs[name]) for question, name in names.items()}
     return found
 
 
-def repair_lora_operators() -> bool:
-    """Have vLLM compute requests without an adapter without one. Returns whether it did not.
+def finish(engine: TinyEngine, names: Collection[str]) -> None:
+    """Work until these requests are finished, however long the machine takes."""
+    engine.until(lambda: all(name in engine.outputs and engine.outputs[name].finished for name in names), 3600)
+
+
+def repair_lora_operators() -> None:
+    """Have vLLM compute requests without an adapter without one.
 
     On CPUs, vLLM 0.32 takes -1, which stands for no adapter, for the last of its places for adapters. So a request
     without one, in a step with one that has one, is computed with an adapter: wrong, and not only rounded otherwise.
     """
-    import torch
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
     original = lora_ops.bgmv_shrink
-    out = torch.zeros(1, 1)
-    original(torch.ones(1, 1), torch.ones(1, 1, 1), out, torch.tensor([-1]), 1.0)
-    if not out.item():
-        return False
 
     def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
         original(inputs, weights, output, indices, scaling)
         output[indices < 0] = 0
 
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
-    return True
 
 
 def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
@@ -410,7 +416,7 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     """
     setup, choose = Setup.draw(seed), random.Random(f"requests {seed}")
     findings = Findings(seed, setup)
-    adapters = model.parent / f"adapters of {seed}"
+    adapters = model.parent / "adapters"
     adapters.mkdir(exist_ok=True)
     for number in range(1, ADAPTERS + 1):
         if not (adapters / str(number)).exists():
@@ -429,7 +435,10 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     repair = setup.adapters and choose.random() < 0.5
     right = right_answers(model, adapters, setup, [each.question for asked in played for each in asked])
     # Where vLLM itself answers wrongly, answers are not compared, but nothing wrong may have been stored.
-    wrong_beside_adapters = setup.adapters and repair_lora_operators() and not repair
+    wrong_beside_adapters = setup.adapters and operators_mix()
+    if wrong_beside_adapters and repair:
+        repair_lora_operators()
+        wrong_beside_adapters = operators_mix()
     store = f"fuzz {seed}"
     url = f"scripted://{store}" + (f"?faults=seed:{seed},{setup.faults}" if setup.faults else "")
     scheduler = {"scheduler_cls": "cakekv.vllm.CakeAsyncScheduler"} if setup.ahead else {}
@@ -481,7 +490,7 @@ def reread(
                 for each in dict.fromkeys(stored)
                 if each[0].adapter == adapter
             }
-            engine.finish(*names.values())
+            finish(engine, names.values())
             for (question, salt), name in names.items():
                 findings.judge(right[question], answer(engine.outputs[name]), f"reread, {question.about()} {salt}")
         engine.settle()
@@ -499,7 +508,7 @@ def notices_spoiled_chunks(
     Returns how many did, all of them; of the five requests that load most.
     """
     spoil_loads(engine)
-    loaded = sorted(set(stored), key=lambda each: -len(each[0].tokens))[:20]
+    loaded = sorted(dict.fromkeys(stored), key=lambda each: -len(each[0].tokens))[:20]
     differ = 0
     for question, salt in loaded:
         if differ == 5:
