@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cakekv.vllm.adapter_mixing import operators_mix
 from test_lora import save_adapter
 from tiny_engine import BLOCK, VOCABULARY, RequestOutputKind, TinyEngine, closing, prompt, sampling, scripted
 from vllm.lora.request import LoRARequest
 
 from cakekv.vllm.metrics import kind_of
+from cakekv.vllm.scheduling.adapter_mixing import operators_mix
 
 MODEL_TOKENS = 1024
 ADAPTERS = 3
