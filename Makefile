@@ -33,8 +33,8 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long test-newest lint types unit sample test-transformers test-package test-vllm bench bench-vllm \
-	bench-peers install install-vllm install-peers clean .vllm-newest/.installed
+.PHONY: demo test test-long test-newest lint types docs structures unit sample test-transformers test-package \
+	test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
@@ -75,7 +75,7 @@ $(PEERS_STAMP): pyproject.toml constraints-peers.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
 
-test: lint types unit sample test-vllm
+test: lint types docs unit sample test-vllm
 	$(MAKE) test-vllm VLLM=0.33 VLLM_TESTS="$(VLLM_CORE)"
 	$(MAKE) test-package ENGINE_PYTHONS=$(PYTHON)
 
@@ -88,6 +88,14 @@ test-newest: $(STAMP) .vllm-newest/.installed
 	PYTHONPATH=.transformers-newest $(BIN)/python scripts/config_fields.py --check
 	$(VLLM_BIN)/python -m cakekv.vllm.hooks_of_wheel .vllm-newest
 	$(VLLM_ENV) PYTHONPATH=$(CURDIR)/.vllm-newest $(VLLM_BIN)/pytest $(VLLM_CORE)
+
+# docs/structures.md, from the docstrings.
+structures: $(STAMP)
+	$(BIN)/python scripts/structures.py
+
+# The site, into out/site; a link or an anchor that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -118,9 +126,11 @@ test-package: $(STAMP)
 	CAKEKV_PYTHONS=all CAKEKV_ENGINE_PYTHONS="$(ENGINE_PYTHONS)" \
 		CAKEKV_TORCH="$(shell grep ^torch== constraints.txt)" $(BIN)/pytest tests/package
 
-# The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
-test-long: $(STAMP)
+# The tests of faults at full length, about 25 minutes, and the fuzzer of the vLLM plug-in, about an hour. Those of a cut
+# link and of a full disk need root.
+test-long: $(STAMP) $(VLLM_STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults --long -s
+	$(VLLM_ENV) $(VLLM_BIN)/pytest tests/vllm/test_fuzz.py --long -s
 
 # One part of the suite alone, e.g. `make unit-store`.
 unit-%: $(STAMP)

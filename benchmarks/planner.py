@@ -23,8 +23,9 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Restore, Span, Wait
+from cakekv.restore.flights import Load, Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span, Wait
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 CHUNK_TOKENS, SPAN_TOKENS, SUFFIX_TOKENS = 128, 512, 256
@@ -41,7 +42,7 @@ OPENED_CHUNKS, MOST_MS = (1 << 20) // CHUNK_TOKENS, 50.0
 """Target: milliseconds to open a restore of a prefix of a million tokens."""
 
 
-class TimedRestore(Restore):
+class TimedPlanner(Planner):
     """A restore that notes what its decisions take.
 
     Attributes
@@ -63,9 +64,9 @@ class TimedRestore(Restore):
             self.compute_s.append(perf_counter() - began)
         return answer
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         began = perf_counter()
-        load = super().next_load(source, now)
+        load = super().next_load(tier, now)
         self._in_vain_s += perf_counter() - began
         if load is not None:
             self.load_s.append(self._in_vain_s)
@@ -115,18 +116,18 @@ def balanced_bandwidth(chunks: int) -> float:
     return chunks * CHUNK_BYTES / sum(SHAPE.seconds(start, SPAN_TOKENS) for start in spans)
 
 
-def open_restore(chunks: int, bandwidth: float) -> TimedRestore:
+def open_restore(chunks: int, bandwidth: float) -> TimedPlanner:
     """A restore of a prefix of so many chunks, which expects a bandwidth in bytes per second."""
     loading = LoadCost(DEPTH)
     loading.observe(CHUNK_BYTES, -1.0 - CHUNK_BYTES / bandwidth, -1.0)
-    return TimedRestore(
+    return TimedPlanner(
         chunks * CHUNK_TOKENS + SUFFIX_TOKENS,
         CHUNK_TOKENS,
         [(0,)] * chunks,
-        [Source("tier", loading, DEPTH)],
+        [Tier("tier", loading, DEPTH)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=CHUNK_BYTES,
-        max_span_tokens=SPAN_TOKENS,
+        [Level.whole(CHUNK_BYTES)],
+        PlannerOptions(max_span_tokens=SPAN_TOKENS),
     )
 
 

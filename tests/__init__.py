@@ -1,0 +1,1 @@
+"""The tests mirror `src/cakekv`; what several folders share is here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import tracemalloc
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -47,13 +48,13 @@ FIELDS = {
 }
 
 
-def make(shape=SHAPE, key=KEY, position=POSITION, seed=0):
+def make(shape: Any = SHAPE, key: ChunkKey = KEY, position: Any = POSITION, seed: int = 0) -> Any:
     chunk = bytearray(random.Random(seed).randbytes(shape.total_bytes))
     seal(shape, memoryview(chunk), key, position)
     return chunk
 
 
-def change(chunk, **values):
+def change(chunk: Any, **values: Any) -> Any:
     """Set fields of the header and make its checksum right again, as a hostile writer would."""
     for name, value in values.items():
         offset, form = FIELDS[name.replace("__", " ")]
@@ -63,13 +64,13 @@ def change(chunk, **values):
     return chunk
 
 
-def fault_of(chunk):
+def fault_of(chunk: Any) -> Any:
     with pytest.raises(CorruptChunk) as caught:
         verify_chunk(memoryview(chunk))
     return caught.value.fault
 
 
-def test_the_format_never_changes():
+def test_the_format_never_changes() -> None:
     """A change here needs a new format version."""
     assert FORMAT_VERSION == 1
     chunk = make()
@@ -105,7 +106,7 @@ shapes = st.builds(
 
 @settings(deadline=None)
 @given(shapes, st.binary(min_size=32, max_size=32).map(ChunkKey), st.integers(0, 2**63 - 1), st.integers())
-def test_what_is_sealed_comes_back(shape, key, position, seed):
+def test_what_is_sealed_comes_back(shape: Any, key: ChunkKey, position: Any, seed: int) -> None:
     chunk = bytearray(random.Random(seed).randbytes(shape.total_bytes + 10))
     view = memoryview(chunk)
     before = [bytes(segment) for segment in segments(shape, view)]
@@ -122,13 +123,13 @@ def test_what_is_sealed_comes_back(shape, key, position, seed):
     assert header_bytes_of(view[:ALIGNMENT], shape.total_bytes) == shape.header_bytes
 
 
-def test_some_layers_can_be_read_alone():
+def test_some_layers_can_be_read_alone() -> None:
     chunk = memoryview(make())
     header = read_header(chunk[: SHAPE.header_bytes], len(chunk))
     header.verify(2, segments(SHAPE, chunk)[2])
 
 
-def test_sealing_is_repeatable_whatever_the_buffer_held():
+def test_sealing_is_repeatable_whatever_the_buffer_held() -> None:
     chunk = make()
     dirty = bytearray(b"\xff" * SHAPE.total_bytes)
     for old, new in zip(segments(SHAPE, memoryview(chunk)), segments(SHAPE, memoryview(dirty)), strict=True):
@@ -151,7 +152,7 @@ def test_sealing_is_repeatable_whatever_the_buffer_held():
         lambda: seal(SHAPE, memoryview(bytearray(SHAPE.total_bytes)), KEY, 2**63),
     ],
 )
-def test_what_cannot_be_sealed_is_refused(attempt):
+def test_what_cannot_be_sealed_is_refused(attempt: Any) -> None:
     with pytest.raises(BadInput, match="chunk"):
         attempt()
 
@@ -201,11 +202,11 @@ def test_what_cannot_be_sealed_is_refused(attempt):
         (lambda c: change(c[:3000] + b"\1" + c[3001:]), ChunkFault.DIRTY_PADDING),
     ],
 )
-def test_every_fault_has_its_name(damage, fault):
+def test_every_fault_has_its_name(damage: Any, fault: Any) -> None:
     assert fault_of(damage(make())) is fault
 
 
-def test_another_chunk_in_the_place_is_found():
+def test_another_chunk_in_the_place_is_found() -> None:
     """A chunk copied over another is in itself perfect."""
     chunk = make()
     header = verify_chunk(memoryview(chunk))
@@ -221,14 +222,14 @@ def test_another_chunk_in_the_place_is_found():
         assert caught.value.fault is fault
 
 
-def test_a_header_longer_than_was_read_is_of_another_shape():
+def test_a_header_longer_than_was_read_is_of_another_shape() -> None:
     chunk = memoryview(make(ChunkShape(1, (1,) * 300)))
     with pytest.raises(CorruptChunk) as caught:
         read_header(chunk[:4096], len(chunk))
     assert caught.value.fault is ChunkFault.WRONG_SHAPE
 
 
-def test_segments_of_equal_length_cannot_be_swapped():
+def test_segments_of_equal_length_cannot_be_swapped() -> None:
     shape = ChunkShape(1, (64, 64))
     chunk = memoryview(make(shape))
     header = verify_chunk(chunk)
@@ -239,7 +240,7 @@ def test_segments_of_equal_length_cannot_be_swapped():
         assert caught.value.fault is ChunkFault.SEGMENT_CHECKSUM
 
 
-def test_every_flipped_bit_is_found():
+def test_every_flipped_bit_is_found() -> None:
     chunk = make(ChunkShape(1, (40, 8)))
     places = [*range(0, 400), *random.Random(0).sample(range(len(chunk)), 400)]
     for place in places:
@@ -252,7 +253,7 @@ def test_every_flipped_bit_is_found():
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_no_damage_gets_through_or_crashes(data):
+def test_no_damage_gets_through_or_crashes(data: memoryview) -> None:
     """Fields overwritten with extreme values, the checksum repaired or not; cut, and extended."""
     chunk = make()
     for _ in range(data.draw(st.integers(0, 3))):
@@ -279,12 +280,12 @@ def test_no_damage_gets_through_or_crashes(data):
 
 @settings(deadline=None)
 @given(st.binary(max_size=9000), st.booleans())
-def test_noise_is_never_a_chunk(noise, with_magic):
+def test_noise_is_never_a_chunk(noise: Any, with_magic: Any) -> None:
     noise = MAGIC + struct.pack("<I", FORMAT_VERSION) + noise if with_magic else noise
     fault_of(noise)
 
 
-def test_a_lying_header_allocates_nothing():
+def test_a_lying_header_allocates_nothing() -> None:
     chunk = make()
     lies = [
         change(make(), layers=2**32 - 1, header_bytes=2**63),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ IDENTITY = Identity(weights="w", architecture="a", dtype="float32", layout="l", 
 tokens = st.lists(st.integers(0, 2**63 - 1), max_size=40)
 
 
-def test_keys_never_change():
+def test_keys_never_change() -> None:
     """A change here makes every store in the world useless: raise the format version instead."""
     assert [key.hex() for key in chunk_keys(IDENTITY, range(8))] == [
         "f3928e24f7810655e656ed8f854de212b04f233e29e0644e47a705e496feead0",
@@ -27,7 +29,7 @@ def test_keys_never_change():
     ]
 
 
-def test_keys_are_the_same_in_another_process():
+def test_keys_are_the_same_in_another_process() -> None:
     program = (
         "from cakekv.keys import *;print(chunk_keys(Identity('w', 'a', 'float32', 'l', 4), list(range(8)))[-1].hex())"
     )
@@ -45,14 +47,14 @@ def test_keys_are_the_same_in_another_process():
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
-def test_every_field_of_an_identity_changes_the_keys(field):
+def test_every_field_of_an_identity_changes_the_keys(field: Any) -> None:
     value = getattr(IDENTITY, field)
     other = dataclasses.replace(IDENTITY, **{field: value + 1 if isinstance(value, int) else value + "x"})
     assert other.root != IDENTITY.root
     assert set(chunk_keys(other, range(20))).isdisjoint(chunk_keys(IDENTITY, range(20)))
 
 
-def test_text_cannot_move_from_one_field_to_the_next():
+def test_text_cannot_move_from_one_field_to_the_next() -> None:
     assert (
         dataclasses.replace(IDENTITY, weights="ab", architecture="c").root
         != dataclasses.replace(IDENTITY, weights="a", architecture="bc").root
@@ -63,7 +65,7 @@ def test_text_cannot_move_from_one_field_to_the_next():
     )
 
 
-def test_the_tenant_is_not_told():
+def test_the_tenant_is_not_told() -> None:
     identity = dataclasses.replace(IDENTITY, tenant="hunter2")
     assert "hunter2" not in str(identity.fields())
     assert identity.fields()["tenant"] != dataclasses.replace(IDENTITY, tenant="hunter3").fields()["tenant"]
@@ -72,14 +74,14 @@ def test_the_tenant_is_not_told():
 
 
 @given(tokens)
-def test_only_full_chunks_have_keys(token_ids):
+def test_only_full_chunks_have_keys(token_ids: Any) -> None:
     keys = chunk_keys(IDENTITY, token_ids)
     assert len(keys) == len(token_ids) // 4
     assert len(set(keys)) == len(keys)
 
 
 @given(tokens, tokens)
-def test_keys_are_shared_as_far_as_the_tokens_are(left, right):
+def test_keys_are_shared_as_far_as_the_tokens_are(left: Any, right: Any) -> None:
     common = 0
     while common < min(len(left), len(right)) and left[common] == right[common]:
         common += 1
@@ -88,28 +90,28 @@ def test_keys_are_shared_as_far_as_the_tokens_are(left, right):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint16", ">i8", ">u4"])
-def test_the_kind_of_sequence_does_not_matter(dtype):
+def test_the_kind_of_sequence_does_not_matter(dtype: Any) -> None:
     assert chunk_keys(IDENTITY, np.arange(12, dtype=dtype)) == chunk_keys(IDENTITY, list(range(12)))
 
 
-def test_strided_arrays_are_read_in_order():
+def test_strided_arrays_are_read_in_order() -> None:
     assert chunk_keys(IDENTITY, np.arange(24)[::2]) == chunk_keys(IDENTITY, list(range(0, 24, 2)))
 
 
 @pytest.mark.parametrize(
     "token_ids", [[-1] * 4, [2**63] * 4, [2**64] * 4, [1.0] * 4, ["1"] * 4, [True] * 4, [[1, 2], [3, 4]]]
 )
-def test_what_is_no_token_is_refused(token_ids):
+def test_what_is_no_token_is_refused(token_ids: Any) -> None:
     with pytest.raises(BadInput, match="token ids"):
         chunk_keys(IDENTITY, token_ids)
 
 
-def test_chunks_without_tokens_are_refused():
+def test_chunks_without_tokens_are_refused() -> None:
     with pytest.raises(BadInput, match="at least one token"):
         dataclasses.replace(IDENTITY, chunk_tokens=0)
 
 
-def test_a_chunk_key_is_32_bytes():
+def test_a_chunk_key_is_32_bytes() -> None:
     key = ChunkKey(bytes(range(32)))
     assert key.hex().startswith(key.short)
     assert ChunkKey.fromhex(key.hex()) == key
@@ -117,14 +119,14 @@ def test_a_chunk_key_is_32_bytes():
         ChunkKey(b"short")
 
 
-def test_canonical_text_is_stable():
+def test_canonical_text_is_stable() -> None:
     assert canonical({"b": (1, 2.5), "a": "é"}) == canonical({"a": "é", "b": [1, 2.5]}) == '{"a":"\\u00e9","b":[1,2.5]}'
     for value in (float("nan"), float("inf"), object(), {1: "a", "b": 2}):
         with pytest.raises(BadInput, match="plain, finite data"):
             canonical(value)
 
 
-def tensors(**changes):
+def tensors(**changes: Any) -> list[Any]:
     weights = {
         "a": np.arange(6, dtype="<f4").reshape(2, 3),
         "b": np.zeros((0, 3), "<f4"),
@@ -133,7 +135,7 @@ def tensors(**changes):
     return [(name, str(array.dtype), array.shape, array) for name, array in weights.items()]
 
 
-def test_tensors_in_any_order_have_one_fingerprint():
+def test_tensors_in_any_order_have_one_fingerprint() -> None:
     assert fingerprint_tensors(tensors()) == fingerprint_tensors(iter(tensors()[::-1]))
 
 
@@ -147,16 +149,16 @@ def test_tensors_in_any_order_have_one_fingerprint():
     ],
     ids=["shape", "dtype", "bytes", "one more"],
 )
-def test_whatever_changes_in_a_tensor_changes_the_fingerprint(changes):
+def test_whatever_changes_in_a_tensor_changes_the_fingerprint(changes: Any) -> None:
     assert fingerprint_tensors(tensors(**changes)) != fingerprint_tensors(tensors())
 
 
-def test_no_tensors_no_fingerprint():
+def test_no_tensors_no_fingerprint() -> None:
     with pytest.raises(BadInput, match="without tensors"):
         fingerprint_tensors([])
 
 
-def test_files_are_known_by_their_content(tmp_path):
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "1.safetensors").write_bytes(b"one")
@@ -169,13 +171,13 @@ def test_files_are_known_by_their_content(tmp_path):
     assert fingerprint_files(tmp_path / "moved") != before
 
 
-def test_a_single_file_is_enough(tmp_path):
+def test_a_single_file_is_enough(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"weights" * 100_000)
     assert fingerprint_files(file) == fingerprint_files(tmp_path)
 
 
-def test_no_weights_no_fingerprint(tmp_path):
+def test_no_weights_no_fingerprint(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"\.safetensors"):
         fingerprint_files(tmp_path)
     with pytest.raises(BadInput, match="cannot be read"):

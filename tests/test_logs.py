@@ -18,8 +18,8 @@ from cakekv import logs
 from cakekv.errors import BadInput, StoreError
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
-from store.chunks import SIZE, chunk_of, key_of
-from store.servers import free_port, valkey
+from tests.store.chunks import SIZE, chunk_of, key_of
+from tests.store.servers import free_port, valkey
 
 
 @pytest.fixture

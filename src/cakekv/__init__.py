@@ -3,31 +3,125 @@
 from __future__ import annotations
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cakekv.exports import exporting
 
 __version__ = "0.2.0"
-__all__ = ["BadInput", "Cake", "CakeError", "RestoreReport", "Store", "StoreError", "UnsupportedModel", "open_store"]
+__all__ = [
+    "BadInput",
+    "BadOption",
+    "CacheRewritten",
+    "Cake",
+    "CakeError",
+    "CannotEncode",
+    "ChunkFault",
+    "ChunkKey",
+    "ChunkReader",
+    "Codec",
+    "CorruptChunk",
+    "DamagedCode",
+    "Engine",
+    "Eviction",
+    "Generation",
+    "MemoryStore",
+    "Metrics",
+    "MissingChunk",
+    "NoAnswer",
+    "NotDeleted",
+    "OutOfReach",
+    "PlannedRun",
+    "Policy",
+    "Prefill",
+    "Progress",
+    "ReadOnly",
+    "RequestState",
+    "RestoreReport",
+    "SaveReport",
+    "Store",
+    "StoreError",
+    "StoreFull",
+    "StoreStats",
+    "StoredChunk",
+    "TierDown",
+    "TransformersEngine",
+    "UnknownKey",
+    "UnknownRotation",
+    "Unreadable",
+    "UnsupportedEngine",
+    "UnsupportedModel",
+    "open_store",
+]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, until the application says otherwise
 
-if TYPE_CHECKING:
-    from cakekv.cake import Cake
-    from cakekv.errors import BadInput, CakeError, StoreError, UnsupportedModel
-    from cakekv.restore.report import RestoreReport
-    from cakekv.store.base import Store
-    from cakekv.store.opening import open_store
-
 _HOMES = {
     "Cake": "cake",
+    "ChunkKey": "keys",
+    "ChunkReader": "store.base",
+    "Codec": "codec.base",
+    "DamagedCode": "codec.base",
+    "Engine": "engine.base",
+    "Eviction": "store.eviction.base",
+    "Generation": "cake",
+    "MemoryStore": "store.memory",
+    "Metrics": "metrics",
+    "PlannedRun": "cake",
+    "Policy": "restore.priority",
+    "Prefill": "cake",
+    "Progress": "cake",
+    "RequestState": "restore.priority",
     "RestoreReport": "restore.report",
+    "SaveReport": "cake",
     "Store": "store.base",
+    "StoreStats": "store.base",
+    "StoredChunk": "store.base",
+    "TransformersEngine": "engine.transformers",
     "open_store": "store.opening",
 }
+"""Where each public name is; all others of `__all__` are errors."""
+
+_RENAMED: dict[str, str] = {}
+"""Public names of earlier versions, and what they are called now."""
+
+if TYPE_CHECKING:
+    from cakekv.cake import Cake, Generation, PlannedRun, Prefill, Progress, SaveReport
+    from cakekv.codec.base import Codec, DamagedCode
+    from cakekv.engine.base import Engine
+    from cakekv.engine.transformers import TransformersEngine
+    from cakekv.errors import (
+        BadInput,
+        BadOption,
+        CacheRewritten,
+        CakeError,
+        CannotEncode,
+        ChunkFault,
+        CorruptChunk,
+        MissingChunk,
+        NoAnswer,
+        NotDeleted,
+        OutOfReach,
+        ReadOnly,
+        StoreError,
+        StoreFull,
+        TierDown,
+        UnknownKey,
+        UnknownRotation,
+        Unreadable,
+        UnsupportedEngine,
+        UnsupportedModel,
+    )
+    from cakekv.keys import ChunkKey
+    from cakekv.metrics import Metrics
+    from cakekv.restore.priority import Policy, RequestState
+    from cakekv.restore.report import RestoreReport
+    from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
+    from cakekv.store.eviction.base import Eviction
+    from cakekv.store.memory import MemoryStore
+    from cakekv.store.opening import open_store
+else:  # what is asked for is imported when it is asked for, so that `import cakekv` stays fast
+    __getattr__ = exporting(__name__, {name: _HOMES.get(name, "errors") for name in __all__}, _RENAMED)
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for, so that `import cakekv` stays fast."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"cakekv.{_HOMES.get(name, 'errors')}"), name)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""What measures is right: the bound, links, servers, pictures."""

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ with socket.create_server((sys.argv[1], 5000)) as server:
 
 
 @pytest.fixture
-def link():
+def link() -> Iterator[Any]:
     try:
         with ShapedLink() as made:
             yield made
@@ -32,7 +34,7 @@ def link():
         pytest.skip(str(error))
 
 
-def receive(address, size):
+def receive(address: Any, size: int) -> Any:
     with socket.create_connection((address, 5000), timeout=30) as stream:
         stream.sendall(str(size).encode())
         received = 0
@@ -41,7 +43,7 @@ def receive(address, size):
         return received
 
 
-def test_a_link(link):
+def test_a_link(link: Any) -> None:
     with subprocess.Popen(
         link.far([sys.executable, "-c", SEND, link.far_address]), stdout=subprocess.PIPE, text=True
     ) as server:
@@ -59,7 +61,7 @@ def test_a_link(link):
         link.set_bandwidth(10)
 
 
-def test_nothing_is_left_behind(link):
+def test_nothing_is_left_behind(link: Any) -> None:
     number = os.getpid() % (1 << 14)
     link.close()
     for command in (["ip", "netns", "list"], ["ip", "link", "show"]):
@@ -68,7 +70,7 @@ def test_nothing_is_left_behind(link):
         assert f"ckn{number}" not in names
 
 
-def test_it_says_that_it_needs_root(monkeypatch):
+def test_it_says_that_it_needs_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(CakeError, match="needs root"), ShapedLink():
         pass

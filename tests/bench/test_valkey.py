@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import redis
 
@@ -12,7 +16,7 @@ from cakekv.errors import CakeError
 
 
 @pytest.fixture
-def link():
+def link() -> Iterator[Any]:
     try:
         with ShapedLink() as made:
             yield made
@@ -20,7 +24,7 @@ def link():
         pytest.skip(str(error))
 
 
-def test_what_a_database_holds(link, tmp_path):
+def test_what_a_database_holds(link: Any, tmp_path: Path) -> None:
     socket_path = tmp_path / "valkey.sock"
     with valkey_behind(link, socket_path):
         databases = [ValkeyDatabase(socket_path, number) for number in (0, 1)]

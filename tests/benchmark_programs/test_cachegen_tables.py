@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 import torch
-from benchmarks.cachegen_tables import cached, compare, learn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.cachegen_tables import cached, compare, learn
 from cakekv.bench.quality.documents import Document
 from cakekv.codec.cachegen import CacheGen
 from cakekv.engine.transformers import TransformersEngine

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import adaptive_level, table6
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import adaptive_level, table6
 from cakekv.bench.quality.documents import Document
 from cakekv.engine.transformers import TransformersEngine
 

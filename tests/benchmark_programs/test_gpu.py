@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import typer
-from benchmarks import gpu
 from typer.testing import CliRunner
 
+from benchmarks import gpu
 from cakekv.bench.decoding import decoding_speeds
-from engine.decoding import Decoding
-from threads import single_thread
+from tests.engine.decoding import Decoding
+from tests.threads import single_thread
 
 LINKS = [("memory", None), ("memory", 7), ("disk", None), ("disk", 7)]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from benchmarks import identity
 from typer.testing import CliRunner
 
-from matrix.models import build
+from benchmarks import identity
+from tests.matrix.models import build
 
 
 def test_looks_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import typer
-from benchmarks import planner
 from typer.testing import CliRunner
+
+from benchmarks import planner
 
 
 def run(*arguments: object) -> str:

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from benchmarks import several
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import several
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.restore.priority import POLICIES
 

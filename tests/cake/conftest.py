@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cake.crowd import Watched
 from cakekv.engine.transformers import TransformersEngine
+from tests.cake.crowd import Watched
 
 CHUNK = 16
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from cake.poisoned import Poisoned
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
+from tests.cake.poisoned import Poisoned
 
 CHUNK = 16
 REQUEST = ContextVar("REQUEST", default="")

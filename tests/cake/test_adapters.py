@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from cake.test_changing_model import PROMPT, cake_of, check_exact
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import UnsupportedModel
-from matrix.models import build
+from tests.cake.test_changing_model import PROMPT, cake_of, check_exact
+from tests.matrix.models import build
 
 peft = pytest.importorskip("peft")
 

@@ -17,7 +17,7 @@ from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput, UnsupportedModel
 from cakekv.store.memory import MemoryStore
-from matrix.models import build, tiny
+from tests.matrix.models import build, tiny
 
 PROMPT = [random.Random(4).randrange(3, 128) for _ in range(100)]
 CHANGED = "The model changed"

@@ -16,7 +16,7 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.sizes import known_sizes
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
-from store.moody import Moody, eventually
+from tests.store.moody import Moody, eventually
 
 CHUNK = 16
 

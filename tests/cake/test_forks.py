@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from cake.crowd import CHUNK, tokens
 from cakekv.cake import Cake
 from cakekv.chunk import verify_chunk
 from cakekv.engine.transformers import TransformersEngine
@@ -24,6 +23,7 @@ from cakekv.errors import BadInput
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.wrapper import WrappedStore
+from tests.cake.crowd import CHUNK, tokens
 
 HANG_S = 60.0
 

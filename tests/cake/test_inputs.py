@@ -13,7 +13,7 @@ import transformers
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
-from matrix.models import build, tiny
+from tests.matrix.models import build, tiny
 
 NAN = float("nan")
 
@@ -28,7 +28,7 @@ def cake(small: TransformersEngine) -> Cake:
     return Cake(small, chunk_tokens=8)
 
 
-@pytest.mark.parametrize("method", ["prefill", "generate", "explain"])
+@pytest.mark.parametrize("method", ["prefill", "generate", "plan"])
 @pytest.mark.parametrize(
     "prompt", [None, 5, b"abc", [1.5], [True], ["1"], {1, 2}, [[1], [2]], [2**70], [-1], [128], []]
 )

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cake.poisoned import Poisoned
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.restore.planner import MODES
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
+from tests.cake.poisoned import Poisoned
 
 CHUNK = 16
 

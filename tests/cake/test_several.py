@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cake.crowd import CHUNK, WAIT_S, Watched, asking, filled, nothing_left, slow, start, tokens, until
 from cakekv.cake import Cake
 from cakekv.embedded.arbiter import Arbiter, Request
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.keys import ChunkKey, chunk_keys
 from cakekv.load import pieces
 from cakekv.restore.priority import POLICIES, RequestState, open_policy
+from tests.cake.crowd import CHUNK, WAIT_S, Watched, asking, filled, nothing_left, slow, start, tokens, until
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from cake.crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey, chunk_keys
+from tests.cake.crowd import CHUNK, WAIT_S, Watched, Watching, asking, filled, nothing_left, start, tokens, until
 
 
 def test_a_store_that_fails_one_request_fails_no_other(engine: TransformersEngine, watched: Watched) -> None:
@@ -95,9 +95,7 @@ def test_others_compute_while_one_waits_for_a_slow_disk(watched: Watched) -> Non
     written = threading.Event()
     original = store.write
     store.write = lambda key, data: written.wait(WAIT_S) and original(key, data)  # type: ignore[method-assign]
-    with Cake(watched, store=store, chunk_tokens=CHUNK, max_span_tokens=32) as cake:
-        assert cake._saver is not None
-        cake._saver.limit = 1  # which is one chunk
+    with Cake(watched, store=store, chunk_tokens=CHUNK, max_span_tokens=32, save_queue=1) as cake:  # which is one chunk
         held_up = start("saving", lambda: cake.prefill(tokens(13, 300)))
         try:
             until(lambda: cake._saver is not None and cake._saver.full and asking(cake) == 0)

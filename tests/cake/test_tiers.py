@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,18 +18,18 @@ CHUNK = 16
 
 
 @pytest.fixture
-def stores():
+def stores() -> Any:
     return MemoryStore(), MemoryStore()
 
 
 @pytest.fixture
-def tiered(stores):
+def tiered(stores: Any) -> Iterator[Any]:
     members = [Member(lambda store=store: store, "memory") for store in stores]
     with TieredStore([TierPlan(members[0]), TierPlan(members[1], Writing.BACK)]) as store:
         yield store
 
 
-def test_all_tiers_are_loaded_from_and_written_to(engine, prompt, stores, tiered):
+def test_all_tiers_are_loaded_from_and_written_to(engine: Any, prompt: Any, stores: Any, tiered: Any) -> None:
     with Cake(engine, store=tiered, chunk_tokens=CHUNK, max_span_tokens=CHUNK) as cake:
         exact = cake.prefill(prompt).logits
         cake.wait_saved()
@@ -43,7 +47,7 @@ def test_all_tiers_are_loaded_from_and_written_to(engine, prompt, stores, tiered
         assert stores[0].stats().chunks == 20, "what was loaded from behind is in front now"
 
 
-def test_stores_opened_for_a_cake_are_closed_with_it(engine, prompt, tmp_path):
+def test_stores_opened_for_a_cake_are_closed_with_it(engine: Any, prompt: Any, tmp_path: Path) -> None:
     (tmp_path / "kv.toml").write_text(f"""
         [[tier]]
         url = "memory://"

@@ -256,7 +256,7 @@ TWO_PROCESSES = """
 import random, sys, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from cake.conftest import CHUNK, engine, prompt
+from tests.cake.conftest import CHUNK, engine, prompt
 from cakekv.cake import Cake
 model, tokens = engine.__wrapped__(), prompt.__wrapped__()
 with Cake(model, store=f"file://{sys.argv[1]}", chunk_tokens=CHUNK) as cake:
@@ -268,10 +268,10 @@ with Cake(model, store=f"file://{sys.argv[1]}", chunk_tokens=CHUNK) as cake:
 
 
 def test_two_processes_on_one_store(engine: TransformersEngine, prompt: list[int], tmp_path: Path) -> None:
-    tests = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "kv"), str(number), str(tests)],
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "kv"), str(number), str(root)],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -1,0 +1,1 @@
+"""The commands, run whole on a tiny model."""

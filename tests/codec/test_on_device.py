@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_contract import KEY, LAYOUT, PLANES, chunk, encoded, sample
 
 from cakekv.chunk import read_header, segments
 from cakekv.codec import CODECS, codec_named
@@ -19,6 +19,7 @@ from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
 from cakekv.errors import CorruptChunk
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
+from tests.codec.test_contract import KEY, LAYOUT, PLANES, chunk, encoded, sample
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RECIPES = ["fp8", "int8", "int4", "kivi", "kivi:bits=3", "kivi:bits=4", "k5v4", "k5v4:group=7", "two_plane", "ladder"]
@@ -233,7 +234,9 @@ def test_warming_up_decodes_what_loads_will_read(device: torch.device, monkeypat
         kind = type(coder.codec)
         plain: Callable[..., torch.Tensor] = kind.decode_tensors
 
-        def counted(self: Codec, plane: Plane, codes: list[torch.Tensor], plain=plain, seen=seen) -> torch.Tensor:
+        def counted(
+            self: Codec, plane: Plane, codes: list[torch.Tensor], plain: Any = plain, seen: Any = seen
+        ) -> torch.Tensor:
             seen.append(len(codes))
             return plain(self, plane, codes)
 

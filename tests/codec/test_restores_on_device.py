@@ -20,8 +20,8 @@ from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import ChunkFault, CorruptChunk
 from cakekv.load import pieces as cutting
 from cakekv.store.memory import MemoryStore
-from engine.decoding import Decoding, OnCores
-from threads import single_thread
+from tests.engine.decoding import Decoding, OnCores
+from tests.threads import single_thread
 
 CHUNK = 32
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -9,7 +9,7 @@ import torch
 
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
-from matrix.models import build
+from tests.matrix.models import build
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from cakekv import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.engine.versions import cache_arguments
 from cakekv.errors import BadInput
-from matrix.models import CONFIGS, VOCABULARY, build
+from tests.matrix.models import CONFIGS, VOCABULARY, build
 
 EOS = 2
 NEW = 12

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cakekv.engine.transformers import TransformersEngine
-from matrix.models import CONFIGS, build, tiny
+from tests.matrix.models import CONFIGS, build, tiny
 
 
 def identity_of(model: Any) -> bytes:

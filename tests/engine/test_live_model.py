@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import UnsupportedModel
-from matrix.models import CONFIGS, build, tiny
+from tests.matrix.models import CONFIGS, build, tiny
 
 TOKENS = list(range(3, 43))
 

@@ -12,7 +12,7 @@ from cakekv.cake import Cake
 from cakekv.engine.support import cached_keys
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput, UnknownRotation
-from matrix.models import CONFIGS, build, tiny
+from tests.matrix.models import CONFIGS, build, tiny
 
 UNKNOWN = {
     **dict.fromkeys(("gpt2", "gpt-bigcode", "gpt-neo", "opt"), "positions are learned and added to the tokens"),

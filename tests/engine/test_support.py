@@ -12,7 +12,7 @@ from cakekv import Cake
 from cakekv.engine.support import check_config
 from cakekv.engine.transformers import TransformersEngine, context_length
 from cakekv.errors import BadInput, UnsupportedModel
-from matrix.models import CONFIGS, CONTEXT, WINDOW, build, tiny
+from tests.matrix.models import CONFIGS, CONTEXT, WINDOW, build, tiny
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

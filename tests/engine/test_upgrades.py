@@ -16,7 +16,7 @@ from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig
 
 from cakekv.engine.identify import architecture
 from cakekv.engine.transformers import TransformersEngine
-from matrix.models import CONFIGS, build
+from tests.matrix.models import CONFIGS, build
 
 ROOTS: dict[str, str] = json.loads(Path(__file__).with_name("roots.json").read_text())
 """By family, the digest that its first chunk's key follows; by configuration class, that of its `architecture`.

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from cakekv.engine import versions
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import UnsupportedEngine, UnsupportedModel
-from matrix.models import build
+from tests.matrix.models import build
 
 NEWER = f"{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}.0"
 ADVICE = rf"tested with transformers 5\.\d+ to 5\.\d+, and this is {NEWER}: pip install 'transformers>=5\.\d+,<5\.\d+'"

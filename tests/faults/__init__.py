@@ -1,0 +1,1 @@
+"""Faults, counted: killed writers and servers, cut links, full disks, damage, interrupts, a soak; more: `--long`."""

@@ -1,5 +1,5 @@
 """The tiny model of `tests/cake`."""
 
-from cake.conftest import engine, prompt
+from tests.cake.conftest import engine, prompt
 
 __all__ = ["engine", "prompt"]

@@ -87,9 +87,9 @@ def main(folder: str, interrupts: int, seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cake.conftest import CHUNK, engine
     from cakekv.cake import Cake
     from cakekv.chunk import verify_chunk
+    from tests.cake.conftest import CHUNK, engine
 
     model, choose, figures = engine.__wrapped__(), random.Random(seed), Counter[str]()  # type: ignore[attr-defined]
     prefix = [choose.randrange(211) for _ in range(8 * CHUNK)]
@@ -109,7 +109,7 @@ def main(folder: str, interrupts: int, seed: int) -> None:
             "prefill": lambda: cake.prefill([choose.randrange(211) for _ in range(70)], mode=mode),  # type: ignore[arg-type]
             "stream": lambda: list(cake.stream(prompt, max_new_tokens=4, mode=mode)),  # type: ignore[arg-type]
             "stream begun": lambda: next(cake.stream(prompt, max_new_tokens=4)),
-            "explain": lambda: cake.explain(prompt),
+            "plan": lambda: cake.plan(prompt),
             "wait_saved": cake.wait_saved,
             "close": cake.close,
         }

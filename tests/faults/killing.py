@@ -14,7 +14,7 @@ from typing import Any
 
 from cakekv.chunk import verify_chunk
 from cakekv.store.disk import DiskStore
-from store.chunks import chunk_of, key_of, read
+from tests.store.chunks import chunk_of, key_of, read
 
 _NUMBER = struct.Struct("<I")
 READY = 2**32 - 1
@@ -90,8 +90,8 @@ def cake(folder: str, rounds: int, seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)  # so that there are no other threads to lose in a fork
-    from cake.conftest import CHUNK, engine
     from cakekv.cake import Cake
+    from tests.cake.conftest import CHUNK, engine
 
     model, choose = engine.__wrapped__(), random.Random(seed)  # type: ignore[attr-defined]
     figures = {"kills": 0, "loaded tokens": 0, "wrong outputs": 0}

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TESTS = str(Path(__file__).parent.parent)
+ROOT = str(Path(__file__).parents[2])
 
 
 @contextmanager
 def running(call: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs `call`, such as "faults.killing.main('/tmp', 5)"; killed at the end of the block."""
+    """A process that runs `call`, such as "tests.faults.killing.main('/tmp', 5)"; killed at the end of the block."""
     module = call.partition("(")[0].rpartition(".")[0]
-    changes = {"PYTHONPATH": os.pathsep.join([TESTS, *filter(None, sys.path)])}
+    changes = {"PYTHONPATH": os.pathsep.join([ROOT, *filter(None, sys.path)])}
     changes["MALLOC_ARENA_MAX"] = "1"  # else each thread that is new may take memory of its own to hold in reserve
     process = subprocess.Popen(
         [sys.executable, "-c", f"import {module}; {call}"],

@@ -9,7 +9,7 @@ from collections import Counter
 
 from cakekv.errors import MissingChunk, StoreError
 from cakekv.store.disk import DiskStore
-from store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.chunks import SIZE, chunk_of, key_of, read
 
 CAPACITY = 8 * SIZE + SIZE // 2
 NUMBERS = 24

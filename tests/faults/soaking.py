@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from faults.leaks import Sample, sample
+from tests.faults.leaks import Sample, sample
 
 FAULTS = "error:0.01,read.short:0.02,corrupt:0.02,vanish:0.02,slow:0.05,slow_s:2ms,hang:0.001,hang_s:400ms"
 ROUNDS_PER_CAKE = 60
@@ -43,8 +43,8 @@ def main(folder: str, seconds: float, seed: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from cake.conftest import CHUNK, engine
     from cakekv.cake import Cake
+    from tests.cake.conftest import CHUNK, engine
 
     model, choose, figures = engine.__wrapped__(), random.Random(seed), Counter[str]()  # type: ignore[attr-defined]
     prefixes = [[choose.randrange(211) for _ in range(10 * CHUNK)] for _ in range(5)]

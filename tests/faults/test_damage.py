@@ -19,7 +19,7 @@ from cakekv.rotation import Rotation
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.memory import MemoryStore
-from store.chunks import read
+from tests.store.chunks import read
 
 DAMAGES, LONG_DAMAGES = 4_000, 10_000
 KEY, POSITION = ChunkKey(bytes(range(32))), 128

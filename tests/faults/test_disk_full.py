@@ -13,8 +13,8 @@ from cakekv.cake import Cake
 from cakekv.chunk import verify_chunk
 from cakekv.errors import StoreFull
 from cakekv.store.disk import DiskStore
-from faults.processes import printed, running
-from store.chunks import SIZE, chunk_of, key_of, read
+from tests.faults.processes import printed, running
+from tests.store.chunks import SIZE, chunk_of, key_of, read
 
 CHUNK = 16
 
@@ -71,5 +71,5 @@ def write_with_a_limit(folder: str) -> None:
 
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    with running(f"faults.test_disk_full.write_with_a_limit({str(tmp_path / 'kv')!r})") as process:
+    with running(f"tests.faults.test_disk_full.write_with_a_limit({str(tmp_path / 'kv')!r})") as process:
         assert printed(process) == "done\n"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from faults.processes import printed, running
+from tests.faults.processes import printed, running
 
 
 @pytest.mark.timeout(3600)
 def test_interrupts(tmp_path: Path, long: bool) -> None:
     count, seed = 2000 if long else 200, random.randrange(10**6)
-    with running(f"faults.interrupting.main({str(tmp_path / 'kv')!r}, {count}, {seed})") as process:
+    with running(f"tests.faults.interrupting.main({str(tmp_path / 'kv')!r}, {count}, {seed})") as process:
         figures = json.loads(printed(process))
     print(f"seed {seed}: {figures}")
     assert figures["interrupts"] >= count

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.processes import printed, running
+from tests.faults.processes import printed, running
 
 KILLS = 200
 
@@ -16,7 +16,7 @@ KILLS = 200
 @pytest.mark.timeout(900)
 def test_writers_of_a_folder(tmp_path: Path, long: bool) -> None:
     seed, kills = random.randrange(10**6), KILLS if long else 60
-    with running(f"faults.killing.disk({str(tmp_path / 'kv')!r}, {kills}, {seed})") as process:
+    with running(f"tests.faults.killing.disk({str(tmp_path / 'kv')!r}, {kills}, {seed})") as process:
         figures = json.loads(printed(process))
     print(f"seed {seed}: {figures}")
     assert figures["kills"] == kills
@@ -27,7 +27,7 @@ def test_writers_of_a_folder(tmp_path: Path, long: bool) -> None:
 @pytest.mark.timeout(900)
 def test_processes_in_mid_prefill(tmp_path: Path, long: bool) -> None:
     seed, kills = random.randrange(10**6), KILLS if long else 8
-    with running(f"faults.killing.cake({str(tmp_path / 'kv')!r}, {kills}, {seed})") as process:
+    with running(f"tests.faults.killing.cake({str(tmp_path / 'kv')!r}, {kills}, {seed})") as process:
         figures = json.loads(printed(process))
     print(f"seed {seed}: {figures}")
     assert figures["kills"] == kills

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from faults.leaks import ALLOWED_BYTES, ALLOWED_COUNT, Sample, growth, leaks, sample
+from tests.faults.leaks import ALLOWED_BYTES, ALLOWED_COUNT, Sample, growth, leaks, sample
 
 ROUNDS = 40
 

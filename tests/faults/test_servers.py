@@ -17,7 +17,7 @@ from cakekv.cake import Cake, Progress
 from cakekv.errors import CakeError
 from cakekv.store.opening import open_store
 from cakekv.store.redis import RedisStore
-from store.servers import valkey
+from tests.store.servers import valkey
 
 CHUNK, CHUNKS = 16, 20
 NEW_TOKENS = 6

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cakekv.store.disk import DiskStore
-from faults.processes import printed, running
-from faults.sharing import CAPACITY
-from store.test_disk_processes import bytes_in
+from tests.faults.processes import printed, running
+from tests.faults.sharing import CAPACITY
+from tests.store.test_disk_processes import bytes_in
 
 
 @pytest.mark.timeout(900)
@@ -25,7 +25,9 @@ def test_two_writers_and_two_readers(tmp_path: Path, long: bool) -> None:
     with ExitStack() as stack:
         writers, readers = (
             [
-                stack.enter_context(running(f"faults.sharing.{what}({str(folder)!r}, {seconds}, {seed + number})"))
+                stack.enter_context(
+                    running(f"tests.faults.sharing.{what}({str(folder)!r}, {seconds}, {seed + number})")
+                )
                 for number in range(2)
             ]
             for what in ("write", "check")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from faults.leaks import Sample, leaks
-from faults.processes import printed, running
+from tests.faults.leaks import Sample, leaks
+from tests.faults.processes import printed, running
 
 
 @pytest.mark.timeout(1200)
 def test_soak(tmp_path: Path, long: bool) -> None:
     seconds, seed = 600 if long else 14, random.randrange(10**6)
-    with running(f"faults.soaking.main({str(tmp_path)!r}, {seconds}, {seed})") as process:
+    with running(f"tests.faults.soaking.main({str(tmp_path)!r}, {seconds}, {seed})") as process:
         found = json.loads(printed(process))
     figures, samples = found["figures"], [Sample(*one) for one in found["samples"]]
     settled = [one for one in samples if one.done > 0.4 * seconds]

@@ -1,0 +1,1 @@
+"""Every family of models (`models.py`) at every meeting point."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from threads import single_thread
+from tests.threads import single_thread
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -10,7 +10,7 @@ import torch
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.sampling import choose_token
 from cakekv.engine.transformers import TransformersEngine
-from matrix.models import VOCABULARY
+from tests.matrix.models import VOCABULARY
 
 CHUNK = 8
 PREFIX = 72

@@ -11,8 +11,8 @@ import torch
 
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
-from matrix.models import CONFIGS, build
-from matrix.restoring import (
+from tests.matrix.models import CONFIGS, build
+from tests.matrix.restoring import (
     CHUNK,
     NEW_TOKENS,
     PREFIX,

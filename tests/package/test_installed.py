@@ -118,6 +118,11 @@ def test_help_is_the_same_both_ways(installed: Installed) -> None:
     assert same.replace("python -m cakekv", "cakekv").split() == said.split()
 
 
+def test_types_come_along(bare: Installed) -> None:
+    marked = "from importlib.resources import files; print((files('cakekv') / 'py.typed').is_file())"
+    assert bare.run("python", "-c", marked) == "True\n"
+
+
 def test_the_newest_transformers_is_tested(installed: Installed) -> None:
     """The extra admits no version that would be warned of."""
     assert installed.run("python", "-c", "from cakekv.engine import versions; print(versions.is_newer())") == "False\n"

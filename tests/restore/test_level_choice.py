@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Load, Tier
 from cakekv.restore.level_choice import RESERVE, Level, best_level
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.trace import Trace
 
@@ -51,7 +51,7 @@ COARSER = (Level(1, 300, 300), Level(2, 500, 500))
 SHAPE = ComputeShape(1e-6, 0.1 / TOKENS, 1e-12)
 
 
-class Watched(Restore):
+class Watched(Planner):
     """Counts the loads that are placed by how much of them was read."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -65,20 +65,17 @@ class Watched(Restore):
 
 def restored(bandwidth: Trace, target_s: float, levels: tuple[Level, ...], mode: str = "auto") -> tuple[float, Watched]:
     """When 40 chunks of 0.1 s to compute each are covered; the tier's speed is known to be its first bandwidth."""
-    *coarser, best = levels
+    best = levels[-1]._replace(parts=None)
     rate = bandwidth.rates[0]
     known = LoadCost(2, LoadFigures(1 / rate, 2 * best.chunk_bytes / rate, best.chunk_bytes, 0.0))
     restore = Watched(
         CHUNKS * TOKENS + 1,
         TOKENS,
         [(0,)] * CHUNKS,
-        [Source("tier", known, 2)],
+        [Tier("tier", known, 2)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=best.chunk_bytes,
-        coarser=coarser,
-        ttft_target_s=target_s,
-        mode=mode,
-        max_span_tokens=TOKENS,
+        [*levels[:-1], best],
+        PlannerOptions(mode=mode, ttft_target_s=target_s, max_span_tokens=TOKENS),  # type: ignore[arg-type]
     )
     ended = run_restore(restore, lambda span, now: SHAPE.seconds(span.start, span.tokens), [VirtualTier(bandwidth)])
     return ended, restore

@@ -38,7 +38,7 @@ class Scripted:
             for load in self.flying:
                 load.cancelled = True
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         if not self.waiting or len(self.flying) >= self.depth:
             return None
         load = self.waiting.pop(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,20 +31,20 @@ H100 = compute_shape(MODELS["llama-3.1-8b"], "h100")
         (10.0, "XXXXXXXX", 0.9, []),
     ],
 )
-def test_by_hand(load_s, stored, seconds, loads):
+def test_by_hand(load_s: float, stored: str, seconds: float, loads: list[int] | list[Any]) -> None:
     timing = Timer(FLAT, 100, 100 / load_s).restored(900, [chunk == "X" for chunk in stored])
     assert timing.seconds == pytest.approx(seconds)
     assert list(timing.loads) == loads
 
 
-def test_the_last_token_is_always_computed():
+def test_the_last_token_is_always_computed() -> None:
     timer = Timer(FLAT, 100, 1e9)
     assert timer.restored(200, [True, True]).seconds == pytest.approx(0.1, rel=1e-4)
     assert list(timer.restored(200, [True, True]).loads) == [0]
     assert timer.restored(100, [True]).seconds == timer.computed(100) == pytest.approx(0.1)
 
 
-def patterns(chunks, chance):
+def patterns(chunks: Any, chance: Any) -> Iterator[Any]:
     """As they arise: whole prefixes, tails, scattered holes, heads and tails."""
     prefix = chance.randint(1, chunks)
     begins = chance.randint(0, prefix - 1)
@@ -53,7 +55,7 @@ def patterns(chunks, chance):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1, 4])
-def test_the_planner_takes_as_long(ratio):
+def test_the_planner_takes_as_long(ratio: float) -> None:
     chance = random.Random(7)
     timer = Timer(H100, 512, ratio * 16_000)
     errors = []

@@ -7,14 +7,19 @@ import ipaddress
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cakekv.keys import ChunkKey
 
-def make_certificates(folder):
+
+def make_certificates(folder: Path) -> Any:
     """Files of an authority's certificate, of a server's that it signed, and of that one's private key."""
     authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
@@ -26,7 +31,7 @@ def make_certificates(folder):
     return files
 
 
-def _signed(name, key, authority, extension):
+def _signed(name: str, key: ChunkKey, authority: Any, extension: Any) -> Any:
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder(
         issuer_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")]),
@@ -41,27 +46,27 @@ def _signed(name, key, authority, extension):
 
 
 @contextmanager
-def tls_relay(files, port):
+def tls_relay(files: Any, port: int) -> Iterator[Any]:
     """Yields a port that speaks TLS and passes what it hears to `port`."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*files[1:])
     open_sockets = []
 
-    def pump(source, target):
+    def pump(source: Any, target: Any) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 target.sendall(data)
         with suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
 
-    def greet(client):
+    def greet(client: Any) -> None:
         with suppress(OSError):
             near, far = context.wrap_socket(client, server_side=True), socket.create_connection(("127.0.0.1", port))
             open_sockets.extend((near, far))
             threading.Thread(target=pump, args=(far, near), daemon=True).start()
             pump(near, far)
 
-    def listen():
+    def listen() -> None:
         with suppress(OSError):
             while True:
                 client, _ = listener.accept()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.bench.servers import seaweedfs_behind
+from cakekv.store.base import Store
 from cakekv.store.member import Member
 from cakekv.store.tiered import TieredStore, TierPlan
 
@@ -17,7 +21,7 @@ from . import google, servers
 class Servers:
     """What runs beside the tests."""
 
-    def __init__(self, folder, stack):
+    def __init__(self, folder: Path, stack: Any) -> None:
         self._folder = folder
         self._stack = stack
 
@@ -56,26 +60,26 @@ class Servers:
         self._set({"GOOGLE_SERVICE_ACCOUNT": str(google.account(self._folder))})
         return endpoint
 
-    def _set(self, environment):
+    def _set(self, environment: Any) -> None:
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in environment.items():
             patch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with ExitStack() as stack:
         yield Servers(tmp_path_factory.mktemp("servers"), stack)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
 @pytest.fixture
-def member(request):
-    def made(store, **options):
+def member(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    def made(store: Store, **options: Any) -> Any:
         result = Member(lambda: store, store.name, **{"first_retry_s": 0.01, **options})
         request.addfinalizer(result.close)
         return result
@@ -84,8 +88,8 @@ def member(request):
 
 
 @pytest.fixture
-def tiered(request, member):
-    def made(*tiers):
+def tiered(request: pytest.FixtureRequest, member: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*tiers: Any) -> Any:
         plan = [TierPlan(store if isinstance(store, Member) else member(store), *rest) for store, *rest in tiers]
         result = TieredStore(plan)
         request.addfinalizer(result.close)

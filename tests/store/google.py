@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 from cakekv.bench.servers import seaweedfs_behind
 
@@ -14,7 +17,7 @@ ASKED = ("range", "content-length", "content-type")
 LENGTHS = ("content-length", "transfer-encoding", "connection")
 
 
-def account(folder):
+def account(folder: Path) -> Any:
     """A file with a service account that needs no token."""
     file = folder / "account.json"
     keys = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
@@ -23,7 +26,7 @@ def account(folder):
 
 
 @contextmanager
-def gcs(folder):
+def gcs(folder: Path) -> Iterator[Any]:
     """SeaweedFS with a bucket named "bucket", which everybody may use. Yields the address of a proxy before it.
 
     The proxy leaves out Google's header of authorisation, which SeaweedFS would not have, even without a token.
@@ -34,7 +37,7 @@ def gcs(folder):
         class Proxy(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def pass_on(self):
+            def pass_on(self) -> None:
                 headers = {name: value for name, value in self.headers.items() if name.lower() in ASKED}
                 server = HTTPConnection("127.0.0.1", port, timeout=60)
                 server.request(self.command, self.path, self.rfile.read(int(headers.get("content-length", 0))), headers)
@@ -51,7 +54,7 @@ def gcs(folder):
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
 
-            def log_message(self, *_):
+            def log_message(self, *_: Any) -> None:
                 pass
 
         with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from cakekv.errors import StoreError
+from cakekv.keys import ChunkKey
+from cakekv.store.base import ChunkReader, Store
 from cakekv.store.memory import MemoryStore
 from cakekv.store.wrapper import WrappedStore
 
@@ -26,7 +30,7 @@ OPERATIONS = {
 class Moody(WrappedStore):
     """A store that fails, or hangs, when it is told to, and logs what it was asked."""
 
-    def __init__(self, inner=None, name="moody"):
+    def __init__(self, inner: Store | None = None, name: str = "moody") -> None:
         super().__init__(inner or MemoryStore())
         self.name = name
         self.well = threading.Event()
@@ -34,27 +38,27 @@ class Moody(WrappedStore):
         self.hangs = False
         self.asked = []
 
-    def _mood(self, what):
+    def _mood(self, what: Any) -> None:
         self.asked.append(what)
         if not self.well.is_set():
             if self.hangs:
                 self.well.wait(60)
             raise StoreError("not in the mood")
 
-    def lookup(self, keys):
+    def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         self._mood("lookup")
         return super().lookup(keys)
 
-    def open(self, key):
+    def open(self, key: ChunkKey) -> ChunkReader:
         self._mood("open")
         return super().open(key)
 
-    def write(self, key, data):
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._mood("write")
         return super().write(key, data)
 
 
-def eventually(condition):
+def eventually(condition: Any) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline

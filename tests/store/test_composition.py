@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cakekv.errors import BadInput, StoreError
 from cakekv.store.disk import DiskStore
 from cakekv.store.opening import open_store
+from tests.store.conftest import Servers
 
 from .chunks import SIZE, chunk_of, key_of
 
 
-def test_a_file(tmp_path, shared):
+def test_a_file(tmp_path: Path, shared: Servers) -> None:
     (tmp_path / "kv.toml").write_text(f"""
         [[tier]]
         url = "memory://?capacity=1GB"
@@ -32,7 +35,7 @@ def test_a_file(tmp_path, shared):
     assert DiskStore(tmp_path / "disk").stats().chunks == 1
 
 
-def test_a_tier_that_is_not_there_is_no_obstacle(tmp_path):
+def test_a_tier_that_is_not_there_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "kv.toml").write_text("""
         [[tier]]
         url = "memory://"
@@ -68,13 +71,13 @@ def test_a_tier_that_is_not_there_is_no_obstacle(tmp_path):
         ("#" * 70_000, "longer than"),
     ],
 )
-def test_bad_files_are_told_what_is_wrong(tmp_path, text, message):
+def test_bad_files_are_told_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "kv.toml").write_text(text)
     with pytest.raises(BadInput, match=message):
         open_store(f"tiered://{tmp_path}/kv.toml")
 
 
-def test_no_file(tmp_path):
+def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot read"):
         open_store(f"tiered://{tmp_path}/kv.toml")
     with pytest.raises(BadInput, match="not absolute"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -47,11 +47,11 @@ class Case(NamedTuple):
     """Whether it counts bytes of its own beside those of the chunks."""
 
 
-def open_redis(folder, capacity, shared):
+def open_redis(folder: Path, capacity: Any, shared: Any) -> Any:
     return RedisStore("127.0.0.1", shared.valkey, prefix=f"{folder}:[a-z]*\\:")
 
 
-def open_mooncake(folder, capacity, shared):
+def open_mooncake(folder: Path, capacity: Any, shared: Any) -> Any:
     pytest.importorskip(
         "mooncake.store", reason="Mooncake's client is not there, or not for this system", exc_type=ImportError
     )
@@ -61,19 +61,19 @@ def open_mooncake(folder, capacity, shared):
     return MooncakeStore("127.0.0.1", pool.port, admin_port=pool.admin_port, prefix=f"{folder}:[a-z]*\\:")
 
 
-def open_bucket(folder, capacity, shared):
+def open_bucket(folder: Path, capacity: Any, shared: Any) -> Any:
     return open_s3("bucket", f"{folder}/100% {folder.name}", endpoint=shared.s3, http=True)
 
 
-def open_azure_bucket(folder, capacity, shared):
+def open_azure_bucket(folder: Path, capacity: Any, shared: Any) -> Any:
     return open_azure("bucket", f"{folder}/100% {folder.name}", endpoint=shared.azure, http=True)
 
 
-def open_google_bucket(folder, capacity, shared):
+def open_google_bucket(folder: Path, capacity: Any, shared: Any) -> Any:
     return open_gcs("bucket", f"{folder}/100% {folder.name}", endpoint=shared.google, http=True)
 
 
-def open_tiered(folder, capacity, shared):
+def open_tiered(folder: Path, capacity: Any, shared: Any) -> Any:
     inner = (MemoryStore(), DiskStore(folder / "store"))
     return TieredStore([TierPlan(Member(lambda store=store: store, store.name)) for store in inner])
 
@@ -104,13 +104,13 @@ BOUNDED = [name for name, case in TIERS.items() if case.bounded]
 
 
 @pytest.fixture(params=TIERS)
-def case(request):
+def case(request: pytest.FixtureRequest) -> Case:
     return TIERS[request.param]
 
 
 @pytest.fixture
-def open_tier(request, case, tmp_path, shared):
-    def opened(capacity=None, name="tier"):
+def open_tier(request: pytest.FixtureRequest, case: Case, tmp_path: Path, shared: Servers) -> Callable[..., Any]:
+    def opened(capacity: Any = None, name: str = "tier") -> Any:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         store = case.open(folder, capacity, shared)
@@ -120,7 +120,7 @@ def open_tier(request, case, tmp_path, shared):
     return opened
 
 
-def check_stats(case, store, chunks, size, capacity=None):
+def check_stats(case: Any, store: Store, chunks: Any, size: int, capacity: Any = None) -> None:
     stats = store.stats()
     assert stats == StoreStats(chunks, stats.bytes if case.seals else size, capacity)
     assert size <= stats.bytes <= size + 4096 * chunks
@@ -130,11 +130,11 @@ bounded = pytest.mark.parametrize("case", [TIERS[name] for name in BOUNDED], ids
 
 
 @pytest.fixture
-def store(open_tier):
+def store(open_tier: Callable[..., Any]) -> Store:
     return open_tier()
 
 
-def test_a_new_store_is_empty(store):
+def test_a_new_store_is_empty(store: Store) -> None:
     assert store.lookup([key_of(0)]) == [None]
     assert list(store) == []
     assert store.stats() == StoreStats(0, 0, None)
@@ -143,7 +143,7 @@ def test_a_new_store_is_empty(store):
         store.open(key_of(0))
 
 
-def test_what_is_written_is_read(case, store):
+def test_what_is_written_is_read(case: Case, store: Store) -> None:
     for number in range(3):
         assert store.write(key_of(number), chunk_of(number))
     assert store.lookup([key_of(2), key_of(9), key_of(0)]) == [SIZE, None, SIZE]
@@ -154,7 +154,7 @@ def test_what_is_written_is_read(case, store):
     assert {chunk.key: chunk.size for chunk in store} == {key_of(number): SIZE for number in range(3)}
 
 
-def test_parts_of_a_chunk_can_be_read(store):
+def test_parts_of_a_chunk_can_be_read(store: Store) -> None:
     store.write(key_of(0), chunk_of(0))
     with store.open(key_of(0)) as reader:
         assert reader.size == SIZE
@@ -165,7 +165,7 @@ def test_parts_of_a_chunk_can_be_read(store):
             assert buffer == chunk_of(0)[offset : offset + length]
 
 
-def test_a_read_past_the_end_says_so(store):
+def test_a_read_past_the_end_says_so(store: Store) -> None:
     store.write(key_of(0), chunk_of(0))
     with store.open(key_of(0)) as reader:
         buffer = memoryview(bytearray(b"\xee" * 10))
@@ -175,28 +175,28 @@ def test_a_read_past_the_end_says_so(store):
         assert reader.read_into(buffer, SIZE + 100) == 0
 
 
-def test_a_reader_may_be_closed_twice(store):
+def test_a_reader_may_be_closed_twice(store: Store) -> None:
     store.write(key_of(0), chunk_of(0))
     reader = store.open(key_of(0))
     reader.close()
     reader.close()
 
 
-def test_the_writers_buffer_may_be_used_again(store):
+def test_the_writers_buffer_may_be_used_again(store: Store) -> None:
     data = chunk_of(0)
     store.write(key_of(0), data)
     data[:] = bytes(len(data))
     assert read(store, key_of(0)) == chunk_of(0)
 
 
-def test_writing_again_replaces(case, store):
+def test_writing_again_replaces(case: Case, store: Store) -> None:
     store.write(key_of(0), chunk_of(0))
     assert store.write(key_of(0), chunk_of(1)[:5000])
     assert read(store, key_of(0)) == chunk_of(1)[:5000]
     check_stats(case, store, 1, 5000)
 
 
-def test_an_open_chunk_outlives_its_deletion_or_is_missed(case, store):
+def test_an_open_chunk_outlives_its_deletion_or_is_missed(case: Case, store: Store) -> None:
     store.write(key_of(0), chunk_of(0))
     with store.open(key_of(0)) as reader:
         assert store.delete([key_of(0)]) == 1
@@ -209,7 +209,7 @@ def test_an_open_chunk_outlives_its_deletion_or_is_missed(case, store):
                 reader.read_into(buffer, 0)
 
 
-def test_deleting(case, store):
+def test_deleting(case: Case, store: Store) -> None:
     for number in range(3):
         store.write(key_of(number), chunk_of(number))
     assert store.delete([key_of(0), key_of(7), key_of(2), key_of(2)]) == 2
@@ -220,7 +220,7 @@ def test_deleting(case, store):
 
 
 @bounded
-def test_the_least_recently_used_goes_first(open_tier):
+def test_the_least_recently_used_goes_first(open_tier: Callable[..., Any]) -> None:
     store = open_tier(3 * SIZE)
     for number in range(3):
         store.write(key_of(number), chunk_of(number))
@@ -235,7 +235,7 @@ def test_the_least_recently_used_goes_first(open_tier):
 
 
 @bounded
-def test_use_between_two_evictions_counts(open_tier):
+def test_use_between_two_evictions_counts(open_tier: Callable[..., Any]) -> None:
     store = open_tier(3 * SIZE)
     for number in range(4):
         store.write(key_of(number), chunk_of(number))
@@ -245,7 +245,7 @@ def test_use_between_two_evictions_counts(open_tier):
 
 
 @bounded
-def test_looking_up_is_not_using(open_tier):
+def test_looking_up_is_not_using(open_tier: Callable[..., Any]) -> None:
     store = open_tier(2 * SIZE)
     for number in range(2):
         store.write(key_of(number), chunk_of(number))
@@ -255,7 +255,7 @@ def test_looking_up_is_not_using(open_tier):
 
 
 @bounded
-def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier):
+def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier: Callable[..., Any]) -> None:
     store = open_tier(SIZE)
     assert store.write(key_of(0), chunk_of(0))
     assert not store.write(key_of(1), memoryview(bytes(SIZE + 1)))
@@ -264,7 +264,7 @@ def test_a_chunk_larger_than_the_capacity_is_not_kept(open_tier):
 
 @bounded
 @pytest.mark.parametrize("capacity", [0, -1])
-def test_a_capacity_must_hold_something(open_tier, capacity):
+def test_a_capacity_must_hold_something(open_tier: Callable[..., Any], capacity: int) -> None:
     with pytest.raises(BadInput, match="capacity"):
         open_tier(capacity)
 
@@ -275,7 +275,7 @@ def test_a_capacity_must_hold_something(open_tier, capacity):
         st.tuples(st.sampled_from(["write", "open", "delete"]), st.integers(0, 6), st.integers(1, 5000)), max_size=30
     ),
 )
-def test_any_history_gives_what_the_model_gives(case, open_tier, history):
+def test_any_history_gives_what_the_model_gives(case: Case, open_tier: Callable[..., Any], history: Any) -> None:
     """Against the simplest possible store: a dictionary in order of use."""
     capacity = 10_000 if case.bounded else None
     store = open_tier(capacity, secrets.token_hex(8))
@@ -302,12 +302,12 @@ def test_any_history_gives_what_the_model_gives(case, open_tier, history):
         assert capacity is None or store.stats().bytes <= capacity
 
 
-def test_many_threads_share_a_store(case, open_tier):
+def test_many_threads_share_a_store(case: Case, open_tier: Callable[..., Any]) -> None:
     capacity = 6 * SIZE if case.bounded else None
     store = open_tier(capacity)
     start = threading.Barrier(4)
 
-    def work(seed):
+    def work(seed: int) -> None:
         choose = random.Random(seed)
         start.wait()
         for _ in range(30):
@@ -327,7 +327,7 @@ def test_many_threads_share_a_store(case, open_tier):
     check_stats(case, store, len(chunks), sum(chunk.size for chunk in chunks), capacity)
 
 
-def test_identities_are_remembered(store):
+def test_identities_are_remembered(store: Store) -> None:
     roots = [key_of(number).hex() for number in range(2)]
     store.remember_identity(roots[0], {"weights": "é", "dtype": "float32"})
     store.remember_identity(roots[1], {"weights": "other"})

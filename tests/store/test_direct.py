@@ -6,6 +6,9 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,16 +21,16 @@ DATA = os.urandom(SIZE)
 
 
 @pytest.fixture
-def opened(tmp_path, monkeypatch):
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Opens a file of which nothing is in the page cache, and logs which reads are direct."""
     log = []
     real = os.preadv
 
-    def preadv(descriptor, buffers, offset):
+    def preadv(descriptor: Any, buffers: Any, offset: int) -> Any:
         log.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
         return real(descriptor, buffers, offset)
 
-    def open_reader(data=DATA, cached=False, **options):
+    def open_reader(data: memoryview = DATA, cached: bool = False, **options: Any) -> Any:
         file = tmp_path / "file"
         file.write_bytes(data)
         descriptor = os.open(file, os.O_RDONLY)
@@ -48,11 +51,11 @@ def opened(tmp_path, monkeypatch):
     return open_reader
 
 
-def staging(size=SIZE):
+def staging(size: int = SIZE) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def test_what_is_not_cached_is_read_directly(opened):
+def test_what_is_not_cached_is_read_directly(opened: Callable[..., Any]) -> None:
     with opened() as reader:
         buffer = staging()
         for start in (0, SIZE // 2):
@@ -61,7 +64,7 @@ def test_what_is_not_cached_is_read_directly(opened):
     assert opened.log == [True, True]
 
 
-def test_what_is_cached_is_not(opened):
+def test_what_is_cached_is_not(opened: Callable[..., Any]) -> None:
     with opened(cached=True) as reader:
         buffer = staging()
         assert reader.read_into(buffer, 0) == SIZE
@@ -69,14 +72,16 @@ def test_what_is_cached_is_not(opened):
     assert opened.log == [False]
 
 
-def test_direct_reading_can_be_switched_off(opened):
+def test_direct_reading_can_be_switched_off(opened: Callable[..., Any]) -> None:
     with opened(direct=False) as reader:
         assert reader.read_into(staging(), 0) == SIZE
     assert opened.log == [False]
 
 
 @pytest.mark.parametrize(("shift", "offset", "length"), [(1, 0, 4096), (0, 100, 4096), (0, 0, 100), (0, 4096, 4097)])
-def test_reads_that_are_not_aligned_go_through_the_cache(opened, shift, offset, length):
+def test_reads_that_are_not_aligned_go_through_the_cache(
+    opened: Callable[..., Any], shift: int, offset: int, length: int
+) -> None:
     with opened() as reader:
         buffer = staging()[shift : shift + length]
         assert reader.read_into(buffer, offset) == length
@@ -88,8 +93,10 @@ def test_reads_that_are_not_aligned_go_through_the_cache(opened, shift, offset, 
         assert opened.log == [False, True]
 
 
-def test_without_a_descriptor_to_spare_the_cache_is_read(opened, monkeypatch):
-    def mapped(*_, **__):
+def test_without_a_descriptor_to_spare_the_cache_is_read(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
     monkeypatch.setattr(direct.mmap, "mmap", mapped)
@@ -99,7 +106,7 @@ def test_without_a_descriptor_to_spare_the_cache_is_read(opened, monkeypatch):
     assert not any(opened.log)
 
 
-def test_a_file_that_ends_in_mid_page(opened):
+def test_a_file_that_ends_in_mid_page(opened: Callable[..., Any]) -> None:
     with opened(DATA[:5000]) as reader:
         buffer = staging(8192)
         assert reader.read_into(buffer, 0) == 5000
@@ -107,15 +114,17 @@ def test_a_file_that_ends_in_mid_page(opened):
 
 
 @pytest.mark.parametrize("step", ["switch", "read"])
-def test_a_file_system_that_refuses_is_read_through_the_cache(opened, monkeypatch, step):
+def test_a_file_system_that_refuses_is_read_through_the_cache(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     real_fcntl, real_preadv = fcntl.fcntl, os.preadv
 
-    def refuse_switch(descriptor, command, *rest):
+    def refuse_switch(descriptor: Any, command: Any, *rest: Any) -> Any:
         if command == fcntl.F_SETFL and rest[0] & os.O_DIRECT:
             raise OSError(errno.EINVAL, "not here")
         return real_fcntl(descriptor, command, *rest)
 
-    def refuse_read(descriptor, buffers, offset):
+    def refuse_read(descriptor: Any, buffers: Any, offset: int) -> Any:
         if real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "not here")
         return real_preadv(descriptor, buffers, offset)
@@ -131,7 +140,7 @@ def test_a_file_system_that_refuses_is_read_through_the_cache(opened, monkeypatc
         assert opened.log == [False]
 
 
-def test_without_direct_reads_at_all(opened, monkeypatch):
+def test_without_direct_reads_at_all(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_MINCORE", None)
     with opened() as reader:
         buffer = staging()

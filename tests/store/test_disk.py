@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from .disk_folder import file_of, fill, keys
 # What is in the folder
 
 
-def test_a_chunk_is_one_private_file_named_by_its_key(folder):
+def test_a_chunk_is_one_private_file_named_by_its_key(folder: Path) -> None:
     fill(DiskStore(folder), 0)
     file = file_of(folder, 0)
     assert file.read_bytes() == chunk_of(0)
@@ -30,7 +31,7 @@ def test_a_chunk_is_one_private_file_named_by_its_key(folder):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_chunks_are_found_again(folder):
+def test_chunks_are_found_again(folder: Path) -> None:
     with DiskStore(folder) as store:
         fill(store, 0, 1)
         store.remember_identity(key_of(9).hex(), {"dtype": "float32"})
@@ -40,7 +41,7 @@ def test_chunks_are_found_again(folder):
         assert store.identities() == {key_of(9).hex(): {"dtype": "float32"}}
 
 
-def test_the_order_of_use_is_found_again(folder):
+def test_the_order_of_use_is_found_again(folder: Path) -> None:
     store = DiskStore(folder, 3 * SIZE)
     fill(store, 0, 1, 2)
     store.open(key_of(0)).close()
@@ -49,17 +50,17 @@ def test_the_order_of_use_is_found_again(folder):
     assert keys(store) == {key_of(0), key_of(2), key_of(3)}
 
 
-def test_a_smaller_capacity_evicts_at_opening(folder):
+def test_a_smaller_capacity_evicts_at_opening(folder: Path) -> None:
     fill(DiskStore(folder), 0, 1, 2)
     assert keys(DiskStore(folder, 2 * SIZE)) == {key_of(1), key_of(2)}
 
 
-def test_room_is_made_before_the_chunk_is_written(folder, monkeypatch):
+def test_room_is_made_before_the_chunk_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder, 2 * SIZE)
     fill(store, 0, 1)
     real_write = os.write
 
-    def write(descriptor, data):
+    def write(descriptor: Any, data: memoryview) -> Any:
         assert sum(file.stat().st_size for file in folder.rglob("*.chunk")) <= SIZE
         return real_write(descriptor, data)
 
@@ -67,7 +68,7 @@ def test_room_is_made_before_the_chunk_is_written(folder, monkeypatch):
     fill(store, 2)
 
 
-def test_the_folder_is_not_scanned_for_every_write(folder, monkeypatch):
+def test_the_folder_is_not_scanned_for_every_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder, 10 * SIZE)
     scans = []
     real_scan = Folder.scan
@@ -77,14 +78,14 @@ def test_the_folder_is_not_scanned_for_every_write(folder, monkeypatch):
     assert store.stats().chunks == 10
 
 
-def test_everything_is_synced_before_it_is_visible(folder, monkeypatch):
+def test_everything_is_synced_before_it_is_visible(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder)
     calls = []
 
-    def log(name):
+    def log(name: str) -> None:
         real = getattr(os, name)
 
-        def logged(target, *rest):
+        def logged(target: Any, *rest: Any) -> Any:
             path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
             calls.append((name, os.path.relpath(path, folder).split("/")[0], Path(path).suffix))
             return real(target, *rest)
@@ -103,7 +104,7 @@ def test_everything_is_synced_before_it_is_visible(folder, monkeypatch):
     ]
 
 
-def test_short_writes_are_carried_on(folder, monkeypatch):
+def test_short_writes_are_carried_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder)
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:1000]))
@@ -114,7 +115,7 @@ def test_short_writes_are_carried_on(folder, monkeypatch):
 # Leftovers, and other writers
 
 
-def test_what_dead_writers_left_is_removed_and_living_ones_keep_theirs(folder):
+def test_what_dead_writers_left_is_removed_and_living_ones_keep_theirs(folder: Path) -> None:
     DiskStore(folder)
     dead, living, foreign = (
         folder / "incoming" / name
@@ -133,7 +134,7 @@ def test_what_dead_writers_left_is_removed_and_living_ones_keep_theirs(folder):
     assert keys(store) == {key_of(1), key_of(2), key_of(3)}
 
 
-def test_a_chunk_is_not_kept_when_living_writers_hold_the_capacity(folder):
+def test_a_chunk_is_not_kept_when_living_writers_hold_the_capacity(folder: Path) -> None:
     store = DiskStore(folder, 2 * SIZE)
     fill(store, 0)
     other = folder / "incoming" / f"{SIZE + 1}-0123456789abcdef.tmp"
@@ -145,14 +146,14 @@ def test_a_chunk_is_not_kept_when_living_writers_hold_the_capacity(folder):
 
 
 @pytest.mark.parametrize("state", [b"", b"changing" + bytes(16), b"settled\0", b"\xff" * 100])
-def test_counts_that_cannot_be_trusted_are_made_anew(folder, state):
+def test_counts_that_cannot_be_trusted_are_made_anew(folder: Path, state: bytes) -> None:
     store = DiskStore(folder)
     fill(store, 0, 1)
     (folder / "cakekv.lock").write_bytes(state)
     assert store.stats() == StoreStats(2, 2 * SIZE, None)
 
 
-def test_chunks_removed_by_hand_free_their_room(folder):
+def test_chunks_removed_by_hand_free_their_room(folder: Path) -> None:
     store = DiskStore(folder, 3 * SIZE)
     fill(store, 0, 1, 2)
     file_of(folder, 1).unlink()
@@ -164,13 +165,13 @@ def test_chunks_removed_by_hand_free_their_room(folder):
     assert store.stats() == StoreStats(3, 3 * SIZE, 3 * SIZE)
 
 
-def test_opening_counts_anew(folder):
+def test_opening_counts_anew(folder: Path) -> None:
     fill(DiskStore(folder), 0, 1)
     file_of(folder, 1).unlink()
     assert DiskStore(folder).stats() == StoreStats(1, SIZE, None)
 
 
-def test_chunks_added_by_hand_do_not_upset_the_counts(folder):
+def test_chunks_added_by_hand_do_not_upset_the_counts(folder: Path) -> None:
     store = DiskStore(folder)
     fill(store, 0, 1)
     (folder / "cakekv.lock").write_bytes(b"settled\0" + bytes(16))  # as if both had been added after the last count
@@ -182,7 +183,7 @@ def test_chunks_added_by_hand_do_not_upset_the_counts(folder):
 
 
 @pytest.mark.parametrize("trick", ["symlink", "pipe", "folder"])
-def test_what_is_no_plain_file_is_no_chunk(folder, trick):
+def test_what_is_no_plain_file_is_no_chunk(folder: Path, trick: str) -> None:
     store = DiskStore(folder, 10 * SIZE)
     secret = folder.parent / "secret"
     secret.write_bytes(chunk_of(0))
@@ -204,7 +205,7 @@ def test_what_is_no_plain_file_is_no_chunk(folder, trick):
     assert secret.read_bytes() == chunk_of(0)
 
 
-def test_files_with_other_names_are_no_chunks(folder):
+def test_files_with_other_names_are_no_chunks(folder: Path) -> None:
     store = DiskStore(folder)
     fill(store, 0)
     shard = file_of(folder, 0).parent
@@ -214,7 +215,7 @@ def test_files_with_other_names_are_no_chunks(folder):
     assert keys(DiskStore(folder)) == {key_of(0)}
 
 
-def test_identities_are_checked(folder):
+def test_identities_are_checked(folder: Path) -> None:
     store = DiskStore(folder)
     root = key_of(0).hex()
     store.remember_identity(root, {"dtype": "float32"})

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.chunk import verify_chunk
 from cakekv.errors import MissingChunk
+from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 
 from .chunks import SIZE, chunk_of, key_of, read
@@ -24,7 +27,7 @@ CAPACITY = 5 * SIZE
 NUMBERS = range(20)
 
 
-def work(folder, seed, rounds):
+def work(folder: Path, seed: int, rounds: int) -> None:
     """Write, read and delete chunks at random; what is read must be right."""
     choose = random.Random(seed)
     store = DiskStore(folder, CAPACITY)
@@ -43,13 +46,13 @@ def work(folder, seed, rounds):
 
 
 @pytest.fixture
-def start():
+def start() -> Iterator[Callable[..., Any]]:
     """Starts processes that `work`, and ends those that are left."""
     processes = []
 
-    def started(folder, seed, rounds):
-        program = f"from store.test_disk_processes import work; work({str(folder)!r}, {seed}, {rounds})"
-        path = [str(Path(__file__).parent.parent), *sys.path]
+    def started(folder: Path, seed: int, rounds: int) -> Any:
+        program = f"from tests.store.test_disk_processes import work; work({str(folder)!r}, {seed}, {rounds})"
+        path = [str(Path(__file__).parents[2]), *sys.path]
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
@@ -66,7 +69,7 @@ def start():
         process.communicate()
 
 
-def check(store):
+def check(store: Store) -> None:
     """All that is visible is whole, and the counts say what is there."""
     stored = list(store)
     contents = {key_of(number): chunk_of(number) for number in NUMBERS}
@@ -79,14 +82,14 @@ def check(store):
     assert stats.bytes <= CAPACITY
 
 
-def bytes_in(folder):
+def bytes_in(folder: Path) -> int:
     """All bytes of chunks, whole or being written, while no name can change."""
     with (folder / "cakekv.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(file.stat().st_size for name in ("chunks", "incoming") for file in (folder / name).rglob("*.*"))
 
 
-def test_processes_share_a_store_and_its_capacity(tmp_path, start):
+def test_processes_share_a_store_and_its_capacity(tmp_path: Path, start: Callable[..., Any]) -> None:
     folder = tmp_path / "store"
     store = DiskStore(folder, CAPACITY)
     processes = [start(folder, seed, 150) for seed in range(3)]
@@ -101,7 +104,7 @@ def test_processes_share_a_store_and_its_capacity(tmp_path, start):
     assert list((folder / "incoming").iterdir()) == []
 
 
-def test_processes_killed_at_any_moment_leave_a_sound_store(tmp_path, start):
+def test_processes_killed_at_any_moment_leave_a_sound_store(tmp_path: Path, start: Callable[..., Any]) -> None:
     folder = tmp_path / "store"
     store = DiskStore(folder, CAPACITY)
     delay = random.Random()
@@ -126,14 +129,14 @@ SYSTEM_CALLS = [
 ]
 
 
-def killed_at(call, action):
+def killed_at(call: Any, action: Any) -> bool:
     """Do `action` in a child that is killed just before its system call number `call`. False if it got through."""
     child = os.fork()
     if not child:
         remaining = call
 
-        def dying(real):
-            def function(*args, **kwargs):
+        def dying(real: Any) -> Any:
+            def function(*args: Any, **kwargs: Any) -> Any:
                 nonlocal remaining
                 if not remaining:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -156,10 +159,10 @@ def killed_at(call, action):
     return status == signal.SIGKILL
 
 
-def actions(folder):
+def actions(folder: Path) -> dict[Any, Any]:
     capacity = 3 * SIZE
 
-    def write(number):
+    def write(number: int) -> None:
         DiskStore(folder, capacity).write(key_of(number), chunk_of(number))
 
     return {
@@ -172,7 +175,7 @@ def actions(folder):
 
 
 @pytest.mark.parametrize("name", ["open", "write with eviction", "replace", "delete", "shrink"])
-def test_a_kill_before_any_system_call_leaves_a_sound_store(tmp_path, name):
+def test_a_kill_before_any_system_call_leaves_a_sound_store(tmp_path: Path, name: str) -> None:
     for call in range(500):
         folder = tmp_path / str(call)
         if name != "open":

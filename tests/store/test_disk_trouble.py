@@ -11,6 +11,9 @@ import stat
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +27,11 @@ from .disk_folder import file_of, fill, keys
 
 
 @pytest.fixture
-def mount(tmp_path):
+def mount(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Mounts a small RAM disk, where the tests may."""
     mounted = []
 
-    def mount_at(name, options):
+    def mount_at(name: str, options: Any) -> Any:
         place = tmp_path / name
         place.mkdir()
         attempt = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
@@ -45,7 +48,7 @@ def mount(tmp_path):
 # Bad folders
 
 
-def test_a_folder_of_something_else_is_left_alone(folder):
+def test_a_folder_of_something_else_is_left_alone(folder: Path) -> None:
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(StoreError, match=r"not empty: it holds 'thesis.txt'"):
@@ -53,7 +56,7 @@ def test_a_folder_of_something_else_is_left_alone(folder):
     assert [path.name for path in folder.rglob("*")] == ["thesis.txt"]
 
 
-def test_a_folder_that_only_looks_like_a_store_is_refused(folder):
+def test_a_folder_that_only_looks_like_a_store_is_refused(folder: Path) -> None:
     (folder / "chunks" / "mine").mkdir(parents=True)
     with pytest.raises(StoreError, match="not a cakekv store"):
         DiskStore(folder)
@@ -61,7 +64,7 @@ def test_a_folder_that_only_looks_like_a_store_is_refused(folder):
 
 
 @pytest.mark.parametrize("marker", [b'{"cakekv_store": 2}', b"", b"\xff" * 1000])
-def test_a_store_of_another_version_is_refused(folder, marker):
+def test_a_store_of_another_version_is_refused(folder: Path, marker: bytes) -> None:
     fill(DiskStore(folder), 0)
     (folder / "cakekv-store.json").write_bytes(marker)
     with pytest.raises(StoreError, match="another version"):
@@ -69,7 +72,7 @@ def test_a_store_of_another_version_is_refused(folder, marker):
     assert file_of(folder, 0).exists()
 
 
-def test_an_opening_that_was_killed_can_be_repeated(folder):
+def test_an_opening_that_was_killed_can_be_repeated(folder: Path) -> None:
     folder.mkdir()
     (folder / "cakekv.lock").touch()
     (folder / "cakekv-store.json.new").write_text("{")
@@ -77,13 +80,13 @@ def test_an_opening_that_was_killed_can_be_repeated(folder):
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "/proc/cakekv"])
-def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path, path):
+def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot open the store in .*[Gg]ive another"):
         DiskStore(tmp_path / path)
 
 
-def test_a_folder_that_cannot_be_written_says_what_to_do(mount):
+def test_a_folder_that_cannot_be_written_says_what_to_do(mount: Callable[..., Any]) -> None:
     with pytest.raises(StoreError, match="can be written to"):
         DiskStore(mount("readonly", "ro"))
 
@@ -91,7 +94,7 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(mount):
 # A device that misbehaves
 
 
-def test_a_full_disk_leaves_nothing_half_visible(mount):
+def test_a_full_disk_leaves_nothing_half_visible(mount: Callable[..., Any]) -> None:
     store = DiskStore(mount("small", f"size={6 * SIZE}") / "store")
     with pytest.raises(StoreFull, match="give the store a capacity"):
         fill(store, *range(10))
@@ -121,11 +124,13 @@ def test_a_full_disk_leaves_nothing_half_visible(mount):
     ],
 )
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "mkdir"])
-def test_a_failed_write_is_named_and_undone(folder, monkeypatch, call, number, error):
+def test_a_failed_write_is_named_and_undone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[Exception]
+) -> None:
     store = DiskStore(folder)
     fill(store, 0)
 
-    def fail(*args, **kwargs):
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
@@ -138,13 +143,13 @@ def test_a_failed_write_is_named_and_undone(folder, monkeypatch, call, number, e
     assert list((folder / "incoming").iterdir()) == []
 
 
-def test_a_chunk_whose_name_may_not_last_is_withdrawn(folder, monkeypatch):
+def test_a_chunk_whose_name_may_not_last_is_withdrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder)
     fill(store, 0)
     file_of(folder, 1).parent.mkdir()
     real_fsync = os.fsync
 
-    def fsync(descriptor):
+    def fsync(descriptor: Any) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EIO, "no luck")
         real_fsync(descriptor)
@@ -156,7 +161,7 @@ def test_a_chunk_whose_name_may_not_last_is_withdrawn(folder, monkeypatch):
     assert store.stats() == StoreStats(1, SIZE, None)
 
 
-def test_a_child_forked_while_the_folder_is_locked_does_not_keep_the_lock(folder):
+def test_a_child_forked_while_the_folder_is_locked_does_not_keep_the_lock(folder: Path) -> None:
     store = DiskStore(folder)
     with store._folder.locked():
         child = os.fork()
@@ -173,12 +178,12 @@ def test_a_child_forked_while_the_folder_is_locked_does_not_keep_the_lock(folder
         os.waitpid(child, 0)
 
 
-def test_a_failing_read_is_named(folder, monkeypatch):
+def test_a_failing_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(folder)
     fill(store, 0)
     reader = store.open(key_of(0))
 
-    def fail(*args):
+    def fail(*args: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
@@ -190,7 +195,7 @@ def test_a_failing_read_is_named(folder, monkeypatch):
         reader.read_into(memoryview(bytearray(10)), 0)
 
 
-def test_a_store_deleted_under_its_users(folder):
+def test_a_store_deleted_under_its_users(folder: Path) -> None:
     store = DiskStore(folder)
     fill(store, 0)
     with store.open(key_of(0)) as reader:
@@ -211,7 +216,7 @@ def test_a_store_deleted_under_its_users(folder):
 
 
 @pytest.mark.parametrize("part", ["incoming", "chunks", "cakekv.lock"])
-def test_a_part_that_was_removed_is_made_again_by_the_next_write(tmp_path, part):
+def test_a_part_that_was_removed_is_made_again_by_the_next_write(tmp_path: Path, part: str) -> None:
     store = DiskStore(tmp_path / "store", capacity=1 << 20)
     first, second = key_of(1), key_of(2)
     store.write(first, chunk_of(1))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput, ChunkFault, CorruptChunk, StoreError
+from cakekv.keys import ChunkKey
 from cakekv.store import encrypted
+from cakekv.store.base import Store
 from cakekv.store.encrypted import BLOCK_BYTES, EncryptedStore
 from cakekv.store.keyring import Keyring, read_keyring
 from cakekv.store.memory import MemoryStore
@@ -23,22 +27,22 @@ LARGE = 3 * BLOCK_BYTES + 5000
 DATA = memoryview(random.Random(7).randbytes(LARGE))
 
 
-def sealed(inner, key):
+def sealed(inner: Store, key: ChunkKey) -> Any:
     """The bytes in the inner store, to be changed."""
     return bytearray(read(inner, key))
 
 
 @pytest.fixture
-def inner():
+def inner() -> MemoryStore:
     return MemoryStore()
 
 
 @pytest.fixture
-def store(inner):
+def store(inner: MemoryStore) -> EncryptedStore:
     return EncryptedStore(inner, Keyring(KEYS[:1]))
 
 
-def test_nothing_of_a_chunk_shows(inner, store):
+def test_nothing_of_a_chunk_shows(inner: MemoryStore, store: EncryptedStore) -> None:
     store.write(key_of(0), chunk_of(0))
     stored = bytes(sealed(inner, key_of(0)))
     plain = bytes(chunk_of(0))
@@ -52,7 +56,7 @@ def test_nothing_of_a_chunk_shows(inner, store):
 @given(
     st.integers(0, LARGE + 10), st.integers(0, LARGE), st.sampled_from([1, 1000, 4096, BLOCK_BYTES, 2 * BLOCK_BYTES])
 )
-def test_any_part_can_be_read(start, length, step):
+def test_any_part_can_be_read(start: int, length: Any, step: Any) -> None:
     store = EncryptedStore(_FILLED, Keyring(KEYS[:1]))
     step = max(step, length // 50)
     with store.open(key_of(0)) as reader:
@@ -72,12 +76,12 @@ EncryptedStore(_FILLED, Keyring(KEYS[:1])).write(key_of(0), DATA)
 
 @settings(deadline=None)
 @given(st.integers(1, 10**12))
-def test_lengths_are_told_from_those_of_sealed_chunks(size):
+def test_lengths_are_told_from_those_of_sealed_chunks(size: int) -> None:
     assert encrypted._plain_bytes(encrypted._data_offset(size, BLOCK_BYTES) + size) == size
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_flipped_bit_is_found(inner, store, seed):
+def test_every_flipped_bit_is_found(inner: MemoryStore, store: EncryptedStore, seed: int) -> None:
     store.write(key_of(0), DATA)
     data = sealed(inner, key_of(0))
     choose = random.Random(seed)
@@ -93,7 +97,7 @@ def test_every_flipped_bit_is_found(inner, store, seed):
 
 
 @pytest.mark.parametrize("length", [0, 1, 47, 48, 4095, 4096, 5000, LARGE])
-def test_truncated_and_foreign_chunks_are_found(inner, store, length):
+def test_truncated_and_foreign_chunks_are_found(inner: MemoryStore, store: EncryptedStore, length: int) -> None:
     store.write(key_of(0), DATA)
     for data in (sealed(inner, key_of(0))[:length], os.urandom(length)):
         inner.write(key_of(0), memoryview(bytearray(data)))
@@ -101,14 +105,14 @@ def test_truncated_and_foreign_chunks_are_found(inner, store, length):
             store.open(key_of(0))
 
 
-def test_a_chunk_in_anothers_place_is_found(inner, store):
+def test_a_chunk_in_anothers_place_is_found(inner: MemoryStore, store: EncryptedStore) -> None:
     store.write(key_of(0), DATA)
     inner.write(key_of(1), memoryview(sealed(inner, key_of(0))))
     with pytest.raises(CorruptChunk):
         read(store, key_of(1))
 
 
-def test_blocks_that_changed_places_are_found(inner, store):
+def test_blocks_that_changed_places_are_found(inner: MemoryStore, store: EncryptedStore) -> None:
     store.write(key_of(0), DATA)
     data = sealed(inner, key_of(0))
     start, first, second = 4096, slice(48, 64), slice(64, 80)
@@ -120,7 +124,7 @@ def test_blocks_that_changed_places_are_found(inner, store):
         read(store, key_of(0))
 
 
-def test_nothing_that_was_not_authenticated_is_handed_out(inner, store):
+def test_nothing_that_was_not_authenticated_is_handed_out(inner: MemoryStore, store: EncryptedStore) -> None:
     store.write(key_of(0), DATA)
     data = sealed(inner, key_of(0))
     data[-1] ^= 1
@@ -131,7 +135,7 @@ def test_nothing_that_was_not_authenticated_is_handed_out(inner, store):
     assert not any(buffer[3 * BLOCK_BYTES :])
 
 
-def test_keys_rotate(inner):
+def test_keys_rotate(inner: MemoryStore) -> None:
     EncryptedStore(inner, Keyring(KEYS[:1])).write(key_of(0), chunk_of(0))
     rotated = EncryptedStore(inner, Keyring([KEYS[1], KEYS[0]]))
     assert read(rotated, key_of(0)) == chunk_of(0)
@@ -142,7 +146,7 @@ def test_keys_rotate(inner):
         newest.open(key_of(0))
 
 
-def test_tenants_do_not_open_each_others_chunks(inner):
+def test_tenants_do_not_open_each_others_chunks(inner: MemoryStore) -> None:
     ours, theirs = (EncryptedStore(inner, Keyring(KEYS[:1], tenant)) for tenant in ("a", "b"))
     ours.write(key_of(0), chunk_of(0))
     assert read(ours, key_of(0)) == chunk_of(0)
@@ -150,7 +154,7 @@ def test_tenants_do_not_open_each_others_chunks(inner):
         theirs.open(key_of(0))
 
 
-def test_by_url(tmp_path, monkeypatch):
+def test_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# newest first\n{KEYS[1].hex()}\n\n{KEYS[0].hex().upper()}\n")
     file.chmod(0o600)
@@ -164,7 +168,7 @@ def test_by_url(tmp_path, monkeypatch):
         assert KEYS[1].hex() not in repr(store._keyring)
 
 
-def test_bad_keys(tmp_path, monkeypatch):
+def test_bad_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text(KEYS[0].hex())
     file.chmod(0o644)

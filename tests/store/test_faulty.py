@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def faulty(text: str, chunks: int = 1) -> FaultyStore:
     return FaultyStore(inner, parse_faults(text))
 
 
-def test_without_faults_nothing_changes():
+def test_without_faults_nothing_changes() -> None:
     store = FaultyStore(MemoryStore(), FaultPlan({}))
     assert store.write(key_of(0), chunk_of(0))
     assert store.lookup([key_of(0)]) == [SIZE]
@@ -31,7 +32,7 @@ def test_without_faults_nothing_changes():
 
 
 @pytest.mark.parametrize("operation", FAULTS["error"])
-def test_an_error(operation):
+def test_an_error(operation: str) -> None:
     store = faulty(f"{operation}.error:1")
     operations = {
         "lookup": lambda: store.lookup([key_of(0)]),
@@ -44,7 +45,7 @@ def test_an_error(operation):
     assert store.injected == {(operation, "error"): 1}
 
 
-def test_a_short_read():
+def test_a_short_read() -> None:
     with faulty("short:1").open(key_of(0)) as reader:
         buffer = memoryview(bytearray(SIZE))
         assert reader.read_into(buffer, 0) == SIZE // 2
@@ -52,7 +53,7 @@ def test_a_short_read():
 
 
 @pytest.mark.parametrize("operation", FAULTS["corrupt"])
-def test_one_bit_is_flipped(operation):
+def test_one_bit_is_flipped(operation: str) -> None:
     store = faulty(f"{operation}.corrupt:1")
     store.write(key_of(0), chunk_of(0))
     found, true = read(store, key_of(0)), bytes(chunk_of(0))
@@ -61,7 +62,7 @@ def test_one_bit_is_flipped(operation):
 
 
 @pytest.mark.parametrize("operation", FAULTS["vanish"])
-def test_a_chunk_vanishes(operation):
+def test_a_chunk_vanishes(operation: str) -> None:
     store = faulty(f"{operation}.vanish:1")
     assert store.lookup([key_of(0)]) == [SIZE]
     with pytest.raises(MissingChunk, match="vanish"):
@@ -69,7 +70,7 @@ def test_a_chunk_vanishes(operation):
     assert store.lookup([key_of(0)]) == [None]
 
 
-def test_a_hang_lasts_until_the_store_is_closed():
+def test_a_hang_lasts_until_the_store_is_closed() -> None:
     store = faulty("open.hang:1")
     ended = threading.Event()
 
@@ -86,7 +87,7 @@ def test_a_hang_lasts_until_the_store_is_closed():
     assert ended.is_set()
 
 
-def test_a_hang_lasts_as_long_as_asked_for_and_slowness_passes():
+def test_a_hang_lasts_as_long_as_asked_for_and_slowness_passes() -> None:
     with pytest.raises(StoreError, match="over"):
         faulty("read.hang:1,hang_s:1ms").open(key_of(0)).read_into(memoryview(bytearray(8)), 0)
     store = faulty("slow:1,slow_s:1ms")
@@ -94,8 +95,8 @@ def test_a_hang_lasts_as_long_as_asked_for_and_slowness_passes():
     assert store.injected == {("open", "slow"): 1, ("read", "slow"): 1}
 
 
-def test_a_seed_tells_what_happens_whatever_the_order():
-    def outcomes(seed, order):
+def test_a_seed_tells_what_happens_whatever_the_order() -> None:
+    def outcomes(seed: int, order: Any) -> Any:
         store = faulty(f"seed:{seed},open.error:0.3,open.vanish:0.2", chunks=50)
         found = {}
         for number in order:
@@ -113,7 +114,7 @@ def test_a_seed_tells_what_happens_whatever_the_order():
     assert 2 <= injected["open", "vanish"] <= 20
 
 
-def test_the_same_operation_again_draws_again():
+def test_the_same_operation_again_draws_again() -> None:
     store = faulty("seed:1,open.error:0.5")
     outcomes = set()
     for _ in range(20):
@@ -125,29 +126,29 @@ def test_the_same_operation_again_draws_again():
     assert outcomes == {"opened", "failed"}
 
 
-def test_a_plan_in_words():
+def test_a_plan_in_words() -> None:
     plan = parse_faults("seed:3,corrupt:0.25,open.hang:0.5,slow_s:20ms,hang_s:2s")
     assert plan == FaultPlan({("read", "corrupt"): 0.25, ("write", "corrupt"): 0.25, ("open", "hang"): 0.5}, 3, 0.02, 2)
 
 
 @pytest.mark.parametrize("text", ["", "error", "boom:1", "open.short:1", "error:often", "seed:x", "slow_s:5", "hang:"])
-def test_what_is_not_a_plan(text):
+def test_what_is_not_a_plan(text: str) -> None:
     with pytest.raises(BadInput, match=r"FAULT:PROBABILITY.*read\.corrupt"):
         parse_faults(text)
 
 
 @pytest.mark.parametrize("text", ["open.error:0.6,open.hang:0.6", "error:-0.1", "error:nan"])
-def test_probabilities(text):
+def test_probabilities(text: str) -> None:
     with pytest.raises(BadInput, match="from 0 to 1"):
         faulty(text)
 
 
-def test_a_fault_of_another_operation():
+def test_a_fault_of_another_operation() -> None:
     with pytest.raises(BadInput, match="no fault 'short' of 'write'"):
         FaultyStore(MemoryStore(), FaultPlan({("write", "short"): 0.5}))
 
 
-def test_in_a_stores_url():
+def test_in_a_stores_url() -> None:
     store = open_store("memory://?faults=seed:1,open.error:1&latency=1us")
     assert isinstance(store, FaultyStore)
     store.write(key_of(0), chunk_of(0))

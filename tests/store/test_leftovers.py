@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ DEAD, LIVING = f"{SIZE}-0123456789abcdef.tmp", f"{SIZE}-fedcba9876543210.tmp"
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> Iterator[DiskStore]:
     with DiskStore(tmp_path / "kv") as store:
         for number in range(3):
             store.write(key_of(number), chunk_of(number))
@@ -26,17 +29,17 @@ def store(tmp_path):
         yield store
 
 
-def listed(folder):
+def listed(folder: Path) -> set[Any]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_a_sound_store_is_left_as_it_is(store):
+def test_a_sound_store_is_left_as_it_is(store: DiskStore) -> None:
     before = listed(store.path)
     assert store.tidy() == []
     assert listed(store.path) == before
 
 
-def test_what_the_dead_left_goes_and_what_the_living_hold_stays(store):
+def test_what_the_dead_left_goes_and_what_the_living_hold_stays(store: DiskStore) -> None:
     incoming = store.path / "incoming"
     for name in (DEAD, LIVING):
         (incoming / name).write_bytes(b"half a chunk")
@@ -47,14 +50,14 @@ def test_what_the_dead_left_goes_and_what_the_living_hold_stays(store):
     assert read(store, key_of(0)) == chunk_of(0)
 
 
-def test_what_opening_removed_is_said(store):
+def test_what_opening_removed_is_said(store: DiskStore) -> None:
     (store.path / "incoming" / DEAD).write_bytes(b"half a chunk")
     again = DiskStore(store.path)
     assert again.tidy() == ["Removed 1 temporary file(s) of writers that died."]
     assert again.tidy() == []
 
 
-def test_notes_that_are_damaged_or_half_written_go(store):
+def test_notes_that_are_damaged_or_half_written_go(store: DiskStore) -> None:
     notes = store.path / "identities"
     (notes / f"{key_of(9).hex()}.json").write_text("{")
     (notes / f"{key_of(9).hex()}.json.new").write_text("{")
@@ -63,7 +66,7 @@ def test_notes_that_are_damaged_or_half_written_go(store):
     assert store.identities() == {key_of(8).hex(): {"dtype": "float32"}}
 
 
-def test_empty_folders_go_once_they_are_quiet(store):
+def test_empty_folders_go_once_they_are_quiet(store: DiskStore) -> None:
     shard = store.path / "chunks" / key_of(0).hex()[:2]
     store.delete([key_of(0)])
     assert store.tidy() == []
@@ -74,7 +77,7 @@ def test_empty_folders_go_once_they_are_quiet(store):
     assert read(store, key_of(0)) == chunk_of(0)
 
 
-def test_a_folder_that_goes_while_chunks_are_listed_is_no_error(store):
+def test_a_folder_that_goes_while_chunks_are_listed_is_no_error(store: DiskStore) -> None:
     keys = iter(store)
     first = next(keys)
     for chunk in list(store):
@@ -84,13 +87,13 @@ def test_a_folder_that_goes_while_chunks_are_listed_is_no_error(store):
     assert list(keys) == []
 
 
-def test_wrong_counts_are_corrected(store):
+def test_wrong_counts_are_corrected(store: DiskStore) -> None:
     (store.path / "chunks" / key_of(0).hex()[:2] / f"{key_of(0).hex()[2:]}.chunk").unlink()
     assert store.tidy() == ["Corrected the count of chunks from 3 to 2."]
     assert store.stats() == StoreStats(2, 2 * SIZE, None)
 
 
-def test_what_is_not_ours_is_named_and_left_alone(store, tmp_path):
+def test_what_is_not_ours_is_named_and_left_alone(store: DiskStore, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("dear")
     shard = store.path / "chunks" / key_of(0).hex()[:2]
@@ -116,7 +119,7 @@ def test_what_is_not_ours_is_named_and_left_alone(store, tmp_path):
     assert secret.read_text() == "dear"
 
 
-def test_chunks_dated_in_the_future_are_dated_now(store):
+def test_chunks_dated_in_the_future_are_dated_now(store: DiskStore) -> None:
     os.utime(store._folder.file(key_of(1)), (4e9, 4e9))
     assert garbage(store, time.time(), older_than_s=60.0).undated == 1
     assert "Dated 1 chunk(s) from the future to now." in store.tidy()

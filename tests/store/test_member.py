@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from cakekv.errors import MissingChunk, NoAnswer, StoreError, UnknownKey
+from cakekv.keys import ChunkKey
+from cakekv.store.base import ChunkReader
 from cakekv.store.member import FAILURES, Member
 from cakekv.store.memory import MemoryStore
 
@@ -15,7 +19,7 @@ from .chunks import SIZE, chunk_of, key_of, read
 from .moody import OPERATIONS, Moody, eventually
 
 
-def test_a_failing_look_up_takes_a_tier_down_until_it_is_well_again(member):
+def test_a_failing_look_up_takes_a_tier_down_until_it_is_well_again(member: Callable[..., Any]) -> None:
     store = Moody()
     tier = member(store, first_retry_s=0.01)
     store.well.clear()
@@ -30,7 +34,7 @@ def test_a_failing_look_up_takes_a_tier_down_until_it_is_well_again(member):
     assert read(tier, key_of(0)) == chunk_of(0)
 
 
-def test_a_down_tier_is_not_asked_by_requests(member):
+def test_a_down_tier_is_not_asked_by_requests(member: Callable[..., Any]) -> None:
     store = Moody()
     tier = member(store, first_retry_s=1000)
     store.well.clear()
@@ -43,11 +47,11 @@ def test_a_down_tier_is_not_asked_by_requests(member):
     assert len(store.asked) == asked
 
 
-def test_pauses_get_longer(member, monkeypatch):
+def test_pauses_get_longer(member: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = []
 
     class Clock(threading.Event):
-        def wait(self, timeout=None):
+        def wait(self, timeout: Any = None) -> Any:
             pauses.append(timeout)
             return len(pauses) > 9 or super().wait(0)
 
@@ -61,7 +65,7 @@ def test_pauses_get_longer(member, monkeypatch):
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
-def test_a_look_up_that_hangs_is_not_waited_for(member):
+def test_a_look_up_that_hangs_is_not_waited_for(member: Callable[..., Any]) -> None:
     store = Moody()
     tier = member(store, deadline_s=0.05)
     store.hangs = True
@@ -73,7 +77,7 @@ def test_a_look_up_that_hangs_is_not_waited_for(member):
     eventually(lambda: tier.is_up)
 
 
-def test_one_failure_of_another_kind_is_not_the_end(member):
+def test_one_failure_of_another_kind_is_not_the_end(member: Callable[..., Any]) -> None:
     store = Moody()
     tier = member(store, first_retry_s=1000)
     for number in range(3 * FAILURES):
@@ -90,9 +94,9 @@ def test_one_failure_of_another_kind_is_not_the_end(member):
     assert not tier.is_up
 
 
-def test_a_step_without_io_is_no_sign_of_health(member):
+def test_a_step_without_io_is_no_sign_of_health(member: Callable[..., Any]) -> None:
     class Unreadable(MemoryStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             reader = super().open(key)
             reader.read_into = lambda buffer, offset: (_ for _ in ()).throw(StoreError("no reading"))
             return reader
@@ -108,11 +112,11 @@ def test_a_step_without_io_is_no_sign_of_health(member):
     assert not tier.is_up
 
 
-def test_no_answer_takes_a_tier_down_at_once_unless_others_got_one(member):
+def test_no_answer_takes_a_tier_down_at_once_unless_others_got_one(member: Callable[..., Any]) -> None:
     class Silent(MemoryStore):
         others = False
 
-        def write(self, key, data):
+        def write(self, key: ChunkKey, data: memoryview) -> bool:
             if self.others:
                 tier.lookup([key_of(0)])
             raise NoAnswer("silence")
@@ -129,9 +133,9 @@ def test_no_answer_takes_a_tier_down_at_once_unless_others_got_one(member):
     assert not tier.is_up
 
 
-def test_a_tier_that_only_answers_look_ups_is_asked_less_and_less(member):
+def test_a_tier_that_only_answers_look_ups_is_asked_less_and_less(member: Callable[..., Any]) -> None:
     class Unwritable(MemoryStore):
-        def write(self, key, data):
+        def write(self, key: ChunkKey, data: memoryview) -> bool:
             raise NoAnswer("silence")
 
     tier = member(Unwritable(), first_retry_s=0.01)
@@ -144,11 +148,11 @@ def test_a_tier_that_only_answers_look_ups_is_asked_less_and_less(member):
     assert pauses == [0.01, 0.02, 0.04, 0.08]
 
 
-def test_a_look_up_that_is_late_while_others_are_answered_takes_nothing_down(member):
+def test_a_look_up_that_is_late_while_others_are_answered_takes_nothing_down(member: Callable[..., Any]) -> None:
     go_on = threading.Event()
 
     class Busy(MemoryStore):
-        def lookup(self, keys):
+        def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
             if len(keys) > 1:
                 go_on.wait(60)
             return super().lookup(keys)
@@ -164,7 +168,7 @@ def test_a_look_up_that_is_late_while_others_are_answered_takes_nothing_down(mem
     go_on.set()
 
 
-def test_missing_chunks_are_no_failures(member):
+def test_missing_chunks_are_no_failures(member: Callable[..., Any]) -> None:
     tier = member(MemoryStore())
     for _ in range(5 * FAILURES):
         with pytest.raises(MissingChunk):
@@ -172,8 +176,8 @@ def test_missing_chunks_are_no_failures(member):
     assert tier.is_up
 
 
-def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(member):
-    def foreign(key):
+def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(member: Callable[..., Any]) -> None:
+    def foreign(key: ChunkKey) -> None:
         raise UnknownKey("sealed with a key that is not in the keyring")
 
     sealed = MemoryStore()
@@ -185,10 +189,10 @@ def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(member):
     assert tier.is_up
 
 
-def test_a_tier_that_cannot_be_opened_is_opened_later(request):
+def test_a_tier_that_cannot_be_opened_is_opened_later(request: pytest.FixtureRequest) -> None:
     well = threading.Event()
 
-    def opened():
+    def opened() -> Any:
         if not well.is_set():
             raise StoreError("nobody there")
         return MemoryStore()

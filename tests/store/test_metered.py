@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
 from cakekv.errors import MissingChunk, StoreError, StoreFull
+from cakekv.keys import ChunkKey
 from cakekv.metrics import Metrics
 from cakekv.restore.report import LoadRecord, Miss, RestoreReport, SpanRecord
 from cakekv.store.base import StoreStats
@@ -48,13 +51,13 @@ class Scraped:
 
 
 @pytest.fixture
-def scraped():
+def scraped() -> Iterator[Scraped]:
     made = Scraped()
     yield made
     made.close()
 
 
-def test_what_a_tier_does_is_counted(scraped, tmp_path):
+def test_what_a_tier_does_is_counted(scraped: Scraped, tmp_path: Path) -> None:
     with open_store(f"{tmp_path}/kv?capacity={3 * SIZE}", scraped.metrics) as store:
         assert scraped("tier_operations_total", tier="disk", operation="read") == 0
         for number in range(5):
@@ -100,7 +103,7 @@ def test_what_a_tier_does_is_counted(scraped, tmp_path):
         ("read.vanish:1", "read", "missing"),
     ],
 )
-def test_failures_are_counted_by_reason(scraped, faults, operation, reason):
+def test_failures_are_counted_by_reason(scraped: Scraped, faults: str, operation: str, reason: str) -> None:
     store = open_store(f"memory://?faults=seed:1,{faults}", scraped.metrics)
     store._inner._inner.write(key_of(0), chunk_of(0))
     with pytest.raises(StoreError):
@@ -113,9 +116,9 @@ def test_failures_are_counted_by_reason(scraped, faults, operation, reason):
     assert scraped("tier_seconds_count", tier="memory", operation=operation) == 0
 
 
-def test_a_full_tier_is_told_from_a_failing_one(scraped):
+def test_a_full_tier_is_told_from_a_failing_one(scraped: Scraped) -> None:
     class Full(MemoryStore):
-        def write(self, key, data):
+        def write(self, key: ChunkKey, data: memoryview) -> bool:
             raise StoreFull("no room")
 
     with pytest.raises(StoreFull):
@@ -123,14 +126,14 @@ def test_a_full_tier_is_told_from_a_failing_one(scraped):
     assert scraped("tier_failures_total", tier="memory", operation="write", reason="full") == 1
 
 
-def test_declined_chunks_are_no_bytes(scraped):
+def test_declined_chunks_are_no_bytes(scraped: Scraped) -> None:
     store = open_store("memory://?capacity=1kB", scraped.metrics)
     assert not store.write(key_of(0), chunk_of(0))
     assert scraped("tier_operations_total", tier="memory", operation="write") == 1
     assert scraped("tier_bytes_total", tier="memory", operation="write") == 0
 
 
-def test_tiers_of_a_tiered_store_come_and_go(scraped, tmp_path):
+def test_tiers_of_a_tiered_store_come_and_go(scraped: Scraped, tmp_path: Path) -> None:
     port = free_port()
     (tmp_path / "kv.toml").write_text(f"""
         [[tier]]
@@ -159,7 +162,7 @@ def test_tiers_of_a_tiered_store_come_and_go(scraped, tmp_path):
             assert scraped("tier_held_bytes", tier="memory") == 2 * SIZE
 
 
-def test_a_store_that_was_closed_says_nothing_about_those_that_are_open(scraped, tmp_path):
+def test_a_store_that_was_closed_says_nothing_about_those_that_are_open(scraped: Scraped, tmp_path: Path) -> None:
     (tmp_path / "kv.toml").write_text('[[tier]]\nurl = "memory://"\n')
     first, second = (open_store(f"tiered://{tmp_path}/kv.toml", scraped.metrics) for _ in range(2))
     first.close()
@@ -168,7 +171,7 @@ def test_a_store_that_was_closed_says_nothing_about_those_that_are_open(scraped,
     assert scraped("tier_up", tier="memory") is None
 
 
-def test_copies_that_are_lost_are_counted(scraped, tmp_path):
+def test_copies_that_are_lost_are_counted(scraped: Scraped, tmp_path: Path) -> None:
     (tmp_path / "kv.toml").write_text(f"""
         [[tier]]
         url = "memory://"
@@ -182,7 +185,7 @@ def test_copies_that_are_lost_are_counted(scraped, tmp_path):
     assert scraped("tier_uncopied_chunks_total", tier="redis") == 3
 
 
-def test_a_tier_that_does_not_count_in_time_is_left_out(scraped):
+def test_a_tier_that_does_not_count_in_time_is_left_out(scraped: Scraped) -> None:
     import threading
 
     well = threading.Event()
@@ -200,7 +203,7 @@ def test_a_tier_that_does_not_count_in_time_is_left_out(scraped):
     store.close()
 
 
-def test_restores_and_saves_are_counted(scraped):
+def test_restores_and_saves_are_counted(scraped: Scraped) -> None:
     report = RestoreReport("auto", 1100, 100, prefix_tokens=1000, ttft_s=2.0, lookup_s=0.01)
     report.computed_tokens, report.loaded_tokens, report.recomputed_tokens = 500, 600, 100
     report.met_at = 400

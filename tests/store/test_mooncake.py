@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.store.conftest import Servers
+from tests.store.servers import Mooncake
 
 pytest.importorskip(
     "mooncake.store", reason="Mooncake's client is not there, or not for this system", exc_type=ImportError
@@ -25,16 +31,16 @@ LARGE = 3 << 20
 
 
 @pytest.fixture
-def pool(tmp_path):
+def pool(tmp_path: Path) -> Iterator[Mooncake]:
     with servers.mooncake(tmp_path, "32 MB") as pool:
         yield pool
 
 
-def store_in(pool, **options):
+def store_in(pool: Any, **options: Any) -> Any:
     return MooncakeStore("127.0.0.1", pool.port, admin_port=pool.admin_port, **options)
 
 
-def test_a_store_by_url(shared):
+def test_a_store_by_url(shared: Servers) -> None:
     url = f"mooncake://127.0.0.1:{shared.mooncake.port}?admin_port={shared.mooncake.admin_port}"
     with open_store(f"{url}&prefix=by%20url:&timeout=2s&metadata=P2PHANDSHAKE&protocol=tcp") as store:
         assert store.write(key_of(0), chunk_of(0))
@@ -56,17 +62,17 @@ def test_a_store_by_url(shared):
         ("mooncake://localhost?admin_port=65536", "admin_port"),
     ],
 )
-def test_bad_urls_are_told_what_is_wrong(url, message):
+def test_bad_urls_are_told_what_is_wrong(url: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         open_store(url)
 
 
-def test_nobody_there_is_found_out_at_once():
+def test_nobody_there_is_found_out_at_once() -> None:
     with pytest.raises(StoreError, match="whether Mooncake's master runs"):
         MooncakeStore("127.0.0.1", servers.free_port())
 
 
-def test_large_chunks_come_in_slices(shared):
+def test_large_chunks_come_in_slices(shared: Servers) -> None:
     with store_in(shared.mooncake, prefix="large:") as store:
         data = memoryview(bytearray(range(256)) * (LARGE // 256) + bytearray(b"end"))
         store.write(key_of(0), data)
@@ -74,7 +80,7 @@ def test_large_chunks_come_in_slices(shared):
         assert store.lookup([key_of(0)]) == [LARGE + 3]
 
 
-def test_a_chunk_replaced_between_open_and_read_is_missing(shared):
+def test_a_chunk_replaced_between_open_and_read_is_missing(shared: Servers) -> None:
     with store_in(shared.mooncake, prefix="replaced:") as store:
         store.write(key_of(0), memoryview(bytes(LARGE)))
         with store.open(key_of(0)) as reader:
@@ -84,7 +90,7 @@ def test_a_chunk_replaced_between_open_and_read_is_missing(shared):
         assert read(store, key_of(0)) == chunk_of(0)[:5]
 
 
-def test_a_full_pool_says_so_and_goes_on(pool):
+def test_a_full_pool_says_so_and_goes_on(pool: Mooncake) -> None:
     with store_in(pool) as store:
         store.write(key_of(0), chunk_of(0))
         with pytest.raises(StoreFull, match="has no room"):
@@ -94,7 +100,7 @@ def test_a_full_pool_says_so_and_goes_on(pool):
         assert read(store, key_of(2)) == chunk_of(2)
 
 
-def test_names_of_others_are_no_chunks(shared):
+def test_names_of_others_are_no_chunks(shared: Servers) -> None:
     other = MooncakeDistributedStore()
     assert other.setup("127.0.0.1", "P2PHANDSHAKE", 0, 1 << 20, "tcp", "", f"127.0.0.1:{shared.mooncake.port}") == 0
     with store_in(shared.mooncake, prefix="others:") as store:
@@ -113,7 +119,7 @@ def test_names_of_others_are_no_chunks(shared):
     other.close()
 
 
-def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool):
+def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool: Mooncake) -> None:
     """The calls that were given up end later; what they read then must not get into another's buffer."""
     with store_in(pool, timeout_s=0.3) as store:
         for number in range(3):
@@ -135,7 +141,7 @@ def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool):
         assert buffer == b"\xee" * SIZE
 
 
-def test_no_more_calls_hang_than_there_may_be(pool):
+def test_no_more_calls_hang_than_there_may_be(pool: Mooncake) -> None:
     with store_in(pool, timeout_s=0.05) as store:
         servers.suspend(pool.master)
         try:
@@ -146,7 +152,7 @@ def test_no_more_calls_hang_than_there_may_be(pool):
             pool.master.send_signal(signal.SIGCONT)
 
 
-def test_a_node_that_is_gone_costs_its_chunks(pool):
+def test_a_node_that_is_gone_costs_its_chunks(pool: Mooncake) -> None:
     with store_in(pool, timeout_s=1.0) as store:
         store.write(key_of(0), memoryview(bytes(LARGE)))
         reader = store.open(key_of(0))
@@ -157,7 +163,7 @@ def test_a_node_that_is_gone_costs_its_chunks(pool):
         assert len(store._client._kept) == 1, "a transfer that failed may go on"
 
 
-def test_stores_share_a_client_until_the_last_is_closed(pool):
+def test_stores_share_a_client_until_the_last_is_closed(pool: Mooncake) -> None:
     first, second = store_in(pool, prefix="a:"), store_in(pool, prefix="b:")
     assert first._client is second._client
     first.close()
@@ -170,7 +176,7 @@ def test_stores_share_a_client_until_the_last_is_closed(pool):
         assert read(third, key_of(0)) == chunk_of(0)
 
 
-def test_a_master_that_died_is_an_error(pool):
+def test_a_master_that_died_is_an_error(pool: Mooncake) -> None:
     with store_in(pool, timeout_s=0.3) as store:
         store.write(key_of(0), chunk_of(0))
         reader = store.open(key_of(0))
@@ -188,7 +194,7 @@ def test_a_master_that_died_is_an_error(pool):
                 operation()
 
 
-def test_without_the_admin_port_chunks_are_found_but_not_listed(shared):
+def test_without_the_admin_port_chunks_are_found_but_not_listed(shared: Servers) -> None:
     with MooncakeStore("127.0.0.1", shared.mooncake.port, admin_port=servers.free_port(), prefix="listed:") as store:
         store.write(key_of(0), chunk_of(0))
         assert read(store, key_of(0)) == chunk_of(0)
@@ -197,8 +203,8 @@ def test_without_the_admin_port_chunks_are_found_but_not_listed(shared):
 
 
 @contextmanager
-def answering_http(body, head=b"HTTP/1.1 200 OK\r\n\r\n"):
-    def answer(connection):
+def answering_http(body: Any, head: bytes = b"HTTP/1.1 200 OK\r\n\r\n") -> Iterator[Any]:
+    def answer(connection: Any) -> None:
         connection.recv(1 << 16)
         connection.sendall(head + body)
 
@@ -207,7 +213,7 @@ def answering_http(body, head=b"HTTP/1.1 200 OK\r\n\r\n"):
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\x00\n" * 99, b"listed:chunk:" + b"0" * 63, b"listed:chunk:" + b"0" * 65])
-def test_a_list_of_nonsense_names_nothing(shared, body):
+def test_a_list_of_nonsense_names_nothing(shared: Servers, body: bytes) -> None:
     with answering_http(body) as port, MooncakeStore("127.0.0.1", shared.mooncake.port, admin_port=port) as store:
         assert list(store) == []
 
@@ -215,7 +221,7 @@ def test_a_list_of_nonsense_names_nothing(shared, body):
 @pytest.mark.parametrize(
     "head", [b"", b"\xff" * 99 + b"\r\n", b"HTTP/1.1 500 No\r\n\r\n", b"HTTP/1.1 302 No\r\nLocation: /\r\n\r\n"]
 )
-def test_no_list_is_an_error(shared, head):
+def test_no_list_is_an_error(shared: Servers, head: bytes) -> None:
     with (
         answering_http(b"", head) as port,
         MooncakeStore("127.0.0.1", shared.mooncake.port, admin_port=port) as store,
@@ -224,7 +230,7 @@ def test_no_list_is_an_error(shared, head):
         store.stats()
 
 
-def test_a_list_without_end_is_not_read(shared, monkeypatch):
+def test_a_list_without_end_is_not_read(shared: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mooncake, "_MAX_LIST_BYTES", 1000)
     with (
         answering_http(b"x\n" * 10_000) as port,
@@ -234,7 +240,7 @@ def test_a_list_without_end_is_not_read(shared, monkeypatch):
         store.stats()
 
 
-def test_a_closed_store_says_so(shared):
+def test_a_closed_store_says_so(shared: Servers) -> None:
     store = store_in(shared.mooncake)
     store.close()
     store.close()

@@ -15,21 +15,21 @@ from cakekv.store.opening import check_urls, open_store
 from cakekv.store.throttled import ThrottledStore
 
 
-def test_memory():
+def test_memory() -> None:
     store = open_store("memory://?capacity=2GB")
     assert isinstance(store, MemoryStore)
     assert store.capacity == 2 * 10**9
     assert open_store("memory://").stats().capacity is None
 
 
-def test_file(tmp_path):
+def test_file(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}/a%20b?capacity=10MiB")
     assert isinstance(store, DiskStore)
     assert store.path == tmp_path / "a b"
     assert store.capacity == 10 * 2**20
 
 
-def test_a_path(tmp_path, monkeypatch):
+def test_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert open_store("here").path == tmp_path / "here"
@@ -37,7 +37,7 @@ def test_a_path(tmp_path, monkeypatch):
     assert open_store(str(tmp_path / "100%25")).path == tmp_path / "100%25"
 
 
-def test_a_link():
+def test_a_link() -> None:
     store = open_store("memory://?bandwidth=50MB/s&latency=2ms&capacity=1GB")
     assert isinstance(store, ThrottledStore)
     assert (store.bandwidth, store.latency_s) == (50e6, 0.002)
@@ -68,14 +68,16 @@ def test_a_link():
         ("~nobody-of-this-name/kv", "no such user"),
     ],
 )
-def test_bad_urls_are_told_what_is_wrong(url, message, tmp_path, monkeypatch):
+def test_bad_urls_are_told_what_is_wrong(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=message):
         open_store(url)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_cannot_be_opened(tmp_path):
+def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give another path"):
         open_store(str(tmp_path / "file"))
@@ -99,7 +101,7 @@ def test_its_url_names_what_decides_its_speed_and_no_secret(tmp_path: Path, monk
     assert MemoryStore().url is None
 
 
-def test_a_url_is_checked_without_opening(tmp_path):
+def test_a_url_is_checked_without_opening(tmp_path: Path) -> None:
     check_urls([f"{tmp_path}/new?capacity=1GB"])
     assert not (tmp_path / "new").exists()
     with pytest.raises(BadInput, match="unknown option 'size'"):
@@ -115,7 +117,7 @@ def test_a_url_is_checked_without_opening(tmp_path):
         "redis:/me:secret@host",
     ],
 )
-def test_no_part_of_a_password_is_shown(url):
+def test_no_part_of_a_password_is_shown(url: str) -> None:
     with pytest.raises(BadInput) as caught:
         check_urls([url])
     assert not re.search("se|cr|me:", str(caught.value).replace("memory", ""))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -19,7 +23,9 @@ from cakekv.store.maintenance.listing import listing
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 from cakekv.store.redis import RedisStore
+from cakekv.store.redis_server import RedisServer
 from cakekv.store.sizes import doubt_of
+from tests.store.conftest import Servers
 
 from . import servers
 from .certificates import make_certificates, tls_relay
@@ -31,12 +37,12 @@ QUOTED = "hush%2Fhush%40%3F"
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     with servers.valkey(tmp_path) as (port, process):
         yield port, process
 
 
-def test_a_store_by_url(shared):
+def test_a_store_by_url(shared: Servers) -> None:
     with open_store(f"redis://127.0.0.1:{shared.valkey}/3?prefix=by%20url:&timeout=2s") as store:
         assert store.write(key_of(0), chunk_of(0))
     client = redis.Redis(port=shared.valkey, db=3)
@@ -61,12 +67,12 @@ def test_a_store_by_url(shared):
         ("redis://localhost?ttl=1us", "ttl"),
     ],
 )
-def test_bad_urls_are_told_what_is_wrong(url, message):
+def test_bad_urls_are_told_what_is_wrong(url: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         open_store(url)
 
 
-def test_large_chunks_come_in_slices(shared):
+def test_large_chunks_come_in_slices(shared: Servers) -> None:
     with RedisStore("127.0.0.1", shared.valkey, prefix="large:") as store:
         data = memoryview(bytearray(range(256)) * (LARGE // 256) + bytearray(b"end"))
         store.write(key_of(0), data)
@@ -74,7 +80,7 @@ def test_large_chunks_come_in_slices(shared):
         assert store.lookup([key_of(0)]) == [LARGE + 3]
 
 
-def test_a_chunk_is_one_request_however_it_is_read(shared):
+def test_a_chunk_is_one_request_however_it_is_read(shared: Servers) -> None:
     client = redis.Redis(port=shared.valkey)
     data = memoryview(os.urandom(LARGE + 3))
     with RedisStore("127.0.0.1", shared.valkey, prefix="stream:") as store:
@@ -92,7 +98,7 @@ def test_a_chunk_is_one_request_however_it_is_read(shared):
             assert {"cmdstat_get", "cmdstat_getrange"} & set(calls) == {f"cmdstat_{command}"}
 
 
-def test_a_read_that_is_given_up_leaves_nothing_for_the_next(shared):
+def test_a_read_that_is_given_up_leaves_nothing_for_the_next(shared: Servers) -> None:
     with RedisStore("127.0.0.1", shared.valkey, prefix="given up:") as store:
         data = memoryview(os.urandom(LARGE))
         store.write(key_of(0), data)
@@ -109,7 +115,7 @@ def test_a_read_that_is_given_up_leaves_nothing_for_the_next(shared):
                 assert piece == data[offset : offset + 5000]
 
 
-def test_a_read_does_not_go_through_redis_py(shared, monkeypatch):
+def test_a_read_does_not_go_through_redis_py(shared: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fast is the path without copies; the other one is for answers that were not expected."""
     with RedisStore("127.0.0.1", shared.valkey, prefix="direct:") as store:
         store.write(key_of(0), chunk_of(0))
@@ -117,7 +123,7 @@ def test_a_read_does_not_go_through_redis_py(shared, monkeypatch):
         assert read(store, key_of(0)) == chunk_of(0)
 
 
-def test_a_chunk_evicted_between_open_and_read_is_missing(shared):
+def test_a_chunk_evicted_between_open_and_read_is_missing(shared: Servers) -> None:
     with RedisStore("127.0.0.1", shared.valkey, prefix="evicted:") as store:
         for size in (LARGE, 5):  # an answer that begins like the one expected, and one that does not
             store.write(key_of(0), memoryview(bytes(LARGE)))
@@ -132,14 +138,14 @@ def test_a_chunk_evicted_between_open_and_read_is_missing(shared):
         assert read(store, key_of(1)) == chunk_of(1)
 
 
-def test_chunks_may_have_a_time_to_live(shared):
+def test_chunks_may_have_a_time_to_live(shared: Servers) -> None:
     with open_store(f"redis://127.0.0.1:{shared.valkey}?prefix=ttl:&ttl=100s") as store:
         store.write(key_of(0), chunk_of(0))
     (name,) = redis.Redis(port=shared.valkey).keys("ttl:*")
     assert 90_000 < redis.Redis(port=shared.valkey).pttl(name) <= 100_000
 
 
-def test_a_server_that_is_full_says_so(server):
+def test_a_server_that_is_full_says_so(server: tuple[int, subprocess.Popen[str]]) -> None:
     port, _ = server
     redis.Redis(port=port).config_set("maxmemory", "3mb")
     with RedisStore("127.0.0.1", port) as store:
@@ -158,7 +164,7 @@ def test_a_server_that_is_full_says_so(server):
         assert whole > 0
 
 
-def test_names_of_others_are_no_chunks(shared):
+def test_names_of_others_are_no_chunks(shared: Servers) -> None:
     client = redis.Redis(port=shared.valkey)
     with RedisStore("127.0.0.1", shared.valkey, prefix="others:") as store:
         store.write(key_of(0), chunk_of(0))
@@ -173,7 +179,9 @@ def test_names_of_others_are_no_chunks(shared):
         assert store.lookup([key_of(2)]) == [None]
 
 
-def test_a_value_of_another_kind_is_a_miss_and_nobody_elses(shared, member, tiered):
+def test_a_value_of_another_kind_is_a_miss_and_nobody_elses(
+    shared: Servers, member: Callable[..., Any], tiered: Callable[..., Any]
+) -> None:
     client = redis.Redis(port=shared.valkey)
     with RedisStore("127.0.0.1", shared.valkey, prefix="kinds:") as store:
         for number in range(3):
@@ -209,7 +217,7 @@ def test_a_value_of_another_kind_is_a_miss_and_nobody_elses(shared, member, tier
         assert store.delete(keys) == 3
 
 
-def test_more_look_ups_than_connections_wait_for_one(tmp_path):
+def test_more_look_ups_than_connections_wait_for_one(tmp_path: Path) -> None:
     with servers.valkey(tmp_path) as (port, process), RedisStore("127.0.0.1", port) as store:
         store.write(key_of(0), chunk_of(0))
         servers.suspend(process)
@@ -225,7 +233,7 @@ def test_more_look_ups_than_connections_wait_for_one(tmp_path):
 # Passwords and TLS
 
 
-def test_a_password(tmp_path, monkeypatch):
+def test_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with servers.valkey(tmp_path, "--requirepass", SECRET) as (port, _):
         with open_store(f"redis://default:{QUOTED}@127.0.0.1:{port}") as store:
             store.write(key_of(0), chunk_of(0))
@@ -239,7 +247,7 @@ def test_a_password(tmp_path, monkeypatch):
             assert SECRET not in repr(store)
 
 
-def test_a_password_is_never_shown():
+def test_a_password_is_never_shown() -> None:
     for url in (
         f"redis://me:{QUOTED}@127.0.0.1:1",
         f"redis://me:{QUOTED}@h?a=b",
@@ -251,7 +259,7 @@ def test_a_password_is_never_shown():
         assert "hush" not in str(caught.value)
 
 
-def test_tls(tmp_path, shared):
+def test_tls(tmp_path: Path, shared: Servers) -> None:
     files = make_certificates(tmp_path)
     with tls_relay(files, shared.valkey) as port:
         with open_store(f"rediss://127.0.0.1:{port}?ca={files[0]}&prefix=tls:") as store:
@@ -267,17 +275,17 @@ def test_tls(tmp_path, shared):
 # Trouble
 
 
-def test_a_server_that_is_not_there():
+def test_a_server_that_is_not_there() -> None:
     with pytest.raises(StoreError, match="See whether the server runs"):
         open_store(f"redis://127.0.0.1:{servers.free_port()}")
 
 
-def test_a_server_that_accepts_and_never_answers():
+def test_a_server_that_accepts_and_never_answers() -> None:
     with servers.answering(servers.hang) as port, pytest.raises(StoreError, match="does not answer in time"):
         open_store(f"redis://127.0.0.1:{port}?timeout=0.2s")
 
 
-def test_a_server_that_stops_answering(server):
+def test_a_server_that_stops_answering(server: tuple[int, subprocess.Popen[str]]) -> None:
     port, process = server
     with RedisStore("127.0.0.1", port, timeout_s=0.2) as store:
         store.write(key_of(0), chunk_of(0))
@@ -304,10 +312,10 @@ def test_a_server_that_stops_answering(server):
         assert store.lookup([key_of(1)]) == [None], "half a chunk became visible"
 
 
-def answering_get(answer):
+def answering_get(answer: Any) -> Any:
     """A server with a chunk of 1,000 bytes; a connection ends with the answer to a GET."""
 
-    def serve(connection):
+    def serve(connection: Any) -> None:
         while request := connection.recv(1 << 16):
             if b"\r\nGET\r\n" in request:
                 answer(connection)
@@ -317,8 +325,8 @@ def answering_get(answer):
     return servers.answering(serve)
 
 
-def test_an_answer_that_trickles_does_not_take_forever():
-    def trickle(connection):
+def test_an_answer_that_trickles_does_not_take_forever() -> None:
+    def trickle(connection: Any) -> None:
         connection.sendall(b"$1000\r\n")
         for _ in range(1000):
             connection.sendall(b"x")
@@ -334,8 +342,8 @@ def test_an_answer_that_trickles_does_not_take_forever():
 
 
 @pytest.mark.parametrize("length", [b":abc\r\n", b"$3\r\nabc\r\n", b":-5\r\n", b":99999999999999\r\n", b"*1\r\n:3\r\n"])
-def test_a_server_that_makes_lengths_up(length):
-    def lie(connection):
+def test_a_server_that_makes_lengths_up(length: bytes) -> None:
+    def lie(connection: Any) -> None:
         while request := connection.recv(1 << 16):
             connection.sendall(length if b"STRLEN" in request else b"+OK\r\n" * request.count(b"*"))
 
@@ -354,8 +362,8 @@ def test_a_server_that_makes_lengths_up(length):
         (b"+" + bytes(4096), MissingChunk),
     ],
 )
-def test_another_answer_than_the_chunk_is_not_waited_for(head, error):
-    def lie(connection):
+def test_another_answer_than_the_chunk_is_not_waited_for(head: bytes, error: type[Exception]) -> None:
+    def lie(connection: Any) -> None:
         connection.sendall(head)
         connection.recv(1)  # the end
 
@@ -370,8 +378,8 @@ def test_another_answer_than_the_chunk_is_not_waited_for(head, error):
         assert time.monotonic() - began < 10, "it waited for the rest"
 
 
-def test_a_server_killed_in_mid_answer():
-    def die(connection):
+def test_a_server_killed_in_mid_answer() -> None:
+    def die(connection: Any) -> None:
         connection.sendall(b"$1000\r\nhalf")
         connection.close()
 
@@ -384,7 +392,7 @@ def test_a_server_killed_in_mid_answer():
         reader.read_into(memoryview(bytearray(1000)), 0)
 
 
-def test_a_server_killed_and_started_again(tmp_path):
+def test_a_server_killed_and_started_again(tmp_path: Path) -> None:
     with servers.valkey(tmp_path) as (port, process):
         store = RedisStore("127.0.0.1", port)
         store.write(key_of(0), chunk_of(0))
@@ -409,13 +417,13 @@ def test_a_server_killed_and_started_again(tmp_path):
 
 
 @pytest.fixture
-def cluster(nodes):
+def cluster(nodes: list[tuple[Any, subprocess.Popen[str]]]) -> list[Any]:
     """Two nodes, each with half of the slots."""
     return [node for node, _ in nodes]
 
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(tmp_path: Path) -> Iterator[list[tuple[Any, subprocess.Popen[str]]]]:
     """The same, with their processes."""
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
     options += ("--cluster-allow-reads-when-down", "yes", "--cluster-port")
@@ -437,7 +445,9 @@ def nodes(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["dead", "hanging"])
-def test_a_node_that_is_away_costs_its_own_chunks(nodes, member, how):
+def test_a_node_that_is_away_costs_its_own_chunks(
+    nodes: list[tuple[Any, subprocess.Popen[str]]], member: Callable[..., Any], how: str
+) -> None:
     (first, _), (_, process) = nodes
     port = first.get_connection_kwargs()["port"]
     keys = [key_of(number) for number in range(30)]
@@ -476,7 +486,9 @@ def test_a_node_that_is_away_costs_its_own_chunks(nodes, member, how):
         assert first.dbsize() == 0
 
 
-def test_a_cluster_of_which_nothing_answers_is_down(nodes, member):
+def test_a_cluster_of_which_nothing_answers_is_down(
+    nodes: list[tuple[Any, subprocess.Popen[str]]], member: Callable[..., Any]
+) -> None:
     port = nodes[0][0].get_connection_kwargs()["port"]
     with RedisStore("127.0.0.1", port, cluster=True, timeout_s=0.5) as store:
         tier = member(store, deadline_s=2.0, first_retry_s=100)
@@ -487,7 +499,7 @@ def test_a_cluster_of_which_nothing_answers_is_down(nodes, member):
         assert not tier.is_up
 
 
-def test_a_cluster(cluster):
+def test_a_cluster(cluster: list[Any]) -> None:
     with open_store(f"redis://127.0.0.1:{cluster[0].get_connection_kwargs()['port']}?cluster=true") as store:
         for number in range(10):
             assert store.write(key_of(number), chunk_of(number))
@@ -504,7 +516,7 @@ def test_a_cluster(cluster):
             store.open(key_of(0))
 
 
-def test_a_node_of_a_cluster_asked_as_if_it_were_alone(cluster):
+def test_a_node_of_a_cluster_asked_as_if_it_were_alone(cluster: list[Any]) -> None:
     with (
         open_store(f"redis://127.0.0.1:{cluster[0].get_connection_kwargs()['port']}") as store,
         pytest.raises(StoreError, match="is a node of a cluster: write cluster=true"),
@@ -512,7 +524,7 @@ def test_a_node_of_a_cluster_asked_as_if_it_were_alone(cluster):
         store.lookup([key_of(number) for number in range(10)])
 
 
-def test_a_server_that_is_no_node_of_a_cluster(shared):
+def test_a_server_that_is_no_node_of_a_cluster(shared: Servers) -> None:
     with pytest.raises(StoreError, match="no node of a cluster: leave cluster=true out"):
         open_store(f"redis://127.0.0.1:{shared.valkey}?cluster=true")
     with pytest.raises(StoreError, match="See whether the server runs there"):
@@ -520,7 +532,7 @@ def test_a_server_that_is_no_node_of_a_cluster(shared):
 
 
 @pytest.mark.parametrize("password", ["a/b", "a#b", "a?b", "a@b/c", "a%zz/b"])
-def test_what_is_to_be_escaped_in_a_password_is_said(password, tmp_path):
+def test_what_is_to_be_escaped_in_a_password_is_said(password: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"@ is written as %40|is to be written as %3F"):
         open_store(f"redis://me:{password}@127.0.0.1:1/x")
     with servers.valkey(tmp_path, "--requirepass", password) as (port, _):
@@ -529,19 +541,20 @@ def test_what_is_to_be_escaped_in_a_password_is_said(password, tmp_path):
         open_store(f"redis://:{quote(password, safe='')}@127.0.0.1:{port}").close()
 
 
-def test_what_a_server_says_is_one_line(shared):
+def test_what_a_server_says_is_one_line(shared: Servers) -> None:
     """Whatever it sends: line ends, codes for terminals, megabytes."""
+    options = {"host": "127.0.0.1", "port": shared.valkey}
     with (
-        open_store(f"redis://127.0.0.1:{shared.valkey}") as store,
+        closing(RedisServer("redis://127.0.0.1", options, database=0, timeout_s=5.0)) as server,
         pytest.raises(StoreError) as caught,
-        store.explained("ask"),
+        server.explained("ask"),
     ):
         raise redis.ResponseError("ERR one\r\ntwo\x1b[2J" + "x" * 10**6)
     assert "ERR one two\ufffd[2J" in str(caught.value)
     assert len(str(caught.value)) < 5000
 
 
-def test_slots_that_move_are_followed(cluster):
+def test_slots_that_move_are_followed(cluster: list[Any]) -> None:
     port = cluster[0].get_connection_kwargs()["port"]
     with RedisStore("127.0.0.1", port, cluster=True) as store:
         store.write(key_of(0), chunk_of(0))

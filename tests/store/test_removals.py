@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cakekv.explain import explain_prompt, prompt_keys
+from cakekv.keys import ChunkKey
 from cakekv.store import removals
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
+from cakekv.store.maintenance.explain import explain_prompt, prompt_keys
 from cakekv.store.memory import MemoryStore
 from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals, RemovalLog
 from cakekv.store.striped import StripedStore
+from tests.store.conftest import Servers
 
 from .chunks import SIZE, chunk_of, key_of
 
@@ -22,20 +26,20 @@ RECORD = 56
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path: Path) -> Path:
     return tmp_path / "removals.log"
 
 
-def keys(*numbers):
+def keys(*numbers: int) -> list[ChunkKey]:
     return [key_of(number) for number in numbers]
 
 
-def reasons(found):
+def reasons(found: Any) -> dict[Any, Any]:
     return {key: removal.reason for key, removal in found.items()}
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "encrypted", "striped"])
-def test_evictions_and_deletions_are_told_apart(tmp_path, kind):
+def test_evictions_and_deletions_are_told_apart(tmp_path: Path, kind: str) -> None:
     made = {
         "memory": lambda: MemoryStore(2 * SIZE),
         "disk": lambda: DiskStore(tmp_path / "kv", 2 * SIZE),
@@ -51,7 +55,7 @@ def test_evictions_and_deletions_are_told_apart(tmp_path, kind):
         assert found[key_of(0)].at <= found[key_of(2)].at
 
 
-def test_another_process_can_read_the_log(tmp_path):
+def test_another_process_can_read_the_log(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "kv") as store:
         store.write(key_of(0), chunk_of(0))
     with DiskStore(tmp_path / "kv", SIZE - 1):
@@ -59,7 +63,7 @@ def test_another_process_can_read_the_log(tmp_path):
     assert reasons(DiskStore(tmp_path / "kv").removals(keys(0))) == {key_of(0): "capacity"}
 
 
-def test_a_server_does_not_tell(shared):
+def test_a_server_does_not_tell(shared: Servers) -> None:
     from cakekv.store.redis import RedisStore
 
     with RedisStore("127.0.0.1", shared.valkey, prefix="removals:") as store:
@@ -67,7 +71,7 @@ def test_a_server_does_not_tell(shared):
         assert store.removals(keys(0)) is None
 
 
-def test_the_log_is_bounded_and_private_and_keeps_the_newest(file):
+def test_the_log_is_bounded_and_private_and_keeps_the_newest(file: Path) -> None:
     log = RemovalLog(file, max_bytes=10 * RECORD)
     for number in range(35):
         log.note(keys(number), CAPACITY)
@@ -79,7 +83,7 @@ def test_the_log_is_bounded_and_private_and_keeps_the_newest(file):
     assert file.stat().st_size <= 10 * RECORD
 
 
-def test_the_last_removal_counts(file):
+def test_the_last_removal_counts(file: Path) -> None:
     log = RemovalLog(file, max_bytes=4 * RECORD)
     for reason in (CAPACITY, REQUEST, CAPACITY, REQUEST, CAPACITY, REQUEST):
         log.note(keys(1), reason)
@@ -87,7 +91,7 @@ def test_the_last_removal_counts(file):
 
 
 @pytest.mark.parametrize("torn", [1, RECORD - 1, RECORD + 10])
-def test_a_torn_record_costs_itself_only(file, torn):
+def test_a_torn_record_costs_itself_only(file: Path, torn: int) -> None:
     log = RemovalLog(file)
     log.note(keys(0, 1), CAPACITY)
     os.truncate(file, 2 * RECORD - torn if torn < RECORD else RECORD - 10)
@@ -95,7 +99,7 @@ def test_a_torn_record_costs_itself_only(file, torn):
     assert set(log.find(keys(0, 1, 2))) == set(keys(0, 2) if torn < RECORD else keys(2))
 
 
-def test_a_damaged_record_is_not_believed(file):
+def test_a_damaged_record_is_not_believed(file: Path) -> None:
     log = RemovalLog(file)
     log.note(keys(0, 1), CAPACITY)
     data = bytearray(file.read_bytes())
@@ -107,7 +111,7 @@ def test_a_damaged_record_is_not_believed(file):
 
 
 @pytest.mark.parametrize("trick", ["symlink", "pipe", "folder"])
-def test_what_is_no_plain_file_is_left_alone(tmp_path, file, trick):
+def test_what_is_no_plain_file_is_left_alone(tmp_path: Path, file: Path, trick: str) -> None:
     other = tmp_path / "other"
     other.write_text("dear")
     {"symlink": lambda: file.symlink_to(other), "pipe": lambda: os.mkfifo(file), "folder": file.mkdir}[trick]()
@@ -117,7 +121,7 @@ def test_what_is_no_plain_file_is_left_alone(tmp_path, file, trick):
     assert other.read_text() == "dear"
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "kv", SIZE) as store:
         (tmp_path / "kv" / "removals.log").mkdir()
         for number in range(2):
@@ -125,7 +129,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
         assert store.delete(keys(1)) == 1
 
 
-def test_memory_is_bounded(monkeypatch):
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(removals, "MOST_REMEMBERED", 3)
     recent = RecentRemovals()
     recent.note(keys(0, 1), CAPACITY)
@@ -139,14 +143,14 @@ def test_memory_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("at", [float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 4e12, -5.0, 0.0])
-def test_times_that_are_none_are_not_passed_on(file, at):
+def test_times_that_are_none_are_not_passed_on(file: Path, at: float) -> None:
     """Whoever may write to a folder may put any number there, with the checksum that belongs to it."""
     part = removals._FIELDS.pack(key_of(0), at, 200)
     file.write_bytes(removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)))
     assert RemovalLog(file).find(keys(0)) == {key_of(0): (0.0, REQUEST)}
 
 
-def test_such_a_time_is_explained(tmp_path):
+def test_such_a_time_is_explained(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "kv") as store:
         root = bytes(32)
         fields = {"chunk_tokens": "4"}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
@@ -15,6 +18,7 @@ from cakekv.store import s3
 from cakekv.store.opening import open_store
 from cakekv.store.s3 import open_s3
 from cakekv.store.sizes import doubt_of
+from tests.store.conftest import Servers
 
 from . import servers
 from .certificates import make_certificates, tls_relay
@@ -24,12 +28,12 @@ LARGE = 20 << 20
 LISTING = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
 
 
-def reply(status, body=b"", length=None, headers=b""):
+def reply(status: Any, body: bytes = b"", length: Any = None, headers: bytes = b"") -> Any:
     head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n" % (status, len(body) if length is None else length)
     return head + b"Last-Modified: Mon, 12 Oct 2026 10:00:00 GMT\r\nETag: x\r\n" + headers + b"\r\n" + body
 
 
-def requests(connection):
+def requests(connection: Any) -> Iterator[Any]:
     """First lines of the requests on a connection, as they come."""
     stream = connection.makefile("rb")
     while first := stream.readline():
@@ -39,12 +43,12 @@ def requests(connection):
 
 
 @pytest.fixture
-def credentials(monkeypatch):
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_USER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
 
 
-def test_a_store_by_url(shared):
+def test_a_store_by_url(shared: Servers) -> None:
     url = f"s3://bucket/by%20url/?endpoint={shared.s3}&http=true&region=us-east-1&path_style=true&timeout=5s"
     with open_store(url) as store:
         store.write(key_of(0), chunk_of(0))
@@ -80,13 +84,13 @@ def test_a_store_by_url(shared):
         ("az://container?region=x", "unknown option 'region'"),
     ],
 )
-def test_bad_urls_are_told_what_is_wrong(url, message):
+def test_bad_urls_are_told_what_is_wrong(url: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
         open_store(url)
     assert "hush" not in str(caught.value)
 
 
-def test_large_chunks_go_in_parts(shared):
+def test_large_chunks_go_in_parts(shared: Servers) -> None:
     with open_s3("bucket", "large", endpoint=shared.s3, http=True) as store:
         data = memoryview(bytearray(range(256)) * (LARGE // 256) + bytearray(b"end"))
         store.write(key_of(0), data)
@@ -98,7 +102,7 @@ def test_large_chunks_go_in_parts(shared):
         assert obstore.head(store._backend, f"chunks/{key_of(0).hex()}")["e_tag"].endswith('-3"'), "of three parts"
 
 
-def test_a_chunk_removed_or_replaced_between_open_and_read_is_missing(shared):
+def test_a_chunk_removed_or_replaced_between_open_and_read_is_missing(shared: Servers) -> None:
     with open_s3("bucket", "removed", endpoint=shared.s3, http=True) as store:
         for remove in (lambda: store.delete([key_of(0)]), lambda: store.write(key_of(0), chunk_of(0)[:5000])):
             store.write(key_of(0), chunk_of(0))
@@ -108,7 +112,7 @@ def test_a_chunk_removed_or_replaced_between_open_and_read_is_missing(shared):
                     reader.read_into(memoryview(bytearray(SIZE)), 0)
 
 
-def test_a_size_that_was_looked_up_is_not_asked_for_again(shared, monkeypatch):
+def test_a_size_that_was_looked_up_is_not_asked_for_again(shared: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_s3("bucket", "sizes", endpoint=shared.s3, http=True) as store:
         store.write(key_of(0), chunk_of(0))
         asked = []
@@ -125,7 +129,7 @@ def test_a_size_that_was_looked_up_is_not_asked_for_again(shared, monkeypatch):
             store.open(key_of(0))
 
 
-def test_other_objects_are_no_chunks(shared):
+def test_other_objects_are_no_chunks(shared: Servers) -> None:
     with open_s3("bucket", "others", endpoint=shared.s3, http=True) as store:
         store.write(key_of(0), chunk_of(0))
         for path in (
@@ -139,7 +143,7 @@ def test_other_objects_are_no_chunks(shared):
         assert store.identities() == {}
 
 
-def test_tls(shared, tmp_path):
+def test_tls(shared: Servers, tmp_path: Path) -> None:
     files = make_certificates(tmp_path)
     with tls_relay(files, int(shared.s3.rpartition(":")[2])) as port:
         where = f"s3://bucket/tls?endpoint=https://127.0.0.1:{port}&timeout=2s"
@@ -153,13 +157,13 @@ def test_tls(shared, tmp_path):
 # Credentials
 
 
-def test_wrong_credentials(shared, credentials):
+def test_wrong_credentials(shared: Servers, credentials: None) -> None:
     with pytest.raises(StoreError, match="Check the credentials") as caught:
         open_s3("bucket", endpoint=shared.s3, http=True)
     assert "hush" not in str(caught.value)
 
 
-def test_credentials_from_a_file(shared, monkeypatch, tmp_path):
+def test_credentials_from_a_file(shared: Servers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     file = tmp_path / "credentials"
@@ -174,7 +178,7 @@ def test_credentials_from_a_file(shared, monkeypatch, tmp_path):
     assert "hush" not in str(caught.value)
 
 
-def test_a_bucket_that_is_not_there(shared):
+def test_a_bucket_that_is_not_there(shared: Servers) -> None:
     with pytest.raises(StoreError, match="Make the bucket first"):
         open_s3("missing-bucket", endpoint=shared.s3, http=True)
 
@@ -183,13 +187,13 @@ def test_a_bucket_that_is_not_there(shared):
 
 
 @contextmanager
-def lying(monkeypatch, answer):
+def lying(monkeypatch: pytest.MonkeyPatch, answer: Any) -> Iterator[Any]:
     """A store of 8 objects in front of which sits a service that answers `answer(request)`, if that is not None."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_USER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     names = {key_of(number).hex().encode(): number for number in range(8)}
 
-    def serve(connection):
+    def serve(connection: Any) -> None:
         for request in requests(connection):
             number = next((number for name, number in names.items() if name in request), None)
             if (other := answer(request, number)) is not None:
@@ -208,7 +212,9 @@ def lying(monkeypatch, answer):
 
 
 @pytest.mark.parametrize("status", [b"403 Forbidden", b"400 Bad Request", b"500 Internal Server Error"])
-def test_one_object_that_may_not_be_looked_at_is_a_miss(monkeypatch, member, status):
+def test_one_object_that_may_not_be_looked_at_is_a_miss(
+    monkeypatch: pytest.MonkeyPatch, member: Callable[..., Any], status: bytes
+) -> None:
     with lying(monkeypatch, lambda request, n: reply(status) if b"HEAD" in request and n == 3 else None) as store:
         tier = member(store, deadline_s=10, first_retry_s=100)
         keys = [key_of(number) for number in range(9)]
@@ -221,7 +227,9 @@ def test_one_object_that_may_not_be_looked_at_is_a_miss(monkeypatch, member, sta
         assert read(tier, key_of(4)) == chunk_of(4)
 
 
-def test_one_object_that_hangs_is_not_waited_for_by_the_others(monkeypatch, member):
+def test_one_object_that_hangs_is_not_waited_for_by_the_others(
+    monkeypatch: pytest.MonkeyPatch, member: Callable[..., Any]
+) -> None:
     well = threading.Event()
     with lying(monkeypatch, lambda request, n: well.wait(60) and None if n == 3 else None) as store:
         tier = member(store, deadline_s=1.0, first_retry_s=100)
@@ -232,7 +240,9 @@ def test_one_object_that_hangs_is_not_waited_for_by_the_others(monkeypatch, memb
         well.set()
 
 
-def test_a_look_up_that_takes_too_long_gives_what_it_knows(monkeypatch, member):
+def test_a_look_up_that_takes_too_long_gives_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, member: Callable[..., Any]
+) -> None:
     with lying(monkeypatch, lambda request, n: time.sleep(0.05) if b"HEAD" in request else None) as store:
         tier = member(store, deadline_s=0.5, first_retry_s=100)
         found = tier.lookup([key_of(number) for number in range(8)] + [key_of(100 + n) for n in range(1000)])
@@ -242,10 +252,12 @@ def test_a_look_up_that_takes_too_long_gives_what_it_knows(monkeypatch, member):
         assert tier.lookup([key_of(0), key_of(100)]) == [SIZE, None]
 
 
-def test_what_a_look_up_did_not_get_to_is_not_written_again(monkeypatch, member):
+def test_what_a_look_up_did_not_get_to_is_not_written_again(
+    monkeypatch: pytest.MonkeyPatch, member: Callable[..., Any]
+) -> None:
     asked = []
 
-    def slowly(request, number):
+    def slowly(request: pytest.FixtureRequest, number: int) -> None:
         asked.append(request)
         if b"HEAD" in request:
             time.sleep(0.05)
@@ -258,13 +270,13 @@ def test_what_a_look_up_did_not_get_to_is_not_written_again(monkeypatch, member)
         assert not any(request.startswith(b"PUT") for request in asked)
 
 
-def test_what_cannot_be_deleted_is_named_and_the_rest_goes(shared, monkeypatch):
+def test_what_cannot_be_deleted_is_named_and_the_rest_goes(shared: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_s3("bucket", "undeleted", endpoint=shared.s3, http=True) as store:
         for number in range(3):
             store.write(key_of(number), chunk_of(number))
         real = obstore.delete
 
-        def refuse(backend, paths):
+        def refuse(backend: Any, paths: Any) -> None:
             if any(key_of(1).hex() in path for path in paths):
                 raise obstore.exceptions.PermissionDeniedError("403 Forbidden")
             real(backend, paths)
@@ -279,20 +291,20 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_goes(shared, monkeypatch):
 # Trouble
 
 
-def test_a_service_that_is_not_there(credentials):
+def test_a_service_that_is_not_there(credentials: None) -> None:
     with pytest.raises(StoreError, match="can be reached"):
         open_s3("bucket", endpoint=f"http://127.0.0.1:{servers.free_port()}", http=True)
 
 
-def test_a_service_that_accepts_and_never_answers(credentials):
+def test_a_service_that_accepts_and_never_answers(credentials: None) -> None:
     with servers.answering(servers.hang) as port, pytest.raises(StoreError, match="can be reached"):
         open_s3("bucket", endpoint=f"http://127.0.0.1:{port}", http=True, timeout_s=0.3)
 
 
-def test_errors_of_the_service_are_retried_within_bounds(credentials):
+def test_errors_of_the_service_are_retried_within_bounds(credentials: None) -> None:
     answers = []
 
-    def fail_twice(connection):
+    def fail_twice(connection: Any) -> None:
         for request in requests(connection):
             if b"HEAD" in request:
                 answers.append(request)
@@ -305,7 +317,7 @@ def test_errors_of_the_service_are_retried_within_bounds(credentials):
         assert store.lookup([key_of(0)]) == [1000]
         assert len(answers) == 3
 
-    def fail(connection):
+    def fail(connection: Any) -> None:
         for request in requests(connection):
             answers.append(request)
             connection.sendall(reply(b"503 Slow Down"))
@@ -316,10 +328,10 @@ def test_errors_of_the_service_are_retried_within_bounds(credentials):
     assert len(answers) == 1 + s3.MAX_RETRIES
 
 
-def test_a_failed_look_up_does_not_wait_for_the_rest(credentials):
+def test_a_failed_look_up_does_not_wait_for_the_rest(credentials: None) -> None:
     asked = []
 
-    def refuse(connection):
+    def refuse(connection: Any) -> None:
         for request in requests(connection):
             if b"HEAD" in request:
                 asked.append(request)
@@ -334,8 +346,8 @@ def test_a_failed_look_up_does_not_wait_for_the_rest(credentials):
     assert len(asked) < 1000
 
 
-def test_a_service_killed_in_mid_answer(credentials):
-    def die(connection):
+def test_a_service_killed_in_mid_answer(credentials: None) -> None:
+    def die(connection: Any) -> None:
         for request in requests(connection):
             if b"HEAD" in request:
                 connection.sendall(reply(b"200 OK", length=100_000))

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import traceback
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -89,21 +91,21 @@ KEYS_GIVEN = ["memory://?encrypt={}", "/nowhere/kv?encrypt=env:{}", "redis://127
 
 
 @pytest.fixture(autouse=True)
-def credentials(monkeypatch):
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDUMMY")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "elsewhere-in-the-environment")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "ZWxzZXdoZXJl")
 
 
-def shown_by(error):
+def shown_by(error: Any) -> list[Any]:
     """All that a program, a log or Python itself may show of an error."""
     record = logging.LogRecord("cakekv", logging.ERROR, "", 0, "it failed: %s", (error,), (type(error), error, None))
     formatted = [formatter.format(record) for formatter in (logs.JsonFormatter(), logs.TextFormatter())]
     return [str(error), repr(error), "".join(traceback.format_exception(error)), *formatted]
 
 
-def check(url, secret):
+def check(url: str, secret: Any) -> None:
     texts = []
     for attempt in (check_urls, lambda urls: open_store(urls[0]).close()):
         try:
@@ -119,7 +121,7 @@ def check(url, secret):
 
 
 @pytest.mark.parametrize(("scheme", "option"), OPTIONS)
-def test_as_the_value_of_any_option(scheme, option):
+def test_as_the_value_of_any_option(scheme: str, option: str) -> None:
     url = f"{PLACES[scheme]}?{option}={SECRET}"
     if option in ("region", "path_style") and scheme == "s3":
         url += "&endpoint=http://127.0.0.1:1&http=true&timeout=1s"
@@ -127,16 +129,16 @@ def test_as_the_value_of_any_option(scheme, option):
 
 
 @pytest.mark.parametrize("url", ELSEWHERE)
-def test_anywhere_else(url):
+def test_anywhere_else(url: str) -> None:
     check(url.format(SECRET), SECRET)
 
 
 @pytest.mark.parametrize("url", KEYS_GIVEN)
-def test_a_key_in_the_place_of_its_file(url):
+def test_a_key_in_the_place_of_its_file(url: str) -> None:
     check(url.format(KEY), KEY)
 
 
-def test_that_there_are_enough_of_them():
+def test_that_there_are_enough_of_them() -> None:
     assert len(OPTIONS) + len(ELSEWHERE) + len(KEYS_GIVEN) >= 60
 
 
@@ -154,12 +156,12 @@ def test_that_there_are_enough_of_them():
         "[[tier]]\nurl = redis://user:{}@127.0.0.1:1",
     ],
 )
-def test_in_the_file_of_a_tiered_store(tmp_path, text):
+def test_in_the_file_of_a_tiered_store(tmp_path: Path, text: str) -> None:
     (tmp_path / "kv.toml").write_text(text.format(SECRET))
     check(f"tiered://{tmp_path}/kv.toml", SECRET)
 
 
-def test_a_tier_that_is_down_is_logged_without_it(tmp_path, caplog):
+def test_a_tier_that_is_down_is_logged_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "kv.toml").write_text(
         f'[[tier]]\nurl = "memory://"\n[[tier]]\nurl = "redis://user:{SECRET}@127.0.0.1:1?timeout=1s"\n'
     )
@@ -173,7 +175,7 @@ def test_a_tier_that_is_down_is_logged_without_it(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("secret", [SECRET, "p@ss/w?rd#1", "%41b&c=d", "back\\slash'\""])
-def test_a_password_that_the_server_refuses(tmp_path, secret):
+def test_a_password_that_the_server_refuses(tmp_path: Path, secret: str) -> None:
     with servers.valkey(tmp_path, "--requirepass", "another") as (port, _):
         for user in ("", "nobody"):
             with pytest.raises(StoreError, match="Check user name and password") as caught:
@@ -181,7 +183,7 @@ def test_a_password_that_the_server_refuses(tmp_path, secret):
             assert not [text for text in shown_by(caught.value) if secret in text or quote(secret, safe="") in text]
 
 
-def test_what_a_server_says_of_it_is_not_passed_on(tmp_path):
+def test_what_a_server_says_of_it_is_not_passed_on(tmp_path: Path) -> None:
     """Servers may quote what they were sent; here a user without rights is named so."""
     with servers.valkey(tmp_path) as (port, _):
         import redis
@@ -193,7 +195,7 @@ def test_what_a_server_says_of_it_is_not_passed_on(tmp_path):
     assert not [text for text in shown_by(caught.value) if SECRET in text]
 
 
-def test_what_the_environment_and_files_of_keys_hold(tmp_path, monkeypatch):
+def test_what_the_environment_and_files_of_keys_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDISCLI_AUTH", SECRET)
     file = tmp_path / "keys"
     file.touch(mode=0o600)
@@ -204,7 +206,7 @@ def test_what_the_environment_and_files_of_keys_hold(tmp_path, monkeypatch):
     assert "elsewhere" not in str(StoreError("signed with elsewhere-in-the-environment"))
 
 
-def test_a_traceback_on_the_command_line(tmp_path):
+def test_a_traceback_on_the_command_line(tmp_path: Path) -> None:
     """A fault of ours ends in a traceback, without the secret."""
     code = (
         "import cakekv.cli.store.look as look\n"
@@ -220,7 +222,7 @@ def test_a_traceback_on_the_command_line(tmp_path):
     assert SECRET not in done.stderr + done.stdout
 
 
-def test_messages_keep_what_is_no_secret(monkeypatch):
+def test_messages_keep_what_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in messages._VARIABLES:
             monkeypatch.delenv(name)

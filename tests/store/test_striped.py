@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from cakekv.errors import BadInput, NotDeleted, StoreError
-from cakekv.store.base import StoreStats
+from cakekv.keys import ChunkKey
+from cakekv.store.base import Store, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.maintenance.listing import listing
 from cakekv.store.memory import MemoryStore
@@ -16,25 +20,25 @@ from cakekv.store.striped import StripedStore
 from .chunks import SIZE, chunk_of, key_of, read
 
 
-def fill(store, count):
+def fill(store: Store, count: int) -> None:
     for number in range(count):
         store.write(key_of(number), memoryview(b"x"))
 
 
-def test_the_spread_is_even():
+def test_the_spread_is_even() -> None:
     stores = [MemoryStore() for _ in range(4)]
     fill(StripedStore(stores), 1000)
     assert all(200 < store.stats().chunks < 300 for store in stores)
 
 
-def test_a_store_more_takes_its_share_and_moves_nothing_else():
+def test_a_store_more_takes_its_share_and_moves_nothing_else() -> None:
     stores = [MemoryStore() for _ in range(4)]
     fill(StripedStore(stores[:3]), 1000)
     found = StripedStore(stores).lookup([key_of(number) for number in range(1000)])
     assert 700 < sum(size is not None for size in found) < 800
 
 
-def test_folders_by_url(tmp_path):
+def test_folders_by_url(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/a?stripe={tmp_path}/b,{tmp_path}/c%20d&capacity={30 * SIZE}&direct=false"
     with open_store(url) as store:
         assert store.parallel_reads == 3 * DiskStore.parallel_reads
@@ -50,7 +54,7 @@ def test_folders_by_url(tmp_path):
             assert read(store, key_of(number)) == chunk_of(number)
 
 
-def test_what_was_written_before_a_store_was_added_can_be_deleted():
+def test_what_was_written_before_a_store_was_added_can_be_deleted() -> None:
     stores = [MemoryStore() for _ in range(2)]
     fill(stores[0], 100)
     store = StripedStore(stores)
@@ -59,29 +63,29 @@ def test_what_was_written_before_a_store_was_added_can_be_deleted():
 
 
 @pytest.mark.parametrize("stripe", ["", "b", "/b,", "/a"])
-def test_bad_folders(tmp_path, stripe, monkeypatch):
+def test_bad_folders(tmp_path: Path, stripe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput):
         open_store(f"file:///a?stripe={stripe}")
 
 
-def test_nothing_to_stripe_over():
+def test_nothing_to_stripe_over() -> None:
     with pytest.raises(BadInput, match="at least one"):
         StripedStore([])
 
 
-def test_a_folder_that_fails_costs_its_own_chunks():
+def test_a_folder_that_fails_costs_its_own_chunks() -> None:
     class Away(MemoryStore):
-        def lookup(self, keys):
+        def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
             raise StoreError("away")
 
-        def delete(self, keys):
+        def delete(self, keys: Sequence[ChunkKey]) -> int:
             raise StoreError("away")
 
-        def stats(self):
+        def stats(self) -> None:
             raise StoreError("away")
 
-        def __iter__(self):
+        def __iter__(self) -> None:
             raise StoreError("away")
 
     stores = [MemoryStore(), MemoryStore(), Away()]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from cakekv.errors import BadInput
+from cakekv.store.base import Store
 from cakekv.store.memory import MemoryStore
 from cakekv.store.throttled import GRACE_S, ThrottledStore
 
@@ -20,14 +22,14 @@ SIZE = 2_000_000
 class Clock:
     """Time that passes only by sleeping, and by a little too much each time, as on a busy machine."""
 
-    def __init__(self, oversleep_s=0.0):
+    def __init__(self, oversleep_s: float = 0.0) -> None:
         self.now = 100.0
         self.oversleep_s = oversleep_s
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         assert seconds > 0
         self.now += seconds + self.oversleep_s
 
@@ -35,16 +37,16 @@ class Clock:
 class CrowdClock:
     """Time for several threads: it moves on to the next one to wake when all are asleep, and only then."""
 
-    def __init__(self, threads):
+    def __init__(self, threads: Any) -> None:
         self.now = 100.0
         self._awake = threads
         self._alarms = []
         self._changed = threading.Condition()
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         with self._changed:
             alarm = self.now + seconds
             self._alarms.append(alarm)
@@ -52,12 +54,12 @@ class CrowdClock:
             self._advance()
             self._changed.wait_for(lambda: self.now >= alarm)
 
-    def leave(self):
+    def leave(self) -> None:
         with self._changed:
             self._awake -= 1
             self._advance()
 
-    def _advance(self):
+    def _advance(self) -> None:
         if not self._awake and self._alarms:
             self.now = min(self._alarms)
             woken = self._alarms.count(self.now)
@@ -66,14 +68,14 @@ class CrowdClock:
             self._changed.notify_all()
 
 
-def throttled(clock, bandwidth, latency_s=0.0, chunks=1):
+def throttled(clock: Any, bandwidth: float, latency_s: float = 0.0, chunks: int = 1) -> Any:
     inner = MemoryStore()
     for number in range(chunks):
         inner.write(key_of(number), memoryview(bytes(SIZE)))
     return ThrottledStore(inner, bandwidth, latency_s, clock=clock, sleep=clock.sleep)
 
 
-def read_slices(store, number=0, pause=lambda: None, until=SIZE):
+def read_slices(store: Store, number: int = 0, pause: Any = lambda: None, until: Any = SIZE) -> None:
     with store.open(key_of(number)) as reader:
         buffer = memoryview(bytearray(SIZE))
         for offset in range(0, until, reader.slice_bytes):
@@ -83,7 +85,7 @@ def read_slices(store, number=0, pause=lambda: None, until=SIZE):
 
 @pytest.mark.parametrize("bandwidth", [100_000, 10e6, 1e9, 50e9])
 @pytest.mark.parametrize("oversleep_s", [0.0, 0.0005, 0.005])
-def test_the_bandwidth_is_exact(bandwidth, oversleep_s):
+def test_the_bandwidth_is_exact(bandwidth: float, oversleep_s: float) -> None:
     clock = Clock(oversleep_s)
     store = throttled(clock, bandwidth)
     began = clock.now
@@ -95,11 +97,11 @@ def test_the_bandwidth_is_exact(bandwidth, oversleep_s):
     assert expected * (1 - 1e-9) <= clock.now - began <= expected * 1.03 + oversleep_s
 
 
-def test_work_between_reads_is_made_up_for():
+def test_work_between_reads_is_made_up_for() -> None:
     clock = Clock()
     store = throttled(clock, 1e6)
 
-    def pause():
+    def pause() -> None:
         clock.now += 0.009
 
     began = clock.now
@@ -107,7 +109,7 @@ def test_work_between_reads_is_made_up_for():
     assert clock.now - began == pytest.approx(2, rel=0.03)
 
 
-def test_an_idle_link_saves_nothing_up():
+def test_an_idle_link_saves_nothing_up() -> None:
     clock = Clock()
     store = throttled(clock, 1e6)
     for _ in range(3):
@@ -117,7 +119,7 @@ def test_an_idle_link_saves_nothing_up():
         assert clock.now - began == pytest.approx(0.01)
 
 
-def test_one_large_read_takes_as_long_as_many_small_ones():
+def test_one_large_read_takes_as_long_as_many_small_ones() -> None:
     clock = Clock()
     store = throttled(clock, 1e6)
     began = clock.now
@@ -127,12 +129,12 @@ def test_one_large_read_takes_as_long_as_many_small_ones():
     assert clock.now - began == pytest.approx(2)
 
 
-def test_readers_share_fairly():
+def test_readers_share_fairly() -> None:
     clock = CrowdClock(threads=2)
     store = throttled(clock, 1e6, chunks=2)
     finished = {}
 
-    def work(number):
+    def work(number: int) -> None:
         read_slices(store, number)
         finished[number] = clock.now - 100
         clock.leave()
@@ -142,7 +144,7 @@ def test_readers_share_fairly():
     assert sorted(finished.values()) == pytest.approx([4, 4], rel=0.01)
 
 
-def test_the_bandwidth_can_change_in_mid_read():
+def test_the_bandwidth_can_change_in_mid_read() -> None:
     clock = Clock()
     store = throttled(clock, 1e6)
     began = clock.now
@@ -156,7 +158,7 @@ def test_the_bandwidth_can_change_in_mid_read():
         store.set_bandwidth(0)
 
 
-def test_the_latency_is_paid_once_a_chunk_and_once_a_lookup():
+def test_the_latency_is_paid_once_a_chunk_and_once_a_lookup() -> None:
     clock = Clock()
     store = throttled(clock, math.inf, latency_s=0.5, chunks=2)
     assert store.lookup([key_of(0), key_of(1)]) == [SIZE, SIZE]
@@ -169,12 +171,12 @@ def test_the_latency_is_paid_once_a_chunk_and_once_a_lookup():
 @pytest.mark.parametrize(
     ("bandwidth", "slice_bytes"), [(1, 4096), (50e6, 500_000), (1e12, 1 << 20), (math.inf, 1 << 20)]
 )
-def test_a_slice_is_ten_milliseconds_within_limits(bandwidth, slice_bytes):
+def test_a_slice_is_ten_milliseconds_within_limits(bandwidth: float, slice_bytes: int) -> None:
     with throttled(Clock(), bandwidth).open(key_of(0)) as reader:
         assert reader.slice_bytes == slice_bytes
 
 
-def test_writes_are_not_slowed_down_and_the_name_is_the_tiers():
+def test_writes_are_not_slowed_down_and_the_name_is_the_tiers() -> None:
     clock = Clock()
     store = throttled(clock, 1.0, 1.0)
     store.write(key_of(5), memoryview(bytes(SIZE)))
@@ -185,6 +187,6 @@ def test_writes_are_not_slowed_down_and_the_name_is_the_tiers():
 @pytest.mark.parametrize(
     ("bandwidth", "latency_s"), [(0, 0), (-1, 0), (math.nan, 0), (1, -1), (1, math.nan), (1, math.inf)]
 )
-def test_impossible_links_are_refused(bandwidth, latency_s):
+def test_impossible_links_are_refused(bandwidth: float, latency_s: float) -> None:
     with pytest.raises(BadInput):
         ThrottledStore(MemoryStore(), bandwidth, latency_s)

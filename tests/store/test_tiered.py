@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.errors import BadInput, MissingChunk, StoreError
+from cakekv.keys import ChunkKey
 from cakekv.store.base import StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.member import FAILURES, Member
@@ -17,7 +21,7 @@ from .chunks import SIZE, chunk_of, key_of, read
 from .moody import OPERATIONS, Moody, eventually
 
 
-def test_writing_through_back_and_never(tiered):
+def test_writing_through_back_and_never(tiered: Callable[..., Any]) -> None:
     stores = [MemoryStore() for _ in range(4)]
     writing = [Writing.THROUGH, Writing.THROUGH, Writing.BACK, Writing.NEVER]
     store = tiered(*zip(stores, writing, strict=True))
@@ -30,14 +34,14 @@ def test_writing_through_back_and_never(tiered):
     assert [len(inner.identities()) for inner in stores] == [1, 1, 1, 0]
 
 
-def test_what_the_front_declines_goes_straight_to_the_back(tiered):
+def test_what_the_front_declines_goes_straight_to_the_back(tiered: Callable[..., Any]) -> None:
     front, back = MemoryStore(capacity=10), MemoryStore()
     store = tiered((front, Writing.THROUGH), (back, Writing.BACK))
     assert store.write(key_of(0), chunk_of(0))
     assert back.stats().chunks == 1
 
 
-def test_a_tier_that_is_down_gets_its_copies_later(tiered, member):
+def test_a_tier_that_is_down_gets_its_copies_later(tiered: Callable[..., Any], member: Callable[..., Any]) -> None:
     front, back = MemoryStore(), Moody()
     slow = member(back, first_retry_s=0.01)
     store = tiered((front,), (slow, Writing.BACK))
@@ -51,7 +55,7 @@ def test_a_tier_that_is_down_gets_its_copies_later(tiered, member):
     assert store.uncopied == 0
 
 
-def test_copies_that_cannot_be_made_are_counted(tiered, member):
+def test_copies_that_cannot_be_made_are_counted(tiered: Callable[..., Any], member: Callable[..., Any]) -> None:
     front, back = MemoryStore(capacity=SIZE), Moody()
     slow = member(back)
     store = tiered((front,), (slow, Writing.BACK))
@@ -66,7 +70,7 @@ def test_copies_that_cannot_be_made_are_counted(tiered, member):
     assert store.uncopied == 2, "they were evicted before they could be copied"
 
 
-def test_use_promotes_to_the_tiers_in_front_that_want_it(tiered):
+def test_use_promotes_to_the_tiers_in_front_that_want_it(tiered: Callable[..., Any]) -> None:
     stores = [MemoryStore() for _ in range(4)]
     store = tiered(
         (stores[0],), (stores[1], Writing.THROUGH, False), (stores[2], Writing.NEVER), (stores[3], Writing.NEVER)
@@ -83,7 +87,7 @@ def test_use_promotes_to_the_tiers_in_front_that_want_it(tiered):
     assert read(stores[0], key_of(0)) == chunk_of(0)
 
 
-def test_a_chunk_read_in_part_is_not_promoted(tiered):
+def test_a_chunk_read_in_part_is_not_promoted(tiered: Callable[..., Any]) -> None:
     front, back = MemoryStore(), MemoryStore()
     store = tiered((front,), (back,))
     back.write(key_of(0), chunk_of(0))
@@ -95,7 +99,7 @@ def test_a_chunk_read_in_part_is_not_promoted(tiered):
     assert front.stats().chunks == 0
 
 
-def test_promotions_that_wait_are_bounded(tiered, member):
+def test_promotions_that_wait_are_bounded(tiered: Callable[..., Any], member: Callable[..., Any]) -> None:
     front, back = Moody(), MemoryStore()
     fast = member(front, deadline_s=60)
     store = tiered((fast,), (back,))
@@ -110,7 +114,7 @@ def test_promotions_that_wait_are_bounded(tiered, member):
     assert front.stats().chunks <= PROMOTIONS + 1
 
 
-def test_a_copy_that_meets_an_outage_is_made_after_it(tiered, member):
+def test_a_copy_that_meets_an_outage_is_made_after_it(tiered: Callable[..., Any], member: Callable[..., Any]) -> None:
     front, back = MemoryStore(), Moody()
     store = tiered((front,), (member(back), Writing.BACK))
     back.well.clear()
@@ -122,7 +126,9 @@ def test_a_copy_that_meets_an_outage_is_made_after_it(tiered, member):
     assert store.uncopied == 0
 
 
-def test_a_copier_survives_what_is_no_stores_error(tiered, monkeypatch, caplog):
+def test_a_copier_survives_what_is_no_stores_error(
+    tiered: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     front, back = MemoryStore(), MemoryStore()
     store = tiered((front,), (back, Writing.BACK))
     with monkeypatch.context() as patch:
@@ -136,7 +142,7 @@ def test_a_copier_survives_what_is_no_stores_error(tiered, monkeypatch, caplog):
     assert back.stats().chunks == 1
 
 
-def test_damage_is_neither_promoted_nor_copied_and_is_overwritten(tiered):
+def test_damage_is_neither_promoted_nor_copied_and_is_overwritten(tiered: Callable[..., Any]) -> None:
     front, middle, back = MemoryStore(), MemoryStore(), MemoryStore()
     store = tiered((front,), (middle,), (back, Writing.BACK))
     damaged = chunk_of(0)
@@ -150,12 +156,12 @@ def test_damage_is_neither_promoted_nor_copied_and_is_overwritten(tiered):
     assert read(back, key_of(0)) == chunk_of(0)
 
 
-def test_what_is_deleted_is_not_promoted_any_more(tiered, monkeypatch):
+def test_what_is_deleted_is_not_promoted_any_more(tiered: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     front, back, begun, go_on = MemoryStore(), MemoryStore(), threading.Event(), threading.Event()
     store = tiered((front,), (back,))
     write = front.write
 
-    def waiting(key, data):
+    def waiting(key: ChunkKey, data: memoryview) -> Any:
         begun.set()
         go_on.wait(60)
         return write(key, data)
@@ -171,7 +177,7 @@ def test_what_is_deleted_is_not_promoted_any_more(tiered, monkeypatch):
     assert {chunk.key for chunk in front} == {key_of(0), key_of(2)}
 
 
-def test_a_tier_in_trouble_is_nobody_elses(tiered):
+def test_a_tier_in_trouble_is_nobody_elses(tiered: Callable[..., Any]) -> None:
     ill, well = Moody(name="ill"), MemoryStore()
     store = tiered((ill,), (well,))
     ill.well.clear()
@@ -186,7 +192,7 @@ def test_a_tier_in_trouble_is_nobody_elses(tiered):
         store.open(key_of(0))
 
 
-def test_if_all_are_in_trouble_it_says_so(tiered):
+def test_if_all_are_in_trouble_it_says_so(tiered: Callable[..., Any]) -> None:
     ill = Moody(name="ill")
     store = tiered((ill,))
     ill.well.clear()
@@ -197,7 +203,7 @@ def test_if_all_are_in_trouble_it_says_so(tiered):
             OPERATIONS[name](store)
 
 
-def test_closing_finishes_the_copies(tmp_path):
+def test_closing_finishes_the_copies(tmp_path: Path) -> None:
     front, back = MemoryStore(), DiskStore(tmp_path / "back")
     plan = [TierPlan(Member(lambda: front, "front")), TierPlan(Member(lambda: back, "back"), Writing.BACK)]
     with TieredStore(plan) as store:
@@ -206,6 +212,6 @@ def test_closing_finishes_the_copies(tmp_path):
     assert DiskStore(tmp_path / "back").stats().chunks == 20
 
 
-def test_nothing_to_write_through(member):
+def test_nothing_to_write_through(member: Callable[..., Any]) -> None:
     with pytest.raises(BadInput, match="written through"):
         TieredStore([TierPlan(member(MemoryStore()), Writing.BACK)])

@@ -9,7 +9,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be seve
 
 
 @pytest.fixture
-def place():
+def place() -> Iterator[Path]:
     """A folder in which everybody may make folders."""
     place = Path(tempfile.mkdtemp(prefix="cakekv-users-"))
     place.chmod(0o777)
@@ -42,7 +44,7 @@ def place():
     shutil.rmtree(place)
 
 
-def by(user, work, *, groups=(), umask=0o022):
+def by(user: Any, work: Any, *, groups: Any = (), umask: int = 0o022) -> Any:
     """What a function returns, or the error that it raises, when that user runs it in a process of its own."""
     receiving, sending = os.pipe()
     child = os.fork()
@@ -67,8 +69,8 @@ def by(user, work, *, groups=(), umask=0o022):
     return result
 
 
-def saving(folder, *numbers, **options):
-    def work():
+def saving(folder: Path, *numbers: int, **options: Any) -> Any:
+    def work() -> None:
         with DiskStore(folder, **options) as store:
             fill(store, *numbers)
             store.remember_identity(key_of(9).hex(), {"dtype": "float32"})
@@ -77,8 +79,8 @@ def saving(folder, *numbers, **options):
     return work
 
 
-def loading(folder, *numbers):
-    def work():
+def loading(folder: Path, *numbers: int) -> Any:
+    def work() -> list[Any]:
         with DiskStore(folder) as store:
             sizes = store.lookup([key_of(number) for number in numbers])
             return [size is not None and read(store, key_of(number)) == chunk_of(number)
@@ -87,11 +89,11 @@ def loading(folder, *numbers):
     return work
 
 
-def owners(folder):
+def owners(folder: Path) -> set[Any]:
     return {path.stat().st_uid for path in folder.rglob("*")}
 
 
-def test_what_root_does_in_a_store_does_not_lock_its_owner_out(place):
+def test_what_root_does_in_a_store_does_not_lock_its_owner_out(place: Path) -> None:
     folder = place / "kv"
     assert by(ANNA, saving(folder, 0, 1, 2)) is None
     with DiskStore(folder, 3 * SIZE) as store:
@@ -105,7 +107,7 @@ def test_what_root_does_in_a_store_does_not_lock_its_owner_out(place):
     assert by(ANNA, saving(folder, 5, 6)) is None
 
 
-def test_root_begins_a_store_in_a_folder_of_somebody(place):
+def test_root_begins_a_store_in_a_folder_of_somebody(place: Path) -> None:
     folder = place / "kv"
     folder.mkdir()
     os.chown(folder, ANNA, ANNA)
@@ -114,7 +116,7 @@ def test_root_begins_a_store_in_a_folder_of_somebody(place):
     assert by(ANNA, loading(folder, 0)) == [True]
 
 
-def test_root_gives_away_no_file_that_was_there(place):
+def test_root_gives_away_no_file_that_was_there(place: Path) -> None:
     """Whoever owns a folder could put another name of a file in the place of one that root writes to."""
     folder = place / "kv"
     by(ANNA, saving(folder, 0))
@@ -128,13 +130,13 @@ def test_root_gives_away_no_file_that_was_there(place):
     assert treasure.stat().st_uid == 0
 
 
-def test_chunks_of_another_user_are_misses(place, caplog):
+def test_chunks_of_another_user_are_misses(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0, 1, 2))
     file_of(folder, 0).chmod(0o600)
     os.chown(file_of(folder, 0), 0, 0)
 
-    def logged():
+    def logged() -> list[Any]:
         with DiskStore(folder) as store:
             store.lookup([key_of(0), key_of(1)])
             store.lookup([key_of(0), key_of(1)])
@@ -162,12 +164,12 @@ def test_chunks_of_another_user_are_misses(place, caplog):
     assert f"{shard} belongs to user root" in str(error)
 
 
-def test_maintenance_goes_past_chunks_of_another_user(place):
+def test_maintenance_goes_past_chunks_of_another_user(place: Path) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0, 1, 2))
     os.chown(file_of(folder, 0), 0, 0)
 
-    def work():
+    def work() -> Any:
         with DiskStore(folder) as store:
             (condition,) = verify(store)
             copied = copy(store, MemoryStore())
@@ -182,7 +184,7 @@ def test_maintenance_goes_past_chunks_of_another_user(place):
     assert file_of(folder, 0).exists()
 
 
-def test_the_store_of_another_user_says_whose_it_is(place):
+def test_the_store_of_another_user_says_whose_it_is(place: Path) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0))
     error = by(BERT, loading(folder, 0))
@@ -192,7 +194,7 @@ def test_the_store_of_another_user_says_whose_it_is(place):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_a_group_shares_a_folder(place, umask):
+def test_a_group_shares_a_folder(place: Path, umask: int) -> None:
     folder = place / "kv"
     team = {"groups": [TEAM], "umask": umask}
     os.chown(place, -1, TEAM)
@@ -202,7 +204,7 @@ def test_a_group_shares_a_folder(place, umask):
     assert by(BERT, saving(folder, 1, 2), **team) is None  # that it is shared is seen
     assert by(ANNA, loading(folder, 0, 1, 2), **team) == [True, True, True]
 
-    def gone():
+    def gone() -> Any:
         with DiskStore(folder, SIZE) as store:
             return store.delete([key_of(0), key_of(1), key_of(2)])
 
@@ -213,7 +215,7 @@ def test_a_group_shares_a_folder(place, umask):
     assert isinstance(by(61003, loading(folder, 0)), StoreError)
 
 
-def test_using_a_shared_chunk_is_noted_whoever_wrote_it(place):
+def test_using_a_shared_chunk_is_noted_whoever_wrote_it(place: Path) -> None:
     folder = place / "kv"
     os.chown(place, -1, TEAM)
     place.chmod(0o2770)
@@ -223,7 +225,7 @@ def test_using_a_shared_chunk_is_noted_whoever_wrote_it(place):
     assert file_of(folder, 0).stat().st_mtime > 1.5e9
 
 
-def test_a_private_store_becomes_a_shared_one(place):
+def test_a_private_store_becomes_a_shared_one(place: Path) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0))
     for path in [folder, *folder.rglob("*")]:
@@ -234,7 +236,7 @@ def test_a_private_store_becomes_a_shared_one(place):
     assert isinstance(by(BERT, saving(place / "kv", 2, mode="group"), groups=[TEAM]), type(None))
 
 
-def test_a_new_store_is_private_also_in_a_folder_that_a_group_may_write_to(place):
+def test_a_new_store_is_private_also_in_a_folder_that_a_group_may_write_to(place: Path) -> None:
     folder = place / "kv"
     folder.mkdir()
     folder.chmod(0o2777)
@@ -242,7 +244,7 @@ def test_a_new_store_is_private_also_in_a_folder_that_a_group_may_write_to(place
     assert all(not stat.S_IMODE(path.stat().st_mode) & 0o077 for path in folder.rglob("*"))
 
 
-def test_there_are_two_modes(place):
+def test_there_are_two_modes(place: Path) -> None:
     with pytest.raises(BadInput, match=r"option 'mode' .*private, group"):
         open_store(f"{place}/kv?mode=0777")
     with open_store(f"{place}/kv?mode=group&stripe={place}/kv2") as store:
@@ -253,7 +255,7 @@ def test_there_are_two_modes(place):
 # To load from only
 
 
-def check_read_only(folder):
+def check_read_only(folder: Path) -> Any:
     """Opens, loads, lists and explains; says why nothing is saved."""
     with DiskStore(folder, SIZE) as store:  # smaller than it is: nothing can be evicted
         assert store.lookup([key_of(0), key_of(5)]) == [SIZE, None]
@@ -282,7 +284,7 @@ def check_read_only(folder):
     return said
 
 
-def test_a_folder_that_this_user_may_only_read(place):
+def test_a_folder_that_this_user_may_only_read(place: Path) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0, 1))
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
@@ -291,7 +293,7 @@ def test_a_folder_that_this_user_may_only_read(place):
     assert f"{folder}/cakekv.lock belongs to user {ANNA} and has mode 0644" in said[0]
 
 
-def test_a_file_system_that_is_mounted_read_only(place):
+def test_a_file_system_that_is_mounted_read_only(place: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
@@ -308,7 +310,7 @@ def test_a_file_system_that_is_mounted_read_only(place):
 
 
 @pytest.fixture
-def stuck(place):
+def stuck(place: Path) -> Iterator[Path]:
     """A store of six chunks, of which one cannot be removed: something is mounted there."""
     folder = place / "kv"
     with DiskStore(folder) as store:
@@ -321,7 +323,7 @@ def stuck(place):
     subprocess.run(["umount", file], check=True)
 
 
-def test_deleting_goes_past_it_and_names_it(stuck):
+def test_deleting_goes_past_it_and_names_it(stuck: Path) -> None:
     with DiskStore(stuck) as store:
         with pytest.raises(NotDeleted, match=f"cannot delete 1 of 6 chunks: .*{file_of(stuck, 2)}") as caught:
             delete(store, list(store))
@@ -330,7 +332,7 @@ def test_deleting_goes_past_it_and_names_it(stuck):
         assert store.stats() == StoreStats(1, SIZE, None)
 
 
-def test_eviction_goes_past_it_and_names_it(stuck, caplog):
+def test_eviction_goes_past_it_and_names_it(stuck: Path, caplog: pytest.LogCaptureFixture) -> None:
     os.utime(file_of(stuck, 2), (1e9, 1e9))  # the first to go
     with caplog.at_level(logging.WARNING), DiskStore(stuck, 3 * SIZE) as store:
         for number in range(10, 200):
@@ -344,7 +346,7 @@ def test_eviction_goes_past_it_and_names_it(stuck, caplog):
         assert not store.write(key_of(1), chunk_of(1)), "there is no room that could be made"
 
 
-def test_the_command_line_goes_past_it(stuck):
+def test_the_command_line_goes_past_it(stuck: Path) -> None:
     from typer.testing import CliRunner
 
     from cakekv.cli.main import app

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -21,6 +24,7 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
 from cakekv.store.waiting_in_folder import WaitingInFolder
+from tests.store.conftest import Servers
 
 from .chunks import chunk_of, key_of, read
 from .moody import Moody, eventually
@@ -49,17 +53,17 @@ threading.Event().wait()
 """
 
 
-def reopened(folder, back, **options):
+def reopened(folder: Path, back: Any, **options: Any) -> Any:
     member = Member(lambda: back, "back", **{"first_retry_s": 0.01, **options})
     return TieredStore([TierPlan(Member(lambda: DiskStore(folder), "front")), TierPlan(member, Writing.BACK)])
 
 
-def notes_in(folder):
+def notes_in(folder: Path) -> list[Any]:
     return [file.name for file in (folder / UNCOPIED).glob("*") if file.stat().st_size]
 
 
 @pytest.fixture
-def killed(folder):
+def killed(folder: Path) -> Path:
     """A folder of 20 chunks, none of which its writer got to copy before it was killed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, os.getcwd()])}
     writer = subprocess.Popen(
@@ -71,7 +75,7 @@ def killed(folder):
     return folder
 
 
-def test_what_a_killed_process_left_is_copied_by_the_next(killed):
+def test_what_a_killed_process_left_is_copied_by_the_next(killed: Path) -> None:
     back = MemoryStore()
     with reopened(killed, back) as store:
         store.lookup([key_of(0)])
@@ -83,7 +87,7 @@ def test_what_a_killed_process_left_is_copied_by_the_next(killed):
     assert notes_in(killed) == []
 
 
-def test_what_the_tier_has_already_is_not_written_again(killed):
+def test_what_the_tier_has_already_is_not_written_again(killed: Path) -> None:
     back = Moody()
     for number in range(15):
         back.write(key_of(number), chunk_of(number))
@@ -94,7 +98,7 @@ def test_what_the_tier_has_already_is_not_written_again(killed):
     assert back.asked.count("write") == 5
 
 
-def test_nothing_is_taken_from_a_living_process(folder):
+def test_nothing_is_taken_from_a_living_process(folder: Path) -> None:
     back, other = Moody(), MemoryStore()
     back.well.clear()
     store = reopened(folder, back)
@@ -111,7 +115,7 @@ def test_nothing_is_taken_from_a_living_process(folder):
     assert notes_in(folder) == []
 
 
-def test_a_command_that_only_looks_copies_nothing(killed):
+def test_a_command_that_only_looks_copies_nothing(killed: Path) -> None:
     back = MemoryStore()
     with reopened(killed, back) as store:
         leave_no_trace(store)
@@ -123,7 +127,7 @@ def test_a_command_that_only_looks_copies_nothing(killed):
     assert notes_in(killed)
 
 
-def test_copies_that_a_tier_was_away_for_are_made_the_next_time(folder, caplog):
+def test_copies_that_a_tier_was_away_for_are_made_the_next_time(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     back = Moody(name="back")
     told = []
     with reopened(folder, back, first_retry_s=100) as store:
@@ -147,7 +151,9 @@ def test_copies_that_a_tier_was_away_for_are_made_the_next_time(folder, caplog):
         assert back.stats().chunks == 9
 
 
-def test_copies_out_of_memory_alone_are_lost_and_said_to_be(caplog, member):
+def test_copies_out_of_memory_alone_are_lost_and_said_to_be(
+    caplog: pytest.LogCaptureFixture, member: Callable[..., Any]
+) -> None:
     back = Moody(name="back")
     plan = [TierPlan(Member(MemoryStore, "memory")), TierPlan(member(back, first_retry_s=100), Writing.BACK)]
     store = TieredStore(plan)
@@ -160,10 +166,10 @@ def test_copies_out_of_memory_alone_are_lost_and_said_to_be(caplog, member):
     assert "uncopied tier=back chunks=1 copied=never" in caplog.text
 
 
-def test_a_server_in_front_keeps_notes_too(tmp_path, shared):
+def test_a_server_in_front_keeps_notes_too(tmp_path: Path, shared: Servers) -> None:
     back = Moody(name="back")
 
-    def opened(**options):
+    def opened(**options: Any) -> Any:
         front = Member(lambda: RedisStore("127.0.0.1", shared.valkey, prefix=f"{tmp_path}:"), "front")
         return TieredStore([TierPlan(front), TierPlan(Member(lambda: back, "back", **options), Writing.BACK)])
 
@@ -182,10 +188,10 @@ def test_a_server_in_front_keeps_notes_too(tmp_path, shared):
     assert redis.Redis(port=shared.valkey).exists(f"{tmp_path}:uncopied") == 0
 
 
-def test_a_front_tier_that_is_away_does_not_make_a_chunk_gone(killed):
+def test_a_front_tier_that_is_away_does_not_make_a_chunk_gone(killed: Path) -> None:
     front, back = threading.Event(), MemoryStore()
 
-    def opened():
+    def opened() -> Any:
         if not front.is_set():
             raise StoreError("not mounted yet")
         return DiskStore(killed)
@@ -201,7 +207,7 @@ def test_a_front_tier_that_is_away_does_not_make_a_chunk_gone(killed):
         assert back.stats().chunks == 20
 
 
-def test_a_chunk_that_was_evicted_meanwhile_is_not_noted_for_ever(killed):
+def test_a_chunk_that_was_evicted_meanwhile_is_not_noted_for_ever(killed: Path) -> None:
     DiskStore(killed).delete([key_of(number) for number in range(20)])
     with reopened(killed, MemoryStore()) as store:
         store.lookup([key_of(0)])
@@ -210,7 +216,7 @@ def test_a_chunk_that_was_evicted_meanwhile_is_not_noted_for_ever(killed):
     assert notes_in(killed) == []
 
 
-def test_a_folder_that_cannot_take_notes_still_takes_chunks(folder, caplog):
+def test_a_folder_that_cannot_take_notes_still_takes_chunks(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     DiskStore(folder)
     (folder / UNCOPIED).write_text("a file in its place")
     back = MemoryStore()
@@ -226,12 +232,12 @@ def test_a_folder_that_cannot_take_notes_still_takes_chunks(folder, caplog):
 
 
 @pytest.fixture
-def notes(folder):
+def notes(folder: Path) -> Callable[..., Any]:
     DiskStore(folder)
     return lambda: WaitingInFolder(Folder(folder))
 
 
-def test_notes_cut_off_in_mid_record(notes, folder):
+def test_notes_cut_off_in_mid_record(notes: Callable[..., Any], folder: Path) -> None:
     first = notes()
     first.add([key_of(0), key_of(1)])
     first.remove(key_of(0))
@@ -244,7 +250,7 @@ def test_notes_cut_off_in_mid_record(notes, folder):
     assert second.take_over() == []
 
 
-def test_notes_do_not_grow_without_bound(notes, folder):
+def test_notes_do_not_grow_without_bound(notes: Callable[..., Any], folder: Path) -> None:
     mine = notes()
     mine.add([key_of(0)])
     for number in range(1, 6000):
@@ -255,7 +261,7 @@ def test_notes_do_not_grow_without_bound(notes, folder):
     assert notes().take_over() == [key_of(0)]
 
 
-def test_a_store_with_notes_is_tidy(notes, folder):
+def test_a_store_with_notes_is_tidy(notes: Callable[..., Any], folder: Path) -> None:
     mine = notes()
     mine.add([key_of(0)])
     assert DiskStore(folder).tidy() == []

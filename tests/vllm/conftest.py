@@ -5,6 +5,7 @@ This folder has no `__init__.py`: with tests/ on the path, it would be found in 
 
 import importlib.util
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,7 +16,7 @@ HAVE_VLLM = _SPEC is not None and _SPEC.origin is not None  # this folder itself
 class _NeedsVllm(pytest.Module):
     """A file of tests that is skipped before it is imported."""
 
-    def collect(self):
+    def collect(self) -> NoReturn:
         pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
 
 

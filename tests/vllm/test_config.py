@@ -15,12 +15,12 @@ def options(**given: object) -> VllmOptions:
     return VllmOptions.from_extra_config(given)
 
 
-def test_without_options_the_store_is_a_bounded_folder_of_the_user():
+def test_without_options_the_store_is_a_bounded_folder_of_the_user() -> None:
     assert options().store == (DEFAULT_STORE,)
     assert "capacity" in DEFAULT_STORE
 
 
-def test_values_as_they_come_from_json():
+def test_values_as_they_come_from_json() -> None:
     given = options(
         store=["/a?capacity=1GB", "/b"],
         chunk_tokens=512,
@@ -70,7 +70,7 @@ def test_values_as_they_come_from_json():
         ("tenant", None, "valid string"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_option_and_what_is_allowed(name, value, allowed):
+def test_a_wrong_value_is_refused_with_its_option_and_what_is_allowed(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(BadOption) as refused:
         options(**{name: value})
     assert f"option {name} is" in str(refused.value)
@@ -78,12 +78,12 @@ def test_a_wrong_value_is_refused_with_its_option_and_what_is_allowed(name, valu
     assert allowed in str(refused.value)
 
 
-def test_an_unknown_option_is_refused_with_the_likely_one():
+def test_an_unknown_option_is_refused_with_the_likely_one() -> None:
     with pytest.raises(BadOption, match=r"unknown option chunk_token .*did you mean chunk_tokens\?.* there are store,"):
         options(chunk_token=256)
 
 
-def test_all_wrong_options_are_named_at_once():
+def test_all_wrong_options_are_named_at_once() -> None:
     with pytest.raises(BadInput, match=r"option mode .*; option save "):
         options(mode="no", save=1)
 
@@ -98,20 +98,20 @@ def test_all_wrong_options_are_named_at_once():
         "memory://?encrypt=hunter2xyz",
     ],
 )
-def test_a_secret_in_a_store_is_not_shown(store):
+def test_a_secret_in_a_store_is_not_shown(store: str) -> None:
     with pytest.raises(BadOption, match="option store is ") as refused:
         options(store=store)
     assert "hunter2xyz" not in "".join(traceback.format_exception(refused.value))
 
 
-def test_options_are_shown_without_secrets():
+def test_options_are_shown_without_secrets() -> None:
     shown = repr(options(store=["/kv?encrypt=hunter2xyz", "redis://user:hunter2xyz@host"], tenant="hunter2xyz"))
     assert "hunter2xyz" not in shown
     assert "redis://…@host" in shown
     assert options(store="redis://user:hunter2xyz@host").store == ("redis://user:hunter2xyz@host",)
 
 
-def test_chunks_are_whole_blocks():
+def test_chunks_are_whole_blocks() -> None:
     options(chunk_tokens=256).check_block_size(128)
     options(chunk_tokens=256).check_block_size(16)
     with pytest.raises(BadOption, match=r"chunk_tokens is 200.* block size of 128 tokens: write 128 or 256"):

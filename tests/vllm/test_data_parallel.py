@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from pydoc_data.topics import topics
 
 from cakekv.bench.vllm.filling import wait_saved
@@ -17,7 +18,7 @@ def loaded_by_engine(server: Server) -> list[float]:
     return [metrics[f"cakekv:loaded_tokens_total{{{engine}}}"] for engine in range(2)]
 
 
-def test_an_engine_loads_what_the_other_has_saved(tmp_path, server_environment):
+def test_an_engine_loads_what_the_other_has_saved(tmp_path: Path, server_environment: None) -> None:
     plug_in = {"store": f"file://{tmp_path}/store?capacity=1GB", "chunk_tokens": 128, "mode": "both"}
     arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--data-parallel-size", "2"]
     with Server(demo_model(), tmp_path / "log", plug_in, [*arguments, "--no-enable-prefix-caching"]) as server:

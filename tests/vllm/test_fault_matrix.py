@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, prompt
+from vllm import SamplingParams
 
 from cakekv.vllm.metrics import kind_of
-from vllm import SamplingParams
 
 PREFIXES, REQUESTS, AT_ONCE = 6, 60, 6
 FAULTS = {
@@ -45,14 +47,14 @@ def answers(engine: TinyEngine, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model):
+def expected(model: Path) -> dict[Any, Any]:
     """What plain vLLM answers."""
     with closing(TinyEngine(model)) as plain:
         return {seed: answers(plain, requests(seed)) for seed in range(len(FAULTS))}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_store_changes_nothing(model, expected, tmp_path, fault):
+def test_a_faulty_store_changes_nothing(model: Path, expected: Any, tmp_path: Path, fault: Any) -> None:
     seed = list(FAULTS).index(fault)
     store = f"{tmp_path}/store?faults=seed:{seed},{FAULTS[fault]}"
     options = {"store": store, "mode": "both", "load_deadline": 0.5}

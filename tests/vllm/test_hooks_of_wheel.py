@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 import vllm
+
 from cakekv.errors import BadInput
 from cakekv.vllm.hooks import DIFFERENT, HOOKS, VERSIONS
 from cakekv.vllm.hooks_of_wheel import Source, _imports, changes

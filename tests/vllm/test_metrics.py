@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -38,7 +39,7 @@ def prometheus(*stats: CakeStats) -> str:
     """What `/metrics` shows after these stats."""
     registry = CollectorRegistry()
 
-    def registered(kind):
+    def registered(kind: Any) -> Any:
         return lambda **arguments: kind(**arguments, registry=registry)
 
     types = {kind: registered(kind) for kind in (Counter, Gauge, Histogram)}
@@ -60,7 +61,7 @@ def value(text: str, sample: str) -> float:
     return found[sample]
 
 
-def test_a_restore_in_prometheus():
+def test_a_restore_in_prometheus() -> None:
     stats = CakeStats()
     stats.add_restore(a_report())
     text = prometheus(stats)
@@ -84,14 +85,14 @@ def test_a_restore_in_prometheus():
         assert value(text, sample) == pytest.approx(expected), sample
 
 
-def test_all_metrics_without_labels_are_shown_before_anything_happened():
+def test_all_metrics_without_labels_are_shown_before_anything_happened() -> None:
     text = prometheus()
     for name, metric in METRICS.items():
         if metric.label is None:
             assert value(text, f"{name}_{'total' if metric.kind == 'counter' else 'count'}") == 0
 
 
-def test_stats_survive_the_way_between_processes_and_add_up():
+def test_stats_survive_the_way_between_processes_and_add_up() -> None:
     worker, scheduler = CakeStats(), CakeStats()
     worker.add("cakekv:saved_chunks", 2)
     worker.add("cakekv:save_seconds", 0.25)
@@ -108,7 +109,7 @@ def test_stats_survive_the_way_between_processes_and_add_up():
     assert scheduler.data["cakekv:load_seconds"] == {"disk": [0.5]}
 
 
-def test_a_summary_for_the_log():
+def test_a_summary_for_the_log() -> None:
     stats = CakeStats()
     assert stats.is_empty()
     stats.add_restore(a_report())
@@ -120,20 +121,20 @@ def test_a_summary_for_the_log():
     assert stats.is_empty()
 
 
-def test_a_label_that_is_missing_or_too_much_is_a_bug():
+def test_a_label_that_is_missing_or_too_much_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="has label tier"):
         CakeStats().add("cakekv:read_bytes", 1)
     with pytest.raises(AssertionError, match="has label None"):
         CakeStats().add("cakekv:saved_chunks", 1, "disk")
 
 
-def test_reasons_as_labels():
+def test_reasons_as_labels() -> None:
     assert kind_of("corrupt: segment checksum") == "corrupt"
     assert kind_of("late") == "late"
     assert kind_of("store failed: [Errno 5] /a/b: c") == "store failed"
 
 
-def test_every_panel_asks_for_metrics_that_exist():
+def test_every_panel_asks_for_metrics_that_exist() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     samples = set(re.findall(r"^(?:# TYPE )?((?:cakekv|vllm):\w+)", prometheus(), re.MULTILINE))
     for name, metric in METRICS.items():
@@ -156,7 +157,7 @@ def test_every_panel_asks_for_metrics_that_exist():
             assert set(re.split(r", ?", label)) <= known
 
 
-def test_the_documentation_lists_all_metrics():
+def test_the_documentation_lists_all_metrics() -> None:
     table = (DASHBOARD.parent / "vllm.md").read_text()
     for name, metric in METRICS.items():
         shown = f"{name}_total" if metric.kind == "counter" else name

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from tiny_engine import BLOCK, TinyEngine, closing, save_model
+from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from cakekv.demo.model import demo_model
-from vllm import SamplingParams
 
 VOCABULARY = 49152  # the tokenizer's, which structured output needs
 
@@ -111,7 +111,7 @@ CONFIGURATIONS = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), vocab_size=VOCABULARY)
 
 
@@ -134,7 +134,7 @@ def find(model: Path, cake: dict[str, Any] | None, engine: dict[str, Any]) -> Fi
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_the_same_workload_gives_the_same(model, tmp_path, configuration):
+def test_the_same_workload_gives_the_same(model: Path, tmp_path: Path, configuration: Any) -> None:
     engine = {"skip_tokenizer_init": False, "tokenizer": str(demo_model()), **CONFIGURATIONS[configuration]}
     cake = {"store": str(tmp_path / "store"), "mode": "both"}
     if "speculative_config" in engine:

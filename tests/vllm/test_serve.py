@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
-from cakekv.bench.vllm.filling import wait_saved
 from cakekv.bench.vllm.server import NAME, Server
 from cakekv.demo.model import demo_model
 from cakekv.vllm.metrics import METRICS
@@ -42,6 +42,14 @@ def completion(prompt: str, **options: Any) -> dict[str, Any]:
     return {"model": NAME, "prompt": prompt, "max_tokens": 12, "temperature": 0, **options}
 
 
+def told_of_saves(server: Server, chunks: int) -> None:
+    """Wait until a server's metrics count so many saved chunks, without asking it for anything else."""
+    give_up_at = time.monotonic() + 120
+    while server.metrics().get("cakekv:saved_chunks_total", 0) < chunks:
+        assert time.monotonic() < give_up_at, "what became of the last saves was never told"
+        time.sleep(0.1)
+
+
 def visit(server: Server, saved_chunks: int) -> Session:
     """Ask a server everything, starting with what both visits compare."""
     session = Session()
@@ -50,7 +58,7 @@ def visit(server: Server, saved_chunks: int) -> Session:
     report = {"kv_transfer_params": {"cakekv": {"report": True}}}
     session.answer = client.completions.create(**completion(DOCUMENT + QUESTIONS[0]), extra_body=report)
     if saved_chunks:
-        wait_saved(server, saved_chunks)
+        told_of_saves(server, saved_chunks)
     session.after_first = server.metrics()
     pieces = client.completions.create(**completion(DOCUMENT + QUESTIONS[0]), stream=True)
     session.streamed = "".join(piece.choices[0].text for piece in pieces if piece.choices)
@@ -74,7 +82,7 @@ def visit(server: Server, saved_chunks: int) -> Session:
 
 
 @pytest.fixture(scope="module")
-def sessions(tmp_path_factory, server_environment):
+def sessions(tmp_path_factory: pytest.TempPathFactory, server_environment: None) -> Any:
     """A visit to a server, and one to its successor after a restart.
 
     In float32: in bfloat16, vLLM itself answers differently where a prompt's beginning is in its own prefix cache.
@@ -97,14 +105,14 @@ def increase(session: Session, metric: str) -> float:
     return session.after_first.get(metric, 0) - session.before.get(metric, 0)
 
 
-def test_the_first_server_computes_and_saves(sessions):
+def test_the_first_server_computes_and_saves(sessions: Any) -> None:
     first = sessions[0]
     assert increase(first, "cakekv:loaded_tokens_total") == 0
     assert increase(first, "cakekv:saved_chunks_total") >= 5
     assert first.answer.kv_transfer_params is None or first.answer.kv_transfer_params["cakekv"]["loaded_tokens"] == 0
 
 
-def test_the_restarted_server_loads_and_answers_the_same(sessions):
+def test_the_restarted_server_loads_and_answers_the_same(sessions: Any) -> None:
     first, second = sessions
     assert increase(second, "cakekv:loaded_tokens_total") >= CHUNK_TOKENS
     assert increase(second, "cakekv:read_bytes_total{disk}") > 0
@@ -114,7 +122,7 @@ def test_the_restarted_server_loads_and_answers_the_same(sessions):
     assert second.concurrent == first.concurrent
 
 
-def test_the_report_on_demand_says_what_the_metrics_say(sessions):
+def test_the_report_on_demand_says_what_the_metrics_say(sessions: Any) -> None:
     second = sessions[1]
     report = second.answer.kv_transfer_params["cakekv"]
     assert report["loaded_tokens"] == increase(second, "cakekv:loaded_tokens_total")
@@ -127,7 +135,7 @@ def test_the_report_on_demand_says_what_the_metrics_say(sessions):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_streaming_and_concurrent_clients_get_the_same(sessions, number):
+def test_streaming_and_concurrent_clients_get_the_same(sessions: Any, number: int) -> None:
     session = sessions[number]
     assert session.streamed == session.answer.choices[0].text
     assert session.concurrent == session.one_by_one
@@ -135,20 +143,20 @@ def test_streaming_and_concurrent_clients_get_the_same(sessions, number):
     assert session.alive
 
 
-def test_all_metrics_are_in_vllms_own(sessions):
+def test_all_metrics_are_in_vllms_own(sessions: Any) -> None:
     for name, metric in METRICS.items():
         if metric.label is None:
             sample = f"{name}_total" if metric.kind == "counter" else f"{name}_count"
             assert sample in sessions[1].before, sample
 
 
-def test_vllms_own_hit_statistics_count_what_was_loaded(sessions):
+def test_vllms_own_hit_statistics_count_what_was_loaded(sessions: Any) -> None:
     second = sessions[1]
     assert increase(second, "vllm:external_prefix_cache_hits_total") == increase(second, "cakekv:loaded_tokens_total")
     assert increase(second, "vllm:prefix_cache_hits_total") == 0
 
 
-def test_an_answer_that_a_stop_string_ends_has_its_report(sessions):
+def test_an_answer_that_a_stop_string_ends_has_its_report(sessions: Any) -> None:
     """The engine does not know of such an end: vLLM's front end finds the string in the text."""
     stopped = sessions[1].stopped
     assert stopped.choices[0].finish_reason == "stop"

@@ -7,6 +7,7 @@ import json
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -29,7 +30,7 @@ def printed(*words: str) -> tuple[VllmOptions, KVTransferConfig, str]:
     return VllmOptions.from_extra_config(config.kv_connector_extra_config), config, scheduler
 
 
-def test_the_defaults():
+def test_the_defaults() -> None:
     options, config, scheduler = printed()
     assert options == VllmOptions()
     assert config.is_kv_consumer
@@ -38,7 +39,7 @@ def test_the_defaults():
     assert resolve_obj_by_qualname(scheduler) is make_scheduler
 
 
-def test_all_that_can_be_told():
+def test_all_that_can_be_told() -> None:
     options, _, _ = printed(
         *("--store", "/a b?capacity=1GB", "--store", "~/it's", "--chunk-tokens", "512", "--mode", "both"),
         *("--load-deadline", "500ms", "--no-save", "--save-queue", "64MiB", "--load-threads", "3"),
@@ -60,13 +61,15 @@ def test_all_that_can_be_told():
     )
 
 
-def test_every_option_of_the_plug_in_can_be_given():
+def test_every_option_of_the_plug_in_can_be_given() -> None:
     helped = CliRunner().invoke(app, ["vllm-args", "--help"], env={"COLUMNS": "200"}).stdout
     for name in set(VllmOptions.model_fields) - {"untested_vllm"}:  # an emergency exit, not to be found by chance
         assert f"--{name.replace('_', '-')}" in helped
 
 
-def test_a_relative_folder_is_the_same_wherever_vllm_is_started(monkeypatch, tmp_path):
+def test_a_relative_folder_is_the_same_wherever_vllm_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     options, _, _ = printed("--store", "kv?capacity=1GB")
     assert options.store == (f"{tmp_path}/kv?capacity=1GB",)
@@ -82,20 +85,20 @@ def test_a_relative_folder_is_the_same_wherever_vllm_is_started(monkeypatch, tmp
         (["--chunk-tokens", "8"], "write 16, or change --block-size"),
     ],
 )
-def test_what_is_wrong_is_refused(words, message):
+def test_what_is_wrong_is_refused(words: Any, message: str) -> None:
     result = CliRunner().invoke(app, ["vllm-args", *words])
     assert result.exit_code == 2
     assert message in result.stderr
     assert not result.stdout
 
 
-def test_as_json():
+def test_as_json() -> None:
     words = json.loads(CliRunner().invoke(app, ["vllm-args", "--json"]).stdout)
     assert words[0] == "--kv-transfer-config"
     assert len(words) == 4
 
 
-def test_vllm_finds_the_connector_by_name(monkeypatch):
+def test_vllm_finds_the_connector_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVConnectorFactory, "_registry", dict(KVConnectorFactory._registry))
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["vllm.general_plugins"]["cakekv"].partition(":")

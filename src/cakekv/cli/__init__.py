@@ -1,0 +1,1 @@
+"""The commands, thin: each does what a line or two of Python would."""

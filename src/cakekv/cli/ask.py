@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cakekv.calibration import cache_folder
-from cakekv.cli.console import NEWS, print_json, write_text
+from cakekv.cli.console import NEWS, one_of, print_json, write_text
+from cakekv.codec import CODECS
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
 from cakekv.errors import BadInput
 from cakekv.messages import inert
 from cakekv.quantities import parse_bandwidth
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 
 if TYPE_CHECKING:
-    from cakekv.embedded.restorer import OnProgress
     from cakekv.restore.report import RestoreReport
+    from cakekv.results import OnProgress
 
 DEFAULT_CAPACITY = "5GB"
 
@@ -49,7 +50,10 @@ def ask(
     ] = None,
     tenant: Annotated[str, typer.Option(help="Tenants never share chunks.")] = "",
     codec: Annotated[
-        str, typer.Option(help='How chunks are encoded: raw, int8, int4, "kivi:bits=2,window=128", … (docs/codecs.md).')
+        str,
+        typer.Option(
+            help=f'How chunks are encoded: {one_of(CODECS)}; with parameters "kivi:bits=2,window=128" (docs/codecs.md).'
+        ),
     ] = "raw",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,
@@ -59,7 +63,9 @@ def ask(
     report: Annotated[Path | None, typer.Option(help="Write the restore's report here, as JSON.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the two frontiers over time here, as PNG.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev here.")] = None,
-    explain: Annotated[bool, typer.Option(help="First print what the plan is, and why.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--explain", help="First print what is planned, and why it is computed or loaded.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and report as JSON.")] = False,
 ) -> None:
     """Ask a question about a document, restoring its KV cache from a store.
@@ -93,8 +99,8 @@ def ask(
         with load_cake(model, tier, tenant, codec) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
             prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
-            if explain:
-                for run in cake.explain(prompt, mode=mode):
+            if plan:
+                for run in cake.plan(prompt, mode=mode):
                     NEWS.print(str(run))
             stream = partial(
                 cake.stream,

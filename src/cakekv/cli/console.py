@@ -56,6 +56,13 @@ RESULTS = InertConsole()
 NEWS = InertConsole(stderr=True)
 """Standard error: progress, remarks and errors."""
 
+
+def one_of(names: Iterable[str]) -> str:
+    """Names in a help text: "a, b or c"."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 

@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from cakekv.cli.console import NEWS, RESULTS, write_json
+from cakekv.cli.console import NEWS, RESULTS, one_of, write_json
+from cakekv.codec import CODECS
 
 
 def quality(
-    recipe: Annotated[list[str], typer.Option(help='A codec, such as int8 or "kivi:bits=2,window=128"; repeatable.')],
+    recipe: Annotated[
+        list[str],
+        typer.Option(help=f'A codec: {one_of(CODECS)}; with parameters "kivi:bits=2,window=128". Repeatable.'),
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="How many documents; the kinds take turns.")] = 24,
     tokens: Annotated[int, typer.Option(min=256, help="Length of each, in tokens.")] = 1536,

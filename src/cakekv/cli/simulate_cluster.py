@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from cakekv.cli.console import NEWS, RESULTS
+from cakekv.cli.console import NEWS, RESULTS, one_of
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth, parse_duration
-from cakekv.restore.priority import open_policy
+from cakekv.restore.priority import POLICIES, open_policy
 from cakekv.simulate.cluster.cluster import BEHAVIOURS, Cluster, run_cluster
 from cakekv.simulate.cluster.coarse import Machine
 from cakekv.simulate.cluster.comparison import default_speed_up, summarise, table, to_dict
-from cakekv.simulate.cluster.hardware import SPAN_TOKENS, compute_shape, model_size, read_calibration
+from cakekv.simulate.cluster.hardware import PEAK_FLOPS, SPAN_TOKENS, compute_shape, model_size, read_calibration
 from cakekv.simulate.cluster.routing import ROUTINGS
 from cakekv.simulate.cluster.tiers import parse_tiers
 from cakekv.simulate.cluster.trace import read_trace
@@ -32,7 +32,7 @@ def cluster(
     gpus_per_node: Annotated[
         int, typer.Option(help="GPUs that hold the model together (tensor parallel). They share a node's tiers.", min=1)
     ] = 1,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"{one_of(PEAK_FLOPS)}.")] = "h100",
     model: Annotated[str, typer.Option(help="For example llama-3.1-8b or llama-3.1-70b.")] = "llama-3.1-8b",
     share: Annotated[
         float, typer.Option(help="Share of the compute that prefill may use; decodes have the rest.", min=0.01, max=1)
@@ -52,7 +52,7 @@ def cluster(
     ] = None,
     systems: Annotated[str, typer.Option(help="Which systems to compare, with commas between.")] = ",".join(BEHAVIOURS),
     policy: Annotated[
-        str, typer.Option(help="Who is served first among those waiting on a node: fcfs, cake or marginal_saving.")
+        str, typer.Option(help=f"Who is served first among those waiting on a node: {one_of(POLICIES)}.")
     ] = "fcfs",
     starvation: Annotated[str, typer.Option(help="No request is passed over for longer than this.")] = "10s",
     routing: Annotated[

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from cakekv.cli.console import NEWS, RESULTS
+from cakekv.cli.console import NEWS, RESULTS, one_of
 from cakekv.errors import BadInput
 from cakekv.quantities import format_bytes, parse_bytes
-from cakekv.simulate.cluster.hardware import compute_shape, model_size, read_calibration
+from cakekv.simulate.cluster.hardware import PEAK_FLOPS, compute_shape, model_size, read_calibration
 from cakekv.simulate.cluster.trace import read_trace
 from cakekv.simulate.retention.comparison import (
     BASELINE,
@@ -56,7 +56,7 @@ def retention(
         str, typer.Option(help="Rules of what is written, beside everything; tried at balance, in the real store.")
     ] = "skip_head=auto,skip_head=4096",
     model: Annotated[str, typer.Option(help="For example llama-3.1-8b or llama-3.1-70b.")] = "llama-3.1-8b",
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"{one_of(PEAK_FLOPS)}.")] = "h100",
     calibration: Annotated[
         Path | None,
         typer.Option(help='Measured compute costs instead: a JSON object {"fixed", "linear", "quadratic"} in seconds.'),

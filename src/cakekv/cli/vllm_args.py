@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cakekv.cli.console import one_of
+from cakekv.codec import CODECS
 from cakekv.errors import BadOption
 from cakekv.restore.planner import MODES
 
@@ -21,12 +23,12 @@ def vllm_args(
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens that are stored and loaded together: a multiple of vLLM's --block-size.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help='How stored chunks are encoded, such as "int8".')] = None,
+    codec: Annotated[str | None, typer.Option(help=f"How stored chunks are encoded: {one_of(CODECS)}.")] = None,
     shards: Annotated[
         int | None,
         typer.Option(help="Parts that chunks are stored in, for engines of several TP sizes to share."),
     ] = None,
-    mode: Annotated[str | None, typer.Option(help=f"Which arms work: {', '.join(MODES)}.")] = None,
+    mode: Annotated[str | None, typer.Option(help=f"Which arms work: {one_of(MODES)}.")] = None,
     load_deadline: Annotated[
         str | None, typer.Option(help='Compute a chunk that has not arrived after this long, such as "5s".')
     ] = None,

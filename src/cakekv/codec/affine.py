@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from cakekv.codec.base import Code, Codec, Plane, Values
-from cakekv.codec.kernels import affine_bytes, dequantise, quantise
+from cakekv.codec.kernels import PACKED_BITS, affine_bytes, dequantise, quantise
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class Affine(Codec, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check("bits", self.bits in PACKED_BITS, "2, 3, 4, 5 or 8")
         self.check("group", 1 <= self.group < 2**31, "1 or more elements")
         self.check("keys", self.keys in ("channel", "token"), "channel or token")
 

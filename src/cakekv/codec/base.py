@@ -81,6 +81,11 @@ class DamagedCode(Exception):
     """`Codec.decode` met bytes that `Codec.encode` does not write."""
 
 
+def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int:
+    """From which chunk on a prompt's chunks hold some of its `window` newest tokens, and so have to be exact."""
+    return max(0, prompt_tokens - window) // chunk_tokens
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """How the planes of chunks become bytes. Its fields are its parameters, and become part of every key.
@@ -98,6 +103,8 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     """Grows whenever the same parameters give other bytes."""
     lossy: ClassVar[bool] = True
+    encodes: ClassVar[bool] = True
+    """False if a plane's code is its bytes in the cache, so that chunks are read straight into place."""
     fixed: ClassVar[bool] = True
     """Whether every plane takes exactly `size` bytes; else at most that many."""
     parts: ClassVar[int] = 1

@@ -63,7 +63,7 @@ class ChunkCoder:
         self.exact = ChunkShape(tokens, layout.segment_bytes(tokens))
         """The exact form."""
         self.layers = len(layout.layers)
-        self.encodes = codec.name != "raw"
+        self.encodes = codec.encodes
         if self.encodes and dtype not in _DTYPES:
             raise BadInput(f"codec {codec.name} is for caches in {', '.join(_DTYPES)}, and this model's is {dtype}")
         self._planes = [

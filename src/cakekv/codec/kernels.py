@@ -41,6 +41,10 @@ def narrow_bfloat16(source, target):  # type: ignore[no-untyped-def]
         target[i] = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
+PACKED_BITS = (2, 3, 4, 5, 8)
+"""How long codes can be. Others do not fill bytes side by side, and `put_codes` would write beyond a plane's code."""
+
+
 def groups_of(per_channel: bool, group: int, heads: int, tokens: int, width: int) -> int:
     """How many scales a plane has."""
     return heads * -(-tokens // group) * width if per_channel else heads * tokens * -(-width // group)
@@ -55,7 +59,9 @@ _rows_of: Any = compiled(rows_of)
 
 
 def affine_bytes(bits: int, per_channel: bool, group: int, heads: int, tokens: int, width: int) -> int:
-    """Bytes of a plane quantised by `quantise`."""
+    """Bytes of a plane quantised by `quantise`. Raises `ValueError` if codes of so many bits cannot be packed."""
+    if bits not in PACKED_BITS:
+        raise ValueError(f"codes of {bits} bits cannot be packed: only of {', '.join(map(str, PACKED_BITS))}")
     return 4 * groups_of(per_channel, group, heads, tokens, width) + heads * rows_of(bits, tokens) * width
 
 

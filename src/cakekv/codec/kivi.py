@@ -23,5 +23,5 @@ class Kivi(Affine):
     window: int = 128
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.check("bits", self.bits in (2, 3, 4), "2, 3 or 4")
+        super().__post_init__()

@@ -1,0 +1,1 @@
+"""What `cakekv demo` runs: a small model, a long document, and one prompt three ways."""

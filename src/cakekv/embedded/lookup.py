@@ -1,4 +1,4 @@
-"""What the tiers hold: all of them are asked at once, and none is waited for longer than a deadline."""
+"""Asks all tiers at once what they hold, and waits for none of them longer than a deadline."""
 
 from __future__ import annotations
 

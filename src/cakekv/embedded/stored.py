@@ -1,22 +1,25 @@
-"""What the tiers hold of prompts, and what of prompts is saved to them."""
+"""Finds what the tiers hold of a prompt, and saves what they lack."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, NamedTuple
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.lookup import Lookup
-from cakekv.embedded.restorer import Restorer
 from cakekv.embedded.saver import Saver, Source
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import StoreError
-from cakekv.explain import why_nothing_is_stored
 from cakekv.keys import ChunkKey, Identity, chunk_keys
-from cakekv.restore.planner import Span
 from cakekv.store.base import Store
+from cakekv.store.maintenance.explain import why_nothing_is_stored
 from cakekv.store.sizes import doubt_of
+
+CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
 
 
 class Named(NamedTuple):
@@ -30,16 +33,26 @@ class Named(NamedTuple):
 class Found:
     """What the tiers hold of a prompt."""
 
+    engine: Engine[Any, Any]
     named: Named
-    """For what the model was when they were asked."""
+    """What the model was when they were asked."""
     keys: list[ChunkKey]
-    """Of its full chunks; none if there is no tier."""
+    """Of the prompt's full chunks; none if there is no tier."""
     holders: list[tuple[int, ...]]
     """Per chunk, which tiers hold it in a form that will do."""
     sizes: list[int]
     """Bytes of those chunks."""
+    exact_from: int
+    """The first chunk that must not be lossy, since the codec's window reaches it."""
+    lookup_s: float = 0.0
+    """Seconds that asking took."""
     changed: bool = False
     """Whether the model was found to be another one since."""
+
+    def still(self) -> bool:
+        """Whether what computes has been what it was at the look-up, whenever this was asked."""
+        self.changed = self.changed or self.engine.state() != self.named.state
+        return not self.changed
 
 
 class StoredPrefixes:
@@ -76,7 +89,6 @@ class StoredPrefixes:
         self._tiers = tiers
         self._ask = ask
         self._saver = saver
-        self._introduced: set[bytes] = set()
         self._first = self._named = Named(engine.state(), self._identify())
 
     def now(self) -> Named:
@@ -88,12 +100,13 @@ class StoredPrefixes:
 
     def lookup(self, token_ids: Sequence[int], notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
-        named = self.now()
+        began, named = monotonic(), self.now()
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
         keys = chunk_keys(named.identity, token_ids) if self._tiers and not unnamed else []
-        found = Found(named, keys, [()] * len(keys), [])
+        exact_from = first_exact_chunk(len(token_ids), self._coder.codec.window, self._coder.exact.tokens)
+        found = Found(self._engine, named, keys, [()] * len(keys), [], exact_from)
         for index, (tier, sizes) in enumerate(zip(self._tiers, self._ask.sizes(keys), strict=True)):
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
@@ -101,44 +114,25 @@ class StoredPrefixes:
             if (doubt := doubt_of(sizes)) is not None:
                 notes.append(f"Of the {tier.name} tier, {doubt}")
             for chunk, size in enumerate(sizes):
-                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, len(token_ids))):
+                if size is not None and (chunk < exact_from or self._coder.is_exact(size)):
                     found.holders[chunk] += (index,)
                     found.sizes.append(size)
+        found.lookup_s = monotonic() - began
         return found
 
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell; asked of them only until something was saved."""
         identity = found.named.identity
-        if not self._tiers or found.named.state.unnamed or identity.root in self._introduced:
+        saved = self._saver is not None and self._saver.knows(identity)
+        if not self._tiers or found.named.state.unnamed or saved:
             return []
         return why_nothing_is_stored(identity, self._tiers, self._ask.identities())
 
-    def still(self, found: Found) -> bool:
-        """Whether what computes has been what it was at the look-up, whenever this was asked."""
-        found.changed = found.changed or self._engine.state() != found.named.state
-        return not found.changed
-
-    def save(self, cache: Any, found: Found, restorer: Restorer[Any, Any], span: Span) -> None:
-        """Save the chunks that a computed span completes and that are not stored.
-
-        Not if what it attends to is not exact, or what computes is not any more what the keys name.
-        """
-        keys = found.keys
-        if self._saver is None or not keys or not self.still(found) or restorer.saw_lossy(span.start):
-            return
-        self._introduce(self._saver, found.named.identity)
-        tokens = self._coder.exact.tokens
-        source = Source(cache, self._engine.held_bytes(cache), restorer.missing_chunks)
-        for chunk in range(span.start // tokens, min((span.start + span.tokens) // tokens, len(keys))):
-            if restorer.is_missing(chunk):
-                start = chunk * tokens
-                gather = self._engine.gatherer(cache, start, tokens)
-                exact = self._is_recent(chunk, restorer.prompt_tokens)
-                self._saver.save(keys[chunk], start, gather, exact, source, restorer.lent)
-
-    def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
-        """Whether tokens of the chunk are in the window that the codec keeps exact."""
-        return (chunk + 1) * self._coder.exact.tokens > prompt_tokens - self._coder.codec.window
+    def saver(
+        self, cache: Any, found: Found, waiting: Callable[[], AbstractContextManager[None]]
+    ) -> PromptSaver | None:
+        """What saves a prompt's chunks out of its cache; None if they are not saved."""
+        return PromptSaver(self._saver, self._coder, cache, found, waiting) if self._saver and found.keys else None
 
     def _identify(self) -> Identity:
         return self._engine.identity(self._coder.exact.tokens, self._tenant, self._coder.codec.fingerprint)
@@ -149,8 +143,56 @@ class StoredPrefixes:
             return f"the codec {self._coder.codec.name} was set up for the positions that the model had before"
         return named.state.unnamed
 
-    def _introduce(self, saver: Saver, identity: Identity) -> None:
-        """Leave the model's identity in the store once, so that misses can be explained later."""
-        if identity.root not in self._introduced:
-            self._introduced.add(identity.root)
-            saver.introduce(identity.root.hex(), identity.fields())
+
+class PromptSaver:
+    """Saves what is computed of one prompt.
+
+    Parameters
+    ----------
+    saver : Saver
+        Takes the chunks.
+    coder : ChunkCoder
+        What they look like.
+    cache : Cache
+        The engine's, in which they are.
+    found : Found
+        The prompt's keys.
+    waiting : callable
+        As in `Saver.save`.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        coder: ChunkCoder,
+        cache: Any,
+        found: Found,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._saver = saver
+        self._chunk_tokens = coder.exact.tokens
+        self._cache = cache
+        self._found = found
+        self._waiting = waiting
+
+    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
+        """Save chunks that a span has completed, unless what computes is not any more what the keys name.
+
+        Parameters
+        ----------
+        chunks : sequence of int
+            Those that no tier has.
+        wanted_chunks : int
+            About how many chunks of the prompt are to be saved, these among them.
+        exact : bool
+            Whether all that the span attended to is exact. If it is not, nothing is saved.
+        """
+        found, engine, tokens = self._found, self._found.engine, self._chunk_tokens
+        if not found.still() or not exact:
+            return
+        self._saver.introduce(found.named.identity)
+        source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
+        for chunk in chunks:
+            gather = engine.gatherer(self._cache, chunk * tokens, tokens)
+            is_exact = chunk >= found.exact_from
+            self._saver.save(found.keys[chunk], chunk * tokens, gather, is_exact, source, self._waiting)

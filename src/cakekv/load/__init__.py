@@ -1,0 +1,1 @@
+"""What both drivers do to a chunk between store and cache: read it in slices, verify it, decode it."""

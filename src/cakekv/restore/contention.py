@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.restore.costs import ComputeModel, ComputeShape, LoadFigures, LoadModel
 from cakekv.restore.priority.base import Kind, Policy, RequestState
 
 _PROBE_SHARE = 0.5
@@ -18,7 +18,7 @@ class Burden:
 
     compute: float = 1.0
     load: dict[int, float] = field(default_factory=dict)
-    """Per source; 1.0 where there is none."""
+    """Per tier; 1.0 where there is none."""
 
 
 def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
@@ -37,17 +37,24 @@ def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dic
         Seconds on the clock of `RequestState.arrived_s`.
     """
     requests = [request for request in requests if request.kind is not Kind.DECODE]
-    result = {request.request_id: Burden() for request in requests}
+    result = {request_id: Burden(load=load) for request_id, load in load_burdens(requests, policy, now).items()}
     ahead_s = 0.0
     for request in policy.compute_order(requests, now):
         result[request.request_id].compute = _burden(ahead_s, _compute_s(request))
         ahead_s += _both_s(request)
-    for source in {source for request in requests for source in request.load_s}:
+    return result
+
+
+def load_burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, dict[int, float]]:
+    """The part of `burdens` that concerns loads, for prefills: per request, as in `Burden`."""
+    result: dict[str, dict[int, float]] = {request.request_id: {} for request in requests}
+    both_s = {request.request_id: _both_s(request) for request in requests}
+    for tier in {tier for request in requests for tier in request.load_s}:
         ahead_s = 0.0
-        for request in policy.load_order(requests, source, now):
-            own_s = request.tokens * request.load_s[source]
-            result[request.request_id].load[source] = _burden(ahead_s, own_s)
-            ahead_s += _both_s(request)
+        for request in policy.load_order(requests, tier, now):
+            own_s = request.tokens * request.load_s[tier]
+            result[request.request_id][tier] = _burden(ahead_s, own_s)
+            ahead_s += both_s[request.request_id]
     return result
 
 
@@ -69,10 +76,10 @@ def _both_s(request: RequestState) -> float:
     return compute_s * load_s / (compute_s + load_s)
 
 
-class SharedCompute(ComputeCost):
+class SharedCompute(ComputeModel):
     """One request's view of a compute cost that all requests learn together."""
 
-    def __init__(self, cost: ComputeCost) -> None:
+    def __init__(self, cost: ComputeModel) -> None:
         self._cost = cost
         self.burden = 1.0
 
@@ -94,12 +101,12 @@ class SharedCompute(ComputeCost):
         self._cost.observe(start, tokens, seconds)
 
 
-class SharedLoad(LoadCost):
+class SharedLoad(LoadModel):
     """One request's view of a tier's cost that all requests learn together.
 
     Parameters
     ----------
-    cost : LoadCost
+    cost : LoadModel
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
 
     Attributes
@@ -110,7 +117,7 @@ class SharedLoad(LoadCost):
         When other requests last used the tier, on the clock of `observe`.
     """
 
-    def __init__(self, cost: LoadCost) -> None:
+    def __init__(self, cost: LoadModel) -> None:
         self._cost = cost
         self._doubt = 1.0
         self.burden = 1.0

@@ -1,0 +1,1 @@
+"""The third driver: the same planner on a virtual clock."""

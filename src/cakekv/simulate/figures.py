@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore, Span, Wait
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, Span, Wait
 from cakekv.restore.report import FrontierPoint
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import STEP_TOKENS, ComputeCurve, estimated_curve, overhead_of
@@ -66,7 +67,7 @@ def figure_5(seed: int, ours: bool = True) -> Walk:
     if ours:
         restore = _restore(curve)
         time_s = run_restore(restore, _compute_time(curve, effort), [tier])
-        met_at, frontiers = restore.report.met_at or PREFIX_TOKENS, restore.report.frontiers
+        met_at, frontiers = restore.report().met_at or PREFIX_TOKENS, restore.report().frontiers
     else:
         cake = CakeBaseline(PREFIX_TOKENS, MODEL.token_bytes(), STEP_TOKENS, CHUNK_TOKENS)
         time_s = run_restore(cake, _compute_time(curve, effort), [tier])
@@ -178,14 +179,14 @@ def _mean(walks: list[Walk]) -> dict[str, float]:
 _STORED = (True,) * (PREFIX_TOKENS // CHUNK_TOKENS)
 
 
-def _restore(curve: ComputeCurve) -> Restore:
-    return Restore(
+def _restore(curve: ComputeCurve) -> Planner:
+    return Planner(
         PREFIX_TOKENS + 1,
         CHUNK_TOKENS,
         [(0,)] * len(_STORED),
-        [Source("storage", LoadCost(), 1)],
+        [Tier("storage", LoadCost(), 1)],
         ComputeCost(curve.shape(STEP_TOKENS), trusted=True),
-        chunk_bytes=round(MODEL.token_bytes() * CHUNK_TOKENS),
+        [Level.whole(round(MODEL.token_bytes() * CHUNK_TOKENS))],
     )
 
 

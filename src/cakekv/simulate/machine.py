@@ -25,7 +25,7 @@ class Policy(Protocol):
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         """What the tier should load next; asked after every event."""
 
     def arrived(self, load: Load, now: float) -> bool:
@@ -71,7 +71,7 @@ def run_restore(
     compute_time : callable
         What spans really take.
     tiers : sequence of VirtualTier
-        One per source of the restore.
+        One per tier of the restore.
     now : float
         Seconds on the virtual clock.
     groups : int

@@ -16,8 +16,9 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import curve, io_only_s, overhead_of
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -125,14 +126,14 @@ def predict(cell: Cell) -> Prediction:
     span_tokens = max(LOAD_TOKENS, compute.step_tokens // LOAD_TOKENS * LOAD_TOKENS)
     known = LoadCost()
     known.observe(size, -chunk_s, 0.0)
-    restore = Restore(
+    restore = Planner(
         cell.tokens + 1,  # the whole prefix is stored; one token more gives the first logits
         LOAD_TOKENS,
         [(0,)] * (cell.tokens // LOAD_TOKENS),
-        [Source("storage", known, 1)],
+        [Tier("storage", known, 1)],
         ComputeCost(compute.shape(span_tokens), trusted=True),
-        chunk_bytes=size,
-        max_span_tokens=span_tokens,
+        [Level.whole(size)],
+        PlannerOptions(max_span_tokens=span_tokens),
     )
     # The last token's step is part of the request's fixed time.
     ours_s = overhead.request_s + run_restore(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore, Span
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Mode, Planner, PlannerOptions, Span
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
@@ -156,26 +157,25 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
     return tuple(stored)
 
 
-def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
+def restore_of(configuration: Configuration, mode: Mode = "auto") -> Planner:
     """A fresh restore, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
     curve = configuration.curve
-    sources = []
-    for index, tier in enumerate(configuration.tiers):
+    tiers = []
+    for index, bandwidth in enumerate(configuration.tiers):
         cost = LoadCost(DEPTH)
         if configuration.warm:
-            _warm_up(cost, size, size / tier.mean)
-        sources.append(Source(f"tier{index}", cost, DEPTH))
-    holders = tuple(range(len(sources)))
-    return Restore(
+            _warm_up(cost, size, size / bandwidth.mean)
+        tiers.append(Tier(f"tier{index}", cost, DEPTH))
+    holders = tuple(range(len(tiers)))
+    return Planner(
         configuration.prompt_tokens,
         configuration.chunk_tokens,
         [holders if held else () for held in configuration.stored],
-        sources,
+        tiers,
         ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
-        chunk_bytes=size,
-        mode=mode,
-        max_span_tokens=curve.step_tokens,
+        [Level.whole(size)],
+        PlannerOptions(mode=mode, max_span_tokens=curve.step_tokens),
     )
 
 

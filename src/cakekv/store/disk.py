@@ -27,12 +27,11 @@ from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
-from cakekv.store.evictions import Evictions
 from cakekv.store.folder import ABSENT, CHUNKS, IDENTITIES, OPEN_CHUNK, REMOVALS, Counts, Folder
 from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
 from cakekv.store.ownership import Mode, whose
-from cakekv.store.removals import CAPACITY, REQUEST, RemovalLog
+from cakekv.store.removals import CAPACITY, REQUEST, Evictions, RemovalLog
 from cakekv.store.sizes import known_sizes
 from cakekv.store.waiting_in_folder import WaitingInFolder
 

@@ -12,8 +12,7 @@ from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
-from cakekv.store.evictions import Evictions
-from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals
+from cakekv.store.removals import CAPACITY, REQUEST, Evictions, RecentRemovals
 
 
 class MemoryStore(Store):

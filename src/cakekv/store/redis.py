@@ -6,29 +6,21 @@
 
 How much is kept, and what goes first, is the server's business (`maxmemory`, `maxmemory-policy`).
 
-redis-py connects, authenticates and pools; the bytes of chunks are received by `redis_reader`.
+`redis_server` connects, by redis-py; the bytes of chunks are received by `redis_reader`.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from typing import Any
 
-import redis
 from redis import exceptions
-from redis.backoff import NoBackoff
-from redis.cluster import RedisCluster
-from redis.retry import Retry
 
 from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import (
     BadInput,
-    CakeError,
     ChunkFault,
     CorruptChunk,
     MissingChunk,
@@ -36,7 +28,6 @@ from cakekv.errors import (
     NotDeleted,
     OutOfReach,
     StoreError,
-    StoreFull,
 )
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes
@@ -44,6 +35,7 @@ from cakekv.store.asking import ask_each
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
 from cakekv.store.identities import decode_note, encode_note, is_root
 from cakekv.store.redis_reader import SLICE_BYTES, RedisReader
+from cakekv.store.redis_server import NODES_AT_ONCE, RedisServer
 from cakekv.store.sizes import FoundSizes, known_sizes
 from cakekv.store.waiting_copies import WaitingCopies
 
@@ -51,13 +43,6 @@ DEFAULT_PORT = 6379
 TIMEOUT_S = 5.0
 _BATCH = 1000
 """Chunks per round trip when all are listed."""
-_CONNECTIONS = 64
-"""To each server, at the most; who finds them all in use waits for one."""
-_NODES_AT_ONCE = 32
-_REFRESH_S = 1.0
-"""Seconds between two questions who is who in a cluster, after a node failed."""
-_NODE_PAUSE_S = 5.0
-"""Seconds for which a cluster's node that did not answer is not asked: it costs its timeout once, and not each time."""
 _NOT_TEXT = "WRONGTYPE"
 
 
@@ -120,33 +105,24 @@ class RedisStore(Store):
             raise BadInput("a Redis store's timeout is more than 0 s, and its ttl, if any, at least 1 ms")
         if cluster and database:
             raise BadInput(f"a Redis cluster has no database but 0, not {database}")
-        self.where = f"redis{'s' if tls else ''}://{host}:{port}" + (f"/{database}" if database else "")
+        where = f"redis{'s' if tls else ''}://{host}:{port}" + (f"/{database}" if database else "")
         self._prefix = prefix
         self._ttl_ms = None if ttl_s is None else int(ttl_s * 1000)
-        self.timeout_s = timeout_s
-        options: dict[str, Any] = {
-            "host": host,
-            "port": port,
-            "username": username,
-            "password": password,
-            "protocol": 2,  # in which nothing comes unasked
-            "socket_timeout": timeout_s,
-            "socket_connect_timeout": timeout_s,
-            "retry": Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
-        }
+        options: dict[str, Any] = {"host": host, "port": port, "username": username, "password": password}
         if tls:
             options |= {"ssl": True, "ssl_ca_certs": ca, "ssl_certfile": certificate, "ssl_keyfile": private_key}
-        self._is_cluster = cluster
         self._found = FoundSizes()
-        self._pool = ThreadPoolExecutor(_NODES_AT_ONCE, thread_name_prefix="cakekv-node")
-        self._refreshed_at = time.monotonic()
-        self._silent: dict[str, tuple[float, str]] = {}
-        """Nodes of a cluster that did not answer: until when they are not asked, and what was wrong."""
-        self._lock = threading.Lock()
-        self._client: Any
-        with self.explained("open the store"):
-            self._client = RedisCluster(**options) if cluster else self._bound(redis.Redis(db=database, **options))
-            self._client.ping()
+        self._server = RedisServer(where, options, database=None if cluster else database, timeout_s=timeout_s)
+
+    @property
+    def where(self) -> str:
+        """The server's URL, without secrets."""
+        return self._server.where
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that may pass without progress."""
+        return self._server.timeout_s
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         """See `Store`; of a cluster, what is known if a node does not answer in time."""
@@ -159,7 +135,7 @@ class RedisStore(Store):
             else:
                 failed[key] = size if isinstance(size, StoreError) else StoreError(str(size))
             answered |= not isinstance(size, StoreError)
-        if failed and not answered and not self._some_nodes_answer():
+        if failed and not answered and not self._server.some_nodes_answer():
             raise next(iter(failed.values()))
         sizes = known_sizes(keys, known, failed)
         self._found.note(keys, sizes)
@@ -169,33 +145,34 @@ class RedisStore(Store):
         size: int | StoreError | CorruptChunk | None = self._found.take(key)
         if size is None:
             [size] = self._sizes([key], f"open chunk {key.short}…", use=self.marks_use).values()
-        if isinstance(size, NoAnswer) and self._is_cluster:
+        if isinstance(size, NoAnswer) and self._server.is_cluster:
             raise OutOfReach(str(size)) from size
         if not isinstance(size, int):
             raise size
         if not size:
             raise MissingChunk(f"chunk {key.short}… is not in {self.where}")
-        return RedisReader(self, key, size)
+        return RedisReader(self._server, key, self.name_of(key), size, marks_use=self.marks_use)
 
     def write(self, key: ChunkKey, data: memoryview) -> bool:
         self._found.forget([key])
-        with self.explained(f"write chunk {key.short}… of {format_bytes(len(data))}", key):
+        name = self.name_of(key)
+        with self._server.explained(f"write chunk {key.short}… of {format_bytes(len(data))}", name):
             try:
-                self._set(self.name_of(key), data)
+                self._set(name, data)
             except AttributeError:  # redis-py, looking who is who in a cluster, closes connections that are in use
-                self._set(self.name_of(key), data)
+                self._set(name, data)
         return True
 
     def _set(self, name: str, data: memoryview) -> None:
         expiry = () if self._ttl_ms is None else ("PX", self._ttl_ms)
         try:
-            with self._connection(name) as connection:
+            with self._server.connection(name) as connection:
                 packed = connection.pack_command("SET", name, data, *expiry)
                 connection.send_packed_command(list(_sliced(packed)))  # the timeout counts for each slice
                 connection.read_response()
         except (exceptions.AskError, exceptions.MovedError):
-            with self._elsewhere("write a chunk"):
-                self._client.set(name, data.tobytes(), px=self._ttl_ms)
+            with self._server.elsewhere("write a chunk"):
+                self._server.client.set(name, data.tobytes(), px=self._ttl_ms)
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         self._found.forget(keys)
@@ -235,38 +212,24 @@ class RedisStore(Store):
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         """See `Store`; raises `BadInput` if `root` is not a digest in hexadecimal or the fields exceed 64 KiB."""
         note = encode_note(root, fields)
-        with self.explained("note an identity"):
-            self._client.hset(f"{self._prefix}identities", root, note)
+        with self._server.explained("note an identity"):
+            self._server.client.hset(f"{self._prefix}identities", root, note)
 
     def identities(self) -> dict[str, dict[str, str]]:
         """See `Store`; notes that are damaged are left out."""
         found = {}
-        with self.explained("read the identities"):
-            for name, note in self._client.hscan_iter(f"{self._prefix}identities"):
+        with self._server.explained("read the identities"):
+            for name, note in self._server.client.hscan_iter(f"{self._prefix}identities"):
                 root, fields = name.decode(errors="replace"), decode_note(note)
                 if fields is not None and is_root(root):
                     found[root] = fields
         return found
 
     def waiting_copies(self) -> WaitingCopies:
-        return _WaitingInRedis(self, self._client, f"{self._prefix}uncopied")
+        return _WaitingInRedis(self._server, f"{self._prefix}uncopied")
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
-        if not self._is_cluster:
-            self._client.connection_pool.disconnect()
-
-    def getrange(self, name: str, start: int, end: int) -> bytes:
-        """What redis-py answers to a GETRANGE; `end` is the last byte's."""
-        with self._elsewhere("read a chunk"):
-            data: bytes = self._client.getrange(name, start, end)
-        return data
-
-    def pool_of(self, name: str) -> Any:
-        """The connections to the server that holds `name`."""
-        client = self._node(self._node_of(name)) if self._is_cluster else self._client
-        return client.connection_pool
+        self._server.close()
 
     def name_of(self, key: ChunkKey) -> str:
         """What a chunk is called in the server."""
@@ -279,7 +242,7 @@ class RedisStore(Store):
 
         Only servers from 7.2 on can be asked so, and no clusters.
         """
-        quietly = not use and not self._is_cluster
+        quietly = not use and not self._server.is_cluster
         answers = self._ask(keys, action, lambda pipeline, name: pipeline.strlen(name), quietly=quietly)
         return {key: self._size(answer) for key, answer in answers.items()}
 
@@ -298,7 +261,7 @@ class RedisStore(Store):
         """What the servers answer to a command for each key, or the `StoreError`; one round trip for each server."""
 
         def ask(client: Any, keys: Sequence[ChunkKey]) -> list[Any]:
-            with self.explained(action), client.pipeline(transaction=False) as pipeline:
+            with self._server.explained(action), client.pipeline(transaction=False) as pipeline:
                 if quietly:
                     pipeline.execute_command("CLIENT NO-TOUCH", "ON")
                 for key in keys:
@@ -307,31 +270,31 @@ class RedisStore(Store):
                     pipeline.execute_command("CLIENT NO-TOUCH", "OFF")
                 answers = list(pipeline.execute(raise_on_error=False))
                 for answer in answers:
-                    if not self._is_cluster and isinstance(answer, exceptions.AskError | exceptions.MovedError):
+                    if not self._server.is_cluster and isinstance(answer, exceptions.AskError | exceptions.MovedError):
                         raise answer  # it is a node of one, and no key would fare better
             answers = answers[1:-1] if quietly else answers
             return [self._settled(key, answer, action, command) for key, answer in zip(keys, answers, strict=True)]
 
         if not keys:
             return {}
-        if not self._is_cluster:
+        if not self._server.is_cluster:
             try:
-                return dict(zip(keys, ask(self._client, keys), strict=True))
+                return dict(zip(keys, ask(self._server.client, keys), strict=True))
             except StoreError as error:
                 return dict.fromkeys(keys, error)
         found: dict[ChunkKey, Any] = {}
         shares: dict[str, tuple[Any, list[ChunkKey]]] = {}
         for key in keys:
             try:
-                with self.explained(action):
-                    node = self._node_of(self.name_of(key))
-                    share = shares.setdefault(node.name, (self._node(node), []))
+                with self._server.explained(action):
+                    node = self._server.node_of(self.name_of(key))
+                    share = shares.setdefault(node.name, (self._server.client_of(node), []))
             except StoreError as error:
                 found[key] = error
             else:
                 share[1].append(key)
         silent = dict.fromkeys(shares, "it does not answer in time")
-        for name, future in ask_each(self._pool, lambda name: ask(*shares[name]), shares, _NODES_AT_ONCE):
+        for name, future in ask_each(self._server.pool, lambda name: ask(*shares[name]), shares, NODES_AT_ONCE):
             try:
                 found |= zip(shares[name][1], future.result(), strict=True)
                 del silent[name]
@@ -341,15 +304,15 @@ class RedisStore(Store):
                 found |= dict.fromkeys(shares[name][1], error)
                 del silent[name]
         for name, reason in silent.items():
-            found |= dict.fromkeys(shares[name][1], self._pause(name, reason))
+            found |= dict.fromkeys(shares[name][1], self._server.pause(name, reason))
         return found
 
     def _settled(self, key: ChunkKey, answer: Any, action: str, command: Callable[[Any, str], Any]) -> Any:
         """An answer; what a cluster has moved is asked for where it has gone, and an error becomes the store's own."""
         try:
-            with self.explained(action):
+            with self._server.explained(action):
                 if isinstance(answer, exceptions.AskError | exceptions.MovedError):
-                    with self._client.pipeline(transaction=False) as pipeline:
+                    with self._server.client.pipeline(transaction=False) as pipeline:
                         command(pipeline, self.name_of(key))
                         [answer] = pipeline.execute(raise_on_error=False)
                 if isinstance(answer, Exception):
@@ -358,57 +321,6 @@ class RedisStore(Store):
             return error
         return answer
 
-    def _node_of(self, name: str) -> Any:
-        """The node of the cluster that holds `name`; raises `NoAnswer` if it does not answer."""
-        node = self._client.get_node_from_key(name)
-        until, reason = self._silent.get(node.name, (0.0, ""))
-        if time.monotonic() < until:
-            raise NoAnswer(reason)
-        return node
-
-    def _pause(self, node: str, reason: str) -> NoAnswer:
-        """A node of the cluster has not answered: it is left alone for a while. Returns why."""
-        reason = f"the node {node} does not answer: {reason}"
-        self._silent[node] = time.monotonic() + _NODE_PAUSE_S, reason
-        self._refresh()
-        return NoAnswer(reason)
-
-    def _some_nodes_answer(self) -> bool:
-        """Whether this is a cluster that is not down as a whole, as far as is known."""
-        if not self._is_cluster:
-            return False
-        silent = {name for name, (until, _) in self._silent.items() if time.monotonic() < until}
-        return any(node.name not in silent for node in self._client.get_primaries())
-
-    def _refresh(self) -> None:
-        """Ask the cluster behind the scenes who holds what now: a replica may have taken over."""
-        with self._lock:
-            if time.monotonic() - self._refreshed_at < _REFRESH_S:
-                return
-            self._refreshed_at = time.monotonic()
-
-        def refresh() -> None:
-            with suppress(Exception):  # the next answer that fails asks again
-                self._client.nodes_manager.initialize(disconnect_startup_nodes_pools=False)
-
-        with suppress(RuntimeError):  # closed meanwhile
-            self._pool.submit(refresh)
-
-    def _node(self, node: Any) -> Any:
-        """The client of a cluster's node."""
-        return self._bound(self._client.get_redis_connection(node))
-
-    def _bound(self, client: Any) -> Any:
-        """The client, such that who finds all connections in use waits for one, and does not fail."""
-        with self._lock:
-            old = client.connection_pool
-            if not isinstance(old, redis.BlockingConnectionPool):
-                make: Any = redis.BlockingConnectionPool
-                client.connection_pool = make(
-                    _CONNECTIONS, self.timeout_s, old.connection_class, **old.connection_kwargs
-                )
-        return client
-
     def _scan(self) -> Iterator[list[ChunkKey] | StoreError]:
         """The keys of all chunks, each once, in batches; of each server that cannot be asked, why."""
         beginning = f"{self._prefix}chunk:"
@@ -416,10 +328,10 @@ class RedisStore(Store):
         glob = re.sub(r"([*?\[\]\\])", r"\\\1", beginning) + "*"
         seen: set[ChunkKey] = set()  # SCAN may name a key twice
         batch: list[ChunkKey] = []
-        nodes = self._client.get_primaries() if self._is_cluster else []
-        for client in [self._node(node) for node in nodes] or [self._client]:
+        nodes = self._server.client.get_primaries() if self._server.is_cluster else []
+        for client in [self._server.client_of(node) for node in nodes] or [self._server.client]:
             try:
-                with self.explained("list the chunks"):
+                with self._server.explained("list the chunks"):
                     for name in client.scan_iter(match=glob, count=_BATCH):
                         match = pattern.fullmatch(name)
                         key = ChunkKey(bytes.fromhex(match[1].decode())) if match else None
@@ -437,128 +349,26 @@ class RedisStore(Store):
             yield batch
             batch = []
 
-    @contextmanager
-    def _connection(self, name: str) -> Iterator[Any]:
-        """A pooled connection to the server that holds `name`; unless the block ends well, it is not used again."""
-        pool = self.pool_of(name)
-        connection = pool.get_connection()
-        try:
-            yield connection
-        except exceptions.ResponseError:
-            raise  # a whole answer: nothing of it is left in the connection
-        except BaseException:
-            connection.disconnect()
-            raise
-        finally:
-            pool.release(connection)
-
-    @contextmanager
-    def explained(self, action: str, key: ChunkKey | None = None) -> Iterator[None]:
-        """Turn an error of redis-py or the system into the store's own; that of a cluster's node is its chunks' only.
-
-        Parameters
-        ----------
-        action : str
-            For the message.
-        key : ChunkKey or None
-            If it is about a single chunk.
-        """
-        try:
-            with self._explained(action):
-                yield
-        except NoAnswer as error:
-            if key is None or not self._is_cluster:
-                raise
-            with suppress(exceptions.RedisClusterException, StoreError):
-                self._pause(self._node_of(self.name_of(key)).name, str(error))
-            raise OutOfReach(str(error)) from error
-
-    @contextmanager
-    def _elsewhere(self, action: str) -> Iterator[None]:
-        """As `explained`, for what redis-py sends on to another node than the one that ought to have it."""
-        try:
-            with self._explained(action):
-                yield
-        except NoAnswer as error:
-            raise OutOfReach(str(error)) from error
-
-    @contextmanager
-    def _explained(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except CakeError:
-            raise
-        # The last four: redis-py makes no sense of an answer, or has closed a connection in use.
-        except (
-            exceptions.RedisError,
-            exceptions.RedisClusterException,
-            OSError,
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            RecursionError,
-            AttributeError,
-        ) as error:
-            kind, advice = next((kind, advice) for errors, kind, advice in _ADVICE if isinstance(error, errors))
-            if "Cluster mode is not enabled" in str(error):
-                advice = "This server is no node of a cluster: leave cluster=true out."
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise kind(f"cannot {action} in {self.where}: {reason}. {advice}") from None  # which may quote a password
-
 
 class _WaitingInRedis(WaitingCopies):
     """Notes that all processes share: one that begins makes the copies of those that are at it, too, if it is first."""
 
-    def __init__(self, store: RedisStore, client: Any, name: str) -> None:
-        self._store = store
-        self._client = client
+    def __init__(self, server: RedisServer, name: str) -> None:
+        self._server = server
         self._name = name
 
     def add(self, keys: Iterable[ChunkKey]) -> None:
-        with self._store.explained("note what is to be copied"):
-            self._client.sadd(self._name, *map(bytes, keys))
+        with self._server.explained("note what is to be copied"):
+            self._server.client.sadd(self._name, *map(bytes, keys))
 
     def remove(self, key: ChunkKey) -> None:
-        with self._store.explained("note what was copied"):
-            self._client.srem(self._name, bytes(key))
+        with self._server.explained("note what was copied"):
+            self._server.client.srem(self._name, bytes(key))
 
     def take_over(self) -> list[ChunkKey]:
-        with self._store.explained("look for what is to be copied"):
-            members = self._client.smembers(self._name)
+        with self._server.explained("look for what is to be copied"):
+            members = self._server.client.smembers(self._name)
         return [ChunkKey(member) for member in members if len(member) == ChunkKey.LENGTH]
-
-
-_ADVICE: list[tuple[type[Exception] | tuple[type[Exception], ...], Callable[[str], StoreError], str]] = [
-    (
-        exceptions.OutOfMemoryError,
-        StoreFull,
-        "The server's maxmemory is used up and its policy evicts nothing: set maxmemory-policy to allkeys-lru, "
-        "or raise maxmemory.",
-    ),
-    (
-        (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError),
-        StoreError,
-        "Check user name and password (redis://USER:PASSWORD@HOST, in which @ is written as %40, or REDISCLI_AUTH in "
-        "the environment), and what this user may do.",
-    ),
-    (
-        (exceptions.MovedError, exceptions.AskError, exceptions.ClusterDownError),
-        StoreError,
-        "This server is a node of a cluster: write cluster=true.",
-    ),
-    (
-        (exceptions.TimeoutError, TimeoutError),
-        NoAnswer,
-        "The server does not answer in time: see whether it hangs, or give a longer timeout=.",
-    ),
-    (
-        (exceptions.ConnectionError, exceptions.RedisClusterException, OSError),
-        NoAnswer,
-        "See whether the server runs there and can be reached, and whether it wants TLS (rediss://).",
-    ),
-    (Exception, StoreError, "See the server's log."),
-]
-"""What to say of an error: the first line that fits."""
 
 
 def _sliced(parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:

@@ -8,30 +8,40 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redis import exceptions
 
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader
-
-if TYPE_CHECKING:
-    from cakekv.store.redis import RedisStore
+from cakekv.store.redis_server import RedisServer
 
 SLICE_BYTES = 1 << 20
 _LONGEST_LINE = 1024
 
 
 class RedisReader(ChunkReader):
-    """An open chunk of a `RedisStore`."""
+    """An open chunk of a `RedisStore`.
+
+    Parameters
+    ----------
+    server : RedisServer
+        What holds it.
+    key, name, size : ChunkKey, str, int
+        The chunk, what it is called in the server, and its length in bytes.
+    marks_use : bool
+        Whether reading it counts as using it.
+    """
 
     slice_bytes = SLICE_BYTES
 
-    def __init__(self, store: RedisStore, key: ChunkKey, size: int) -> None:
+    def __init__(self, server: RedisServer, key: ChunkKey, name: str, size: int, *, marks_use: bool) -> None:
         self.size = size
-        self._store = store
+        self._server = server
         self._key = key
+        self._name = name
+        self._marks_use = marks_use
         self._announced = (0, 0)
         self._stream: _Stream | None = None
 
@@ -52,41 +62,42 @@ class RedisReader(ChunkReader):
             self._stream = None
 
     def _read(self, buffer: memoryview, offset: int) -> None:
-        store, name = self._store, self._store.name_of(self._key)
-        with store.explained(f"read chunk {self._key.short}…", self._key):
-            deadline = time.monotonic() + store.timeout_s
+        server, name = self._server, self._name
+        with server.explained(f"read chunk {self._key.short}…", name):
+            deadline = time.monotonic() + server.timeout_s
             if self._stream is None or self._stream.position != offset:
                 self.close()
                 end = self._announced[1]
-                self._stream = _Stream(store, name, offset, end, whole=end - offset == self.size)
+                whole = end - offset == self.size
+                self._stream = _Stream(server, name, offset, end, whole=whole, marks_use=self._marks_use)
             stream, self._stream = self._stream, None
             other = stream.receive(buffer, deadline)
             if not other:
                 self._stream = None if stream.has_ended else stream
                 return
             if not other.startswith(b"-"):
-                raise MissingChunk(f"chunk {self._key.short}… was evicted from {store.where}, or replaced, meanwhile")
+                raise MissingChunk(f"chunk {self._key.short}… was evicted from {server.where}, or replaced, meanwhile")
             if other.startswith(b"-WRONGTYPE"):
-                raise CorruptChunk(ChunkFault.BAD_MAGIC, f"what bears its name in {store.where} is no string")
+                raise CorruptChunk(ChunkFault.BAD_MAGIC, f"what bears its name in {server.where} is no string")
             if not other.startswith((b"-MOVED ", b"-ASK ")):
                 raise exceptions.ResponseError(other[1:].decode(errors="replace").strip())
-            data = store.getrange(name, offset, offset + len(buffer) - 1)  # redis-py goes where the chunk has gone
+            data = server.getrange(name, offset, offset + len(buffer) - 1)  # redis-py goes where the chunk has gone
             if len(data) != len(buffer):
-                raise MissingChunk(f"chunk {self._key.short}… was replaced in {store.where} meanwhile")
+                raise MissingChunk(f"chunk {self._key.short}… was replaced in {server.where} meanwhile")
             buffer[:] = data
 
 
 class _Stream:
     """The answer to one request, on a connection of its own until it ends."""
 
-    def __init__(self, store: RedisStore, name: str, start: int, end: int, whole: bool) -> None:
+    def __init__(self, server: RedisServer, name: str, start: int, end: int, *, whole: bool, marks_use: bool) -> None:
         self.position = start
         self._end = end
         self._expected = b"$%d\r\n" % (end - start)
-        self._pool = store.pool_of(name)
+        self._pool = server.pool_of(name)
         self._connection = self._pool.get_connection()
         try:
-            if not store.marks_use:
+            if not marks_use:
                 self._connection.send_command("CLIENT", "NO-TOUCH", "ON")
                 with suppress(exceptions.ResponseError):  # servers before 7.2 count this as a use
                     self._connection.read_response()

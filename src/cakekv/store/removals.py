@@ -1,7 +1,8 @@
-"""The last chunks that a tier removed, and why: small, bounded, and only there to explain misses."""
+"""What a tier removed: the last chunks and why, to explain misses; and how much it evicted, summed up in the log."""
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 from xxhash import xxh3_64_intdigest
 
 from cakekv.keys import ChunkKey
+from cakekv.logs import emit
 from cakekv.quantities import is_time
-from cakekv.store.base import Removal
+from cakekv.store.base import Evicted, Removal
 
 CAPACITY, REQUEST = "capacity", "request"
 REASONS = (CAPACITY, REQUEST)
@@ -24,6 +26,10 @@ MAX_BYTES = 1 << 20
 MOST_REMEMBERED = 1 << 14
 """Removals that are remembered in memory."""
 
+SUMMARY_S = 10.0
+"""Seconds between two summaries of evictions at least."""
+
+_LOG = logging.getLogger(__name__)
 _FIELDS = struct.Struct("<32sdB7x")
 _RECORD = struct.Struct(f"<{_FIELDS.size}sQ")
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -116,3 +122,27 @@ class RemovalLog:
                 if xxh3_64_intdigest(fields) == checksum:
                     key, at, reason = _FIELDS.unpack(fields)
                     yield ChunkKey(key), Removal(at if is_time(at) else 0.0, REASONS[min(reason, len(REASONS) - 1)])
+
+
+class Evictions:
+    """Counts one tier's evictions. Whoever calls `add` holds the tier's lock.
+
+    Parameters
+    ----------
+    tier : str
+        Its name.
+    """
+
+    def __init__(self, tier: str) -> None:
+        self.total = self._told = Evicted()
+        self._tier = tier
+        self._told_at = float("-inf")
+
+    def add(self, size: int) -> None:
+        """A chunk of `size` bytes was evicted."""
+        self.total = Evicted(self.total.chunks + 1, self.total.bytes + size)
+        now = time.monotonic()
+        if now - self._told_at >= SUMMARY_S:
+            chunks, size = self.total.chunks - self._told.chunks, self.total.bytes - self._told.bytes
+            emit(_LOG, logging.INFO, "evicted", tier=self._tier, chunks=chunks, bytes=size)
+            self._told, self._told_at = self.total, now

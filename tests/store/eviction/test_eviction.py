@@ -6,6 +6,9 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +16,10 @@ from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
+from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import POLICIES, policy_named
-from cakekv.store.eviction.base import Held
+from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.keep_the_tail import KeepTheTail
 from cakekv.store.eviction.sampled import SAMPLE
 from cakekv.store.memory import MemoryStore
@@ -46,20 +50,20 @@ events = st.lists(
 
 
 @pytest.fixture(params=POLICIES)
-def policy(request):
+def policy(request: pytest.FixtureRequest) -> Eviction:
     return policy_named(request.param)
 
 
 @pytest.fixture(params=TIERS)
-def open_tier(request, tmp_path):
+def open_tier(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Any]:
     return lambda *options: TIERS[request.param](tmp_path / "store", *options)
 
 
-def held(number, used_ago=0.0, *, size=1, position=0, tokens=1):
+def held(number: int, used_ago: float = 0.0, *, size: int = 1, position: int = 0, tokens: int = 1) -> Any:
     return Held(key_of(number), size, NOW - used_ago, position, tokens)
 
 
-def victims(policy, now=NOW):
+def victims(policy: Any, now: Any = NOW) -> Any:
     """The numbers of all chunks, up to 1000, in the order in which they go."""
     numbers = {key_of(number): number for number in range(1000)}
     order = []
@@ -68,13 +72,13 @@ def victims(policy, now=NOW):
     return order
 
 
-def told(policy, *chunks):
+def told(policy: Any, *chunks: int) -> Any:
     for chunk in chunks:
         policy.wrote(chunk)
     return policy
 
 
-def fill(store, *numbers, position=lambda number: 0):
+def fill(store: Store, *numbers: int, position: Any = lambda number: 0) -> None:
     for number in numbers:
         assert store.write(key_of(number), chunk_of(number, position(number)))
 
@@ -85,7 +89,7 @@ def fill(store, *numbers, position=lambda number: 0):
 @pytest.mark.parametrize("name", POLICIES)
 @settings(deadline=None, max_examples=50)
 @given(chunks=chunks_held)
-def test_every_chunk_goes_once(name, chunks):
+def test_every_chunk_goes_once(name: str, chunks: Any) -> None:
     policy = told(policy_named(name), *chunks)
     assert len(policy) == len(chunks)
     gone = []
@@ -99,7 +103,7 @@ def test_every_chunk_goes_once(name, chunks):
 @pytest.mark.parametrize("name", POLICIES)
 @settings(deadline=None, max_examples=50)
 @given(events=events)
-def test_it_evicts_what_is_there_and_nothing_else(name, events):
+def test_it_evicts_what_is_there_and_nothing_else(name: str, events: Any) -> None:
     """Whatever it is told, also of chunks it never heard of; and the same calls have the same effect."""
     policy, twin, there = policy_named(name), policy_named(name), set()
     for step, (event, number) in enumerate(events):
@@ -131,7 +135,9 @@ def test_it_evicts_what_is_there_and_nothing_else(name, events):
 @pytest.mark.parametrize("name", POLICIES)
 @settings(deadline=None, max_examples=50)
 @given(chunks=chunks_held.filter(len), later=st.floats(0, 1e6))
-def test_of_two_chunks_that_differ_in_their_last_use_only_the_older_goes_first(name, chunks, later):
+def test_of_two_chunks_that_differ_in_their_last_use_only_the_older_goes_first(
+    name: str, chunks: Any, later: Any
+) -> None:
     chunks = chunks[: SAMPLE - 1]
     twin = Held(key_of(-1), chunks[0].size, max(0, chunks[0].used_at - 1 - later), chunks[0].position, chunks[0].tokens)
     if twin.used_at < chunks[0].used_at:
@@ -143,12 +149,12 @@ def test_of_two_chunks_that_differ_in_their_last_use_only_the_older_goes_first(n
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_an_eviction_costs_no_more_among_many_chunks(name):
-    def calls(chunks):
+def test_an_eviction_costs_no_more_among_many_chunks(name: str) -> None:
+    def calls(chunks: Any) -> Any:
         policy = told(policy_named(name), *(held(number, chunks - number) for number in range(chunks)))
         made = [0]
 
-        def count(frame, event, argument):
+        def count(frame: Any, event: Any, argument: Any) -> None:
             made[0] += event in ("call", "c_call")
 
         sys.setprofile(count)
@@ -164,7 +170,7 @@ def test_an_eviction_costs_no_more_among_many_chunks(name):
     assert calls(8000) < 1.5 * calls(1000)
 
 
-def test_the_capacity_is_kept_and_used(policy, open_tier):
+def test_the_capacity_is_kept_and_used(policy: Eviction, open_tier: Callable[..., Any]) -> None:
     store = open_tier(8 * SIZE, policy)
     choose = random.Random(5)
     for step in range(100):
@@ -179,14 +185,14 @@ def test_the_capacity_is_kept_and_used(policy, open_tier):
     assert store.stats().bytes == sum(chunk.size for chunk in store)
 
 
-def test_what_was_just_written_is_there(policy, open_tier):
+def test_what_was_just_written_is_there(policy: Eviction, open_tier: Callable[..., Any]) -> None:
     store = open_tier(4 * SIZE, policy)
     for number in range(30):
         fill(store, number)
         assert store.lookup([key_of(number)]) == [SIZE]
 
 
-def test_what_is_being_read_is_read_to_its_end(policy, open_tier):
+def test_what_is_being_read_is_read_to_its_end(policy: Eviction, open_tier: Callable[..., Any]) -> None:
     store = open_tier(4 * SIZE, policy)
     fill(store, 0)
     with store.open(key_of(0)) as reader:
@@ -198,7 +204,9 @@ def test_what_is_being_read_is_read_to_its_end(policy, open_tier):
     assert bytes(start) + bytes(rest) == chunk_of(0)
 
 
-def test_what_is_not_used_goes_in_the_end(policy, open_tier, monkeypatch):
+def test_what_is_not_used_goes_in_the_end(
+    policy: Eviction, open_tier: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However dear it is."""
     now = [NOW]
     monkeypatch.setattr(time, "time", lambda: now[0])
@@ -219,26 +227,26 @@ def test_what_is_not_used_goes_in_the_end(policy, open_tier, monkeypatch):
 # What each is for
 
 
-def test_lru_goes_by_use_alone():
+def test_lru_goes_by_use_alone() -> None:
     policy = told(policy_named("lru"), held(0, 10, position=10**6), held(1, 9, size=10**9), held(2, 8))
     policy.read(key_of(1), NOW - 1)
     assert victims(policy) == [0, 2, 1]
 
 
-def test_lru_takes_chunks_in_any_order():
+def test_lru_takes_chunks_in_any_order() -> None:
     policy = told(policy_named("lru"), *(held(number, used_ago) for number, used_ago in enumerate([3, 1, 2, 5, 4])))
     assert victims(policy) == [3, 4, 0, 2, 1]
 
 
-def test_lru_does_not_grow_with_what_was_removed():
+def test_lru_does_not_grow_with_what_was_removed() -> None:
     policy = policy_named("lru")
     for number in range(2000):
         policy.wrote(held(number % 7))
     assert len(policy._heap) < 200
 
 
-def test_lfu_keeps_what_is_popular_until_it_is_not():
-    def after(seconds):
+def test_lfu_keeps_what_is_popular_until_it_is_not() -> None:
+    def after(seconds: float) -> Any:
         policy = told(policy_named("lfu"), held(0, 100), held(1, 50))
         for _ in range(20):
             policy.read(key_of(0), NOW - 100)
@@ -249,7 +257,7 @@ def test_lfu_keeps_what_is_popular_until_it_is_not():
     assert after(100_000) == [0, 1]
 
 
-def test_lfu_counts_uses(open_tier):
+def test_lfu_counts_uses(open_tier: Callable[..., Any]) -> None:
     store = open_tier(4 * SIZE, policy_named("lfu"))
     fill(store, 0, 1, 2, 3)
     for _ in range(50):
@@ -258,12 +266,12 @@ def test_lfu_counts_uses(open_tier):
     assert store.lookup([key_of(0)]) == [SIZE]
 
 
-def test_s3fifo_by_hand():
+def test_s3fifo_by_hand() -> None:
     policy = told(policy_named("s3fifo"), *(held(number) for number in range(10)))
     for number in (0, 3, 3):
         policy.read(key_of(number), NOW)
 
-    def gone():
+    def gone() -> Any:
         chunk = policy.evict(NOW)
         return next(number for number in range(100) if key_of(number) == chunk.key)
 
@@ -277,7 +285,7 @@ def test_s3fifo_by_hand():
     assert policy.evict(NOW) is None
 
 
-def test_s3fifo_goes_round_for_what_is_read():
+def test_s3fifo_goes_round_for_what_is_read() -> None:
     policy = told(policy_named("s3fifo"), held(0), held(1), held(2))
     for number in (0, 1):
         policy.read(key_of(number), NOW)
@@ -287,7 +295,7 @@ def test_s3fifo_goes_round_for_what_is_read():
     assert victims(policy) == [1, 0]
 
 
-def test_heads_go_before_tails(open_tier):
+def test_heads_go_before_tails(open_tier: Callable[..., Any]) -> None:
     """A prompt's chunks are written from its beginning, and its end is what stays."""
     store = open_tier(8 * SIZE, KeepTheTail())
     fill(store, *range(8), position=lambda number: number * 4096)
@@ -297,7 +305,7 @@ def test_heads_go_before_tails(open_tier):
     assert kept == list(range(8 - len(kept), 8))
 
 
-def test_heads_go_before_tails_even_if_they_are_used_later(open_tier):
+def test_heads_go_before_tails_even_if_they_are_used_later(open_tier: Callable[..., Any]) -> None:
     store = open_tier(2 * SIZE, KeepTheTail())
     fill(store, 1, position=lambda number: 100_000)
     fill(store, 0)
@@ -306,7 +314,7 @@ def test_heads_go_before_tails_even_if_they_are_used_later(open_tier):
     assert store.lookup([key_of(1), key_of(0)]) == [SIZE, None]
 
 
-def test_the_price_is_that_of_the_cost_model():
+def test_the_price_is_that_of_the_cost_model() -> None:
     head = held(0, size=1000, tokens=64)
     tail = held(1, size=1000, tokens=64, position=8192)
     flat = KeepTheTail(ComputeShape(1.0, 1e-3, 0.0))
@@ -316,7 +324,7 @@ def test_the_price_is_that_of_the_cost_model():
     assert steep.saved_s_per_byte(tail) - steep.saved_s_per_byte(head) == pytest.approx(64 * 8192e-9)
 
 
-def test_policies_by_url(tmp_path):
+def test_policies_by_url(tmp_path: Path) -> None:
     store = open_store("memory://?capacity=1MB&evict=keep_the_tail")
     assert isinstance(store.policy, KeepTheTail)
     with open_store(f"file://{tmp_path}/store?capacity=1MB&evict=keep_the_tail&stripe={tmp_path}/more") as store:
@@ -332,7 +340,7 @@ def test_policies_by_url(tmp_path):
 # A clock that was ahead
 
 
-def test_chunks_used_while_the_clock_was_ahead_are_not_kept_for_that(policy):
+def test_chunks_used_while_the_clock_was_ahead_are_not_kept_for_that(policy: Eviction) -> None:
     for number in range(40):
         policy.wrote(held(number, -1e8 if number < 20 else 0.0))
     for number in range(10):
@@ -350,7 +358,9 @@ def test_chunks_used_while_the_clock_was_ahead_are_not_kept_for_that(policy):
 
 
 @pytest.mark.parametrize("evict", ["lru", "keep_the_tail", "lfu"])
-def test_a_tier_whose_clock_was_ahead(evict, open_tier, monkeypatch):
+def test_a_tier_whose_clock_was_ahead(
+    evict: str, open_tier: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, ahead = time.time, [1e8]
     monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
     monkeypatch.setattr(time, "time_ns", lambda: int((real() + ahead[0]) * 1e9))
@@ -371,7 +381,7 @@ def test_a_tier_whose_clock_was_ahead(evict, open_tier, monkeypatch):
     assert not left & {key_of(number) for number in range(10)}, "all that was written ahead of time has gone by now"
 
 
-def test_a_folder_with_chunks_dated_in_the_future(tmp_path):
+def test_a_folder_with_chunks_dated_in_the_future(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with DiskStore(folder) as store:
         for number in range(6):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from cakekv.restore.costs import ComputeShape
@@ -15,11 +18,11 @@ from ..chunks import key_of
 NOW = 1e9
 
 
-def chunk_at(number, position):
+def chunk_at(number: int, position: Any) -> Any:
     return Held(key_of(number), 1, NOW, position, 1)
 
 
-def serve(policy, prompts, loaded, pause=60.0):
+def serve(policy: Any, prompts: Any, loaded: Any, pause: float = 60.0) -> Any:
     """Prompts of ten chunks, each asked for again once; of the second time, `loaded` chunks are read."""
     for prompt in range(prompts):
         keys = [key_of((prompt, chunk)) for chunk in range(10)]
@@ -41,7 +44,7 @@ def serve(policy, prompts, loaded, pause=60.0):
 
 
 @pytest.mark.parametrize("loaded", [range(6, 10), range(2, 10), [0, 1]])
-def test_parts_of_prompts_that_are_not_read_go_first(loaded):
+def test_parts_of_prompts_that_are_not_read_go_first(loaded: Sequence[int]) -> None:
     """Those at the end of what compute covers, wherever that is; here no part costs more to compute than another."""
     policy = KeepTheTail()
     keys, now = serve(policy, 200, loaded)
@@ -54,7 +57,7 @@ def test_parts_of_prompts_that_are_not_read_go_first(loaded):
     assert set(order[: len(unread)]) == unread
 
 
-def test_chunks_that_nobody_looked_up_go_by_position():
+def test_chunks_that_nobody_looked_up_go_by_position() -> None:
     policy = KeepTheTail(ComputeShape(0.0, 1.0, 0.0))
     for number in range(600):
         head, tail = chunk_at((number, 0), 0), chunk_at((number, 1), 8192)
@@ -68,7 +71,7 @@ def test_chunks_that_nobody_looked_up_go_by_position():
     assert policy.worth(policy.get(key_of("tail")), NOW + 60) > 2 * policy.worth(policy.get(key_of("head")), NOW + 60)
 
 
-def test_rates_tell_classes_apart_although_one_is_evicted_young():
+def test_rates_tell_classes_apart_although_one_is_evicted_young() -> None:
     """Judged by returns alone, what is evicted before anybody could come back would seem not to be wanted."""
     rates = ReturnRates(kinds=1)
     for _ in range(4000):
@@ -79,7 +82,7 @@ def test_rates_tell_classes_apart_although_one_is_evicted_young():
     assert rates.rate(10.0, (1,)) > 5 * rates.rate(10.0, (2,))
 
 
-def test_a_chunk_is_worth_waiting_for_until_its_time_has_passed():
+def test_a_chunk_is_worth_waiting_for_until_its_time_has_passed() -> None:
     rates = ReturnRates(kinds=1)
     for step in range(4000):
         rates.observe(60.0 + step % 60, (0,), returned=step % 4 == 0)
@@ -88,7 +91,7 @@ def test_a_chunk_is_worth_waiting_for_until_its_time_has_passed():
     assert rates.rate(5.0, (7,)) == pytest.approx(rates.rate(5.0, (0,))), "of a class never seen nothing is assumed"
 
 
-def test_only_chunks_with_everything_behind_them_tell_what_is_needed():
+def test_only_chunks_with_everything_behind_them_tell_what_is_needed() -> None:
     """With a hole in the tail, more of the head is read in its place."""
     seen = PromptsSeen()
     for prompt in range(300):
@@ -103,7 +106,7 @@ def test_only_chunks_with_everything_behind_them_tell_what_is_needed():
     assert needed[17:] == [1.0] * 3
 
 
-def test_turns_of_a_conversation_are_counted_and_a_shared_beginning_is_none():
+def test_turns_of_a_conversation_are_counted_and_a_shared_beginning_is_none() -> None:
     seen = PromptsSeen()
     system = [key_of(("system", chunk)) for chunk in range(3)]
     for user in range(3):

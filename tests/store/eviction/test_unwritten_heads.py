@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cakekv.chunk import peek_place
 from cakekv.errors import BadInput
+from cakekv.store.base import Store
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 from cakekv.store.tail_only import TailOnlyStore
@@ -14,7 +17,7 @@ from cakekv.store.unread_heads import UnreadHeadsStore
 from ..chunks import SHAPE, chunk_of, key_of
 
 
-def test_heads_are_declined():
+def test_heads_are_declined() -> None:
     store = open_store("memory://?skip_head=40")
     assert isinstance(store, TailOnlyStore)
     kept = [position for position in range(0, 80, 16) if store.write(key_of(position), chunk_of(position, position))]
@@ -27,12 +30,12 @@ def test_heads_are_declined():
         TailOnlyStore(MemoryStore(), -1)
 
 
-def test_a_place_is_read_from_headers_only():
+def test_a_place_is_read_from_headers_only() -> None:
     assert peek_place(chunk_of(0, 512)) == (512, SHAPE.tokens)
     assert peek_place(b"") == peek_place(bytes(200)) == peek_place(chunk_of(0, 512)[1:]) == (0, 1)
 
 
-def visit(store, prompt, loaded, chunks=20):
+def visit(store: Store, prompt: Any, loaded: Any, chunks: int = 20) -> list[Any]:
     """Look a prompt up, read some of what is there, write what is not. Returns the chunks that were taken."""
     keys = [key_of((prompt, chunk)) for chunk in range(chunks)]
     found = store.lookup(keys)
@@ -42,7 +45,7 @@ def visit(store, prompt, loaded, chunks=20):
     return [c for c in range(chunks) if found[c] is None and store.write(keys[c], chunk_of(c, 16 * c))]
 
 
-def test_what_restores_do_not_read_is_not_written_any_more():
+def test_what_restores_do_not_read_is_not_written_any_more() -> None:
     store = UnreadHeadsStore(MemoryStore())
     head, tail = range(8), range(8, 20)
     for prompt in range(32):
@@ -66,7 +69,7 @@ def test_what_restores_do_not_read_is_not_written_any_more():
         raise AssertionError("it did not notice")
 
 
-def test_chunks_that_were_not_looked_up_are_written():
+def test_chunks_that_were_not_looked_up_are_written() -> None:
     store = UnreadHeadsStore(MemoryStore())
     for prompt in range(400):
         visit(store, prompt // 2, range(8, 20))

@@ -1,0 +1,1 @@
+"""Looking after stores, whatever the tier."""

@@ -7,6 +7,8 @@ import random
 import subprocess
 import tarfile
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,15 +29,15 @@ MARK = b'{"cakekv_archive": 1}'
 class Pipe(io.RawIOBase):
     """Neither seekable, nor generous: a few bytes at a time."""
 
-    def __init__(self, data):
+    def __init__(self, data: memoryview) -> None:
         self._data = io.BytesIO(data)
 
-    def read(self, size=-1):
+    def read(self, size: int = -1) -> Any:
         return self._data.read(min(size, 1000))
 
 
 @pytest.fixture
-def archive():
+def archive() -> bytes:
     """The bytes of a store of three chunks, used in the order 1, 2, 0."""
     store = MemoryStore()
     for number in (1, 2, 0):
@@ -46,7 +48,7 @@ def archive():
     return stream.getvalue()
 
 
-def member(name, data=b"", **fields):
+def member(name: str, data: bytes = b"", **fields: Any) -> Any:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in fields.items():
@@ -54,16 +56,16 @@ def member(name, data=b"", **fields):
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
 
-def archive_of(*members):
+def archive_of(*members: Any) -> Any:
     return member(MARKER, MARK) + b"".join(members) + bytes(1024)
 
 
-def imported(data):
+def imported(data: memoryview) -> Any:
     store = MemoryStore()
     return store, import_archive(io.BytesIO(data), store)
 
 
-def test_tar_reads_it(archive, tmp_path):
+def test_tar_reads_it(archive: bytes, tmp_path: Path) -> None:
     names = subprocess.run(["tar", "t"], input=archive, capture_output=True, check=True).stdout.decode().split()
     chunks = [f"chunks/{key_of(number).hex()}" for number in (1, 2, 0)]
     assert names == [MARKER, f"identities/{ROOT}.json", *chunks]
@@ -72,7 +74,7 @@ def test_tar_reads_it(archive, tmp_path):
         assert {info.mode for info in tar} == {0o600}
 
 
-def test_what_tar_makes_is_read(tmp_path, archive):
+def test_what_tar_makes_is_read(tmp_path: Path, archive: bytes) -> None:
     subprocess.run(["tar", "x", "-C", tmp_path], input=archive, check=True)
     names = [MARKER, *sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))]
     made = subprocess.run(["tar", "c", *names], cwd=tmp_path, capture_output=True, check=True).stdout
@@ -81,14 +83,14 @@ def test_what_tar_makes_is_read(tmp_path, archive):
     assert read(store, key_of(1)) == chunk_of(1)
 
 
-def test_it_comes_through_a_pipe_and_keeps_the_order_of_use(archive):
+def test_it_comes_through_a_pipe_and_keeps_the_order_of_use(archive: bytes) -> None:
     store = MemoryStore(2 * SIZE)
     assert import_archive(Pipe(archive), store).chunks == 3
     assert {chunk.key for chunk in store} == {key_of(2), key_of(0)}, "the one used last is written last"
 
 
 @pytest.mark.parametrize("at", [-1e9, 0.0, 4e9, 1e12, 1e300])
-def test_chunks_whose_time_is_none_are_exported(at):
+def test_chunks_whose_time_is_none_are_exported(at: float) -> None:
     store = MemoryStore(clock=lambda: at)
     store.write(key_of(0), chunk_of(0))
     stream = io.BytesIO()
@@ -97,7 +99,7 @@ def test_chunks_whose_time_is_none_are_exported(at):
     assert import_archive(stream, MemoryStore()).chunks == 1
 
 
-def test_a_sealed_store_is_exported_in_the_open_and_sealed_again(archive):
+def test_a_sealed_store_is_exported_in_the_open_and_sealed_again(archive: bytes) -> None:
     inner = MemoryStore()
     store = EncryptedStore(inner, Keyring([bytes(32)]))
     import_archive(io.BytesIO(archive), store)
@@ -108,7 +110,7 @@ def test_a_sealed_store_is_exported_in_the_open_and_sealed_again(archive):
 
 
 @pytest.mark.parametrize("at", [5000, 4096 + 512, SIZE - 1])
-def test_a_damaged_chunk_is_left_out(at):
+def test_a_damaged_chunk_is_left_out(at: int) -> None:
     data = bytearray(chunk_of(0))
     data[at] ^= 1
     store, result = imported(archive_of(member(f"chunks/{key_of(0).hex()}", bytes(data))))
@@ -116,7 +118,7 @@ def test_a_damaged_chunk_is_left_out(at):
     assert list(store) == []
 
 
-def test_a_sound_chunk_under_anothers_name_is_left_out():
+def test_a_sound_chunk_under_anothers_name_is_left_out() -> None:
     _, result = imported(archive_of(member(f"chunks/{key_of(1).hex()}", bytes(chunk_of(0)))))
     assert "another key" in result.corrupt[key_of(1)]
 
@@ -142,7 +144,7 @@ HOSTILE = {
 }
 
 
-def fixed(header):
+def fixed(header: Any) -> Any:
     """With the checksum that tar wants, so that what is tested is reached."""
     if len(header) < 512 or header[:1] == b"\xff":
         return header
@@ -153,7 +155,9 @@ def fixed(header):
 
 
 @pytest.mark.parametrize("trick", HOSTILE)
-def test_a_hostile_member_is_refused_and_nothing_is_made_of_it(trick, tmp_path, monkeypatch):
+def test_a_hostile_member_is_refused_and_nothing_is_made_of_it(
+    trick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     good = member(f"chunks/{key_of(1).hex()}", bytes(chunk_of(1)))
     store = MemoryStore()
@@ -164,13 +168,13 @@ def test_a_hostile_member_is_refused_and_nothing_is_made_of_it(trick, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_size_that_is_a_lie_takes_no_memory():
+def test_a_size_that_is_a_lie_takes_no_memory() -> None:
     lie = fixed(member(CHUNK)[:124] + b"%011o\0" % (MAX_CHUNK_BYTES - 1) + member(CHUNK)[136:])
     with pytest.raises(BadInput, match="cut off"):
         imported(member(MARKER, MARK) + lie + bytes(5000))
 
 
-def test_negative_sizes_are_refused():
+def test_negative_sizes_are_refused() -> None:
     lie = fixed(member(CHUNK)[:124] + b"\xff" * 12 + member(CHUNK)[136:])
     with pytest.raises(BadInput):
         imported(archive_of(lie))
@@ -179,17 +183,17 @@ def test_negative_sizes_are_refused():
 @pytest.mark.parametrize(
     "data", [b"", b"dear", bytes(1024), member("notes.txt", b"dear") + bytes(1024), b"\x9c" * 4096]
 )
-def test_what_is_no_archive_is_refused(data):
+def test_what_is_no_archive_is_refused(data: bytes) -> None:
     with pytest.raises(BadInput, match="archive"):
         imported(data)
 
 
-def test_another_version_is_refused():
+def test_another_version_is_refused() -> None:
     with pytest.raises(BadInput, match="another version"):
         imported(member(MARKER, b'{"cakekv_archive": 2}') + bytes(1024))
 
 
-def test_an_archive_that_is_cut_off_is_noticed_wherever(archive):
+def test_an_archive_that_is_cut_off_is_noticed_wherever(archive: bytes) -> None:
     ends = random.Random(3).sample(range(len(archive) - 1024), 40)
     for end in [*ends, len(archive) - 1024]:
         store = MemoryStore()
@@ -200,7 +204,7 @@ def test_an_archive_that_is_cut_off_is_noticed_wherever(archive):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
-def test_whatever_is_changed_no_wrong_chunk_gets_in(archive, changes):
+def test_whatever_is_changed_no_wrong_chunk_gets_in(archive: bytes, changes: Any) -> None:
     data = bytearray(archive)
     for at, mask in changes:
         data[at % len(data)] ^= mask

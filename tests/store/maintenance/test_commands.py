@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -12,13 +14,14 @@ from cakekv.cli.main import app
 from cakekv.keys import Identity, chunk_keys
 from cakekv.store.opening import open_store
 from tests.store.chunks import SIZE, chunk_of, key_of
+from tests.store.conftest import Servers
 
 KINDS = ["disk", "striped", "encrypted", "tiered", "redis", "s3"]
 IDENTITY = Identity("w" * 64, "{}", "float32", "[]", 4)
 
 
 @pytest.fixture(params=KINDS)
-def url(request, tmp_path, shared):
+def url(request: pytest.FixtureRequest, tmp_path: Path, shared: Servers) -> str:
     folder = tmp_path / "kv"
     keys = tmp_path / "kv.keys"
     keys.touch(0o600)
@@ -37,13 +40,13 @@ def url(request, tmp_path, shared):
     return urls[request.param]()
 
 
-def run(*arguments):
+def run(*arguments: Any) -> Any:
     result = CliRunner().invoke(app, ["store", *(str(argument) for argument in arguments), "--json"])
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_all_commands(url, tmp_path, request):
+def test_all_commands(url: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps(list(range(9))))
     with open_store(url) as store:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.errors import MissingChunk
+from cakekv.store.base import Store
 from cakekv.store.maintenance.archive import export, import_archive
 from cakekv.store.maintenance.collect import delete, garbage
 from cakekv.store.maintenance.copying import copy
@@ -15,6 +19,7 @@ from cakekv.store.maintenance.verify import repair, verify
 from cakekv.store.maintenance.walking import leave_no_trace, newest
 from cakekv.store.memory import MemoryStore
 from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.conftest import Servers
 from tests.store.test_contract import TIERS
 
 KINDS = ["disk", "striped", "encrypted", "tiered", "redis", "s3"]
@@ -23,7 +28,7 @@ FIELDS = {"dtype": "float32", "weights": "é"}
 
 
 @pytest.fixture(params=KINDS)
-def store(request, tmp_path, shared):
+def store(request: pytest.FixtureRequest, tmp_path: Path, shared: Servers) -> Iterator[Store]:
     """A store of three chunks."""
     with TIERS[request.param].open(tmp_path, None, shared) as store:
         for number in range(3):
@@ -33,16 +38,16 @@ def store(request, tmp_path, shared):
         yield store
 
 
-def keys(store):
+def keys(store: Store) -> set[Any]:
     return {chunk.key for chunk in store}
 
 
-def spoil(store, number):
+def spoil(store: Store, number: int) -> None:
     """A chunk under the wrong name, as nothing but its content tells."""
     store.write(key_of(number), chunk_of(number + 1))
 
 
-def test_verifying_and_repairing(store):
+def test_verifying_and_repairing(store: Store) -> None:
     tiers = len(verify(store))
     assert [one.chunks for one in verify(store)] == [3] * tiers
     spoil(store, 1)
@@ -57,7 +62,7 @@ def test_verifying_and_repairing(store):
     assert not any(one.corrupt for one in verify(store))
 
 
-def test_copying_there_and_back(store, tmp_path):
+def test_copying_there_and_back(store: Store, tmp_path: Path) -> None:
     spoil(store, 1)
     other = MemoryStore()
     copied = copy(store, other)
@@ -73,7 +78,7 @@ def test_copying_there_and_back(store, tmp_path):
     assert read(store, key_of(7)) == chunk_of(7)
 
 
-def test_exporting_and_importing(store, tmp_path):
+def test_exporting_and_importing(store: Store, tmp_path: Path) -> None:
     stream = io.BytesIO()
     assert export(store, stream).chunks == 3
     stream.seek(0)
@@ -90,7 +95,7 @@ def test_exporting_and_importing(store, tmp_path):
     assert read(store, key_of(1)) == chunk_of(1)
 
 
-def test_collecting(store):
+def test_collecting(store: Store) -> None:
     now = time.time()
     going = garbage(store, now, capacity=2 * SIZE + 9000, older_than_s=3600)
     assert (going.old, len(going.surplus)) == ([], 1)
@@ -103,7 +108,7 @@ def test_collecting(store):
     assert keys(store) == set()
 
 
-def test_looking_at_a_chunk_leaves_no_trace(store):
+def test_looking_at_a_chunk_leaves_no_trace(store: Store) -> None:
     if store.name == "redis":
         for name in [store.name_of(key_of(number)) for number in range(3)]:
             store._client.restore(name, 0, store._client.dump(name), replace=True, idletime=1000)
@@ -118,7 +123,7 @@ def test_looking_at_a_chunk_leaves_no_trace(store):
     assert after == pytest.approx(before, abs=15 if store.name == "redis" else 0)
 
 
-def test_the_newest_that_fit():
+def test_the_newest_that_fit() -> None:
     store = MemoryStore()
     for number in range(4):
         store.write(key_of(number), chunk_of(number))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from cakekv.errors import MissingChunk, UnknownKey
+from cakekv.keys import ChunkKey
+from cakekv.store.base import ChunkReader, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
@@ -15,25 +20,26 @@ from cakekv.store.redis import RedisStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tiered import TieredStore, TierPlan
 from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.conftest import Servers
 
 OLD, NEW, LOST = (bytes([number]) * 32 for number in range(3))
 
 
-def sealed(inner, *keys):
+def sealed(inner: Store, *keys: Any) -> Any:
     return EncryptedStore(inner, Keyring(keys))
 
 
-def striped(folder, names):
+def striped(folder: Path, names: Any) -> Any:
     return StripedStore([DiskStore(folder / name) for name in names])
 
 
-def check(store, count):
+def check(store: Store, count: int) -> None:
     assert {chunk.key: chunk.size for chunk in store} == {key_of(number): SIZE for number in range(count)}
     for number in range(count):
         assert read(store, key_of(number)) == chunk_of(number)
 
 
-def test_after_a_rotation_the_old_key_is_not_needed_any_more():
+def test_after_a_rotation_the_old_key_is_not_needed_any_more() -> None:
     inner = MemoryStore()
     for number in range(4):
         (sealed(inner, OLD) if number < 3 else sealed(inner, NEW)).write(key_of(number), chunk_of(number))
@@ -48,7 +54,7 @@ def test_after_a_rotation_the_old_key_is_not_needed_any_more():
     assert migrate(both).fates == {}
 
 
-def test_what_lay_in_the_open_is_sealed():
+def test_what_lay_in_the_open_is_sealed() -> None:
     inner = MemoryStore()
     for number in range(2):
         inner.write(key_of(number), chunk_of(number))
@@ -57,7 +63,7 @@ def test_what_lay_in_the_open_is_sealed():
     assert bytes(chunk_of(0)[5000:5100]) not in read(inner, key_of(0))
 
 
-def test_what_cannot_be_trusted_or_opened_stays_as_it_is():
+def test_what_cannot_be_trusted_or_opened_stays_as_it_is() -> None:
     inner = MemoryStore()
     sealed(inner, LOST).write(key_of(0), chunk_of(0))
     inner.write(key_of(1), chunk_of(2))
@@ -70,7 +76,7 @@ def test_what_cannot_be_trusted_or_opened_stays_as_it_is():
     assert {number: read(inner, key_of(number)) for number in range(3)} == before
 
 
-def test_the_order_of_use_is_kept():
+def test_the_order_of_use_is_kept() -> None:
     inner = MemoryStore()
     numbers = {key_of(number): number for number in range(30)}
     for key, number in numbers.items():
@@ -80,7 +86,7 @@ def test_the_order_of_use_is_kept():
     assert all(abs(place - number) <= 2 * inner.parallel_reads for place, number in enumerate(order)), order
 
 
-def test_a_full_store_is_not_emptied_by_it(tmp_path):
+def test_a_full_store_is_not_emptied_by_it(tmp_path: Path) -> None:
     inner = DiskStore(tmp_path / "kv")
     for number in range(20):
         sealed(inner, OLD).write(key_of(number), chunk_of(number))
@@ -92,7 +98,7 @@ def test_a_full_store_is_not_emptied_by_it(tmp_path):
         sealed(inner, NEW).open(key).close()
 
 
-def test_a_server_too(shared, tmp_path):
+def test_a_server_too(shared: Servers, tmp_path: Path) -> None:
     with RedisStore("127.0.0.1", shared.valkey, prefix=f"{tmp_path}:") as inner:
         sealed(inner, OLD).write(key_of(0), chunk_of(0))
         inner.write(key_of(1), chunk_of(1))
@@ -100,7 +106,7 @@ def test_a_server_too(shared, tmp_path):
         check(sealed(inner, NEW), 2)
 
 
-def test_a_folder_more(tmp_path):
+def test_a_folder_more(tmp_path: Path) -> None:
     with striped(tmp_path, "ab") as former:
         for number in range(30):
             former.write(key_of(number), chunk_of(number))
@@ -114,7 +120,7 @@ def test_a_folder_more(tmp_path):
         assert migrate(latter).fates == {}
 
 
-def test_a_chunk_that_was_computed_again_meanwhile_is_not_overwritten(tmp_path):
+def test_a_chunk_that_was_computed_again_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     with striped(tmp_path, "abc") as store:
         astray = next(part for part in store.parts if part is not store.place_of(key_of(0)))
         astray.write(key_of(0), chunk_of(9))
@@ -123,7 +129,7 @@ def test_a_chunk_that_was_computed_again_meanwhile_is_not_overwritten(tmp_path):
         check(store, 1)
 
 
-def test_sealed_chunks_in_other_folders_within_a_tier(tmp_path):
+def test_sealed_chunks_in_other_folders_within_a_tier(tmp_path: Path) -> None:
     with striped(tmp_path, "ab") as former:
         for number in range(20):
             sealed(former, OLD).write(key_of(number), chunk_of(number))
@@ -136,15 +142,15 @@ def test_sealed_chunks_in_other_folders_within_a_tier(tmp_path):
         check(latter, 20)
 
 
-def test_a_store_without_such_options_has_nothing_to_migrate(tmp_path):
+def test_a_store_without_such_options_has_nothing_to_migrate(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "kv") as store:
         store.write(key_of(0), chunk_of(0))
         assert (migrate(store).fates, migrate(store).corrupt) == ({}, {})
 
 
-def test_a_chunk_that_vanishes_is_counted():
+def test_a_chunk_that_vanishes_is_counted() -> None:
     class Vanishing(MemoryStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             if key in opened:
                 raise MissingChunk("gone")
             opened.add(key)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cakekv.chunk import MAX_CHUNK_BYTES
 from cakekv.errors import CorruptChunk, NoAnswer, StoreError
-from cakekv.store.base import ChunkReader
+from cakekv.keys import ChunkKey
+from cakekv.store.base import ChunkReader, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
@@ -27,30 +30,30 @@ KEYS = [bytes([number]) * 32 for number in range(2)]
 class Liar(WrappedStore):
     """Says that its chunks are longer than they are."""
 
-    def __init__(self, inner, size):
+    def __init__(self, inner: Store, size: int) -> None:
         super().__init__(inner)
         self.size = size
         self.asked = []
 
-    def open(self, key):
+    def open(self, key: ChunkKey) -> ChunkReader:
         store, reader = self, self._inner.open(key)
 
         class Lying(ChunkReader):
             size = store.size
 
-            def read_into(self, buffer, offset):
+            def read_into(self, buffer: memoryview, offset: int) -> int:
                 store.asked.append(len(buffer))
                 return reader.read_into(buffer, offset)
 
         return Lying()
 
 
-def open_failing():
+def open_failing() -> None:
     raise StoreError("nobody answers")
 
 
 @pytest.fixture
-def tiered(tmp_path):
+def tiered(tmp_path: Path) -> Iterator[tuple[TieredStore, MemoryStore, DiskStore]]:
     """A tier that is down, and two that each hold two chunks."""
     stores = [MemoryStore(), DiskStore(tmp_path / "kv")]
     for store in stores:
@@ -61,7 +64,9 @@ def tiered(tmp_path):
         yield tiered, *stores
 
 
-def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(tiered):
+def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(
+    tiered: tuple[TieredStore, MemoryStore, DiskStore],
+) -> None:
     store, memory, disk = tiered
     memory.write(key_of(0), chunk_of(5))
     (disk.path / "incoming" / f"{SIZE}-0123456789abcdef.tmp").write_text("half")
@@ -74,7 +79,7 @@ def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(tiered):
     assert read(disk, key_of(0)) == chunk_of(0)
 
 
-def test_a_sound_copy_is_found_behind_a_corrupt_one(tiered):
+def test_a_sound_copy_is_found_behind_a_corrupt_one(tiered: tuple[TieredStore, MemoryStore, DiskStore]) -> None:
     store, memory, disk = tiered
     memory.write(key_of(0), chunk_of(5))
     assert read_anywhere(store, key_of(0)) == chunk_of(0)
@@ -83,9 +88,9 @@ def test_a_sound_copy_is_found_behind_a_corrupt_one(tiered):
         read_anywhere(store, key_of(0))
 
 
-def test_a_store_that_fails_is_an_error():
+def test_a_store_that_fails_is_an_error() -> None:
     class Failing(WrappedStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             raise StoreError("no luck")
 
     inner = MemoryStore()
@@ -96,9 +101,9 @@ def test_a_store_that_fails_is_an_error():
     assert inner.lookup([key_of(0)]) == [SIZE]
 
 
-def test_one_chunk_that_cannot_be_read_is_named_and_left_alone():
+def test_one_chunk_that_cannot_be_read_is_named_and_left_alone() -> None:
     class Failing(WrappedStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             if key == key_of(1):
                 raise StoreError("no luck")
             return super().open(key)
@@ -115,9 +120,9 @@ def test_one_chunk_that_cannot_be_read_is_named_and_left_alone():
     assert inner.lookup([key_of(0), key_of(1), key_of(2)]) == [SIZE, SIZE, None]
 
 
-def test_a_few_chunks_that_cannot_be_read_do_not_end_a_tier():
+def test_a_few_chunks_that_cannot_be_read_do_not_end_a_tier() -> None:
     class Failing(WrappedStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             if key != key_of(9):
                 raise StoreError("no luck")
             return super().open(key)
@@ -133,7 +138,7 @@ def test_a_few_chunks_that_cannot_be_read_do_not_end_a_tier():
     assert store.members[0].is_up
 
 
-def test_what_cannot_be_opened_is_not_called_corrupt():
+def test_what_cannot_be_opened_is_not_called_corrupt() -> None:
     inner = MemoryStore()
     EncryptedStore(inner, Keyring(KEYS[:1])).write(key_of(0), chunk_of(0))
     other = EncryptedStore(inner, Keyring(KEYS[1:]))
@@ -146,7 +151,7 @@ def test_what_cannot_be_opened_is_not_called_corrupt():
 
 
 @pytest.mark.parametrize("cut", [1, 4096, SIZE])
-def test_a_sealed_chunk_that_was_cut_is_found(cut):
+def test_a_sealed_chunk_that_was_cut_is_found(cut: int) -> None:
     """Whatever length is left, also one that no sealed chunk has, and that the store itself passes over."""
     inner = MemoryStore()
     store = EncryptedStore(inner, Keyring(KEYS))
@@ -157,7 +162,7 @@ def test_a_sealed_chunk_that_was_cut_is_found(cut):
     assert list(inner) == []
 
 
-def test_a_large_thing_is_looked_at_before_memory_is_set_aside():
+def test_a_large_thing_is_looked_at_before_memory_is_set_aside() -> None:
     inner = MemoryStore()
     inner.write(key_of(0), chunk_of(0))
     for size in (MAX_CHUNK_BYTES - 1, MAX_CHUNK_BYTES + 1, 1 << 60):
@@ -167,13 +172,13 @@ def test_a_large_thing_is_looked_at_before_memory_is_set_aside():
         assert max(liar.asked, default=0) <= 8192
 
 
-def test_no_threads_are_left_when_one_fails(tmp_path):
+def test_no_threads_are_left_when_one_fails(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "kv")
     for number in range(50):
         store.write(key_of(number), chunk_of(number))
 
     class FailingOnce(WrappedStore):
-        def open(self, key):
+        def open(self, key: ChunkKey) -> ChunkReader:
             if key == key_of(7):
                 raise NoAnswer("no luck")
             return super().open(key)

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from cakekv.cli.console import EXIT_FAILED, NEWS, print_json
+from cakekv.cli.console import EXIT_FAILED, NEWS, one_of, print_json
 from cakekv.cli.store.opened import DryRun, Json, Url, bar, opened, say, say_left_out
 from cakekv.errors import BadInput, NotDeleted
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes, parse_bytes, parse_duration
 from cakekv.store.base import Store, StoredChunk
-from cakekv.store.eviction import policy_named
+from cakekv.store.eviction import POLICIES, policy_named
 from cakekv.store.maintenance.collect import Garbage, delete, garbage
 from cakekv.store.maintenance.listing import listing
 from cakekv.store.maintenance.walking import chosen, unwrapped
@@ -74,7 +74,7 @@ def gc(
     ] = None,
     evict: Annotated[
         str | None,
-        typer.Option(help="What goes first for --capacity: lru, lfu, keep_the_tail. [default: as the store evicts]"),
+        typer.Option(help=f"What goes first for --capacity: {one_of(POLICIES)}. [default: as the store evicts]"),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -11,14 +11,17 @@ from urllib.parse import unquote
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from cakekv.cli.console import NEWS, RESULTS
+from cakekv.cli.console import NEWS, RESULTS, one_of
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.store.maintenance.walking import leave_no_trace
-from cakekv.store.opening import check_urls, open_store
+from cakekv.store.opening import TIERS, check_urls, open_store
 
-Url = Annotated[str, typer.Argument(metavar="STORE", help="A folder, or a URL such as file:///var/cache/kv.")]
+Url = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help=f"A folder, or a URL: {one_of(f'{kind}://' for kind in TIERS)}…"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _NAMED = 20
 """What goes wrong with more chunks than that is not said of each."""

@@ -1,0 +1,1 @@
+"""A cluster of nodes that serve a trace."""

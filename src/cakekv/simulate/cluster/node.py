@@ -110,14 +110,14 @@ class Node:
         """What comes of the job if compute and tiers serve it from now on."""
         return behaviour.finish(self.machine, job.task(), self.remote_rate)
 
-    def _load_order(self, waiting: list[Job], source: int, now: float, policy: Policy) -> list[Job]:
+    def _load_order(self, waiting: list[Job], tier: int, now: float, policy: Policy) -> list[Job]:
         if len(waiting) < 2:
             return waiting
         jobs = {str(job.number): job for job in waiting}
-        order = policy.load_order([self._state(job, source) for job in waiting], source, now)
+        order = policy.load_order([self._state(job, tier) for job in waiting], tier, now)
         return [jobs[state.request_id] for state in order]
 
-    def _state(self, job: Job, source: int = REMOTE) -> RequestState:
+    def _state(self, job: Job, tier: int = REMOTE) -> RequestState:
         load_s = {RAM: 1.0 / self.machine.ram_rate} if job.ram_left else {}
         if job.remote_left:
             load_s[REMOTE] = 1.0 / self.remote_rate
@@ -129,6 +129,6 @@ class Node:
             shape=self.machine.shape,
             span_tokens=self.machine.span_tokens,
             front=0,
-            back=job.ram_left if source == RAM else job.ram_tokens + job.remote_left,
+            back=job.ram_left if tier == RAM else job.ram_tokens + job.remote_left,
             load_s=load_s,
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cakekv.restore.assignment import Candidate, assign_loads
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.plan import Candidate, assign_loads
-from cakekv.restore.planner import Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 DEPTH = 2
@@ -98,14 +99,14 @@ def planned_seconds(timer: Timer, prompt_tokens: int, stored: Sequence[bool]) ->
     rate = size / timer.load_s
     cost = LoadCost(DEPTH)
     cost.observe(size, 0.0, size / rate)
-    restore = Restore(
+    restore = Planner(
         prompt_tokens,
         timer.chunk_tokens,
         [(0,) if held else () for held in stored[: timer.whole_chunks(prompt_tokens)]],
-        [Source("tier", cost, DEPTH)],
+        [Tier("tier", cost, DEPTH)],
         ComputeCost(timer.shape, trusted=True),
-        chunk_bytes=size,
-        max_span_tokens=timer.chunk_tokens,
+        [Level.whole(size)],
+        PlannerOptions(max_span_tokens=timer.chunk_tokens),
     )
     return run_restore(
         restore, lambda span, now: timer.shape.seconds(span.start, span.tokens), [VirtualTier(constant(rate))]

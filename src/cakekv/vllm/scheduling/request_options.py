@@ -1,0 +1,65 @@
+"""The options of a single request, in its `kv_transfer_params`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from reprlib import Repr
+from typing import Any, NamedTuple, Self
+
+from cakekv.restore.planner import MODES, Mode
+from cakekv.vllm.config import VllmOptions
+
+FIELD = "cakekv"
+"""The plug-in's own field in `kv_transfer_params`, of requests and of responses."""
+
+_LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
+
+_BRIEFLY = Repr()
+"""What a client sends may be of any length; the log shows its beginning."""
+_BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 100
+
+
+class RequestOptions(NamedTuple):
+    """What a request may set: `{"kv_transfer_params": {"cakekv": {"mode": "load", "save": false, "report": true}}}`.
+
+    Attributes
+    ----------
+    mode : {"auto", "compute", "load", "both"}
+        Which arms work on this prompt.
+    save : bool
+        Whether what is computed of it is saved.
+    report : bool
+        Whether the response's `kv_transfer_params` carry the restore's report.
+    """
+
+    mode: Mode
+    save: bool
+    report: bool
+
+    @classmethod
+    def of(cls, kv_transfer_params: object, options: VllmOptions) -> Self:
+        """What a request asks for; the rest as the server was told. What cannot be is logged and passed over.
+
+        A request that came this far cannot be refused any more, and an error here would end the engine.
+        """
+        default = cls(options.mode, options.save, False)
+        own = kv_transfer_params.get(FIELD) if isinstance(kv_transfer_params, Mapping) else None
+        if own is None:
+            return default
+        wanted = dict(own) if isinstance(own, Mapping) else {"": own}
+        wrong = {
+            name: value
+            for name, value in wanted.items()
+            if not (value in MODES if name == "mode" else name in ("save", "report") and isinstance(value, bool))
+        }
+        if wrong:
+            _LOG.warning(
+                'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
+                "There are mode (one of %s), save and report (true or false).",
+                _BRIEFLY.repr(wrong),
+                ", ".join(MODES),
+            )
+        right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}
+        # A server that was told to save nothing does not save on a request's word.
+        return default._replace(**right | {"save": options.save and right.get("save", True)})

@@ -1,0 +1,1 @@
+"""The whole on a tiny model: modes, trouble, deadlines, closing, forks, layered finish, several requests at once."""

@@ -1,0 +1,1 @@
+"""The planner's laws under random events; plans worked by hand."""

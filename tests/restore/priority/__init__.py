@@ -1,0 +1,1 @@
+"""The laws of priority policies, run for each; cases worked by hand."""

@@ -1,0 +1,1 @@
+"""What eviction policies save."""

@@ -1,0 +1,60 @@
+"""What a request asks for; nothing that a client writes there may end the engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from cakekv.restore.report import Miss, RestoreReport
+from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.scheduling.outcomes import answer, log_restore
+from cakekv.vllm.scheduling.request_options import RequestOptions
+
+OPTIONS = VllmOptions(mode="both")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's log, which does not pass its lines on by itself."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.cakekv")
+    return caplog
+
+
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, {"cakekv": {}}, "text"])
+def test_who_asks_for_nothing_gets_what_the_server_was_told(params: Any, log: Any) -> None:
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("both", True, False)
+    assert not log.records
+
+
+def test_what_can_be_asked_for() -> None:
+    params = {"cakekv": {"mode": "compute", "save": False, "report": True}}
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("compute", False, True)
+
+
+@pytest.mark.parametrize(
+    "own", [5, "fast", ["mode"], {"mode": "fast"}, {"mode": ["load"]}, {"report": 1}, {"color": {"a": 1}}]
+)
+def test_what_cannot_be_is_logged_and_passed_over(own: Any, log: Any) -> None:
+    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("both", True, False)
+    assert "passed over" in log.text
+
+
+def test_a_right_setting_beside_a_wrong_one_counts() -> None:
+    assert RequestOptions.of({"cakekv": {"mode": "load", "save": "no"}}, OPTIONS) == RequestOptions("load", True, False)
+
+
+def test_a_server_that_saves_nothing_does_not_save_on_a_requests_word() -> None:
+    assert not RequestOptions.of({"cakekv": {"save": True}}, VllmOptions(save=False)).save
+
+
+def test_the_answer_and_the_log_line(log: Any) -> None:
+    report = RestoreReport("auto", 1000, 256, met_at=512, computed_tokens=744, loaded_tokens=256)
+    report.bytes_by_tier = {"disk": 2_500_000}
+    report.misses = [Miss(256, 256, "corrupt: segment checksum")]
+    assert answer(report)["cakekv"]["misses"][0]["reason"] == "corrupt: segment checksum"
+    log_restore("cmpl-1", report)
+    for part in ("cmpl-1", "744 computed", "256 loaded (2.5 MB from disk)", "met at 512", "256 corrupt"):
+        assert part in log.text
