@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cakekv.simulate.hardware import ComputeCurve
-from cakekv.simulate.trace import STEADY, Trace
+from cakekv.simulate.optimum import bisected
+from cakekv.simulate.rate import STEADY, Rate
 
 _NEVER = -np.inf
 
@@ -32,8 +33,8 @@ def best_seconds(
     chunk_tokens: int,
     stored: Sequence[bool],
     token_bytes: float,
-    bandwidth: Trace,
-    effort: Trace = STEADY,
+    bandwidth: Rate,
+    effort: Rate = STEADY,
     *,
     between: tuple[float, float],
     precision: float = 2e-3,
@@ -50,7 +51,7 @@ def best_seconds(
         Per chunk; the last one is computed in any case.
     token_bytes : float
         Bytes to load per token.
-    bandwidth, effort : Trace
+    bandwidth, effort : Rate
         The tiers' summed bytes per second, and the rate at which the machine works.
     between : tuple of float
         A lower bound, and a time that can be reached, in seconds.
@@ -70,14 +71,12 @@ def best_seconds(
     work = [shape.seconds(start, end - start) - shape.fixed for start, end in zip(starts, ends, strict=True)]
     held = [chunk < len(stored) and stored[chunk] for chunk in range(chunks - 1)] + [False]
     chunk_bytes = token_bytes * chunk_tokens
-    low, high = between
-    while high - low > precision * high:
-        middle = (low + high) / 2
-        if _reachable(middle, work, held, shape.fixed, span_chunks, chunk_bytes, bandwidth, effort):
-            high = middle
-        else:
-            low = middle
-    return low
+    fixed_s = shape.fixed
+    return bisected(
+        between,
+        precision,
+        lambda seconds: _reachable(seconds, work, held, fixed_s, span_chunks, chunk_bytes, bandwidth, effort),
+    )
 
 
 def _reachable(
@@ -87,8 +86,8 @@ def _reachable(
     fixed_s: float,
     span_chunks: int,
     chunk_bytes: float,
-    bandwidth: Trace,
-    effort: Trace,
+    bandwidth: Rate,
+    effort: Rate,
 ) -> bool:
     most = sum(held)
     left = np.full((span_chunks + 1, most + 1), _NEVER)
@@ -104,14 +103,14 @@ def _reachable(
             open_step = left[1:]
             alive = open_step >= 0
             remaining = open_step[alive]
-            due = np.floor(_deliverable(remaining, bandwidth, effort) / chunk_bytes + 1e-9)
-            room = np.minimum(rooms[alive], due).astype(np.int64) - 1
+            deliverable = np.floor(_deliverable(remaining, bandwidth, effort) / chunk_bytes + 1e-9)
+            room = np.minimum(rooms[alive], deliverable).astype(np.int64) - 1
             np.maximum.at(computed[0], room[room >= 0], remaining[room >= 0])
         computed[computed < 0] = _NEVER
         left = computed
     return bool((left >= 0).any())
 
 
-def _deliverable(work: NDArray[np.float64], bandwidth: Trace, effort: Trace) -> NDArray[np.float64]:
+def _deliverable(work: NDArray[np.float64], bandwidth: Rate, effort: Rate) -> NDArray[np.float64]:
     """Bytes the tiers deliver until the machine has done that much work."""
     return bandwidth.done_many(effort.when_many(work))
