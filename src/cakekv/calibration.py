@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from cakekv.errors import CakeError
-from cakekv.keys import RAW, Identity, canonical
+from cakekv.keys import Identity, canonical
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.store.base import Store
 
@@ -171,7 +171,7 @@ class KnownCosts:
     ) -> None:
         self._kept = kept = None if file is None else Calibration(file)
         self._compute_key = compute_key(identity, device, max_span_tokens)
-        if identity.recipe != RAW:  # a load ends when it is decoded
+        if identity.recipe != "raw":  # a load ends when it is decoded
             device = f"{device}, {identity.recipe}"
         self._tier_keys = [tier_key(tier.url, device, chunk_bytes) if tier.url else None for tier in tiers]
         shape = kept.compute(self._compute_key) if kept else None

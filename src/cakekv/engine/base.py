@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from cakekv.codec.base import Segment
 from cakekv.errors import UnknownRotation
-from cakekv.keys import RAW, Identity
+from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.rotation import Rotation
 
@@ -66,7 +66,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         raise UnknownRotation("this engine does not tell")
 
     @abstractmethod
-    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
+    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
         """Everything that decides whether a stored chunk is this model's, as the model is now."""
 
     def state(self) -> EngineState:
