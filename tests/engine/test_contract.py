@@ -197,9 +197,9 @@ def test_sampling(engine: Engine[Any, Any]) -> None:
         return [choose(logits) for _ in range(20)]
 
     assert drawn(1) == drawn(1) != drawn(2)
-    for settings in ((-1.0, None, None), (float("inf"), None, None), (1.0, 0, None), (1.0, None, 0.0)):
+    for temperature, top_k, top_p in ((-1.0, None, None), (float("inf"), None, None), (1.0, 0, None), (1.0, None, 0.0)):
         with pytest.raises(BadInput):
-            engine.sampler(*settings, None)
+            engine.sampler(temperature, top_k, top_p, None)
 
 
 @cache

@@ -74,7 +74,8 @@ class ToyEngine(Engine[Array, Array]):
             attention = np.exp(scores - scores.max(axis=1, keepdims=True))
             attention /= attention.sum(axis=1, keepdims=True)
             hidden = hidden + np.tanh(attention @ values @ out)
-        return hidden[-1] @ self.embedding.T
+        logits: Array = hidden[-1] @ self.embedding.T
+        return logits
 
     def place(self, cache: Array, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         copied = 0

@@ -93,7 +93,7 @@ def about_a_prompt(command: Callable[..., None]) -> Callable[..., None]:
         prompt = PromptOptions(**{name: given.pop(name) for name in options})
         command(prompt=prompt, **given)
 
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     for parameter in own.parameters.values():
         parameters += options.values() if parameter.name == "prompt" else [parameter]
     run.__signature__ = own.replace(  # type: ignore[attr-defined]  # which typer reads
