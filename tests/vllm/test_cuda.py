@@ -60,10 +60,13 @@ def test_modes(
 def test_a_claim_overtakes_loads(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:
+    engine.loads_first = True
+    engine.expect(compute_s=1.0)
     store.gate.clear()
-    store.let_through = 2
     request = engine.add(stored)
-    engine.until(lambda: engine.restoration(request) and len(store.opened) == 4)
+    store.let_through = engine.keys(request)[5:]
+    engine.until(lambda: len(store.opened) == 4)
+    engine.expect(compute_s=0.001)
     assert engine.finish(request) == [plain[1000]]
 
 

@@ -6,14 +6,16 @@ import pytest
 from tiny_engine import BLOCK, ScriptedStore, TinyEngine, prompt, sampling
 
 from cakekv.chunk import segments, verify_chunk
-from cakekv.vllm.shard_key import shard_key
 
 
 def test_both_ends(engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]) -> None:
+    engine.loads_first = True
+    engine.expect(compute_s=1.0)
     store.gate.clear()
-    store.let_through = 2
     request = engine.add(stored)
-    engine.until(lambda: engine.restoration(request) and len(store.opened) == 4)
+    store.let_through = engine.keys(request)[5:]
+    engine.until(lambda: len(store.opened) == 4)
+    engine.expect(compute_s=0.001)
     assert engine.finish(request) == [plain[1000]]
     report = engine.report()
     assert (report.computed_tokens, report.loaded_tokens, report.met_at) == (744, 256, 640)
@@ -25,11 +27,11 @@ def test_loaded_blocks_hold_the_stored_bytes(engine: TinyEngine, store: Scripted
         layer[:] = 0
     request = engine.add(stored)
     engine.until(lambda: engine.restoration(request) and engine.restoration(request).joined)
-    keys = engine.half.keyring.keys(engine.internal(request))
+    keys = engine.keys(request)
     block_ids = engine.scheduler.kv_cache_manager.get_block_ids(engine.internal(request).request_id)[0]
     blocks = BLOCK // engine.scheduler.block_size
     for chunk in range(7):
-        content = bytearray(store.content(shard_key(keys[chunk], engine.worker.shares[0].tag)))
+        content = bytearray(store.content(keys[chunk]))
         header = verify_chunk(memoryview(content))
         held = [bytearray(size) for size in header.lengths]
         of_chunk = block_ids[chunk * blocks : (chunk + 1) * blocks]
@@ -83,12 +85,10 @@ def test_jumps(
 ) -> None:
     """Loaded chunks with a hole between them: compute jumps twice."""
     monkeypatch.setattr(engine.scheduler, "resume_to_jump", resume)
-    keys = engine.half.keyring.keys(engine.internal(engine.add(stored, sampling(1))))
-    tag = engine.worker.shares[0].tag
-    store.delete([shard_key(keys[4], tag), shard_key(keys[0], tag)])
+    keys = engine.keys(engine.add(stored, sampling(1)))
     engine.settle()
     engine.core.reset_prefix_cache()
-    store.delete([shard_key(keys[4], tag), shard_key(keys[0], tag)])
+    store.delete([keys[4], keys[0]])
     engine.set(mode="load")
     assert engine.run(stored) == plain[1000]
     engine.settle()
@@ -130,8 +130,8 @@ def test_two_at_once(engine: TinyEngine, store: ScriptedStore, stored: list[int]
     engine.settle()
     engine.core.reset_prefix_cache()
     store.gate.clear()
-    store.let_through = 3
     requests = [engine.add(prompt(1500, seed=3)), engine.add(stored)]
+    store.let_through = [*engine.keys(requests[0])[9:], *engine.keys(requests[1])[6:]]
     engine.until(lambda: len(engine.half.restorations) == 2)
     engine.step(3)
     store.gate.set()

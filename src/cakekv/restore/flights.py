@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from cakekv.restore.costs import LoadCost
 
+LEAST_PATIENCE_S = 2.0
+"""A load from a source of known speed is waited for at least this long, unless a deadline ends that."""
+
 
 class Source(NamedTuple):
     """A tier to load from."""
@@ -244,7 +247,7 @@ class Flights:
         since = load.began
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
-        usual_s = max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
+        usual_s = max(LEAST_PATIENCE_S, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
         return since + min(usual_s, self._deadline_s)
 
 
