@@ -224,13 +224,8 @@ def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> No
 @pytest.mark.parametrize("let_through", [0, 1, 2])
 def test_at_every_meeting_point_the_front_is_exact(coded: TinyEngine, let_through: int) -> None:
     store = emptied(coded, "both")
-    coded.loads_first = True
-    coded.expect(compute_s=1.0)
-    store.gate.clear()
-    request = coded.add(prompt(1000))
-    store.let_through = coded.keys(request)[CHUNKS - let_through : CHUNKS]
-    coded.until(lambda: len(store.opened) >= let_through + 2)
-    coded.expect(compute_s=0.001)
+    request = coded.hang(store, prompt(1000), let_through)
+    coded.overtake()
     coded.until(lambda: coded.internal(request).num_computed_tokens >= 1000)
     met = CHUNKS - let_through
     found = blocks_of(coded, request)[:met]

@@ -60,13 +60,8 @@ def test_modes(
 def test_a_claim_overtakes_loads(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:
-    engine.loads_first = True
-    engine.expect(compute_s=1.0)
-    store.gate.clear()
-    request = engine.add(stored)
-    store.let_through = engine.keys(request)[5:]
-    engine.until(lambda: len(store.opened) == 4)
-    engine.expect(compute_s=0.001)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     assert engine.finish(request) == [plain[1000]]
 
 

@@ -9,13 +9,8 @@ from cakekv.chunk import segments, verify_chunk
 
 
 def test_both_ends(engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]) -> None:
-    engine.loads_first = True
-    engine.expect(compute_s=1.0)
-    store.gate.clear()
-    request = engine.add(stored)
-    store.let_through = engine.keys(request)[5:]
-    engine.until(lambda: len(store.opened) == 4)
-    engine.expect(compute_s=0.001)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     assert engine.finish(request) == [plain[1000]]
     report = engine.report()
     assert (report.computed_tokens, report.loaded_tokens, report.met_at) == (744, 256, 640)

@@ -34,13 +34,8 @@ def test_hits_are_what_was_loaded(
 ) -> None:
     counts = Counts(engine, monkeypatch)
     engine.set(mode="both")
-    engine.loads_first = True
-    engine.expect(compute_s=1.0)
-    store.gate.clear()
-    request = engine.add(stored)
-    store.let_through = engine.keys(request)[5:]
-    engine.until(lambda: len(store.opened) == 4)
-    engine.expect(compute_s=0.001)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     engine.finish(request)
     store.gate.set()
     engine.settle()

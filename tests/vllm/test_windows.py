@@ -80,6 +80,8 @@ def nothing_at_hand(windowed: Windowed) -> Iterator[None]:
     """All comes from the store, and nothing is left behind."""
     windowed.store.recover()
     windowed.engine.set(mode="load")
+    windowed.engine.expect()
+    windowed.engine.loads_first = False
     assert windowed.engine.core.reset_prefix_cache()
     yield
     windowed.store.recover_now()
@@ -108,9 +110,8 @@ def test_from_both_ends(windowed: Windowed, loaded: int) -> None:
     """Windows reach over the place where the arms meet, at every distance from the end."""
     engine, store = windowed.engine, windowed.store
     engine.set(mode="both")
-    store.gate.clear()
-    store.let_through = loaded
-    request = engine.add(prompt(1000))
+    request = engine.hang(store, prompt(1000), loaded)
+    engine.overtake()
     assert engine.finish(request) == [windowed.plain[0]]
     assert engine.report().loaded_tokens == loaded * BLOCK
 
@@ -119,9 +120,6 @@ def test_behind_a_hole(windowed: Windowed) -> None:
     """A chunk in the middle cannot be had, and is computed between loaded ones."""
     engine, store = windowed.engine, windowed.store
     request = engine.add(prompt(1000))
-    key = engine.half.keyring.keys(engine.internal(request))[4]
-    from cakekv.vllm.shard_key import shard_key
-
-    store.broken = {shard_key(key, engine.worker.shares[0].tag)}
+    store.broken = {engine.keys(request)[4]}
     assert engine.finish(request) == [windowed.plain[0]]
     assert engine.report().loaded_tokens == 6 * BLOCK

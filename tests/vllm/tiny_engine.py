@@ -322,10 +322,10 @@ class TinyEngine:
         """Whether all readers are idle, or wait for a closed gate."""
         loads = self.worker._loads
         with loads._changed:
-            for source, store in enumerate(self._scripted(loads._tiers)):
-                reading = len(loads._reading[source])
+            for source, store in enumerate(map(innermost, loads._tiers)):
+                reading, held = len(loads._reading[source]), getattr(store, "held", 0)
                 idle = store.parallel_reads - reading
-                if reading > store.held or (idle and loads._queues[source] and loads._has_room(source)):
+                if reading > held or (idle and loads._queues[source] and loads._has_room(source)):
                     return False
         return True
 
@@ -348,6 +348,25 @@ class TinyEngine:
     def internal(self, request_id: str) -> Any:
         """vLLM's own request."""
         return next(request for key, request in self.scheduler.requests.items() if key.startswith(request_id))
+
+    def hang(self, store: ScriptedStore, token_ids: Sequence[int], loaded: int, **options: Any) -> str:
+        """Send a request of which the last `loaded` chunks come, and work until the loads of two more hang.
+
+        What has to be computed is; for the rest, loads seem worth waiting for.
+        """
+        self.loads_first = True
+        self.expect(compute_s=1.0)
+        store.opened.clear()
+        store.gate.clear()
+        request = self.add(token_ids, **options)
+        keys = self.keys(request)
+        store.let_through = keys[len(keys) - loaded :]
+        self.until(lambda: len(store.opened) == loaded + 2)
+        return request
+
+    def overtake(self) -> None:
+        """From now on, computing seems so fast that no load which hangs is waited for."""
+        self.expect(compute_s=0.001)
 
     def keys(self, request_id: str) -> list[ChunkKey]:
         """The keys in the store of a request that goes on."""
