@@ -18,7 +18,7 @@ def loaded_by_engine(server: Server) -> list[float]:
 
 
 def test_an_engine_loads_what_the_other_has_saved(tmp_path, server_environment):
-    plug_in = {"store": f"file://{tmp_path}/store?capacity=1GB", "chunk_tokens": 128, "mode": "both"}
+    plug_in = {"store": f"file://{tmp_path}/store?capacity=1GB", "chunk_tokens": 128, "mode": "load"}
     arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "2048", "--data-parallel-size", "2"]
     with Server(demo_model(), tmp_path / "log", plug_in, [*arguments, "--no-enable-prefix-caching"]) as server:
         client = server.client()

@@ -129,11 +129,11 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
     """Chunks 0 and 1 are in RAM, 2 and 3 on disk, all of them on the server, which is slow and then gone."""
     ram = (Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path) / f"cakekv-test-{os.getpid()}"
     with valkey(tmp_path) as (port, server):
-        urls = [f"file://{ram}", f"file://{tmp_path}/disk", f"redis://127.0.0.1:{port}?timeout=1s&bandwidth=500KB/s"]
+        urls = [f"file://{ram}", f"file://{tmp_path}/disk", f"redis://127.0.0.1:{port}?timeout=1s&bandwidth=2MB/s"]
         tiers = tmp_path / "tiers.toml"
         tiers.write_text("".join(f'[[tier]]\nurl = "{url}"\npromote = false\n' for url in urls))
         # One at a time, so that the server has some to deliver when it has delivered one.
-        options = {"store": f"tiered://{tiers}", "mode": "load", "load_deadline": 1.0, "load_threads": 1}
+        options = {"store": f"tiered://{tiers}", "mode": "load", "load_deadline": 5.0, "load_threads": 1}
         try:
             with closing(TinyEngine(model, options)) as engine:
                 assert engine.run(prompt(1000)) == plain[1000]
