@@ -119,13 +119,12 @@ class Admission:
         """Look once at all restores that go on, instead of once per request that waits."""
         self._room = max(0, min(MOST_BEGUN, MOST_OPEN - len(restorations)))
         self._fronts.clear()
+        unshared = {restoration for restoration in restorations.values() if not restoration.shared}
         for restoration in restorations.values():
-            self._note_front(restoration)
-        self._twins = {
-            request_id: twin
-            for request_id, twin in self._twins.items()
-            if restorations.get(twin.request_id) is twin and not twin.shared
-        }
+            if restoration in unshared:
+                self._note_front(restoration)
+        if not unshared.issuperset(self._twins.values()):
+            self._twins = {request_id: twin for request_id, twin in self._twins.items() if twin in unshared}
 
     def began(self, restoration: Restoration) -> None:
         """A restore begins within the step."""
@@ -134,7 +133,8 @@ class Admission:
         self._note_front(restoration)
 
     def _note_front(self, restoration: Restoration) -> None:
-        if not self._shares_blocks or restoration.shared:
+        """Remember what others that lack the same wait for."""
+        if not self._shares_blocks:
             return
         last = restoration.restore.prefix_tokens // self.options.chunk_tokens - 1
         chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
@@ -192,8 +192,14 @@ class Admission:
         """Whether no restore may begin in this step."""
         return self._room <= 0
 
+    def held(self, request_id: str) -> bool:
+        """Whether the restore of an unadmitted request will not begin in this step, whatever else happens in it."""
+        return self._room <= 0 or request_id in self._twins
+
     def unadmitted(self, request: Request) -> bool:
         """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
+        if request.request_id in self._twins:
+            return True
         if request.num_computed_tokens or not self.readable(request):
             return False
         return self.lookup.promising(request.request_id)

@@ -103,6 +103,9 @@ class CakeConnector(KVConnectorBase_V1):
     def has_pending_block_frees(self) -> bool:
         return self.scheduler_half.make_room()
 
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler_half.last_saves.awaited
+
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.scheduler_half.finished(request)
 

@@ -56,6 +56,8 @@ class StepOrders(KVConnectorMetadata):
     had them before must be copied by the time that they are written."""
     answer: bool = False
     """Whether to report even if nothing happened."""
+    idle: bool = False
+    """Whether no request is there, so that the step may wait a moment for saves."""
     awaited: dict[int, list[list[int]]] = field(default_factory=dict)
     """For a layered step: per rank and group of layers, the loads that must be in place before that is computed."""
     patience_s: float = 0.0
@@ -89,6 +91,8 @@ class ShardReport:
     ended: dict[int, LoadResult] = field(default_factory=dict)
     unsaved: list[ChunkKey] = field(default_factory=list)
     """Chunks that it could not save."""
+    saving: int = 0
+    """Saves of which it has not said yet what became of them."""
     waited_s: float = 0.0
     """Seconds that a layered step waited for loads."""
     lost: bool = False

@@ -50,6 +50,7 @@ class SavePool:
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._unsaved: list[ChunkKey] = []
         self._stats = CakeStats()
         self._failed = Complaints("chunks could not be saved, so later prompts will have to be computed")
@@ -79,6 +80,17 @@ class SavePool:
             with self._lock:
                 self.pending += 1
             self._queue.put((order, buffer, waits))
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all is written, but no longer than `timeout_s` seconds."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self.pending, timeout_s)
+
+    @property
+    def unsaid(self) -> int:
+        """Chunks that are not written yet, and one more if `take_stats` has something to tell."""
+        with self._lock:
+            return self.pending + (not self._stats.is_empty())
 
     def take_unsaved(self) -> list[ChunkKey]:
         """Chunks that could not be saved since the last call."""
@@ -148,6 +160,7 @@ class SavePool:
                     self._stats.add("cakekv:saved_chunks", 1)
                     self._stats.add("cakekv:saved_bytes", size)
                     self._stats.add("cakekv:save_seconds", monotonic() - began)
+                self._ended.notify_all()
 
     def _lost(self, key: ChunkKey, reason: str) -> None:
         with self._lock:

@@ -28,6 +28,8 @@ from cakekv.vllm.connector import CakeConnector
 from cakekv.vllm.restoration import Restoration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import PrefixCacheStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
+
+_DECODES = (Kind.DECODE, 0)
+"""Where they stand among those that run."""
 
 
 class CakeSchedulerMixin(Scheduler):
@@ -69,6 +75,8 @@ class CakeSchedulerMixin(Scheduler):
         """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
+        self._aside: list[Request] = []
+        """Requests that wait, in turn, and of which nothing can begin in this step: vLLM need not look at them."""
         self._turned_away: set[str] = set()
         """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
 
@@ -83,7 +91,7 @@ class CakeSchedulerMixin(Scheduler):
         before = set(self._half.restorations)
         self._reserved.clear()
         self._looked_again.clear()
-        output = super().schedule(throttle_prefills)
+        output = self._schedule_others(throttle_prefills)
         self._correct_statistics(before, output)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
@@ -91,10 +99,34 @@ class CakeSchedulerMixin(Scheduler):
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
+    def _schedule_others(self, throttle_prefills: bool) -> SchedulerOutput:
+        """As vLLM's `schedule`, which looks at every request that waits, but without those that were put aside."""
+        if not self._aside:
+            return super().schedule(throttle_prefills)
+        waiting = list(self.waiting)
+        self.waiting.remove_requests(self._aside)
+        output = super().schedule(throttle_prefills)
+        self.deferred_waiting.update(self._aside)
+        left, known = list(self.waiting), set(waiting)
+        still = {*left, *self._aside}
+        in_turn = [request for request in left if request not in known]  # those that were sent back come first
+        in_turn += [request for request in waiting if request in still]
+        self.waiting.remove_requests(left)
+        self.waiting.prepend_requests(reversed(in_turn))
+        self._aside = []
+        return output
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._aside)
+
     def _jump(self, restoration: Restoration) -> None:
         """If compute has come upon loaded chunks, go on behind them."""
-        request, position = restoration.request, restoration.position
-        if request.status != RequestStatus.RUNNING or request.num_computed_tokens == position:
+        request = restoration.request
+        if request.status != RequestStatus.RUNNING:
+            return
+        position = restoration.position
+        if request.num_computed_tokens == position:
             return
         if request.num_computed_tokens > position and not restoration.offered_in_vain:
             return
@@ -117,8 +149,19 @@ class CakeSchedulerMixin(Scheduler):
         waiting_plain: set[str] = set()
         outside = set(self._turned_away)
         places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        decode_tokens = 0
+        in_order: dict[str, tuple[int, int]] = {}
         for request in self.running:
-            states.append(self._state_of(request, restorations.get(request.request_id)))
+            restoration = restorations.get(request.request_id)
+            if restoration is None and not request.is_prefill_chunk:
+                decode_tokens += _tokens_left(request)
+                continue
+            state = self._state_of(request, restoration)
+            states.append(state)
+            computed = request.num_computed_tokens if state.kind is Kind.STORED_PREFILL else 0
+            in_order[state.request_id] = (state.kind, -computed)
+        if len(in_order) < len(self.running):  # one says as much as all of them
+            states.append(RequestState("", Kind.DECODE, 0.0, decode_tokens))
         for queue in (self.kv_holding_waiting, self.waiting):
             for request in queue:
                 restoration = restorations.get(request.request_id)
@@ -127,6 +170,8 @@ class CakeSchedulerMixin(Scheduler):
                         unadmitted = True
                         state = self._state_of(request, None)
                         states.append(state._replace(kind=Kind.STORED_PREFILL, admitted=False))
+                    if queue is self.waiting and admission.held(request.request_id):
+                        self._aside.append(request)
                     continue
                 if restoration is None:
                     if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or self._nobody_admitted:
@@ -154,23 +199,16 @@ class CakeSchedulerMixin(Scheduler):
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
         # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
-        kinds = {state.request_id: state.kind for state in states}
-        self.running.sort(
-            key=lambda request: (
-                kinds[request.request_id],
-                -request.num_computed_tokens if kinds[request.request_id] is Kind.STORED_PREFILL else 0,
-            )
-        )
+        self.running.sort(key=lambda request: in_order.get(request.request_id, _DECODES))
         return waiting_plain
 
     def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
         """A request as the policies see it."""
         if restoration is not None and restoration.done_at is None:
             return self._half.state_of(restoration)
-        tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
         decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
         kind = Kind.DECODE if decoding else Kind.PLAIN_PREFILL
-        return RequestState(request.request_id, kind, request.arrival_time, max(tokens, 0))
+        return RequestState(request.request_id, kind, request.arrival_time, _tokens_left(request))
 
     # ------------------------------------------------------- while it is put together
 
@@ -348,6 +386,12 @@ class CakeSchedulerMixin(Scheduler):
     def has_finished_requests(self) -> bool:
         return bool(super().has_finished_requests()) or self._half.waiting_for_workers
 
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is None:  # all of them, as the engine shuts down: nothing is to be waited for
+            self._half.last_saves.forget()
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
+
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
         if request.request_id in self.requests:
@@ -395,6 +439,11 @@ class CakeSchedulerMixin(Scheduler):
         finally:
             for blocks in self._parked:
                 pool.touch(blocks)
+
+
+def _tokens_left(request: Request) -> int:
+    """Tokens that the request could compute now."""
+    return max(0, request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
 
 
 class CakeScheduler(CakeSchedulerMixin):

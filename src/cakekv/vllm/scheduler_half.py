@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cakekv.codec import codec_named
 from cakekv.errors import StoreError
-from cakekv.restore.contention import SharedLoad, burdens
+from cakekv.restore.contention import SharedLoad, load_burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Source
 from cakekv.restore.layered import LayerGroups
@@ -25,6 +25,7 @@ from cakekv.vllm.asked import answer
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.exactness import LossyBlocks
 from cakekv.vllm.identity import Keyring, make_hashes_stable
+from cakekv.vllm.last_saves import LastSaves
 from cakekv.vllm.load_desk import LoadDesk
 from cakekv.vllm.lookup import Lookup
 from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
@@ -73,6 +74,7 @@ class SchedulerHalf:
         self.restorations: dict[str, Restoration] = {}
         """By request."""
         self.outcomes = Outcomes(options.log_requests)
+        self.last_saves = LastSaves()
         self._vllm_config = vllm_config
         self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._store, self._tiers = open_tiers(options)
@@ -94,6 +96,10 @@ class SchedulerHalf:
         """The restores as the policies see them in this step."""
         self._token_s: dict[int, float] = {}
         """Per source, seconds of its time per token, in this step."""
+        self._shape = self.costs.cost.shape
+        """What compute costs, in this step."""
+        self._furthest = 0
+        """The position of the restore that has come furthest, in this step."""
         self._share = 1.0
         """What the restore that was last shared out got of the steps."""
         self._fences: deque[tuple[int, Callable[[], None]]] = deque()
@@ -196,6 +202,7 @@ class SchedulerHalf:
         )
         self.admission.began(restoration)
         self._states[request.request_id] = self._state(restoration)
+        self._furthest = max(self._furthest, restoration.position)
 
     def _groups_for(self, request: Request, prefix: int) -> LayerGroups | None:
         """For a layered finish; None if the suffix takes more than a step, or what it computes cannot be taken back."""
@@ -270,10 +277,13 @@ class SchedulerHalf:
         now = monotonic()
         paused_s = self._clock.standstill_s()
         for restoration in self.restorations.values():
-            restoration.pause(paused_s)
+            if paused_s:
+                restoration.pause(paused_s)
             restoration.begin_step(now)
         self._token_s = self._desk.seconds_per_token(self.options.chunk_tokens)
+        self._shape = self.costs.cost.shape
         self._states = {name: self._state(restoration) for name, restoration in self.restorations.items()}
+        self._furthest = max((restoration.position for restoration in self.restorations.values()), default=0)
         self._weigh(now)
         self._think_in_turn(now, turned_away)
         self.admission.begin_step(self.restorations)
@@ -290,8 +300,10 @@ class SchedulerHalf:
             restoration = self.restorations[state.request_id]
             if restoration.done_at is not None or (restoration.parked and budget <= 0):
                 continue
-            restoration.think(now, self._scheduler.serves_only(restoration.request), look_s)
-            self._states[state.request_id] = state._replace(tokens=restoration.wanted)
+            alone = len(self.restorations) == 1 and self._scheduler.serves_only(restoration.request)
+            restoration.think(now, alone, look_s)
+            if restoration.wanted:
+                self._states[state.request_id] = state._replace(tokens=restoration.wanted)
             if state.request_id in turned_away:
                 continue
             # One that gives way to decodes leaves to others what it may not have.
@@ -307,10 +319,11 @@ class SchedulerHalf:
             )
             for restoration in loading
         ]
-        burden = burdens(states, self.policy, time())
+        burden = load_burdens(states, self.policy, time())
         for restoration in loading:
+            burden_of = burden[restoration.request_id]
             for source, cost in enumerate(restoration.load_costs):
-                cost.burden = burden[restoration.request_id].load.get(source, 1.0)
+                cost.burden = burden_of.get(source, 1.0)
                 if len(loading) > 1:
                     cost.crowded_s = now
 
@@ -320,7 +333,7 @@ class SchedulerHalf:
 
     def _state(self, restoration: Restoration) -> RequestState:
         """A restore as it is now, before it is known what it could compute."""
-        restore, shape = restoration.restore, self.costs.cost.shape
+        restore, shape = restoration.restore, self._shape
         request, tokens, position = restoration.request, self.options.chunk_tokens, restore.position
         joined = restoration.joined
         loads = not joined and restore.mode != "compute"
@@ -347,6 +360,7 @@ class SchedulerHalf:
             if restoration.unsure:
                 self._await_layers(orders, restoration)
         self._save_desk.order(orders, output, self.restorations)
+        orders.idle = not self._scheduler.requests
         return orders
 
     def _await_layers(self, orders: StepOrders, restoration: Restoration) -> None:
@@ -394,7 +408,7 @@ class SchedulerHalf:
         if not self.options.decode_slowdown or not self._clock.decode_s:
             return None
         spare_s = (self.options.decode_slowdown - 1) * self._clock.decode_s
-        return self._clock.tokens_within(spare_s, max((r.position for r in self.restorations.values()), default=0))
+        return self._clock.tokens_within(spare_s, self._furthest)
 
     def layered_step_ended(self, report: object) -> Restoration | None:
         """If a step's layers waited, listen to its report before its output is used; returns whose output is void."""
@@ -430,6 +444,7 @@ class SchedulerHalf:
         for rank, shard in report.shards.items():
             self._desk.heard(rank, shard)
             self.saves.unsaved(shard.unsaved)
+            self.last_saves.heard(rank, shard.saving)
         if len(report.shards) == self._desk.ranks:
             reached = min(shard.sequence for shard in report.shards.values())
             while self._fences and self._fences[0][0] <= reached:

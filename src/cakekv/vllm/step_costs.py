@@ -104,7 +104,7 @@ class SharedCost(ComputeCost):
         """Of a step that takes `step_s` seconds, the restore got `tokens` of those that it `wanted`."""
         if step_s <= 0 or not wanted.tokens:
             return
-        alone_s = self._costs.seconds([wanted]) * tokens / wanted.tokens
+        alone_s = self._costs.seconds([wanted]) * tokens / wanted.tokens if tokens else 0.0
         self._approach(min(1.0, alone_s / step_s), step_s)
 
     def spared(self, left: Piece, step_s: float) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+_IDLE_S = 0.005
+"""Seconds that a step without requests waits for saves: long enough not to spin, short enough for who comes then."""
 _LAST_WRITES_S = 10.0
 """Seconds that shutting down waits for what is still to be written."""
 
@@ -48,6 +50,8 @@ class WorkerHalf:
         """Of the step that is computed, if it is a layered one."""
         self._loads: LoadPool | None = None
         self._saves: SavePool | None = None
+        self._saving = 0
+        """As in `ShardReport`, when it was last said."""
         self.description: ShardDescription | None = None
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -118,8 +122,12 @@ class WorkerHalf:
         """The forward pass is done: copy out what is to be saved."""
         if self._gate is not None:
             self._gate.close()
-        if self._orders is not None and self._orders.saves and self._saves is not None:
+        if self._orders is None or self._saves is None:
+            return
+        if self._orders.saves:
             self._saves.save(self._orders.saves)
+        if self._orders.idle:
+            self._saves.wait(_IDLE_S)
 
     def report(self) -> StepReport | None:
         """What happened since the last report, if anything did."""
@@ -128,10 +136,12 @@ class WorkerHalf:
         report = ShardReport(self._orders.sequence)
         report.begun, report.ended = self._loads.take_events()
         if self._saves is not None:
-            report.unsaved = self._saves.take_unsaved()
+            report.unsaved, report.saving = self._saves.take_unsaved(), self._saves.unsaid
+        news = report.saving != self._saving
+        self._saving = report.saving
         if self._gate is not None:
             report.waited_s, report.lost = self._gate.waited_s, self._gate.lost
-        eventful = report.begun or report.ended or report.unsaved or self._gate is not None
+        eventful = report.begun or report.ended or report.unsaved or news or self._gate is not None
         return StepReport({self._rank: report}) if eventful or self._orders.answer else None
 
     def take_stats(self) -> CakeStats | None:
