@@ -35,7 +35,7 @@ from cakekv.bench.valkey import ValkeyDatabase
 from cakekv.bench.vllm.asking import Answer, Texts, ask
 from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
-from cakekv.bench.vllm.lmcache import LMCacheServer
+from cakekv.bench.vllm.lmcache import LMCacheServer, resp_tier
 from cakekv.bench.vllm.options import (
     ChunkTokens,
     JsonFile,
@@ -121,7 +121,8 @@ def main(
         socket_path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "valkey.sock")
         valkey = stack.enter_context(valkey_behind(link, socket_path))
         stores = {name: ValkeyDatabase(socket_path, number) for number, name in enumerate(STORING)}
-        lmcache = stack.enter_context(LMCacheServer(link.far_address, VALKEY_PORT, chunk_tokens, contest.log))
+        remote = resp_tier(link.far_address, VALKEY_PORT)
+        lmcache = stack.enter_context(LMCacheServer(remote, chunk_tokens, contest.log))
         plug_in = {
             "store": f"{valkey}/{STORING.index(CAKEKV)}?timeout=60s",
             "chunk_tokens": chunk_tokens,
