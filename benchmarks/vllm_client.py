@@ -24,11 +24,13 @@ in its page cache. Rows are of the warm round: medians over repeats.
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -68,14 +70,19 @@ class Workload(NamedTuple):
     conversations: int
     turns: int
     turn_tokens: int
-    """Of a question and its answer."""
+    """Of a question and its answer, on average; they have up to a quarter more or fewer."""
     output_tokens: int
     at_once: int
 
     @property
+    def most_turn_tokens(self) -> int:
+        """Of the longest turn."""
+        return self.turn_tokens * 5 // 4
+
+    @property
     def context_tokens(self) -> int:
         """Of the longest request, in whole blocks."""
-        longest = max(self.prefix_tokens + self.suffix_tokens, self.turns * self.turn_tokens)
+        longest = max(self.prefix_tokens + self.suffix_tokens, self.turns * self.most_turn_tokens)
         return -(-(longest + SLACK_TOKENS + self.output_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
 
     @property
@@ -84,8 +91,8 @@ class Workload(NamedTuple):
         return self.at_once * self.context_tokens // BLOCK_TOKENS + 2
 
 
-FULL = Workload(4, 2, 1280, 64, conversations=6, turns=3, turn_tokens=256, output_tokens=16, at_once=2)
-TINY = Workload(3, 2, 384, 32, conversations=3, turns=2, turn_tokens=256, output_tokens=4, at_once=2)
+FULL = Workload(4, 2, 1280, 64, conversations=5, turns=3, turn_tokens=256, output_tokens=16, at_once=2)
+TINY = Workload(3, 2, 384, 32, conversations=3, turns=2, turn_tokens=160, output_tokens=4, at_once=2)
 
 
 @dataclass
@@ -182,7 +189,7 @@ def _datasets(
     repetition += ["--prefix-repetition-prefix-len", str(workload.prefix_tokens)]
     repetition += ["--prefix-repetition-suffix-len", str(workload.suffix_tokens)]
     file = folder / f"conversations-{repeat}.json"
-    file.write_text(json.dumps(_conversations(workload, model, texts)))
+    file.write_text(json.dumps(_conversations(workload, model, texts, repeat)))
     multi_turn = ["--dataset-name", "sharegpt", "--dataset-path", str(file), "--disable-shuffle"]
     return {
         PREFIX_REPETITION: ([*common, *repetition], workload.prefixes * workload.requests_per_prefix),
@@ -190,16 +197,21 @@ def _datasets(
     }
 
 
-def _conversations(workload: Workload, model: Path, texts: Texts) -> list[dict[str, Any]]:
+def _conversations(workload: Workload, model: Path, texts: Texts, seed: int) -> list[dict[str, Any]]:
     """A ShareGPT file's entries: in each, all that was said until then, and an answer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    talks = [texts.next(workload.turns * workload.turn_tokens) for _ in range(workload.conversations)]
+    rng = random.Random(seed)
+    most = workload.most_turn_tokens
+    talks = []
+    for _ in range(workload.conversations):
+        lengths = [rng.randint(workload.turn_tokens * 3 // 4, most) for _ in range(workload.turns)]
+        talks.append((texts.next(workload.turns * most), list(accumulate(lengths))))
     entries = []
-    for turn in range(1, workload.turns + 1):
-        for talk in talks:
-            said = tokenizer.decode(talk[: turn * workload.turn_tokens])
+    for turn in range(workload.turns):
+        for talk, ends in talks:
+            said = tokenizer.decode(talk[: ends[turn]])
             if len(tokenizer(said).input_ids) > min(LONGEST_SHAREGPT, workload.context_tokens - workload.output_tokens):
                 raise CakeError(f"a conversation of {workload.turns} turns is too long for the client")
             turns = [
