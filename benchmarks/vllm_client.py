@@ -247,7 +247,8 @@ def _row(name: str, dataset: str, rounds: Sequence[Mapping[str, Figures]]) -> di
         for temperature in ("warm", "cold")
     }
     cold = {f"cold_{key}": value for key, value in medians["cold"].items()}
-    return {"system": name, "dataset": dataset, **medians["warm"], **cold, "repeats": rounds}
+    requests = rounds[0]["warm"]["requests"]  # a number that all rounds share, and whole
+    return {"system": name, "dataset": dataset, **medians["warm"], "requests": requests, **cold, "repeats": rounds}
 
 
 def _wait_settled(folder: Path) -> None:
