@@ -127,7 +127,7 @@ def main(
     serve: Serve = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Have vLLM's own client measure vLLM alone, with cakekv and with LMCache."""
-    names = systems.split(",")
+    names = list(dict.fromkeys(systems.split(",")))
     if unknown := set(names) - {VLLM, CAKEKV, LMCACHE}:
         raise BadInput(f"--systems is of {VLLM}, {CAKEKV} and {LMCACHE}, not {', '.join(sorted(unknown))}")
     workload = TINY if tiny else FULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -45,6 +46,7 @@ def bench_serve(server: Server, dataset: Sequence[str], requests: int, at_once: 
     words += ["--num-prompts", str(requests), "--max-concurrency", str(at_once), "--temperature", "0", "--ignore-eos"]
     with server.log.open("a") as log, redirect_stdout(log), redirect_stderr(log):
         result: dict[str, Any] = main(parser.parse_args([*words, "--disable-tqdm"]))
+    gc.unfreeze()  # what it froze would never be freed
     if result["completed"] != requests or result["failed"]:
         raise CakeError(
             f"{result['completed']} of {requests} requests were answered, {result['failed']} failed; see {server.log}"
