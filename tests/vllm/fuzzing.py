@@ -23,6 +23,7 @@ from test_lora import save_adapter
 from tiny_engine import BLOCK, VOCABULARY, RequestOutputKind, TinyEngine, closing, prompt, sampling, scripted
 from vllm.lora.request import LoRARequest
 
+from cakekv.vllm.adapter_mixing import operators_mix
 from cakekv.vllm.metrics import kind_of
 
 MODEL_TOKENS = 1024
@@ -378,28 +379,22 @@ def finish(engine: TinyEngine, names: Collection[str]) -> None:
     engine.until(lambda: all(name in engine.outputs and engine.outputs[name].finished for name in names), 3600)
 
 
-def repair_lora_operators() -> bool:
-    """Have vLLM compute requests without an adapter without one. Returns whether it did not.
+def repair_lora_operators() -> None:
+    """Have vLLM compute requests without an adapter without one.
 
     On CPUs, vLLM 0.32 takes -1, which stands for no adapter, for the last of its places for adapters. So a request
     without one, in a step with one that has one, is computed with an adapter: wrong, and not only rounded otherwise.
     """
-    import torch
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
     original = lora_ops.bgmv_shrink
-    out = torch.zeros(1, 1)
-    original(torch.ones(1, 1), torch.ones(1, 1, 1), out, torch.tensor([-1]), 1.0)
-    if not out.item():
-        return False
 
     def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
         original(inputs, weights, output, indices, scaling)
         output[indices < 0] = 0
 
     lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
-    return True
 
 
 def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
@@ -421,7 +416,7 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     """
     setup, choose = Setup.draw(seed), random.Random(f"requests {seed}")
     findings = Findings(seed, setup)
-    adapters = model.parent / f"adapters of {seed}"
+    adapters = model.parent / "adapters"
     adapters.mkdir(exist_ok=True)
     for number in range(1, ADAPTERS + 1):
         if not (adapters / str(number)).exists():
@@ -440,7 +435,10 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     repair = setup.adapters and choose.random() < 0.5
     right = right_answers(model, adapters, setup, [each.question for asked in played for each in asked])
     # Where vLLM itself answers wrongly, answers are not compared, but nothing wrong may have been stored.
-    wrong_beside_adapters = setup.adapters and repair_lora_operators() and not repair
+    wrong_beside_adapters = setup.adapters and operators_mix()
+    if wrong_beside_adapters and repair:
+        repair_lora_operators()
+        wrong_beside_adapters = operators_mix()
     store = f"fuzz {seed}"
     url = f"scripted://{store}" + (f"?faults=seed:{seed},{setup.faults}" if setup.faults else "")
     scheduler = {"scheduler_cls": "cakekv.vllm.CakeAsyncScheduler"} if setup.ahead else {}

@@ -12,22 +12,21 @@ _LOG = logging.getLogger("vllm.cakekv")
 
 
 def mixes_adapters(vllm_config: VllmConfig) -> bool:
-    """Whether this vLLM does so; if it does, that is logged.
-
-    Its operators for CPUs take the number of no adapter, -1, for the last of the places for adapters. Those of vLLM
-    0.33 do not.
-    """
-    if vllm_config.lora_config is None or vllm_config.device_config.device_type != "cpu":
-        return False
-    import torch
-    from vllm.lora.ops.torch_ops import bgmv_shrink
-
-    out = torch.zeros(1, 1)
-    bgmv_shrink(torch.ones(1, 1), torch.ones(1, 1, 1), out, torch.tensor([-1]))
-    if not out.item():
+    """Whether this engine does so; if it does, that is logged."""
+    if vllm_config.lora_config is None or vllm_config.device_config.device_type != "cpu" or not operators_mix():
         return False
     _LOG.warning(
         "cakekv: this vLLM computes prompts without an adapter wrongly in steps that also compute one with an adapter "
         "(on CPUs; vLLM 0.33 does not): what is computed so is not saved"
     )
     return True
+
+
+def operators_mix() -> bool:
+    """Whether vLLM's operators for CPUs take -1, for no adapter, for the last of the places for adapters."""
+    import torch
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    out = torch.zeros(1, 1)
+    lora_ops.bgmv_shrink(torch.ones(1, 1), torch.ones(1, 1, 1), out, torch.tensor([-1]))
+    return bool(out.item())
