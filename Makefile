@@ -33,8 +33,9 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test test-long test-newest lint types docs structures unit sample test-transformers test-package \
-	test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean .vllm-newest/.installed
+.PHONY: demo test engine-half plugin-half test-long test-newest lint types docs structures unit sample \
+	test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean \
+	.vllm-newest/.installed
 install: $(STAMP)
 install-vllm: $(VLLM_STAMP)
 install-peers: $(PEERS_STAMP)
@@ -75,9 +76,19 @@ $(PEERS_STAMP): pyproject.toml constraints-peers.txt
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
 
-test: lint types docs unit sample test-vllm
-	$(MAKE) test-vllm VLLM=0.33 VLLM_TESTS="$(VLLM_CORE)"
-	$(MAKE) test-package ENGINE_PYTHONS=$(PYTHON)
+# The engine's half and the plug-in's, in environments of their own: one after the other, or, with HALVES=2, at once.
+HALVES := 1
+test: lint types docs
+	$(MAKE) install-vllm
+	$(MAKE) -j$(HALVES) engine-half plugin-half
+
+engine-half:
+	$(MAKE) -j1 unit sample
+	$(MAKE) -j1 test-package ENGINE_PYTHONS=$(PYTHON)
+
+plugin-half:
+	$(MAKE) -j1 test-vllm
+	$(MAKE) -j1 test-vllm VLLM=0.33 VLLM_TESTS="$(VLLM_CORE)"
 
 # What users may install tomorrow: the newest transformers and the newest vLLM that there are.
 test-newest: $(STAMP) .vllm-newest/.installed

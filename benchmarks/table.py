@@ -103,6 +103,24 @@ def vllm_load(data: dict[str, Any]) -> str:
     return markdown(head, rows) + measured(data)
 
 
+def vllm_client(data: dict[str, Any]) -> str:
+    """A row per dataset and system."""
+    head = ["dataset", "", "all are answered", "mean TTFT", "99th percentile", "all, cold", "mean TTFT, cold"]
+    systems = {"vllm": "vLLM", "lmcache": "vLLM + LMCache", "cakekv": "vLLM + cakekv"}
+    keys = ("duration_s", "mean_ttft_s", "p99_ttft_s", "cold_duration_s", "cold_mean_ttft_s")
+    rows = [
+        [f"`{row['dataset']}`", title, *(f"{row[key]:.2f} s" for key in keys)]
+        for dataset in dict.fromkeys(row["dataset"] for row in data["rows"])
+        for system, title in systems.items()
+        for row in data["rows"]
+        if (row["system"], row["dataset"]) == (system, dataset)
+    ]
+    lmcache, blocks = data["packages"]["lmcache"], data["workload"]["blocks"]
+    return markdown(head, rows) + measured(
+        data, f", LMCache {lmcache}; chunks of {data['chunk_tokens']}, {blocks} blocks"
+    )
+
+
 def vllm_overhead(data: dict[str, Any]) -> str:
     """A row per kind of step."""
     rows = [
@@ -260,6 +278,7 @@ TABLES = {
     "vllm_layered": Table("docs/vllm.md", bench_vllm),
     "vllm_burst": Table("docs/vllm.md", vllm_burst),
     "vllm_load": Table("docs/vllm.md", vllm_load),
+    "vllm_client": Table("docs/vllm.md", vllm_client),
     "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
     "network": Table("docs/stores.md", network),
     "tiers": Table("docs/stores.md", tiers),

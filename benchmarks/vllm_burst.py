@@ -22,25 +22,26 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import PlannedRequest, Texts, ask, ask_at
 from cakekv.bench.vllm.contest import Contest, warmed
+from cakekv.bench.vllm.options import ChunkTokens, JsonFile, ModelFolder, Prefix, Repeats, Serve, StepTokens, Suffix
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, write_json
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/vllm_burst.json"),
-    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
-    prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 7168,
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 256,
+    json_file: JsonFile = Path("out/vllm_burst.json"),
+    model: ModelFolder = None,
+    prefix: Prefix = 7168,
+    suffix: Suffix = 256,
     burst: Annotated[int, typer.Option(min=1, help="Requests in the burst.")] = 22,
     shortest: Annotated[int, typer.Option(min=1, help="Tokens of the shortest.")] = 32,
     longest: Annotated[int, typer.Option(min=1, help="Tokens of the longest.")] = 448,
     after_s: Annotated[float, typer.Option(min=0, help="Seconds from the long request to the burst.")] = 0.2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 1,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
-    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    chunk_tokens: ChunkTokens = 256,
+    step_tokens: StepTokens = 512,
     before: Annotated[Path | None, typer.Option(help="The folder `src` of a source tree to compare with.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 5,
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+    repeats: Repeats = 5,
+    serve: Serve = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure a burst behind a long request."""
     contest = Contest(json_file, model, serve, step_tokens)

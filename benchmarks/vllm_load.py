@@ -21,12 +21,13 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import Answer, PlannedRequest, Texts, ask_at
 from cakekv.bench.vllm.contest import Contest
+from cakekv.bench.vllm.options import ChunkTokens, JsonFile, ModelFolder, Serve, StepTokens
 from cakekv.cli.console import NEWS, number_list, write_json
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/vllm_load.json"),
-    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
+    json_file: JsonFile = Path("out/vllm_load.json"),
+    model: ModelFolder = None,
     minutes: Annotated[float, typer.Option(help="Length of each run.")] = 3.0,
     shares: Annotated[str, typer.Option(help="Loads, as shares of the capacity.")] = "0.5,0.7,0.9",
     bandwidth_ratio: Annotated[float, typer.Option(help="Bandwidth, in multiples of the balanced one.")] = 1.0,
@@ -35,11 +36,11 @@ def main(
     suffix: Annotated[int, typer.Option(min=1, help="Most tokens after a stored prefix.")] = 128,
     fresh: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt that has none.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 32,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
-    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    chunk_tokens: ChunkTokens = 256,
+    step_tokens: StepTokens = 512,
     calibration_requests: Annotated[int, typer.Option(min=2, help="Requests to measure the capacity with.")] = 40,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 7,
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+    serve: Serve = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure a Poisson mix."""
     loads: list[float] = number_list(shares, float, "shares")

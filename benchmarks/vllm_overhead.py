@@ -20,19 +20,20 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import Texts, ask, ask_at
 from cakekv.bench.vllm.contest import Contest
+from cakekv.bench.vllm.options import JsonFile, ModelFolder, Repeats, Serve, StepTokens
 from cakekv.cli.console import NEWS, number_list, write_json
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/vllm_overhead.json"),
-    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
+    json_file: JsonFile = Path("out/vllm_overhead.json"),
+    model: ModelFolder = None,
     prompts: Annotated[str, typer.Option(help="Lengths of prompts, in tokens.")] = "512,1024,2048",
     batches: Annotated[str, typer.Option(help="Requests that generate at once.")] = "1,4,16",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that each generates.")] = 64,
-    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    step_tokens: StepTokens = 512,
     save: Annotated[bool, typer.Option("--save", help="Save what is computed, which is more than nothing.")] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 9,
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
+    repeats: Repeats = 9,
+    serve: Serve = "--enforce-eager --dtype bfloat16",
 ) -> None:
     """Measure steps with the plug-in and without."""
     lengths: list[int] = number_list(prompts, int, "lengths")

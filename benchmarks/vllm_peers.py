@@ -35,7 +35,19 @@ from cakekv.bench.valkey import ValkeyDatabase
 from cakekv.bench.vllm.asking import Answer, Texts, ask
 from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
-from cakekv.bench.vllm.lmcache import LMCacheServer
+from cakekv.bench.vllm.lmcache import LMCacheServer, resp_tier
+from cakekv.bench.vllm.options import (
+    ChunkTokens,
+    JsonFile,
+    LayeredFinish,
+    ModelFolder,
+    Picture,
+    Prefix,
+    Ratios,
+    Repeats,
+    Serve,
+    StepTokens,
+)
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
 from cakekv.errors import BadInput, CakeError
@@ -84,20 +96,18 @@ class Peers:
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/bench_peers.json"),
-    picture: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
-    prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 4096,
+    json_file: JsonFile = Path("out/bench_peers.json"),
+    picture: Picture = None,
+    model: ModelFolder = None,
+    prefix: Prefix = 4096,
     suffix: Annotated[int, typer.Option(min=1, help="Tokens after it: fewer than a chunk.")] = 200,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk, of both.")] = 256,
-    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
-    ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 5,
+    chunk_tokens: ChunkTokens = 256,
+    step_tokens: StepTokens = 512,
+    ratios: Ratios = "0.5,1,2,4",
+    repeats: Repeats = 5,
     store_repeats: Annotated[int, typer.Option(min=0, help="The same for the time to store.")] = 3,
-    layered_finish: Annotated[
-        bool, typer.Option("--layered-finish", help="Let cakekv's suffix wait in its layers.")
-    ] = False,
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype float32",
+    layered_finish: LayeredFinish = False,
+    serve: Serve = "--enforce-eager --dtype float32",
 ) -> None:
     """Measure vLLM alone, with LMCache and with cakekv."""
     wanted: list[float] = number_list(ratios, float, "ratios")
@@ -111,7 +121,8 @@ def main(
         socket_path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "valkey.sock")
         valkey = stack.enter_context(valkey_behind(link, socket_path))
         stores = {name: ValkeyDatabase(socket_path, number) for number, name in enumerate(STORING)}
-        lmcache = stack.enter_context(LMCacheServer(link.far_address, VALKEY_PORT, chunk_tokens, contest.log))
+        remote = resp_tier(link.far_address, VALKEY_PORT)
+        lmcache = stack.enter_context(LMCacheServer(remote, chunk_tokens, contest.log))
         plug_in = {
             "store": f"{valkey}/{STORING.index(CAKEKV)}?timeout=60s",
             "chunk_tokens": chunk_tokens,

@@ -30,6 +30,19 @@ from cakekv.bench.servers import valkey_behind
 from cakekv.bench.vllm.asking import Answer, Texts, ask, spans_of
 from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
+from cakekv.bench.vllm.options import (
+    ChunkTokens,
+    JsonFile,
+    LayeredFinish,
+    ModelFolder,
+    Picture,
+    Prefix,
+    Ratios,
+    Repeats,
+    Serve,
+    StepTokens,
+    Suffix,
+)
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, number_list, write_json
 from cakekv.errors import BadInput, CakeError
@@ -40,20 +53,18 @@ SHOWN_TOKENS = 32
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")] = Path("out/bench_vllm.json"),
-    picture: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
-    model: Annotated[Path | None, typer.Option(help="The model's folder; by default the demo's.")] = None,
-    prefix: Annotated[int, typer.Option(min=1, help="Stored tokens: a multiple of --chunk-tokens.")] = 4096,
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 256,
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 128,
-    step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
-    ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "0.5,1,2,4",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds at each bandwidth; medians count.")] = 3,
-    layered_finish: Annotated[
-        bool, typer.Option("--layered-finish", help="Let the suffix wait in its layers.")
-    ] = False,
+    json_file: JsonFile = Path("out/bench_vllm.json"),
+    picture: Picture = None,
+    model: ModelFolder = None,
+    prefix: Prefix = 4096,
+    suffix: Suffix = 256,
+    chunk_tokens: ChunkTokens = 128,
+    step_tokens: StepTokens = 512,
+    ratios: Ratios = "0.5,1,2,4",
+    repeats: Repeats = 3,
+    layered_finish: LayeredFinish = False,
     link_kind: Annotated[str, typer.Option("--link", help="network, software, or auto.")] = "auto",
-    serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype float32",
+    serve: Serve = "--enforce-eager --dtype float32",
 ) -> None:
     """Measure plain vLLM, loading only, and both."""
     wanted: list[float] = number_list(ratios, float, "ratios")

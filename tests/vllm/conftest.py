@@ -28,7 +28,7 @@ if HAVE_VLLM:
     import os
     from collections.abc import Iterator
 
-    from tiny_engine import ScriptedStore, TinyEngine, prompt, save_model, scripted
+    from tiny_engine import PATIENCE_S, ScriptedStore, TinyEngine, prompt, save_model, scripted
 
     import cakekv
 
@@ -60,7 +60,7 @@ if HAVE_VLLM:
     @pytest.fixture(scope="module")
     def shared_engine(model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
         """One engine for a module's tests. `plain` comes first: there is room for one engine at a time."""
-        engine = TinyEngine(model, {"store": "scripted://main", "mode": "both", "load_deadline": 20.0})
+        engine = TinyEngine(model, {"store": "scripted://main", "mode": "both", "load_deadline": PATIENCE_S})
         yield engine
         engine.close()
 
@@ -85,6 +85,8 @@ if HAVE_VLLM:
         scripted("main").recover()
         scripted("main").empty()
         shared_engine.half.saves.start_anew()
+        shared_engine.expect()
+        shared_engine.loads_first = False
         yield shared_engine
         scripted("main").recover_now()
         shared_engine.settle()

@@ -15,10 +15,13 @@ import typer
 from tiny_engine import save_model
 from typer.testing import CliRunner
 
-from benchmarks import vllm_burst, vllm_load, vllm_overhead, vllm_peers, vllm_restore
+from benchmarks import vllm_burst, vllm_client, vllm_load, vllm_overhead, vllm_peers, vllm_restore
 from cakekv.bench.picture import bench_picture
+from cakekv.bench.servers import free_port
 from cakekv.bench.vllm.asking import Answer
+from cakekv.bench.vllm.client import bench_serve
 from cakekv.bench.vllm.lmcache import LMCacheServer
+from cakekv.bench.vllm.server import Server
 from cakekv.demo.model import demo_model
 from cakekv.errors import BadInput, CakeError
 
@@ -100,11 +103,87 @@ def test_a_picture_of_peers(tmp_path: Path) -> None:
 def test_a_peer_that_is_not_installed_is_told_how_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    with pytest.raises(CakeError, match="make install-peers"), LMCacheServer("127.0.0.1", 6379, 256, tmp_path / "log"):
+    with pytest.raises(CakeError, match="make install-peers"), LMCacheServer({}, 256, tmp_path / "log"):
         pass
 
 
-@pytest.mark.parametrize("main", [vllm_burst.main, vllm_load.main, vllm_overhead.main, vllm_peers.main])
+def check_rows_of_client(results: Path, systems: Sequence[str]) -> None:
+    rows = {(row["system"], row["dataset"]): row for row in json.loads(results.read_text())["rows"]}
+    assert set(rows) == {(name, dataset) for name in systems for dataset in ("prefix_repetition", "multi_turn")}
+    for (name, _), row in rows.items():
+        assert row["requests"] == row["cold_requests"] == 6
+        for key in ("duration_s", "mean_ttft_s", "p99_ttft_s"):
+            assert row[key] == row["repeats"][0]["warm"][key] > 0
+            assert row[f"cold_{key}"] > 0
+        assert (row["loaded_tokens"] > 0) == (name != "vllm")
+
+
+@pytest.mark.slow
+def test_the_client_of_vllm_asks_each_system_the_same(
+    model: Path, tmp_path: Path, server_environment: None
+) -> None:
+    results = tmp_path / "out" / "client.json"
+    words = ["--json", str(results), "--model", str(model), "--tiny", "--repeats", "1", "--systems", "vllm,cakekv"]
+    run = CliRunner().invoke(program(vllm_client.main), words)
+    assert run.exit_code == 0, run.output
+    check_rows_of_client(results, ("vllm", "cakekv"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEERS.exists(), reason="needs make install-peers")
+def test_the_client_of_vllm_asks_lmcache_too(model: Path, tmp_path: Path, server_environment: None) -> None:
+    results = tmp_path / "out" / "client.json"
+    words = ["--json", results, "--model", model, "--tiny", "--repeats", "1"]
+    run = subprocess.run(
+        [PEERS, "benchmarks/vllm_client.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    check_rows_of_client(results, ("vllm", "cakekv", "lmcache"))
+
+
+def test_systems_that_are_not_known() -> None:
+    run = CliRunner().invoke(program(vllm_client.main), ["--systems", "vllm,sglang"])
+    assert isinstance(run.exception, BadInput)
+    assert "sglang" in str(run.exception)
+
+
+def test_a_request_that_fails_ends_the_measurement(tmp_path: Path) -> None:
+    server = Server(demo_model(), tmp_path / "log")
+    server.port = free_port()  # where nobody answers
+    file = tmp_path / "conversations.json"
+    turns = [
+        {"from": "human", "value": "How do I open a file?"},
+        {"from": "gpt", "value": "With open(), in a with block."},
+    ]
+    file.write_text(json.dumps([{"conversations": turns}]))
+    words = ["--dataset-name", "sharegpt", "--dataset-path", str(file)]
+    with pytest.raises(CakeError, match="0 of 1 requests were answered"):
+        bench_serve(server, words, requests=1, at_once=1)
+    assert "Failed requests" in server.log.read_text()
+
+
+def test_between_two_turns_of_a_conversation_all_others_have_one(tmp_path: Path) -> None:
+    class Numbers:
+        """Prompts of tokens that no other has."""
+
+        begin = 1000
+
+        def next(self, length: int) -> list[int]:
+            self.begin += length
+            return list(range(self.begin - length, self.begin))
+
+    workload = vllm_client.TINY._replace(conversations=3, turns=3, turn_tokens=100)
+    entries = vllm_client._conversations(workload, demo_model(), Numbers(), seed=0)
+    said = [entry["conversations"][0]["value"] for entry in entries]
+    assert len(set(said)) == 9
+    for earlier, later in zip(said, said[3:], strict=False):
+        assert later.startswith(earlier)
+    assert len({text[:50] for text in said}) == 3
+
+
+@pytest.mark.parametrize(
+    "main", [vllm_burst.main, vllm_client.main, vllm_load.main, vllm_overhead.main, vllm_peers.main]
+)
 def test_the_other_programs_say_what_they_take(main: Any) -> None:
     run = CliRunner().invoke(program(main), ["--help"])
     assert run.exit_code == 0

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_layered_finish import take_loads_for
-from tiny_engine import BLOCK, ScriptedStore, TinyEngine, closing, prompt, sampling, scripted
+from tiny_engine import BLOCK, PATIENCE_S, ScriptedStore, TinyEngine, closing, prompt, sampling, scripted
 
 from cakekv.chunk import read_header, segments
 from cakekv.keys import ChunkKey
-from cakekv.restore.costs import ComputeCost, ComputeShape
 
 CHUNKS = 7
 CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS}
@@ -63,6 +61,8 @@ def emptied(engine: TinyEngine, mode: str) -> ScriptedStore:
     assert engine.core.reset_prefix_cache()
     engine.fill_cache(0)
     engine.set(mode=mode)
+    engine.expect()
+    engine.loads_first = False
     engine.store.recover_now()
     return engine.store
 
@@ -77,10 +77,7 @@ def test_layer_by_layer(model: Path, plain: dict[int, list[int]], monkeypatch: p
         emptied(engine, "load")
         expected = engine.run(ids)
         emptied(engine, "auto")
-        compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)  # so that all is loaded but the suffix
-        monkeypatch.setattr(engine.half.costs, "cost", compute)
-        monkeypatch.setattr(compute, "observe", lambda *observed: None)
-        take_loads_for(engine, 0.05)
+        engine.expect(compute_s=5.12, load_s=0.05)  # so that all is loaded but the suffix
         engine.store.gate.clear()
         wait = engine.worker.loads.wait
         monkeypatch.setattr(engine.worker.loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
@@ -112,7 +109,7 @@ def coded_engine(
 ) -> Iterator[TinyEngine]:
     """An engine with a codec; a prompt of 1000 tokens is stored."""
     store = scripted(f"coded-{recipe}")
-    cake = {"store": f"scripted://coded-{recipe}", "codec": recipe, "load_deadline": 20.0}
+    cake = {"store": f"scripted://coded-{recipe}", "codec": recipe, "load_deadline": PATIENCE_S}
     with closing(TinyEngine(model, cake, **options)) as engine:
         engine.expected = plain[1000]
         engine.encoded = encoded
@@ -226,10 +223,8 @@ def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> No
 @pytest.mark.parametrize("let_through", [0, 1, 2])
 def test_at_every_meeting_point_the_front_is_exact(coded: TinyEngine, let_through: int) -> None:
     store = emptied(coded, "both")
-    store.gate.clear()
-    store.let_through = let_through
-    request = coded.add(prompt(1000))
-    coded.until(lambda: coded.restoration(request) and len(store.opened) >= let_through + 2)
+    request = coded.hang(store, prompt(1000), let_through)
+    coded.overtake()
     coded.until(lambda: coded.internal(request).num_computed_tokens >= 1000)
     met = CHUNKS - let_through
     found = blocks_of(coded, request)[:met]

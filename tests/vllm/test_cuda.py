@@ -60,10 +60,8 @@ def test_modes(
 def test_a_claim_overtakes_loads(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:
-    store.gate.clear()
-    store.let_through = 2
-    request = engine.add(stored)
-    engine.until(lambda: engine.restoration(request) and len(store.opened) == 4)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     assert engine.finish(request) == [plain[1000]]
 
 

@@ -8,32 +8,17 @@ from collections.abc import Callable
 import pytest
 from tiny_engine import ScriptedStore, TinyEngine, prompt, sampling
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-
 CHUNKS = 7
 GROUPS = 3
 
 
 @pytest.fixture
-def layered(engine: TinyEngine, stored: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def layered(engine: TinyEngine, stored: list[int]) -> list[int]:
     """A stored prompt, and an engine that takes computing for very slow: it has everything loaded but the suffix."""
     engine.fill_cache(3.0)  # else what earlier runs left in the blocks would do for what does not come
     engine.set(layered_finish=True, mode="auto")
-    compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)
-    monkeypatch.setattr(engine.half.costs, "cost", compute)
-    monkeypatch.setattr(compute, "observe", lambda *observed: None)
-    monkeypatch.setattr(engine.half.loads, "tiers", engine.half.loads.tiers)
-    take_loads_for(engine, 0.05)
+    engine.expect(compute_s=1.28, load_s=0.05)
     return stored
-
-
-def take_loads_for(engine: TinyEngine, seconds: float) -> None:
-    """Have the engine expect that a chunk takes so long to load."""
-    loads = engine.half.loads
-    figures = LoadFigures(
-        byte_s=seconds / loads.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=loads.chunk_bytes
-    )
-    loads.tiers = [tier._replace(cost=LoadCost(tier.depth, figures)) for tier in loads.tiers]
 
 
 @pytest.fixture
@@ -198,6 +183,7 @@ def test_nobody_is_held_up(
     engine: TinyEngine, store: ScriptedStore, layered: list[int], plain: dict[int, list[int]]
 ) -> None:
     """Beside a request that decodes, the suffix waits for whole chunks."""
+    engine.loads_first = True
     other = engine.add(prompt(300, seed=5), sampling(200))
     engine.until(lambda: other in engine.outputs)
     request = engine.add(layered)
@@ -215,7 +201,7 @@ def test_somebody_comes_when_pieces_are_on_their_way(
 ) -> None:
     """Pieces were asked for during the step before; then the suffix waits for all of them, and the other goes on."""
     engine.set(mode="both")
-    take_loads_for(engine, 0.25)
+    engine.expect(compute_s=1.28, load_s=0.25)
     store.gate.clear()
     request = engine.add(layered)
     engine.until(lambda: engine.restoration(request) and engine.restoration(request).planner.in_pieces)

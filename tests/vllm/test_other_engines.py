@@ -93,16 +93,15 @@ def test_steps_that_are_scheduled_ahead(model: Path, plain: dict[int, list[int]]
         for abort in (False, True, False):
             engine.core.reset_prefix_cache()
             store.recover()
-            store.gate.clear()
-            store.let_through = 2
-            request = engine.add(prompt(1000))
+            request = engine.hang(store, prompt(1000), loaded=2)
             if abort:
-                engine.until(lambda: len(store.opened) == 4)
                 engine.step(2)
                 engine.llm.llm_engine.abort_request([request])
             else:
+                engine.overtake()
                 assert engine.finish(request) == [plain[1000]]
-                assert engine.report().computed_tokens + engine.report().loaded_tokens == 1000
+                report = engine.report()
+                assert (report.computed_tokens, report.loaded_tokens) == (744, 256)
             engine.settle()
             engine.assert_nothing_leaked()
             store.gate.set()
@@ -149,11 +148,10 @@ def test_prefills_that_vllm_holds_back_between_decodes(model: Path, plain: dict[
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
         engine.core.reset_prefix_cache()
-        store.gate.clear()
-        store.let_through = 2
-        decoding = engine.add(prompt(300, seed=5), sampling(60))
+        decoding = engine.add(prompt(300, seed=5), sampling(200))
         engine.until(lambda: engine.outputs.get(decoding))
-        restored, computed = engine.add(prompt(1000)), engine.add(prompt(1500, seed=3))
+        restored, computed = engine.hang(store, prompt(1000), loaded=2), engine.add(prompt(1500, seed=3))
+        engine.overtake()
         assert engine.finish(restored, computed) == [plain[1000], plain[1500]]
         assert engine.report().loaded_tokens == 2 * BLOCK
         store.gate.set()

@@ -61,6 +61,7 @@ def test_loads_begin_although_others_use_up_every_step(
 ) -> None:
     """A stored prompt behind a long plain one is taken in at once, so that its loads begin."""
     engine.set(mode="load")
+    engine.loads_first = True
     other = engine.add(prompt(1500, seed=3))
     engine.step()
     restored = engine.add(stored)

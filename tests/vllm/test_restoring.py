@@ -9,10 +9,8 @@ from cakekv.chunk import segments, verify_chunk
 
 
 def test_both_ends(engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]) -> None:
-    store.gate.clear()
-    store.let_through = 2
-    request = engine.add(stored)
-    engine.until(lambda: engine.restoration(request) and len(store.opened) == 4)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     assert engine.finish(request) == [plain[1000]]
     report = engine.report()
     assert (report.computed_tokens, report.loaded_tokens, report.met_at) == (744, 256, 640)
@@ -81,7 +79,6 @@ def test_jumps(
     """Loaded chunks with a hole between them: compute jumps twice."""
     monkeypatch.setattr(engine.scheduler, "resume_to_jump", resume)
     keys = engine.shard_keys(engine.add(stored, sampling(1)))
-    store.delete([keys[4], keys[0]])
     engine.settle()
     engine.core.reset_prefix_cache()
     store.delete([keys[4], keys[0]])
@@ -126,8 +123,8 @@ def test_two_at_once(engine: TinyEngine, store: ScriptedStore, stored: list[int]
     engine.settle()
     engine.core.reset_prefix_cache()
     store.gate.clear()
-    store.let_through = 3
     requests = [engine.add(prompt(1500, seed=3)), engine.add(stored)]
+    store.let_through = [*engine.shard_keys(requests[0])[9:], *engine.shard_keys(requests[1])[6:]]
     engine.until(lambda: len(engine.half.restorations) == 2)
     engine.step(3)
     store.gate.set()

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tiny_engine import ScriptedStore, TinyEngine, prompt, scripted
+from tiny_engine import ScriptedStore, TinyEngine, poll, prompt, scripted
 
 import cakekv.vllm.working.half as worker_half
 
@@ -66,14 +66,14 @@ def test_shutdown(
     if hanging == "writes":
         stores[0].takes.clear()
         engine.run(prompt(1500, seed=3))
-        engine.until(lambda: engine.worker.saves.pending)
+        assert engine.worker.saves.pending
     else:
         for store in stores:
             store.opened.clear()
             store.gate.clear()
-            store.let_through = 1
-        request = engine.add(prompt(1000))
-        engine.until(lambda: engine.restoration(request) and all(len(store.opened) > 2 for store in stores))
+        engine.expect()
+        engine.add(prompt(1000))
+        engine.until(lambda: all(len(store.opened) == 2 for store in stores))
         stores[0].answers.clear()
         engine.add(prompt(1500, seed=3))
         engine.step()
@@ -85,10 +85,7 @@ def test_shutdown(
     left = [layer.clone() for layer in layers]
     for store in stores:
         store.recover_now()
-    deadline = time.monotonic() + 20.0
-    while our_threads() - before:
-        assert time.monotonic() < deadline, our_threads() - before
-        time.sleep(0.02)
+    poll(lambda: not our_threads() - before)
     assert all(bool((layer == was).all()) for layer, was in zip(layers, left, strict=True)), (
         "somebody wrote after the end"
     )

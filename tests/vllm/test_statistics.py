@@ -34,10 +34,8 @@ def test_hits_are_what_was_loaded(
 ) -> None:
     counts = Counts(engine, monkeypatch)
     engine.set(mode="both")
-    store.gate.clear()
-    store.let_through = 2
-    request = engine.add(stored)
-    engine.until(lambda: engine.restoration(request) and len(store.opened) >= 4)
+    request = engine.hang(store, stored, loaded=2)
+    engine.overtake()
     engine.finish(request)
     store.gate.set()
     engine.settle()

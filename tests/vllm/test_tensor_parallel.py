@@ -15,18 +15,20 @@ from tiny_engine import TinyEngine, closing, prompt, save_model
 from cakekv.store.opening import open_store
 
 _PROGRAM = """
-import json, sys
+import json, sys, time
 from vllm import LLM, SamplingParams
+from cakekv.store.opening import open_store
 
 def main():
     model, ranks, options = sys.argv[1:]
+    options = json.loads(options)
     ids = json.loads(sys.stdin.read())
     llm = LLM(model=model, tensor_parallel_size=int(ranks), skip_tokenizer_init=True, dtype="float32",
         enforce_eager=True, max_model_len=2048, max_num_batched_tokens=256, enable_prefix_caching=False,
         distributed_executor_backend="mp", scheduler_cls="cakekv.vllm.CakeScheduler",
         kv_transfer_config=dict(
             kv_connector="CakeConnector", kv_connector_module_path="cakekv.vllm", kv_role="kv_both",
-            kv_connector_extra_config=dict(chunk_tokens=128) | json.loads(options),
+            kv_connector_extra_config=dict(chunk_tokens=128) | options,
         ))
     for mode in ("compute", "load", "both", "other"):
         if mode == "other":
@@ -36,8 +38,9 @@ def main():
         output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
         report = (output.kv_transfer_params or {}).get("cakekv")
         print("RESULT", json.dumps([mode, list(output.outputs[0].token_ids), report]), flush=True)
-        import time
-        time.sleep(1.0)
+    with open_store(options["store"]) as store:  # the workers go on writing beside the engine
+        while len(list(store)) < 2 * 7 * options["shards"]:
+            time.sleep(0.01)
 
 if __name__ == "__main__":
     main()
@@ -45,9 +48,10 @@ if __name__ == "__main__":
 
 
 _LAYERED = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from vllm import LLM, SamplingParams
+from cakekv.store.opening import open_store
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 
 def main():
@@ -81,8 +85,9 @@ def main():
         output = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
         report = (output.kv_transfer_params or {}).get("cakekv")
         print("RESULT", json.dumps([what, list(output.outputs[0].token_ids), report]), flush=True)
-        import time
-        time.sleep(1.5)
+        with open_store(store) as files:  # the workers go on writing beside the engine
+            while len(list(files)) < 2 * 7:
+                time.sleep(0.01)
 
 if __name__ == "__main__":
     main()

@@ -6,16 +6,19 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_engine import BLOCK, TinyEngine, closing, prompt, sampling, scripted
+from tiny_engine import BLOCK, PATIENCE_S, TinyEngine, closing, poll, prompt, sampling, scripted
 
 from cakekv.bench.servers import free_port
 from cakekv.errors import BadOption
+from cakekv.keys import ChunkKey
 from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
 from cakekv.vllm.config import VllmOptions
@@ -60,6 +63,7 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
         assert len(list(fast)) == len(list(slow)) == CHUNKS
 
         # Neither can be read from before both are asked.
+        engine.loads_first = True
         engine.core.reset_prefix_cache()
         fast.gate.clear()
         slow.gate.clear()
@@ -78,6 +82,7 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
 
         # What one does not give comes from the other; the request computes its suffix only.
         engine.core.reset_prefix_cache()
+        engine.expect()
         fast.broken = {chunk.key for chunk in fast}
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
@@ -88,9 +93,11 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
 
         # One that hangs is given up, chunk by chunk, and the other asked.
         engine.core.reset_prefix_cache()
+        engine.expect()
         engine.set(load_deadline=0.3)
         fast.broken = set()
         fast.gate.clear()
+        poll(lambda: all(half._tiers[0]._inner.is_up for half in (engine.half, engine.worker._loads)))
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
         assert engine.report().loaded_tokens == 896
@@ -102,9 +109,9 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
         fast.recover_now()
         fast.empty()
         engine.set(load_deadline=20.0)
-        engine.until(lambda: engine.worker.loads.tiers[0]._inner.is_up)
+        poll(lambda: engine.worker.loads.tiers[0]._inner.is_up)
         assert engine.run(prompt(1000)) == plain[1000]
-        engine.until(lambda: len(list(fast)) == CHUNKS)
+        poll(lambda: len(list(fast)) == CHUNKS)
 
 
 def test_memory_in_a_tiered_store_is_refused(tmp_path: Path) -> None:
@@ -115,16 +122,16 @@ def test_memory_in_a_tiered_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
-    model: Path, plain: dict[int, list[int]], tmp_path: Path
+    model: Path, plain: dict[int, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks 0 and 1 are in RAM, 2 and 3 on disk, all of them on the server, which is slow and then gone."""
     ram = (Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path) / f"cakekv-test-{os.getpid()}"
     with valkey(tmp_path) as (port, server):
-        urls = [f"file://{ram}", f"file://{tmp_path}/disk", f"redis://127.0.0.1:{port}?timeout=1s&bandwidth=500KB/s"]
+        urls = [f"file://{ram}", f"file://{tmp_path}/disk", f"redis://127.0.0.1:{port}?timeout=1s&bandwidth=2MB/s"]
         tiers = tmp_path / "tiers.toml"
         tiers.write_text("".join(f'[[tier]]\nurl = "{url}"\npromote = false\n' for url in urls))
         # One at a time, so that the server has some to deliver when it has delivered one.
-        options = {"store": f"tiered://{tiers}", "mode": "load", "load_deadline": 1.0, "load_threads": 1}
+        options = {"store": f"tiered://{tiers}", "mode": "load", "load_deadline": 5.0, "load_threads": 1}
         try:
             with closing(TinyEngine(model, options)) as engine:
                 assert engine.run(prompt(1000)) == plain[1000]
@@ -135,11 +142,16 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
                     assert len(list(first)) == len(list(second)) == CHUNKS
                     first.delete([key for key, chunk in where.items() if chunk > 1])
                     second.delete([key for key, chunk in where.items() if chunk not in (2, 3)])
+                remote = engine.worker._loads._tiers[2]
                 for trouble in (signal.SIGSTOP, signal.SIGKILL):
                     engine.core.reset_prefix_cache()
                     request = engine.add(prompt(1000))
-                    engine.until(lambda: engine.restoration(request) and _placed(engine, request, "redis"))  # noqa: B023
-                    server.send_signal(trouble)
+                    with monkeypatch.context() as patch:  # what is asked for when one was delivered meets the trouble
+                        troubled = threading.Event()
+                        patch.setattr(remote, "open", after_first(remote.open, troubled))
+                        engine.until(lambda: engine.restoration(request) and _placed(engine, request, "redis"))  # noqa: B023
+                        server.send_signal(trouble)
+                        troubled.set()
                     assert engine.finish(request) == [plain[1000]]
                     engine.settle()
                     report = engine.report()
@@ -157,12 +169,25 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
                     server.send_signal(signal.SIGCONT)
                     if trouble == signal.SIGSTOP:  # it is used again as soon as it answers, in either process
                         for half in (engine.half.tiers, engine.worker.loads.tiers):
-                            engine.until(lambda: half[2]._inner.is_up)  # noqa: B023
+                            poll(lambda: half[2]._inner.is_up)  # noqa: B023
         finally:
             subprocess.run(["rm", "-r", str(ram)], check=True)
 
 
-def _keys(engine: TinyEngine, token_ids: list[int]) -> list[bytes]:
+def after_first(method: Callable[..., Any], event: threading.Event) -> Callable[..., Any]:
+    """The method, whose second call and later ones wait for something."""
+    calls: list[object] = []
+
+    def call(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 1:
+            assert event.wait(PATIENCE_S)
+        return method(*args)
+
+    return call
+
+
+def _keys(engine: TinyEngine, token_ids: list[int]) -> list[ChunkKey]:
     """Under which the store has the prompt's chunks."""
     request = engine.add(token_ids, sampling(1))
     found = engine.shard_keys(request)

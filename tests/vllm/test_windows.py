@@ -80,6 +80,8 @@ def nothing_at_hand(windowed: Windowed) -> Iterator[None]:
     """All comes from the store, and nothing is left behind."""
     windowed.store.recover()
     windowed.engine.set(mode="load")
+    windowed.engine.expect()
+    windowed.engine.loads_first = False
     assert windowed.engine.core.reset_prefix_cache()
     yield
     windowed.store.recover_now()
@@ -107,9 +109,8 @@ def test_from_both_ends(windowed: Windowed, loaded: int) -> None:
     """Windows reach over the place where the arms meet, at every distance from the end."""
     engine, store = windowed.engine, windowed.store
     engine.set(mode="both")
-    store.gate.clear()
-    store.let_through = loaded
-    request = engine.add(prompt(1000))
+    request = engine.hang(store, prompt(1000), loaded)
+    engine.overtake()
     assert engine.finish(request) == [windowed.plain[0]]
     assert engine.report().loaded_tokens == loaded * BLOCK
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,22 @@ from vllm.sampling_params import RequestOutputKind
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load import pieces
+from cakekv.restore import flights
+from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
+from cakekv.vllm.scheduling import layered_step
 from cakekv.vllm.shard_key import shard_key
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
 VOCABULARY = 512
 pieces._LEAST_READ_BYTES = 1 << 16  # else a chunk of this model would be one piece
+# On a slow machine nothing is late but what a test's own `load_deadline` makes late.
+PATIENCE_S = 30.0
+flights.LEAST_PATIENCE_S = layered_step.LEAST_PATIENCE_S = PATIENCE_S
 
 
 class ScriptedStore(Store):
@@ -44,7 +50,7 @@ class ScriptedStore(Store):
     Attributes
     ----------
     gate : threading.Event
-        Reads wait for it.
+        Reads wait for it, but those of chunks that are `let_through`.
     answers : threading.Event
         Look-ups wait for it.
     takes : threading.Event
@@ -58,6 +64,8 @@ class ScriptedStore(Store):
 
     def __init__(self) -> None:
         self.inner = MemoryStore()
+        self._gates: list[threading.Event] = []
+        """Those that reads wait for, once for each."""
         self.recover()
 
     def recover(self) -> None:
@@ -70,8 +78,7 @@ class ScriptedStore(Store):
         self.takes.set()
         self.broken: set[ChunkKey] | None = set()
         self.opened: list[ChunkKey] = []
-        self.let_through = 0
-        """Reads that do not wait for the gate."""
+        self.let_through: Collection[ChunkKey] = ()
         self.writes = 0
 
     def recover_now(self) -> None:
@@ -93,10 +100,11 @@ class ScriptedStore(Store):
 
     def open(self, key: ChunkKey) -> ChunkReader:
         self.opened.append(key)
-        if self.let_through:
-            self.let_through -= 1
-        else:
-            self.gate.wait()
+        if key not in self.let_through:
+            gate = self.gate
+            self._gates.append(gate)
+            gate.wait()
+            self._gates.remove(gate)
         if self.broken is None or key in self.broken:
             raise StoreError("it is dead")
         return self.inner.open(key)
@@ -107,6 +115,11 @@ class ScriptedStore(Store):
             raise StoreError("it is dead")
         self.writes += 1
         return self.inner.write(key, data)
+
+    @property
+    def held(self) -> int:
+        """Reads that wait for a gate that is closed."""
+        return sum(not gate.is_set() for gate in list(self._gates))
 
     def delete(self, keys: Sequence[ChunkKey]) -> int:
         return self.inner.delete(keys)
@@ -180,6 +193,21 @@ def save_model(folder: Path, heads: int = 4, kv_heads: int = 2, **config: Any) -
     return folder
 
 
+def innermost(tier: Store) -> Store:
+    """The store itself."""
+    while hasattr(tier, "_inner"):
+        tier = tier._inner
+    return tier
+
+
+def poll(condition: Callable[[], Any], most_s: float = 120.0) -> None:
+    """Wait for what threads do in the background."""
+    deadline = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not come to that in {most_s} s"
+        time.sleep(0.001)
+
+
 class TinyEngine:
     """One engine, with or without cakekv.
 
@@ -191,6 +219,12 @@ class TinyEngine:
         Options of the plug-in; None: plain vLLM.
     engine
         Options of vLLM's.
+
+    Attributes
+    ----------
+    loads_first : bool
+        Whether a step takes until the loads that it was given are in place, or held back by a closed gate: as if
+        computing were very slow. Else it is up to the machine which of them are.
     """
 
     def __init__(self, model: Path, cake: dict[str, Any] | None = None, **engine: Any) -> None:
@@ -224,9 +258,13 @@ class TinyEngine:
         self.outputs: dict[str, Any] = {}
         if cake is not None:
             self.half = self.scheduler.connector.scheduler_half
+            if self._scripted(self.half.tiers):
+                self.half.lookup._patience_s = PATIENCE_S
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
             self.worker = get_kv_transfer_group().worker_half
+            take_events, self.loads_first = self.worker.loads.take_events, False
+            self.worker.loads.take_events = lambda: (self.loads_first and poll(self._loads_rest), take_events())[1]
 
     def add(
         self,
@@ -247,18 +285,27 @@ class TinyEngine:
         return request_id
 
     def step(self, times: int = 1) -> None:
-        """Let the engine work."""
+        """Let the engine work, once the stores have said what they hold, unless a test keeps them from it."""
         for _ in range(times):
+            if hasattr(self, "half") and all(store.answers.is_set() for store in self._scripted(self.half._tiers)):
+                poll(lambda: all(self.half.lookup.answer(key) is not None for key in list(self.scheduler.requests)))
             for output in self.llm.llm_engine.step():
                 self.outputs[output.request_id] = output
             time.sleep(0.001)
 
-    def until(self, condition: Any, most_s: float = 120.0) -> None:
+    def until(self, condition: Callable[[], Any], most_s: float = 120.0) -> None:
         """Work until something is so."""
         deadline = time.monotonic() + most_s
         while not condition():
-            assert time.monotonic() < deadline, "it never came to that"
+            assert self.scheduler.has_requests(), f"it never came to that, and nothing is left to do: {self._so_far()}"
+            assert time.monotonic() < deadline, f"it did not come to that in {most_s} s: {self._so_far()}"
             self.step()
+
+    def _so_far(self) -> str:
+        finished = [request_id for request_id, output in self.outputs.items() if output.finished]
+        reports = [report for _, report in self.half.outcomes.latest][-3:] if hasattr(self, "half") else []
+        restores = ", ".join(f"{each.computed_tokens} + {each.loaded_tokens}" for each in reports)
+        return f"the requests {finished} have finished; the last restores computed and loaded {restores} tokens"
 
     def finish(self, *request_ids: str) -> list[list[int]]:
         """Work until these are finished; returns what each generated (of one output)."""
@@ -275,11 +322,62 @@ class TinyEngine:
         """Work until nothing is left to do, and everything handed over is saved."""
         self.until(lambda: not self.scheduler.has_requests())
         if hasattr(self, "worker") and self.worker.saves is not None:
-            self.until(lambda: not self.worker.saves.pending)
+            poll(lambda: not self.worker.saves.pending)
+            self.step()  # the scheduler hears of what could not be saved
+
+    def _scripted(self, tiers: Sequence[Store]) -> list[ScriptedStore]:
+        """Those of the tiers that do what a test wants."""
+        return [store for store in map(innermost, tiers) if isinstance(store, ScriptedStore)]
+
+    def _loads_rest(self) -> bool:
+        """Whether all readers are idle, or wait for a closed gate."""
+        loads = self.worker.loads
+        with loads._changed:
+            for number, store in enumerate(map(innermost, loads.tiers)):
+                reading, held = len(loads._reading[number]), getattr(store, "held", 0)
+                idle = store.parallel_reads - reading
+                if reading > held or (idle and loads._queues[number] and loads._has_room(number)):
+                    return False
+        return True
+
+    def expect(self, compute_s: float | None = None, load_s: float = 0.01) -> None:
+        """Have plans reckon with so many seconds to load a chunk, until they learn better, and to compute one.
+
+        Those are not learned; None: they are, and nothing is known yet.
+        """
+        loads, seconds = self.half.loads, load_s
+        figures = LoadFigures(
+            byte_s=seconds / loads.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=loads.chunk_bytes
+        )
+        loads.tiers = [tier._replace(cost=LoadCost(tier.depth, figures)) for tier in loads.tiers]
+        self.half.costs.cost = compute = ComputeCost()
+        if compute_s is not None:
+            self.half.costs.cost = compute = ComputeCost(ComputeShape(0.01, compute_s / BLOCK, 0.0), trusted=True)
+            compute.observe = lambda *observed: None  # type: ignore[method-assign]
+        self.half.latest_share, self.half._clock.decode_s = 1.0, 0.0
 
     def internal(self, request_id: str) -> Any:
         """vLLM's own request."""
         return next(request for key, request in self.scheduler.requests.items() if key.startswith(request_id))
+
+    def hang(self, store: ScriptedStore, token_ids: Sequence[int], loaded: int, **options: Any) -> str:
+        """Send a request of which the last `loaded` chunks come, and work until the loads of two more hang.
+
+        What has to be computed is; for the rest, loads seem worth waiting for.
+        """
+        self.loads_first = True
+        self.expect(compute_s=1.0)
+        store.opened.clear()
+        store.gate.clear()
+        request = self.add(token_ids, **options)
+        keys = self.keys(request)
+        store.let_through = keys[len(keys) - loaded :]
+        self.until(lambda: len(store.opened) == loaded + 2)
+        return request
+
+    def overtake(self) -> None:
+        """From now on, computing seems so fast that no load which hangs is waited for."""
+        self.expect(compute_s=0.001)
 
     def restoration(self, request_id: str) -> Any:
         """The restore of a request that goes on, or None."""
@@ -347,6 +445,7 @@ __all__ = [
     "ScriptedStore",
     "TinyEngine",
     "closing",
+    "poll",
     "prompt",
     "sampling",
     "save_model",

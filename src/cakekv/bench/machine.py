@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in LIBRARIES},
+        **{name: version(name) for name in LIBRARIES},
         "commit": _commit(),
     }
 
@@ -42,7 +42,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(library: str) -> str | None:
+def version(library: str) -> str | None:
+    """The version of a package; None: it is not installed."""
     with suppress(importlib.metadata.PackageNotFoundError):  # run from a source folder
         return importlib.metadata.version(library)
     return None

@@ -12,6 +12,9 @@ from cakekv.restore.costs import LoadModel
 _PATIENCE_S = 30.0
 """How long a load of a tier of unknown speed is waited for where there is no deadline."""
 
+LEAST_PATIENCE_S = 2.0
+"""A load from a source of known speed is waited for at least this long, unless a deadline ends that."""
+
 
 class Tier(NamedTuple):
     """A tier to load from."""
@@ -247,7 +250,7 @@ class Flights:
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
         if cost.known:
-            return since + min(max(2.0, 10.0 * cost.duration(load.size)), self._deadline_s)
+            return since + min(max(LEAST_PATIENCE_S, 10.0 * cost.duration(load.size)), self._deadline_s)
         return since + (_PATIENCE_S if self._deadline_s == math.inf else self._deadline_s)
 
 

@@ -16,7 +16,7 @@ from cakekv.demo.model import demo_model
 
 
 class Contest:
-    """Makes servers that differ only in what is asked for, without vLLM's own prefix caching.
+    """Makes servers that differ only in what is asked for.
 
     Parameters
     ----------
@@ -28,6 +28,8 @@ class Contest:
         More of vLLM's command line.
     step_tokens : int
         vLLM's --max-num-batched-tokens.
+    prefix_caching : bool
+        Whether vLLM keeps prefixes in its own cache, too.
 
     Attributes
     ----------
@@ -35,12 +37,14 @@ class Contest:
         The model's folder, and where the servers' output goes.
     """
 
-    def __init__(self, json_file: Path, model: Path | None, serve: str, step_tokens: int) -> None:
+    def __init__(
+        self, json_file: Path, model: Path | None, serve: str, step_tokens: int, prefix_caching: bool = False
+    ) -> None:
         self.model = model or demo_model()
         self.log = json_file.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens)]
-        self._arguments.append("--no-enable-prefix-caching")
+        self._arguments.append("--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching")
 
     def server(
         self,

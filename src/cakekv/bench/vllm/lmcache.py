@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,26 @@ _START_S, _FORGET_S = 120.0, 30.0
 _QUIET = {"LMCACHE_TRACK_USAGE": "false"}
 
 
+def resp_tier(host: str, port: int) -> dict[str, Any]:
+    """A Redis or Valkey server."""
+    return {"type": "resp", "host": host, "port": port}
+
+
+def folder_tier(folder: Path) -> dict[str, Any]:
+    """A folder, which there has to be."""
+    return {"type": "fs", "base_path": str(folder)}
+
+
 @dataclass
 class LMCacheServer(ServerProcess):
-    """`lmcache server` over a Redis or Valkey server, started by `with` and stopped at its end.
+    """`lmcache server` with a tier in RAM and one behind it, started by `with` and stopped at its end.
 
-    The way in which LMCache 0.5 works on CPUs: a process beside vLLM with a tier in RAM, and a remote tier behind it.
+    The way in which LMCache 0.5 works on CPUs: a process beside vLLM.
 
     Parameters
     ----------
-    host, port : str, int
-        The Redis or Valkey server.
+    second_tier : mapping
+        What is behind RAM, as in `--l2-adapter`: see `resp_tier` and `folder_tier`.
     chunk_tokens : int
         Tokens per chunk.
     log : Path
@@ -50,19 +60,17 @@ class LMCacheServer(ServerProcess):
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     stop_s: ClassVar[float] = 15.0
 
-    host: str
-    port: int
+    second_tier: Mapping[str, Any]
     chunk_tokens: int
     log: Path
     ram_gb: int = 2
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         self._port, self._http_port = free_port(), free_port()
-        remote = {"type": "resp", "host": self.host, "port": self.port}
         command = [_program(), "server", "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--http-port", str(self._http_port), "--chunk-size", str(self.chunk_tokens)]
         command += ["--l1-size-gb", str(self.ram_gb), "--eviction-policy", "LRU", "--disable-observability"]
-        command += ["--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(remote)]
+        command += ["--supported-transfer-mode", "engine_driven", "--l2-adapter", json.dumps(self.second_tier)]
         return command, {**os.environ, **_QUIET}
 
     @property
@@ -73,7 +81,7 @@ class LMCacheServer(ServerProcess):
         return ["--kv-transfer-config", json.dumps(transfer)]
 
     def forget(self) -> None:
-        """Empty the tier in RAM; what is in the remote tier stays.
+        """Empty the tier in RAM; what is in the second one stays.
 
         Raises
         ------
