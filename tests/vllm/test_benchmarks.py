@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,7 @@ def check_rows_of_client(results: Path, systems: Sequence[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_client_of_vllm_asks_each_system_the_same(
-    model: Path, tmp_path: Path, server_environment: None
-) -> None:
+def test_the_client_of_vllm_asks_each_system_the_same(model: Path, tmp_path: Path, server_environment: None) -> None:
     results = tmp_path / "out" / "client.json"
     words = ["--json", str(results), "--model", str(model), "--tiny", "--repeats", "1", "--systems", "vllm,cakekv"]
     run = CliRunner().invoke(program(vllm_client.main), words)

@@ -259,7 +259,7 @@ class TinyEngine:
         if cake is not None:
             self.half = self.scheduler.connector.scheduler_half
             if self._scripted(self.half.tiers):
-                self.half.lookup._patience_s = PATIENCE_S
+                self.half.lookup.patience_s = PATIENCE_S
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
             self.worker = get_kv_transfer_group().worker_half
