@@ -92,7 +92,7 @@ class Workload(NamedTuple):
 
 
 FULL = Workload(4, 2, 1280, 64, conversations=5, turns=3, turn_tokens=256, output_tokens=16, at_once=2)
-TINY = Workload(3, 2, 384, 32, conversations=3, turns=2, turn_tokens=160, output_tokens=4, at_once=2)
+TINY = Workload(3, 2, 384, 32, conversations=6, turns=2, turn_tokens=160, output_tokens=4, at_once=2)
 
 
 @dataclass

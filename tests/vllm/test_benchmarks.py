@@ -110,8 +110,8 @@ def test_a_peer_that_is_not_installed_is_told_how_to_be(tmp_path: Path, monkeypa
 def check_rows_of_client(results: Path, systems: Sequence[str]) -> None:
     rows = {(row["system"], row["dataset"]): row for row in json.loads(results.read_text())["rows"]}
     assert set(rows) == {(name, dataset) for name in systems for dataset in ("prefix_repetition", "multi_turn")}
-    for (name, _), row in rows.items():
-        assert row["requests"] == row["cold_requests"] == 6
+    for (name, dataset), row in rows.items():
+        assert row["requests"] == row["cold_requests"] == (6 if dataset == "prefix_repetition" else 12)
         for key in ("duration_s", "mean_ttft_s", "p99_ttft_s"):
             assert row[key] == row["repeats"][0]["warm"][key] > 0
             assert row[f"cold_{key}"] > 0
