@@ -395,7 +395,7 @@ class TinyEngine:
     def kv_caches(self) -> list[Any]:
         """vLLM's KV cache, layer by layer."""
         layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        return [layer.kv_cache for layer in layers]
+        return [layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")]  # experts have none
 
     def fill_cache(self, value: float) -> None:
         """Overwrite the KV cache: what is not placed or computed from now on is not there."""

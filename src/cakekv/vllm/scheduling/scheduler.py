@@ -364,7 +364,8 @@ class CakeSchedulerMixin(Scheduler):
 
 def _tokens_left(request: Request) -> int:
     """Tokens that the request could compute now."""
-    return max(0, request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)
+    tokens: int = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+    return max(tokens, 0)
 
 
 class CakeScheduler(CakeSchedulerMixin):
