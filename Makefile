@@ -95,7 +95,7 @@ structures: $(STAMP)
 
 # The site, into out/site; a link or an anchor that leads nowhere is an error.
 docs: $(STAMP)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

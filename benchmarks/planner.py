@@ -63,9 +63,9 @@ class TimedRestore(Restore):
             self.compute_s.append(perf_counter() - began)
         return answer
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
         began = perf_counter()
-        load = super().next_load(source, now)
+        load = super().next_load(source, now, ahead)
         self._in_vain_s += perf_counter() - began
         if load is not None:
             self.load_s.append(self._in_vain_s)

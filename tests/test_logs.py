@@ -28,7 +28,7 @@ def events(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.DEBUG, logger="cakekv")
 
     def found(event: str) -> list[dict[str, Any]]:
-        return [record.fields for record in caplog.records if getattr(record, "event", None) == event]
+        return [vars(record)["fields"] for record in caplog.records if getattr(record, "event", None) == event]
 
     return found
 

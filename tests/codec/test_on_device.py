@@ -230,7 +230,7 @@ def test_work_behind_decoding_is_beside_the_model_too(device: torch.device) -> N
 
 def test_warming_up_decodes_what_loads_will_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe, parts in (("int4", 1), ("ladder:read=2", 2), ("two_plane:read=upper", 1)):
-        coder, seen = ChunkCoder(codec_named(recipe), LAYOUT, 64, "bfloat16"), []
+        coder, seen = ChunkCoder(codec_named(recipe), LAYOUT, 64, "bfloat16"), list[int]()
         kind = type(coder.codec)
         plain: Callable[..., torch.Tensor] = kind.decode_tensors
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import pytest
 
 from cakekv.embedded.arbiter import Arbiter, Request
 from cakekv.restore.contention import Burden
 from cakekv.restore.priority import Kind, RequestState, open_policy
+
+
+def about(seconds: float) -> Any:
+    """`pytest.approx`, where a number is wanted."""
+    return pytest.approx(seconds)
 
 
 def opened(arbiter: Arbiter, kind: Kind, tokens: int = 1000) -> Request:
@@ -106,7 +112,7 @@ def test_requests_are_told_what_they_are_to_each_other() -> None:
         assert told == []
         arbiter.open(plain)
         arbiter.weigh(0.0)
-        assert told == [Burden(pytest.approx(4.0), {0: 1.0})]
+        assert told == [Burden(about(4.0), {0: 1.0})]
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
         assert told[-1] == Burden()

@@ -39,7 +39,8 @@ def test_prompts_that_cannot_be(engine: TransformersEngine, tokens: Any, new_tok
 
 def test_prompts_that_can_be(engine: TransformersEngine) -> None:
     engine.check_prompt([3])
-    engine.check_prompt(np.full(CONTEXT - 1, VOCABULARY - 1), new_tokens=1)
+    array: Any = np.full(CONTEXT - 1, VOCABULARY - 1)
+    engine.check_prompt(array, new_tokens=1)
 
 
 def test_spans_and_chunks_must_fit(engine: TransformersEngine) -> None:

@@ -237,7 +237,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
             unwindowed_chunk_bytes=chunk * 700,
             window=rng.choice([None, rng.randint(1, 300)]),
             groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400)),
-            mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
+            mode=rng.choice(["auto", "both"]),
             max_span_tokens=rng.choice([chunk, 4 * chunk]),
         )
         driver = Driver(restore, sources, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_source=False)

@@ -70,8 +70,8 @@ class Mooncake(NamedTuple):
 
     port: int
     admin_port: int
-    master: subprocess.Popen
-    node: subprocess.Popen
+    master: subprocess.Popen[str]
+    node: subprocess.Popen[str]
 
 
 AZURE = {

@@ -51,6 +51,7 @@ def test_evictions_and_deletions_are_told_apart(tmp_path: Path, kind: str) -> No
             store.write(key_of(number), chunk_of(number))
         store.delete(keys(2, 9))
         found = store.removals(keys(0, 1, 2, 9))
+        assert found is not None
         assert reasons(found) == {key_of(0): "capacity", key_of(2): "request"}
         assert found[key_of(0)].at <= found[key_of(2)].at
 
