@@ -124,7 +124,7 @@ sample:
 test-package: $(STAMP)
 	$(BIN)/python -c "from cakekv.demo.model import demo_model; demo_model()"
 	CAKEKV_PYTHONS=all CAKEKV_ENGINE_PYTHONS="$(ENGINE_PYTHONS)" \
-		CAKEKV_TORCH="$(shell grep ^torch== constraints.txt)" $(BIN)/pytest tests/package
+		CAKEKV_TORCH="$(shell grep ^torch== constraints.txt)" $(BIN)/pytest tests/package/test_installed.py
 
 # The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
 test-long: $(STAMP)

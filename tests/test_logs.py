@@ -39,7 +39,7 @@ def json_lines() -> Iterator[Any]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(logs.JsonFormatter())
-    handler.emit = lambda record: lines.append(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(handler.format(record))
     logger = logging.getLogger("cakekv.test")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

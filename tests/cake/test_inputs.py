@@ -52,7 +52,7 @@ def test_one_sequence_is_the_same_prompt_in_any_form(cake: Cake) -> None:
         *({"top_k": value} for value in (0, 2.5, "3", True)),
         *({"top_p": value} for value in (0, 1.5, NAN, "1", True)),
         *({"seed": value} for value in (2**70, 1.5, "1", True)),
-        *({"mode": value} for value in (None, "fast", [])),
+        *({"mode": value} for value in (None, "fast", list[Any]())),
         {"on_progress": 5},
     ],
     ids=str,

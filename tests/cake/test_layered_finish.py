@@ -11,7 +11,7 @@ import torch
 
 from cakekv.cake import Cake
 from cakekv.chunk import ChunkShape, segments
-from cakekv.embedded import restorer
+from cakekv.embedded.loader import Loader
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
@@ -153,13 +153,13 @@ def test_the_answer_is_the_same_whether_pieces_arrive_or_fail(
     store = Slow()
     with Cake(engine, store=store, chunk_tokens=CHUNK) as cake:
         cake.prefill(long[:PREFIX])
-    original = restorer.Loader._perform
+    original = Loader._perform
 
     def perform(self: Any, loading: Any, load: Any) -> None:
         store.piece.now = load.group is not None
         original(self, loading, load)
 
-    monkeypatch.setattr(restorer.Loader, "_perform", perform)
+    monkeypatch.setattr(Loader, "_perform", perform)
     cake = Cake(Paced(engine.model), store=store, chunk_tokens=CHUNK, max_span_tokens=64)
     cake.prefill(long, mode="both", save=False)  # learns what both arms cost
     store.fails_in_pieces = fails

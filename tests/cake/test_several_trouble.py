@@ -94,7 +94,7 @@ def test_others_compute_while_one_waits_for_a_slow_disk(watched: Watched) -> Non
     store = Watching()
     written = threading.Event()
     original = store.write
-    store.write = lambda key, data: written.wait(WAIT_S) and original(key, data)  # type: ignore[method-assign]
+    store.write = lambda key, data: written.wait(WAIT_S) and original(key, data)
     with Cake(watched, store=store, chunk_tokens=CHUNK, max_span_tokens=32) as cake:
         assert cake._saver is not None
         cake._saver.limit = 1  # which is one chunk

@@ -66,7 +66,7 @@ def test_who_is_interrupted_while_it_waits_leaves_no_trace(monkeypatch: pytest.M
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    interrupted.woken.wait = interrupt  # type: ignore[method-assign, assignment]
+    interrupted.woken.wait = interrupt
     done: list[str] = []
 
     def work() -> None:
@@ -87,9 +87,9 @@ def test_alone_nothing_is_described_and_nobody_is_woken() -> None:
     arbiter = Arbiter(open_policy("marginal_saving"))
     request = opened(arbiter, Kind.PLAIN_PREFILL)
     woken: list[None] = []
-    request.woken.notify_all = lambda: woken.append(None)  # type: ignore[method-assign]
+    request.woken.notify_all = lambda: woken.append(None)
     state, described = request.describe(), list[None]()
-    request.describe = lambda: described.append(None) or state  # type: ignore[func-returns-value]
+    request.describe = lambda: described.append(None) or state
     with arbiter.lock:
         arbiter.open(request)
         arbiter.take(request)

@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.planner import Mode, Restore, Source
+from cakekv.restore.flights import Source
+from cakekv.restore.planner import Mode, Restore
 from cakekv.simulate.cluster.coarse import Machine, Task, ours
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.machine import VirtualTier, constant, run_restore

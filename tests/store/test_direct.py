@@ -95,7 +95,7 @@ def test_without_a_descriptor_to_spare_the_cache_is_read(opened: Any, monkeypatc
     def mapped(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(direct.mmap, "mmap", mapped)
+    monkeypatch.setattr("mmap.mmap", mapped)
     with opened() as reader:
         monkeypatch.undo()
         assert reader.read_into(staging(), 0) == SIZE

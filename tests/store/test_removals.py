@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from cakekv.explain import explain_prompt, prompt_keys
 from cakekv.keys import ChunkKey
@@ -147,7 +148,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_that_are_none_are_not_passed_on(file: Path, at: float) -> None:
     """Whoever may write to a folder may put any number there, with the checksum that belongs to it."""
     part = removals._FIELDS.pack(key_of(0), at, 200)
-    file.write_bytes(removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)))
+    file.write_bytes(removals._RECORD.pack(part, xxh3_64_intdigest(part)))
     assert RemovalLog(file).find(keys(0)) == {key_of(0): (0.0, REQUEST)}
 
 
@@ -157,8 +158,6 @@ def test_such_a_time_is_explained(tmp_path: Path) -> None:
         fields = {"chunk_tokens": "4"}
         (key,) = prompt_keys(root, fields, [1, 2, 3, 4])
         part = removals._FIELDS.pack(key, float("nan"), 0)
-        (tmp_path / "kv" / "removals.log").write_bytes(
-            removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)) + b"torn"
-        )
+        (tmp_path / "kv" / "removals.log").write_bytes(removals._RECORD.pack(part, xxh3_64_intdigest(part)) + b"torn")
         (chunk,) = explain_prompt(root, fields, [1, 2, 3, 4], [store]).chunks
         assert chunk.reasons == ["evicted from disk, it is not known when"]

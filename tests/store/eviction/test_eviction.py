@@ -329,7 +329,8 @@ def test_policies_by_url(tmp_path: Path) -> None:
     assert isinstance(store.policy, KeepTheTail)
     with open_store(f"file://{tmp_path}/store?capacity=1MB&evict=keep_the_tail&stripe={tmp_path}/more") as store:
         assert isinstance(store, StripedStore)
-        one, other = (part._policy for part in store._stores)
+        parts: Any = store._stores
+        one, other = (part._policy for part in parts)
         assert isinstance(one, KeepTheTail)
         assert isinstance(other, KeepTheTail)
         assert one is not other

@@ -72,7 +72,7 @@ def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(
     memory.write(key_of(0), chunk_of(5))
     (disk.path / "incoming" / f"{SIZE}-0123456789abcdef.tmp").write_text("half")
     down, front, back = repair(store)
-    assert "nobody answers" in down.found.error
+    assert "nobody answers" in str(down.found.error)
     assert (front.deleted, list(front.found.corrupt)) == (1, [key_of(0)])
     assert (back.deleted, back.found.corrupt) == (0, {})
     assert back.tidied == ["Removed 1 temporary file(s) of writers that died."]
