@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from cakekv.bench.servers import free_port
+from cakekv.bench.servers import free_port as free_port
 
 
 @contextmanager

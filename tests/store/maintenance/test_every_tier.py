@@ -111,7 +111,7 @@ def test_collecting(store: Store) -> None:
 def test_looking_at_a_chunk_leaves_no_trace(store: Any) -> None:
     if store.name == "redis":
         for name in [store.name_of(key_of(number)) for number in range(3)]:
-            store._server.client.restore(name, 0, store._client.dump(name), replace=True, idletime=1000)
+            store._server.client.restore(name, 0, store._server.client.dump(name), replace=True, idletime=1000)
     before = {chunk.key: chunk.used_at for chunk in store}
     verify(store)
     export(store, io.BytesIO())
