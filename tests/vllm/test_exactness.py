@@ -69,3 +69,12 @@ def test_no_lossy_block_is_shared_within_the_window() -> None:
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=100) == 64
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=65) == 2 * BLOCK
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=40) == 1 * BLOCK
+
+
+def test_what_vllm_computes_wrongly_is_lossy_whatever_the_codec() -> None:
+    lossy = LossyBlocks(Raw(), BLOCK)
+    assert not lossy.computed("r", OWN, 0, 40)
+    assert lossy.computed("r", OWN, 40, 41, wrong=True)
+    assert lossy.concerns("r", 48, 64)
+    assert lossy.computed("r", OWN, 41, 64)
+    assert [lossy.any_of([block]) for block in OWN[:4]] == [False, False, True, True]

@@ -116,3 +116,33 @@ def test_more_adapters_than_vllm_has_room_for(model: Path, tmp_path: Path) -> No
         engine.settle()
         assert engine.report().loaded_tokens == 896
         engine.assert_nothing_leaked()
+
+
+def test_what_vllm_computes_wrongly_beside_an_adapter_is_not_saved(
+    model: Path, plain: dict[int, list[int]], tmp_path: Path
+) -> None:
+    """On CPUs, vLLM 0.32 gives a request without an adapter that of another in the same step."""
+    from vllm.lora.request import LoRARequest
+
+    store = scripted("mixed")
+    options = {"store": "scripted://mixed", "mode": "load"}
+    with closing(TinyEngine(model, options, enable_lora=True, max_loras=1, max_lora_rank=8)) as engine:
+        adapter = LoRARequest("a", 1, str(save_adapter(tmp_path / "a", 1)))
+        engine.llm.llm_engine.add_request(
+            "other", {"prompt_token_ids": prompt(20)}, sampling(300), lora_request=adapter
+        )
+        engine.until(lambda: "other" in engine.outputs)
+        beside = engine.run(prompt(1000))
+        engine.llm.llm_engine.abort_request(["other"])
+        engine.settle()
+        assert len(list(store)) == (7 if beside == plain[1000] else 0)
+        # What is shared within vLLM is as wrong as before, and so is what is computed behind it.
+        engine.run([*prompt(1000), *prompt(200, seed=2)])
+        engine.settle()
+        assert len(list(store)) == (9 if beside == plain[1000] else 0)
+        for _ in range(2):
+            assert engine.core.reset_prefix_cache()
+            assert engine.run(prompt(1000)) == plain[1000]
+            engine.settle()
+        assert engine.report().loaded_tokens == 896
+        engine.assert_nothing_leaked()

@@ -15,8 +15,8 @@ def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int
 class LossyBlocks:
     """Keeps track of blocks whose content is not what a full prefill computes.
 
-    So are blocks that a lossy chunk was loaded into, and those that were computed behind such: requests share them by
-    vLLM's prefix cache, also with requests that load nothing themselves.
+    So are blocks that a lossy chunk was loaded into, those that vLLM computes wrongly (`adapter_mixing`), and those
+    computed behind such: requests share them by vLLM's prefix cache, also with requests that load nothing themselves.
 
     Parameters
     ----------
@@ -44,11 +44,14 @@ class LossyBlocks:
         within = start % self._block_tokens and -(-end // self._block_tokens) == -(-start // self._block_tokens)
         return not (within and request_id in self._seen)
 
-    def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int) -> bool:
-        """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones."""
+    def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int, wrong: bool = False) -> bool:
+        """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones.
+
+        `wrong` if they will not be what they should be, whatever they attend to.
+        """
         looked, lossy = self._seen.get(request_id, (0, False))
         before = -(-start // self._block_tokens)
-        lossy = lossy or not self._blocks.isdisjoint(block_ids[looked:before])
+        lossy = lossy or wrong or not self._blocks.isdisjoint(block_ids[looked:before])
         self._seen[request_id] = (max(looked, before), lossy)
         return self._mark(block_ids[start // self._block_tokens : -(-end // self._block_tokens)], lossy)
 

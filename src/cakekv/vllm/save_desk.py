@@ -31,25 +31,40 @@ class SaveDesk:
         Which chunks to save.
     lossy : LossyBlocks
         Told of everything that is computed.
+    mixes_adapters : bool
+        Whether vLLM computes requests without an adapter wrongly beside those with one.
     """
 
-    def __init__(self, scheduler: CakeSchedulerMixin, admission: Admission, plan: SavePlan, lossy: LossyBlocks) -> None:
+    def __init__(
+        self,
+        scheduler: CakeSchedulerMixin,
+        admission: Admission,
+        plan: SavePlan,
+        lossy: LossyBlocks,
+        mixes_adapters: bool,
+    ) -> None:
         self._scheduler = scheduler
         self._admission = admission
         self._plan = plan
         self._lossy = lossy
+        self._mixes_adapters = mixes_adapters
 
     def order(self, orders: StepOrders, output: SchedulerOutput, restorations: Mapping[str, Restoration]) -> None:
         """Put what the step completes into its orders."""
         options = self._admission.options
         if options.save:
             orders.new_blocks = new_blocks(output)
+        requests = self._scheduler.requests
+        beside_adapter = self._mixes_adapters and any(
+            requests[request_id].lora_request is not None for request_id in output.num_scheduled_tokens
+        )
         for request_id, tokens in output.num_scheduled_tokens.items():
             restoration = restorations.get(request_id)
             if restoration is not None and restoration.unsure:
                 continue  # with the next step, if it was not in vain
-            request = self._scheduler.requests[request_id]
-            self.note(request_id, request.num_computed_tokens, tokens, restoration)
+            request = requests[request_id]
+            wrong = beside_adapter and request.lora_request is None
+            self.note(request_id, request.num_computed_tokens, tokens, restoration, wrong)
             end = min(request.num_computed_tokens + tokens, request.num_tokens)
             if options.save and self._plan.due(request_id, end) and self._admission.asked(request_id).save:
                 lookup = self._admission.lookup
@@ -65,10 +80,12 @@ class SaveDesk:
                     monotonic(),
                 )
 
-    def note(self, request_id: str, start: int, tokens: int, restoration: Restoration | None) -> None:
-        """A request computes so many tokens: if anything before them is lossy, so are they."""
-        if self._lossy.concerns(request_id, start, start + tokens):
-            lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens)
+    def note(
+        self, request_id: str, start: int, tokens: int, restoration: Restoration | None, wrong: bool = False
+    ) -> None:
+        """A request computes so many tokens: if they come out wrong, or anything before them is lossy, so are they."""
+        if wrong or self._lossy.concerns(request_id, start, start + tokens):
+            lossy = self._lossy.computed(request_id, self._block_ids(request_id), start, start + tokens, wrong)
             if lossy and restoration is not None:
                 restoration.after_lossy_tokens += max(0, min(tokens, restoration.restore.prompt_tokens - start))
 

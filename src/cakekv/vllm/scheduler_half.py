@@ -20,6 +20,7 @@ from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.restore.stepwise import StepwiseRestore
 from cakekv.store.base import distinct_names
 from cakekv.vllm import layered_step
+from cakekv.vllm.adapter_mixing import mixes_adapters
 from cakekv.vllm.admission import Admission
 from cakekv.vllm.asked import answer
 from cakekv.vllm.config import VllmOptions
@@ -137,7 +138,8 @@ class SchedulerHalf:
         self.admission = Admission(
             options, self.keyring, self.lookup, self._codec.window, shares_blocks, self._desk.alive
         )
-        self._save_desk = SaveDesk(self._scheduler, self.admission, self.saves, self.lossy)
+        mixes = mixes_adapters(self._vllm_config)
+        self._save_desk = SaveDesk(self._scheduler, self.admission, self.saves, self.lossy, mixes)
         identity = self.keyring.identity
         with suppress(StoreError):  # it only serves to explain misses
             self._store.remember_identity(identity.root.hex(), identity.fields())
