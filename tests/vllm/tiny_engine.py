@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -280,6 +281,12 @@ class TinyEngine:
     def set(self, **options: Any) -> None:
         """Change options of the plug-in."""
         self.half.options = self.half.admission.options = self.half.options.model_copy(update=options)
+
+    def schedule_ahead(self) -> None:
+        """Schedule steps while the one before runs, as vLLM does on GPUs, around this platform's synchronous worker."""
+        self.core.batch_queue, self.core.batch_queue_size = deque(maxlen=2), 2
+        self.core.step_fn = self.core.step_with_batch_queue
+        self.scheduler.defer_block_free = True
 
     def assert_nothing_leaked(self) -> None:
         """Every block is free, no fence is left, nobody is remembered."""
