@@ -87,7 +87,7 @@ def symbols(codec: CacheGen, plane: Plane, values: Values) -> npt.NDArray[np.int
     """What is coded of each element, from 0 on: (channels, tokens)."""
     steps = codec.steps(plane)
     scale = np.abs(values).max(axis=(0, 2), keepdims=True) / steps
-    levels = np.rint(values / np.maximum(scale, 1e-30)).astype(np.int64) + _SYMBOLS // 2
+    levels: npt.NDArray[np.int64] = np.rint(values / np.maximum(scale, 1e-30)).astype(np.int64) + _SYMBOLS // 2
     return levels.transpose(0, 2, 1).reshape(-1, plane.tokens)
 
 

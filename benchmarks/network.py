@@ -76,7 +76,7 @@ def main(
         "chunk_tokens": loaded.chunk_tokens,
         "points": [],
     }
-    options = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
+    options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
     for name in wanted:
         with ShapedLink() as link, SERVERS["valkey" if name == "together" else name](link) as url:
             if name == "together":

@@ -64,9 +64,9 @@ class TimedPlanner(Planner):
             self.compute_s.append(perf_counter() - began)
         return answer
 
-    def next_load(self, tier: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float, ahead: int = 0) -> Load | None:
         began = perf_counter()
-        load = super().next_load(tier, now)
+        load = super().next_load(tier, now, ahead)
         self._in_vain_s += perf_counter() - began
         if load is not None:
             self.load_s.append(self._in_vain_s)

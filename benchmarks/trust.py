@@ -45,7 +45,7 @@ def main(
     """Measure what checksums and saving cost."""
     loaded = load_cake(model, None)
     token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
-    options = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
+    options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
     prompt = token_ids[: prefix + 1]
     times: dict[str, list[float]] = {}
 

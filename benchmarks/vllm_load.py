@@ -54,7 +54,8 @@ def main(
         server, balanced = stack.enter_context(restoring)
 
         def plan(count: int, rate: float) -> list[PlannedRequest]:
-            at_s, requests = 0.0, []
+            at_s = 0.0
+            requests: list[PlannedRequest] = []
             for _ in range(count):
                 at_s += rng.expovariate(rate) if rate else 0.0
                 if rng.random() < 0.5:

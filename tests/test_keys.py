@@ -49,7 +49,8 @@ def test_keys_are_the_same_in_another_process() -> None:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
 def test_every_field_of_an_identity_changes_the_keys(field: Any) -> None:
     value = getattr(IDENTITY, field)
-    other = dataclasses.replace(IDENTITY, **{field: value + 1 if isinstance(value, int) else value + "x"})
+    change: dict[str, Any] = {field: value + 1 if isinstance(value, int) else value + "x"}
+    other = dataclasses.replace(IDENTITY, **change)
     assert other.root != IDENTITY.root
     assert set(chunk_keys(other, range(20))).isdisjoint(chunk_keys(IDENTITY, range(20)))
 

@@ -28,7 +28,7 @@ def events(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.DEBUG, logger="cakekv")
 
     def found(event: str) -> list[dict[str, Any]]:
-        return [record.fields for record in caplog.records if getattr(record, "event", None) == event]
+        return [vars(record)["fields"] for record in caplog.records if getattr(record, "event", None) == event]
 
     return found
 
@@ -39,7 +39,7 @@ def json_lines() -> Iterator[Any]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.setFormatter(logs.JsonFormatter())
-    handler.emit = lambda record: lines.append(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(handler.format(record))
     logger = logging.getLogger("cakekv.test")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 """Version of the chunk format. It is part of every key, so that two versions never meet in a store."""
 
-RAW = "raw"
-"""The recipe of chunks that hold the cache as it is."""
-
 WEIGHT_SUFFIXES = (".gguf", ".safetensors")
 
 
@@ -88,7 +85,7 @@ class Identity:
     chunk_tokens: int
     adapter: str = ""
     tenant: str = ""
-    recipe: str = RAW
+    recipe: str = "raw"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

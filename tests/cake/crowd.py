@@ -57,7 +57,7 @@ class Watching(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before_open: Callable[[ChunkKey], None] = lambda key: None
+        self.before_open: Callable[[ChunkKey], object] = lambda key: None
         self.opened: list[ChunkKey] = []
         self.at_once = self.most_at_once = 0
         self._counting = threading.Lock()

@@ -146,7 +146,7 @@ def test_a_stream_that_is_left_ends(cake: Cake) -> None:
         async for _ in stream:
             break
         await stream.aclose()  # type: ignore[attr-defined]
-        task = asyncio.create_task(anext(cake.astream("Some document. " * 50, max_new_tokens=600)))  # type: ignore[arg-type]
+        task: Any = asyncio.create_task(anext(cake.astream("Some document. " * 50, max_new_tokens=600)))  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

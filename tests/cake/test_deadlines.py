@@ -146,7 +146,7 @@ class Hanging(WrappedStore):
             self.hang("close")
             close()
 
-        reader.close = hang_and_close  # type: ignore[method-assign]
+        reader.close = hang_and_close
         return reader
 
 

@@ -52,7 +52,7 @@ def test_one_sequence_is_the_same_prompt_in_any_form(cake: Cake) -> None:
         *({"top_k": value} for value in (0, 2.5, "3", True)),
         *({"top_p": value} for value in (0, 1.5, NAN, "1", True)),
         *({"seed": value} for value in (2**70, 1.5, "1", True)),
-        *({"mode": value} for value in (None, "fast", [])),
+        *({"mode": value} for value in (None, "fast", list[Any]())),
         {"on_progress": 5},
     ],
     ids=str,
@@ -66,7 +66,8 @@ def test_an_answer_is_no_longer_than_the_context(cake: Cake) -> None:
     engine = cake.engine
     answer = cake.generate([5] * 250, max_new_tokens=10**20).token_ids
     assert len(answer) <= engine.max_context - 250 + 1
-    assert cake.generate([5, 6, 7], max_new_tokens=np.int64(3), temperature=1, top_k=np.int32(5), seed=-1).token_ids
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(3), "temperature": 1, "top_k": np.int32(5), "seed": -1}
+    assert cake.generate([5, 6, 7], **numbers).token_ids
 
 
 @pytest.mark.parametrize("room", [-1, 1.5, True, "3", None, NAN])
@@ -114,7 +115,7 @@ def test_options_of_a_cake(small: TransformersEngine, options: dict[str, Any]) -
 def test_a_secret_is_not_in_the_refusal(small: TransformersEngine) -> None:
     for options in ({"tenant": b"hunter2"}, {"store": [b"redis://:hunter2@host"]}, {"tenant": "hunter2\udcff"}):
         with pytest.raises(BadInput) as refused:
-            Cake(small, **options)  # type: ignore[arg-type]
+            Cake(small, **options)
         assert "hunter2" not in str(refused.value)
 
 

@@ -169,7 +169,7 @@ def test_a_cache_is_gone_with_its_last_user(engine: TransformersEngine, prompt: 
 
 
 def test_progress_reaches_every_position(engine: TransformersEngine, prompt: list[int]) -> None:
-    seen = []
+    seen: list[Any] = []
     cake = Cake(engine, store=filled(engine, prompt), chunk_tokens=CHUNK)
     cake.prefill(prompt, mode="both", on_progress=seen.append)
     assert seen[-1].bands[0][0] == 0

@@ -20,7 +20,7 @@ def test_the_answer_is_the_same_in_every_mode() -> None:
         prompt = document_prompt(cake.tokenizer, document, "What is an object's identity?")
         answers = {}
         for mode in ("compute", "load", "both", "auto"):
-            answers[mode] = cake.generate(prompt, max_new_tokens=12, mode=mode)  # type: ignore[arg-type]
+            answers[mode] = cake.generate(prompt, max_new_tokens=12, mode=mode)
             assert cake.wait_saved().failed_chunks == 0
     full = len(prompt) // CHUNK
     assert answers["compute"].report.computed_tokens == len(prompt)

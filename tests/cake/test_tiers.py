@@ -13,6 +13,7 @@ from cakekv.cake import Cake
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
+from tests.store.chunks import opener
 
 CHUNK = 16
 
@@ -24,7 +25,7 @@ def stores() -> Any:
 
 @pytest.fixture
 def tiered(stores: Any) -> Iterator[Any]:
-    members = [Member(lambda store=store: store, "memory") for store in stores]
+    members = [Member(opener(store), "memory") for store in stores]
     with TieredStore([TierPlan(members[0]), TierPlan(members[1], Writing.BACK)]) as store:
         yield store
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -107,7 +108,8 @@ def test_the_demos_model_is_float32_where_bfloat16_is_slow(
     monkeypatch.setattr("cakekv.demo.model.demo_model", lambda: folder)
     monkeypatch.setattr("cakekv.demo.model.computes_bfloat16", lambda: computes)
     with load_cake("demo", None, dtype=dtype) as cake:
-        assert str(cake.engine.model.dtype) == f"torch.{expected}"
+        engine: Any = cake.engine
+        assert str(engine.model.dtype) == f"torch.{expected}"
 
 
 def test_a_missing_demo_model_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,9 @@ def test_helps_name_what_is_registered(command: str, choices: list[str]) -> None
 
 
 def first_column(page: str, heading: str) -> set[str]:
-    """What stands in code in the first column of a page's table with that heading."""
+    """What stands in code in the first column of a page's first table with that heading."""
     pattern = rf"^\| {re.escape(heading)} \|.*\n\|[-| :]+\|\n((?:\|.*\n)+)"
-    (table,) = re.findall(pattern, (DOCS / page).read_text(), re.MULTILINE)
+    table, *_ = re.findall(pattern, (DOCS / page).read_text(), re.MULTILINE)
     return {code for row in table.splitlines() for code in re.findall("`([^`]+)`", row.split("|")[1])}
 
 

@@ -233,7 +233,12 @@ def test_a_store_that_is_wholly_away_is_an_error_at_once() -> None:
 
 
 def test_a_killed_export_leaves_nothing(tmp_path: Path, folder: Path) -> None:
-    command = [Path(sys.executable).with_name("cakekv"), "store", "export", f"{folder}?bandwidth=10KB/s"]
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("cakekv"),
+        "store",
+        "export",
+        f"{folder}?bandwidth=10KB/s",
+    ]
     target = tmp_path / "out" / "kv.tar"
     target.parent.mkdir()
     (target.parent / f".kv.tar.{1 << 30}").write_text("what a version before left")

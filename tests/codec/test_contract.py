@@ -130,7 +130,15 @@ def test_hostile_bytes_end_in_an_error_or_in_numbers(codec: Codec) -> None:
 
 
 def test_every_parameter_is_in_the_fingerprint(codec: Codec) -> None:
-    others = {"group": 16, "window": 77, "bits": 3, "keys": "token", "drop": 0.25, "pairwise": True, "read": "upper"}
+    others: dict[str, Any] = {
+        "group": 16,
+        "window": 77,
+        "bits": 3,
+        "keys": "token",
+        "drop": 0.25,
+        "pairwise": True,
+        "read": "upper",
+    }
     others |= {"level": 3, "outliers": 0.03, "rope": "after"}
     if codec.name == "ladder":
         others["read"] = 1

@@ -112,12 +112,13 @@ def test_levels_of_other_codecs(engine: TransformersEngine, prompt: list[int]) -
 
 
 def test_what_cannot_be_asked(engine: TransformersEngine) -> None:
-    for codec, options in [
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("ladder", {"quality_floor": 0}),
         ("ladder:read=2", {"quality_floor": 3}),
         ("int8", {"quality_floor": 2}),
         ("ladder", {"ttft_target_s": -1.0}),
         ("ladder", {"ttft_target_s": float("nan")}),
-    ]:
+    ]
+    for codec, options in wrong:
         with pytest.raises(BadInput, match=next(iter(options))):
-            Cake(engine, codec=codec, **options)  # type: ignore[arg-type]
+            Cake(engine, codec=codec, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -48,6 +49,10 @@ def on_cpu(codec: Codec, plane: Plane, codes: Sequence[np.ndarray]) -> np.ndarra
     values = np.empty(plane.shape, np.float32)
     codec.decode(plane, list(codes), values)
     return values
+
+
+def _these(views: list[Any], layer: int) -> list[Any]:
+    return views
 
 
 def bits(values: np.ndarray) -> np.ndarray:
@@ -166,7 +171,12 @@ def test_chunks(recipe: str, dtype: str, device: torch.device, monkeypatch: pyte
         for layers, parts in product([list(range(coder.layers)), [0, 3]], range(1, coder.codec.parts + 1)):
             codes = {layer: [views[part * coder.layers + layer] for part in range(parts)] for layer in layers}
             asked: list[int] = []
-            found = decoder.decode(layers, lambda layer, codes=codes, asked=asked: asked.append(layer) or codes[layer])
+
+            def read(layer: int, codes: Any = codes, asked: list[int] = asked) -> Any:
+                asked.append(layer)
+                return codes[layer]
+
+            found = decoder.decode(layers, read)
             assert asked == layers
             assert beside.opened == beside.closed
             for layer, segment in zip(layers, found, strict=True):
@@ -186,7 +196,7 @@ def test_codes_of_the_wrong_length_are_damage(recipe: str, device: torch.device)
     decoder = DeviceDecoder(coder, device, beside)
     for wrong in (parts[0][:-1], parts[0][:0], parts[0][:3], memoryview(bytearray(parts[0]) + b"\0")):
         with pytest.raises(CorruptChunk, match="layer 0: it has") as here:
-            decoder.decode([0], lambda layer, wrong=wrong: [wrong, *parts[1:]])
+            decoder.decode([0], partial(_these, [wrong, *parts[1:]]))
         with pytest.raises(CorruptChunk) as there:
             coder.decode(0, [wrong, *parts[1:]], memoryview(bytearray(coder.exact.segment_bytes[0])), 0)
         assert (here.value.fault, here.value.detail) == (there.value.fault, there.value.detail)
@@ -230,7 +240,7 @@ def test_work_behind_decoding_is_beside_the_model_too(device: torch.device) -> N
 
 def test_warming_up_decodes_what_loads_will_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe, parts in (("int4", 1), ("ladder:read=2", 2), ("two_plane:read=upper", 1)):
-        coder, seen = ChunkCoder(codec_named(recipe), LAYOUT, 64, "bfloat16"), []
+        coder, seen = ChunkCoder(codec_named(recipe), LAYOUT, 64, "bfloat16"), list[int]()
         kind = type(coder.codec)
         plain: Callable[..., torch.Tensor] = kind.decode_tensors
 

@@ -81,7 +81,7 @@ def test_who_is_interrupted_while_it_waits_leaves_no_trace(monkeypatch: pytest.M
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    interrupted.woken.wait = interrupt  # type: ignore[method-assign, assignment]
+    interrupted.woken.wait = interrupt  # type: ignore[assignment]
     done: list[str] = []
 
     def work() -> None:

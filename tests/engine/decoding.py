@@ -49,7 +49,7 @@ class Decoding(TransformersEngine):
         decoder = super().decoder(coder)
         if decoder is not None:
             decode = decoder.decode
-            decoder.decode = lambda layers, verified: self.decoded.extend(layers) or decode(layers, verified)  # type: ignore[method-assign,func-returns-value]
+            decoder.decode = lambda layers, verified: self.decoded.extend(layers) or decode(layers, verified)
         return decoder
 
 

@@ -69,7 +69,7 @@ class Restored:
         torch.manual_seed(0)
         given = {} if cache is None else {self.argument: cache}
         options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | given | options
-        return self.model.generate(ids, **options)[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+        return self.model.generate(ids, **options)[:, ids.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -232,7 +232,7 @@ def test_a_class_or_a_function_replaced_for_all_models_is_noticed(monkeypatch: p
     assert engine.state().unnamed == ""
 
 
-class Watching(TorchDispatchMode):  # type: ignore[misc]
+class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
 

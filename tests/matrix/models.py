@@ -38,7 +38,7 @@ _GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LATENT = {
+_LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
     "q_lora_rank": 12,

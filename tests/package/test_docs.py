@@ -64,7 +64,7 @@ def test_the_examples_of_pages_run(page: str, program: str, tiny_model: Path, tm
 
 
 def test_the_page_of_structures_is_up_to_date() -> None:
-    check = [sys.executable, ROOT / "scripts" / "structures.py", "--check"]
+    check: list[str | Path] = [sys.executable, ROOT / "scripts" / "structures.py", "--check"]
     done = subprocess.run(check, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
 

@@ -75,7 +75,7 @@ class Installed:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    build = [PYTHONS[0], "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ROOT]
+    build: list[str | Path] = [PYTHONS[0], "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ROOT]
     subprocess.run(build, check=True)
     (built,) = folder.glob("cakekv-*.whl")
     return built

@@ -56,7 +56,7 @@ def test_what_pages_import_is_there(page: Path) -> None:
 def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A package that exports `Cake` of cakekv, which was once called `Pie`."""
     package, home = ModuleType("pastry"), ModuleType("pastry.oven")
-    package.__getattr__ = exporting("pastry", {"Cake": "oven"}, {"Pie": "Cake"})  # type: ignore[method-assign]
+    package.__getattr__ = exporting("pastry", {"Cake": "oven"}, {"Pie": "Cake"})
     home.Cake = cakekv.Cake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pastry", package)
     monkeypatch.setitem(sys.modules, "pastry.oven", home)

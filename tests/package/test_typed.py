@@ -43,8 +43,15 @@ def check(environment: Path, program: str, folder: Path) -> str:
     """What mypy says."""
     file = folder / "program.py"
     file.write_text(program)
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", environment / "bin" / "python"]
-    options = ["--config-file", "", "--cache-dir", environment / "cache", file]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--python-executable",
+        environment / "bin" / "python",
+    ]
+    options: list[str | Path] = ["--config-file", "", "--cache-dir", environment / "cache", file]
     done = subprocess.run([*command, *options], cwd=folder, env={}, capture_output=True, text=True, check=False)
     assert not done.stderr
     return done.stdout

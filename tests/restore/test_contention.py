@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cakekv.restore.contention import Burden, SharedCompute, SharedLoad, burdens
@@ -13,6 +15,11 @@ from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 CHUNK_BYTES = 64_000
+
+
+def about(seconds: float) -> Any:
+    """`pytest.approx`, where a number is wanted."""
+    return pytest.approx(seconds)
 
 
 def restore(name: str, arrived_s: float, tokens: int, load_s: float = 1e-3) -> RequestState:
@@ -31,7 +38,7 @@ def test_alone_there_is_no_burden() -> None:
 def test_a_restore_behind_a_plain_prefill_waits_for_compute_only() -> None:
     # The plain one computes for 3 s; the other would need 1 s alone: it is through after 4 s.
     answer = burdens([restore("r", 0.0, 1000), plain("p", 1.0, 3000)], open_policy("cake"), 1.0)
-    assert answer["r"] == Burden(pytest.approx(4.0), {0: 1.0})
+    assert answer["r"] == Burden(about(4.0), {0: 1.0})
     assert answer["p"] == Burden()
 
 
@@ -39,7 +46,7 @@ def test_a_restore_behind_another_waits_for_both_arms() -> None:
     # Both arms work 2,000 tokens off in 1 s; the other has 1 s of either of its own.
     answer = burdens([restore("a", 0.0, 2000), restore("b", 1.0, 1000)], open_policy("fcfs"), 1.0)
     assert answer["a"] == Burden(1.0, {0: 1.0})
-    assert answer["b"] == Burden(pytest.approx(2.0), {0: pytest.approx(2.0)})
+    assert answer["b"] == Burden(about(2.0), {0: about(2.0)})
 
 
 def test_decodes_and_unknown_tiers_burden_nobody_for_ever() -> None:
@@ -47,7 +54,7 @@ def test_decodes_and_unknown_tiers_burden_nobody_for_ever() -> None:
     answer = burdens([decode, restore("a", 0.0, 1000, load_s=0.0), restore("b", 0.0, 1000)], open_policy("fcfs"), 0.0)
     assert "d" not in answer
     assert answer["a"].load == {0: 1.0}
-    assert answer["b"] == Burden(pytest.approx(1.5), {0: pytest.approx(1.5)})
+    assert answer["b"] == Burden(about(1.5), {0: about(1.5)})
 
 
 def planned_loads(compute: float, load: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from typer.testing import CliRunner
 
 from cakekv.cli.simulate_retention import retention
 from cakekv.errors import BadInput
-from cakekv.keys import ChunkKey
 from cakekv.restore.costs import ComputeShape
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, read_trace
@@ -29,7 +27,6 @@ from cakekv.simulate.retention.replay import replay
 from cakekv.simulate.retention.sessions import Sessions
 from cakekv.simulate.retention.store import PolicyOnly, RealStore, key_of
 from cakekv.simulate.retention.timing import Timer
-from cakekv.store.base import Store
 from cakekv.store.eviction import POLICIES, policy_named
 
 LLAMA = MODELS["llama-3.1-8b"]
@@ -51,26 +48,26 @@ def sessions() -> Workload:
 class Watched:
     """A store, and all that it ever answered."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Any) -> None:
         self.store = store
-        self.history = []
+        self.history: list[Any] = []
 
-    def holds(self, keys: Sequence[ChunkKey], now: Any) -> Any:
+    def holds(self, keys: Any, now: Any) -> Any:
         found = self.store.holds(keys, now)
         self.history.append(found)
         return found
 
-    def read(self, key: ChunkKey, now: Any) -> None:
+    def read(self, key: Any, now: Any) -> None:
         self.store.read(key, now)
 
-    def write(self, key: ChunkKey, position: Any, now: Any) -> bool:
+    def write(self, key: Any, position: Any, now: Any) -> bool:
         return self.store.write(key, position, now)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_real_store_has_the_same_victims(name: str, sample: Workload) -> None:
-    alone = Watched(PolicyOnly(policy_named(name), 40, BLOCK_TOKENS, 80))
-    real = Watched(RealStore(policy_named(name), 40, BLOCK_TOKENS))
+    alone: Any = Watched(PolicyOnly(policy_named(name), 40, BLOCK_TOKENS, 80))
+    real: Any = Watched(RealStore(policy_named(name), 40, BLOCK_TOKENS))
     timer = sample.timer(1.0)
     assert replay(alone, timer, sample.requests) == replay(real, timer, sample.requests)
     assert alone.history == real.history
@@ -152,7 +149,8 @@ def test_sessions_are_conversations() -> None:
     assert [each.arrived_s for each in requests] == sorted(each.arrived_s for each in requests)
     assert requests == Sessions(seed=3).trace(1500).requests != Sessions(seed=4).trace(1500).requests
     assert all(len(each.blocks) == each.prompt_tokens // BLOCK_TOKENS for each in requests)
-    known, continued = set(), 0
+    known: set[Any] = set()
+    continued = 0
     for each in requests:
         seen = [block in known for block in each.blocks]
         assert seen == sorted(seen, reverse=True), "what is known is the beginning"

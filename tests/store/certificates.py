@@ -16,8 +16,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cakekv.keys import ChunkKey
-
 
 def make_certificates(folder: Path) -> Any:
     """Files of an authority's certificate, of a server's that it signed, and of that one's private key."""
@@ -31,7 +29,7 @@ def make_certificates(folder: Path) -> Any:
     return files
 
 
-def _signed(name: str, key: ChunkKey, authority: Any, extension: Any) -> Any:
+def _signed(name: str, key: Any, authority: Any, extension: Any) -> Any:
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder(
         issuer_name=x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "authority")]),
@@ -50,7 +48,7 @@ def tls_relay(files: Any, port: int) -> Iterator[Any]:
     """Yields a port that speaks TLS and passes what it hears to `port`."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*files[1:])
-    open_sockets = []
+    open_sockets: list[Any] = []
 
     def pump(source: Any, target: Any) -> None:
         with suppress(OSError):

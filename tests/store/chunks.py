@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from functools import cache
 
 from cakekv.chunk import ChunkShape, seal
@@ -14,7 +15,7 @@ SHAPE = ChunkShape(16, (9000, 3000))
 SIZE = SHAPE.total_bytes
 
 
-def key_of(number: int) -> ChunkKey:
+def key_of(number: object) -> ChunkKey:
     return ChunkKey(hashlib.sha256(str(number).encode()).digest())
 
 
@@ -28,6 +29,11 @@ def _sealed(number: int, position: int) -> bytes:
     data = bytearray(random.Random(number).randbytes(SIZE))
     seal(SHAPE, memoryview(data), key_of(number), position)
     return bytes(data)
+
+
+def opener(store: Store) -> Callable[[], Store]:
+    """What a `Member` opens: a store that is open."""
+    return lambda: store
 
 
 def read(store: Store, key: ChunkKey) -> bytes:

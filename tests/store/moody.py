@@ -36,7 +36,7 @@ class Moody(WrappedStore):
         self.well = threading.Event()
         self.well.set()
         self.hangs = False
-        self.asked = []
+        self.asked: list[Any] = []
 
     def _mood(self, what: Any) -> None:
         self.asked.append(what)

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from cakekv.bench.servers import free_port
+from cakekv.bench.servers import free_port as free_port
 
 
 @contextmanager
@@ -70,8 +70,8 @@ class Mooncake(NamedTuple):
 
     port: int
     admin_port: int
-    master: subprocess.Popen
-    node: subprocess.Popen
+    master: subprocess.Popen[str]
+    node: subprocess.Popen[str]
 
 
 AZURE = {

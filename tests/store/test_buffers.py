@@ -28,7 +28,7 @@ def test_what_is_kept_outlives_who_kept_it_until_it_is_old(monkeypatch: pytest.M
     gc.collect()
     assert alive() is not None
     assert alive().take_old() == []
-    assert len(alive()) == 1
+    assert alive().__len__() == 1
     monkeypatch.setattr(buffers, "KEPT_S", -1.0)
     assert alive().take_old() == [buffer]
     gc.collect()

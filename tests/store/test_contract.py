@@ -30,7 +30,7 @@ from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
 from cakekv.store.tiered import TieredStore, TierPlan
 
-from .chunks import SIZE, chunk_of, key_of, read
+from .chunks import SIZE, chunk_of, key_of, opener, read
 from .conftest import Servers
 
 
@@ -75,7 +75,7 @@ def open_google_bucket(folder: Path, capacity: Any, shared: Any) -> Any:
 
 def open_tiered(folder: Path, capacity: Any, shared: Any) -> Any:
     inner = (MemoryStore(), DiskStore(folder / "store"))
-    return TieredStore([TierPlan(Member(lambda store=store: store, store.name)) for store in inner])
+    return TieredStore([TierPlan(Member(opener(store), store.name)) for store in inner])
 
 
 TIERS = {
@@ -279,7 +279,7 @@ def test_any_history_gives_what_the_model_gives(case: Case, open_tier: Callable[
     """Against the simplest possible store: a dictionary in order of use."""
     capacity = 10_000 if case.bounded else None
     store = open_tier(capacity, secrets.token_hex(8))
-    model = {}
+    model: dict[Any, Any] = {}
     for action, number, size in history:
         key = key_of(number)
         if action == "write":
@@ -289,7 +289,7 @@ def test_any_history_gives_what_the_model_gives(case: Case, open_tier: Callable[
             # A tier may, but need not, make room for the new chunk beside the one it replaces.
             kept = {other: held for other, held in others.items() if store.lookup([other])[0] is not None}
             assert list(kept) == list(others)[len(others) - len(kept) :], "evicted out of order"
-            if capacity is None or sum(map(len, model.values())) + size <= capacity:
+            if capacity is None or sum(len(held) for held in model.values()) + size <= capacity:
                 assert kept == others, "evicted without need"
             model = kept | {key: bytes(data)}
         elif action == "open" and key in model:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ DATA = os.urandom(SIZE)
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens a file of which nothing is in the page cache, and logs which reads are direct."""
     log = []
     real = os.preadv
@@ -30,7 +29,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
         log.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
         return real(descriptor, buffers, offset)
 
-    def open_reader(data: memoryview = DATA, cached: bool = False, **options: Any) -> Any:
+    def open_reader(data: bytes = DATA, cached: bool = False, **options: Any) -> FileReader:
         file = tmp_path / "file"
         file.write_bytes(data)
         descriptor = os.open(file, os.O_RDONLY)
@@ -47,15 +46,16 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
     finally:
         os.close(probe)
     monkeypatch.setattr(os, "preadv", preadv)
-    open_reader.log = log
-    return open_reader
+    made: Any = open_reader
+    made.log = log
+    return made
 
 
 def staging(size: int = SIZE) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def test_what_is_not_cached_is_read_directly(opened: Callable[..., Any]) -> None:
+def test_what_is_not_cached_is_read_directly(opened: Any) -> None:
     with opened() as reader:
         buffer = staging()
         for start in (0, SIZE // 2):
@@ -64,7 +64,7 @@ def test_what_is_not_cached_is_read_directly(opened: Callable[..., Any]) -> None
     assert opened.log == [True, True]
 
 
-def test_what_is_cached_is_not(opened: Callable[..., Any]) -> None:
+def test_what_is_cached_is_not(opened: Any) -> None:
     with opened(cached=True) as reader:
         buffer = staging()
         assert reader.read_into(buffer, 0) == SIZE
@@ -72,16 +72,14 @@ def test_what_is_cached_is_not(opened: Callable[..., Any]) -> None:
     assert opened.log == [False]
 
 
-def test_direct_reading_can_be_switched_off(opened: Callable[..., Any]) -> None:
+def test_direct_reading_can_be_switched_off(opened: Any) -> None:
     with opened(direct=False) as reader:
         assert reader.read_into(staging(), 0) == SIZE
     assert opened.log == [False]
 
 
 @pytest.mark.parametrize(("shift", "offset", "length"), [(1, 0, 4096), (0, 100, 4096), (0, 0, 100), (0, 4096, 4097)])
-def test_reads_that_are_not_aligned_go_through_the_cache(
-    opened: Callable[..., Any], shift: int, offset: int, length: int
-) -> None:
+def test_reads_that_are_not_aligned_go_through_the_cache(opened: Any, shift: int, offset: int, length: int) -> None:
     with opened() as reader:
         buffer = staging()[shift : shift + length]
         assert reader.read_into(buffer, offset) == length
@@ -93,20 +91,18 @@ def test_reads_that_are_not_aligned_go_through_the_cache(
         assert opened.log == [False, True]
 
 
-def test_without_a_descriptor_to_spare_the_cache_is_read(
-    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_descriptor_to_spare_the_cache_is_read(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def mapped(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(direct.mmap, "mmap", mapped)
+    monkeypatch.setattr("mmap.mmap", mapped)
     with opened() as reader:
         monkeypatch.undo()
         assert reader.read_into(staging(), 0) == SIZE
     assert not any(opened.log)
 
 
-def test_a_file_that_ends_in_mid_page(opened: Callable[..., Any]) -> None:
+def test_a_file_that_ends_in_mid_page(opened: Any) -> None:
     with opened(DATA[:5000]) as reader:
         buffer = staging(8192)
         assert reader.read_into(buffer, 0) == 5000
@@ -115,7 +111,7 @@ def test_a_file_that_ends_in_mid_page(opened: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("step", ["switch", "read"])
 def test_a_file_system_that_refuses_is_read_through_the_cache(
-    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: str
+    opened: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     real_fcntl, real_preadv = fcntl.fcntl, os.preadv
 
@@ -140,7 +136,7 @@ def test_a_file_system_that_refuses_is_read_through_the_cache(
         assert opened.log == [False]
 
 
-def test_without_direct_reads_at_all(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_direct_reads_at_all(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_MINCORE", None)
     with opened() as reader:
         buffer = staging()

@@ -146,7 +146,7 @@ def killed_at(call: Any, action: Any) -> bool:
             return function
 
         real_write = os.write
-        os.write = lambda descriptor, data: real_write(descriptor, data[: SIZE // 2])
+        os.write = lambda descriptor, data: real_write(descriptor, memoryview(data)[: SIZE // 2])
         for module, name in SYSTEM_CALLS:
             setattr(module, name, dying(getattr(module, name)))
         try:

@@ -165,6 +165,7 @@ def test_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_KEYS", KEYS[1].hex())
     with open_store(f"file://{tmp_path}/store?encrypt=env:KV_KEYS") as store:
         assert read(store, key_of(0)) == chunk_of(0)
+        assert isinstance(store, EncryptedStore)
         assert KEYS[1].hex() not in repr(store._keyring)
 
 

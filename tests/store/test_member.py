@@ -177,7 +177,7 @@ def test_missing_chunks_are_no_failures(member: Callable[..., Any]) -> None:
 
 
 def test_chunks_sealed_with_an_unknown_key_are_no_trouble_of_the_tier(member: Callable[..., Any]) -> None:
-    def foreign(key: ChunkKey) -> None:
+    def foreign(key: ChunkKey) -> ChunkReader:
         raise UnknownKey("sealed with a key that is not in the keyring")
 
     sealed = MemoryStore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -31,7 +32,7 @@ class Scraped:
         self.metrics = Metrics(registry)
         self._server, self._thread = start_http_server(0, "127.0.0.1", registry)
 
-    def __call__(self, name: str, **labels: str) -> float | None:
+    def __call__(self, name: str, **labels: str) -> Any:
         """The value of a sample now; None if there is none."""
         with urlopen(f"http://127.0.0.1:{self._server.server_port}/metrics") as answer:
             text = answer.read().decode()
@@ -104,7 +105,7 @@ def test_what_a_tier_does_is_counted(scraped: Scraped, tmp_path: Path) -> None:
     ],
 )
 def test_failures_are_counted_by_reason(scraped: Scraped, faults: str, operation: str, reason: str) -> None:
-    store = open_store(f"memory://?faults=seed:1,{faults}", scraped.metrics)
+    store: Any = open_store(f"memory://?faults=seed:1,{faults}", scraped.metrics)
     store._inner._inner.write(key_of(0), chunk_of(0))
     with pytest.raises(StoreError):
         {

@@ -29,12 +29,18 @@ def test_file(tmp_path: Path) -> None:
     assert store.capacity == 10 * 2**20
 
 
+def path_of(url: str) -> Path:
+    store = open_store(url)
+    assert isinstance(store, DiskStore)
+    return store.path
+
+
 def test_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert open_store("here").path == tmp_path / "here"
-    assert open_store("~/there?capacity=1MB").path == tmp_path / "home" / "there"
-    assert open_store(str(tmp_path / "100%25")).path == tmp_path / "100%25"
+    assert path_of("here") == tmp_path / "here"
+    assert path_of("~/there?capacity=1MB") == tmp_path / "home" / "there"
+    assert path_of(str(tmp_path / "100%25")) == tmp_path / "100%25"
 
 
 def test_a_link() -> None:
@@ -42,7 +48,9 @@ def test_a_link() -> None:
     assert isinstance(store, ThrottledStore)
     assert (store.bandwidth, store.latency_s) == (50e6, 0.002)
     assert store.stats().capacity == 10**9
-    assert open_store("memory://?latency=1s").bandwidth == float("inf")
+    late = open_store("memory://?latency=1s")
+    assert isinstance(late, ThrottledStore)
+    assert late.bandwidth == float("inf")
     assert isinstance(open_store("memory://?bandwidth=unlimited"), MemoryStore)
 
 

@@ -47,7 +47,7 @@ def test_a_store_by_url(shared: Servers) -> None:
         assert store.write(key_of(0), chunk_of(0))
     client = redis.Redis(port=shared.valkey, db=3)
     assert client.keys() == [b"by url:chunk:" + key_of(0).hex().encode()]
-    assert client.get(client.keys()[0]) == chunk_of(0)
+    assert client.get(client.keys()[0]) == bytes(chunk_of(0))
     with open_store(f"valkey://127.0.0.1:{shared.valkey}/3?prefix=by%20url:") as store:
         assert read(store, key_of(0)) == chunk_of(0)
     with open_store(f"redis://127.0.0.1:{shared.valkey}/3?bandwidth=1GB/s") as store:
@@ -193,8 +193,8 @@ def test_a_value_of_another_kind_is_a_miss_and_nobody_elses(
         keys = [key_of(number) for number in range(4)]
         found = store.lookup(keys)
         assert found == [SIZE, None, SIZE, None]
-        assert "1 of 4 chunks could not be looked up" in doubt_of(found)
-        assert "no string" in doubt_of(found)
+        assert "1 of 4 chunks could not be looked up" in str(doubt_of(found))
+        assert "no string" in str(doubt_of(found))
         with pytest.raises(CorruptChunk, match="no string"):
             store.open(key_of(1))
         with pytest.raises(CorruptChunk, match="no string"):
@@ -425,7 +425,14 @@ def cluster(nodes: list[tuple[Any, subprocess.Popen[str]]]) -> list[Any]:
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[tuple[Any, subprocess.Popen[str]]]]:
     """The same, with their processes."""
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--cluster-require-full-coverage", "no")
+    options: tuple[str, ...] = (
+        "--cluster-enabled",
+        "yes",
+        "--cluster-node-timeout",
+        "5000",
+        "--cluster-require-full-coverage",
+        "no",
+    )
     options += ("--cluster-allow-reads-when-down", "yes", "--cluster-port")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -461,7 +468,7 @@ def test_a_node_that_is_away_costs_its_own_chunks(
         tier = member(store, deadline_s=2.0)
         found = tier.lookup(keys)
         assert found == sizes
-        assert f"{sizes.count(None)} of 30 chunks could not be looked up" in doubt_of(found)
+        assert f"{sizes.count(None)} of 30 chunks could not be looked up" in str(doubt_of(found))
         gone = [key for key, size in zip(keys, sizes, strict=True) if size is None]
         assert tier.lookup(gone[:1]) == [None], "not even of one chunk does the tier go down"
         for key in gone[:5]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from cakekv.keys import ChunkKey
 from cakekv.store import removals
@@ -51,6 +52,7 @@ def test_evictions_and_deletions_are_told_apart(tmp_path: Path, kind: str) -> No
             store.write(key_of(number), chunk_of(number))
         store.delete(keys(2, 9))
         found = store.removals(keys(0, 1, 2, 9))
+        assert found is not None
         assert reasons(found) == {key_of(0): "capacity", key_of(2): "request"}
         assert found[key_of(0)].at <= found[key_of(2)].at
 
@@ -146,7 +148,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_that_are_none_are_not_passed_on(file: Path, at: float) -> None:
     """Whoever may write to a folder may put any number there, with the checksum that belongs to it."""
     part = removals._FIELDS.pack(key_of(0), at, 200)
-    file.write_bytes(removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)))
+    file.write_bytes(removals._RECORD.pack(part, xxh3_64_intdigest(part)))
     assert RemovalLog(file).find(keys(0)) == {key_of(0): (0.0, REQUEST)}
 
 
@@ -156,8 +158,6 @@ def test_such_a_time_is_explained(tmp_path: Path) -> None:
         fields = {"chunk_tokens": "4"}
         (key,) = prompt_keys(root, fields, [1, 2, 3, 4])
         part = removals._FIELDS.pack(key, float("nan"), 0)
-        (tmp_path / "kv" / "removals.log").write_bytes(
-            removals._RECORD.pack(part, removals.xxh3_64_intdigest(part)) + b"torn"
-        )
+        (tmp_path / "kv" / "removals.log").write_bytes(removals._RECORD.pack(part, xxh3_64_intdigest(part)) + b"torn")
         (chunk,) = explain_prompt(root, fields, [1, 2, 3, 4], [store]).chunks
         assert chunk.reasons == ["evicted from disk, it is not known when"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from cakekv.errors import BadInput, NotDeleted, StoreError
 from cakekv.keys import ChunkKey
-from cakekv.store.base import Store, StoreStats
+from cakekv.store.base import Store, StoredChunk, StoreStats
 from cakekv.store.disk import DiskStore
 from cakekv.store.maintenance.listing import listing
 from cakekv.store.memory import MemoryStore
@@ -82,10 +82,10 @@ def test_a_folder_that_fails_costs_its_own_chunks() -> None:
         def delete(self, keys: Sequence[ChunkKey]) -> int:
             raise StoreError("away")
 
-        def stats(self) -> None:
+        def stats(self) -> StoreStats:
             raise StoreError("away")
 
-        def __iter__(self) -> None:
+        def __iter__(self) -> Iterator[StoredChunk]:
             raise StoreError("away")
 
     stores = [MemoryStore(), MemoryStore(), Away()]
@@ -95,7 +95,7 @@ def test_a_folder_that_fails_costs_its_own_chunks() -> None:
     held = [store.place_of(key) is not stores[2] for key in keys]
     found = store.lookup(keys)
     assert found == [1 if there else None for there in held]
-    assert f"{held.count(False)} of 30" in doubt_of(found)
+    assert f"{held.count(False)} of 30" in str(doubt_of(found))
     assert store.stats() == StoreStats(sum(held), sum(held), None, ("away",))
     listed = listing(store)
     assert (len(listed.chunks), listed.troubles) == (sum(held), ["away"])

@@ -40,7 +40,7 @@ class CrowdClock:
     def __init__(self, threads: Any) -> None:
         self.now = 100.0
         self._awake = threads
-        self._alarms = []
+        self._alarms: list[Any] = []
         self._changed = threading.Condition()
 
     def __call__(self) -> Any:

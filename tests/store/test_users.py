@@ -130,7 +130,7 @@ def test_root_gives_away_no_file_that_was_there(place: Path) -> None:
     assert treasure.stat().st_uid == 0
 
 
-def test_chunks_of_another_user_are_misses(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_chunks_of_another_user_are_misses(place: Path, caplog: Any) -> None:
     folder = place / "kv"
     by(ANNA, saving(folder, 0, 1, 2))
     file_of(folder, 0).chmod(0o600)
@@ -140,7 +140,7 @@ def test_chunks_of_another_user_are_misses(place: Path, caplog: pytest.LogCaptur
         with DiskStore(folder) as store:
             store.lookup([key_of(0), key_of(1)])
             store.lookup([key_of(0), key_of(1)])
-        return [record.fields for record in caplog.records if record.event == "unreadable"]
+        return [vars(record)["fields"] for record in caplog.records if vars(record)["event"] == "unreadable"]
 
     with caplog.at_level(logging.WARNING):
         (line,) = by(ANNA, logged)
@@ -196,7 +196,7 @@ def test_the_store_of_another_user_says_whose_it_is(place: Path) -> None:
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_a_group_shares_a_folder(place: Path, umask: int) -> None:
     folder = place / "kv"
-    team = {"groups": [TEAM], "umask": umask}
+    team: dict[str, Any] = {"groups": [TEAM], "umask": umask}
     os.chown(place, -1, TEAM)
     place.chmod(0o2770)
     assert by(ANNA, saving(folder, 0, mode="group"), **team) is None
@@ -332,7 +332,7 @@ def test_deleting_goes_past_it_and_names_it(stuck: Path) -> None:
         assert store.stats() == StoreStats(1, SIZE, None)
 
 
-def test_eviction_goes_past_it_and_names_it(stuck: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_eviction_goes_past_it_and_names_it(stuck: Path, caplog: Any) -> None:
     os.utime(file_of(stuck, 2), (1e9, 1e9))  # the first to go
     with caplog.at_level(logging.WARNING), DiskStore(stuck, 3 * SIZE) as store:
         for number in range(10, 200):

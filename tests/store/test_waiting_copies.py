@@ -143,7 +143,7 @@ def test_copies_that_a_tier_was_away_for_are_made_the_next_time(folder: Path, ca
         assert store.uncopied == 8
         assert told == [("back", 1)] * 8
     (event,) = [record for record in caplog.records if getattr(record, "event", "") == "uncopied"]
-    assert event.fields == {"tier": "back", "chunks": 8, "copied": "when the store is used again"}
+    assert vars(event)["fields"] == {"tier": "back", "chunks": 8, "copied": "when the store is used again"}
     back.well.set()
     with reopened(folder, back) as store:
         store.write(key_of(8), chunk_of(8))

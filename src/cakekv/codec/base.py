@@ -104,7 +104,7 @@ class Codec(ABC):
     """Grows whenever the same parameters give other bytes."""
     lossy: ClassVar[bool] = True
     encodes: ClassVar[bool] = True
-    """False if a plane's code is its bytes in the cache, so that chunks are read straight into place."""
+    """Whether chunks have a coded form at all; else they are stored as the cache has them."""
     fixed: ClassVar[bool] = True
     """Whether every plane takes exactly `size` bytes; else at most that many."""
     parts: ClassVar[int] = 1

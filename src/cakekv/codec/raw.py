@@ -8,14 +8,13 @@ from typing import ClassVar
 import numpy as np
 
 from cakekv.codec.base import Code, Codec, Plane, Values
-from cakekv.keys import RAW
 
 
 @dataclass(frozen=True)
 class Raw(Codec):
     """Bytes as the model has them. Where nothing is to be encoded, chunks are read straight into place."""
 
-    name: ClassVar[str] = RAW
+    name: ClassVar[str] = "raw"
     lossy: ClassVar[bool] = False
     encodes: ClassVar[bool] = False
 

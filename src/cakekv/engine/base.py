@@ -12,7 +12,7 @@ import numpy as np
 
 from cakekv.codec.base import Segment
 from cakekv.errors import BadInput, UnknownRotation
-from cakekv.keys import RAW, Identity
+from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import real, whole
 from cakekv.rotation import Rotation
@@ -70,7 +70,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         raise UnknownRotation("this engine does not tell")
 
     @abstractmethod
-    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
+    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
         """Everything that decides whether a stored chunk is this model's, as the model is now."""
 
     def state(self) -> EngineState:

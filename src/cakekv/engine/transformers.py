@@ -29,7 +29,7 @@ from cakekv.engine.transfer import transfer_for
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.forks import on_fork
-from cakekv.keys import RAW, Identity
+from cakekv.keys import Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
 from cakekv.rotation import Rotation
@@ -174,7 +174,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.rotations`."""
         return find_rotations(self.model)
 
-    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
+    def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = "raw") -> Identity:
         """As `Engine.identity`. The first call reads all weights, later ones what was written to since."""
         with self._looking:
             self._look()

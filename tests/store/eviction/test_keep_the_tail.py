@@ -18,7 +18,7 @@ from ..chunks import key_of
 NOW = 1e9
 
 
-def chunk_at(number: int, position: Any) -> Any:
+def chunk_at(number: Any, position: Any) -> Any:
     return Held(key_of(number), 1, NOW, position, 1)
 
 
@@ -68,7 +68,10 @@ def test_chunks_that_nobody_looked_up_go_by_position() -> None:
             policy.evict(NOW + 60)
     policy.wrote(chunk_at("tail", 8000))
     policy.wrote(chunk_at("head", 0))
-    assert policy.worth(policy.get(key_of("tail")), NOW + 60) > 2 * policy.worth(policy.get(key_of("head")), NOW + 60)
+    tail, head = policy.get(key_of("tail")), policy.get(key_of("head"))
+    assert tail is not None
+    assert head is not None
+    assert policy.worth(tail, NOW + 60) > 2 * policy.worth(head, NOW + 60)
 
 
 def test_rates_tell_classes_apart_although_one_is_evicted_young() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +29,7 @@ MARK = b'{"cakekv_archive": 1}'
 class Pipe(io.RawIOBase):
     """Neither seekable, nor generous: a few bytes at a time."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: Any) -> None:
         self._data = io.BytesIO(data)
 
     def read(self, size: int = -1) -> Any:
@@ -60,7 +60,7 @@ def archive_of(*members: Any) -> Any:
     return member(MARKER, MARK) + b"".join(members) + bytes(1024)
 
 
-def imported(data: memoryview) -> Any:
+def imported(data: Any) -> Any:
     store = MemoryStore()
     return store, import_archive(io.BytesIO(data), store)
 
@@ -85,7 +85,7 @@ def test_what_tar_makes_is_read(tmp_path: Path, archive: bytes) -> None:
 
 def test_it_comes_through_a_pipe_and_keeps_the_order_of_use(archive: bytes) -> None:
     store = MemoryStore(2 * SIZE)
-    assert import_archive(Pipe(archive), store).chunks == 3
+    assert import_archive(cast(BinaryIO, Pipe(archive)), store).chunks == 3
     assert {chunk.key for chunk in store} == {key_of(2), key_of(0)}, "the one used last is written last"
 
 

@@ -51,7 +51,7 @@ def test_verifying_and_repairing(store: Store) -> None:
     tiers = len(verify(store))
     assert [one.chunks for one in verify(store)] == [3] * tiers
     spoil(store, 1)
-    seen = []
+    seen: list[Any] = []
     found = verify(store, seen.append)
     assert [list(one.corrupt) for one in found] == [[key_of(1)]] * tiers
     assert all("another key" in one.corrupt[key_of(1)] for one in found)
@@ -71,7 +71,7 @@ def test_copying_there_and_back(store: Store, tmp_path: Path) -> None:
     assert other.identities() == {ROOT: FIELDS}
 
     other.write(key_of(7), chunk_of(7))
-    seen = []
+    seen: list[Any] = []
     copied = copy(other, store, on_bytes=seen.append)
     assert (copied.chunks, copied.present, copied.corrupt) == (1, 2, {})
     assert sum(seen) == 3 * SIZE
@@ -108,10 +108,10 @@ def test_collecting(store: Store) -> None:
     assert keys(store) == set()
 
 
-def test_looking_at_a_chunk_leaves_no_trace(store: Store) -> None:
+def test_looking_at_a_chunk_leaves_no_trace(store: Any) -> None:
     if store.name == "redis":
         for name in [store.name_of(key_of(number)) for number in range(3)]:
-            store._client.restore(name, 0, store._client.dump(name), replace=True, idletime=1000)
+            store._server.client.restore(name, 0, store._server.client.dump(name), replace=True, idletime=1000)
     before = {chunk.key: chunk.used_at for chunk in store}
     verify(store)
     export(store, io.BytesIO())

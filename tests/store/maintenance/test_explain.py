@@ -96,7 +96,8 @@ def test_a_tier_that_fails_is_named() -> None:
 )
 def test_the_field_that_differs_is_named_and_no_salt_shown(field: str, value: str) -> None:
     store = MemoryStore()
-    save(store, replace(MINE, **{field: value}))
+    change: dict[str, Any] = {field: value}
+    save(store, replace(MINE, **change))
     save(store, replace(MINE, dtype="float16", layout="other", recipe="int4"), 0)
     found = explained(store)
     assert not found.known

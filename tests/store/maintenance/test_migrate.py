@@ -47,7 +47,7 @@ def test_after_a_rotation_the_old_key_is_not_needed_any_more() -> None:
     assert migrate(both, dry_run=True).fates == {"resealed": 3}
     with pytest.raises(UnknownKey):
         sealed(inner, NEW).open(key_of(0))
-    seen = []
+    seen: list[Any] = []
     assert migrate(both, seen.append).fates == {"resealed": 3}
     assert sum(seen) >= 3 * SIZE
     check(sealed(inner, NEW), 4)
@@ -156,7 +156,7 @@ def test_a_chunk_that_vanishes_is_counted() -> None:
             opened.add(key)
             return super().open(key)
 
-    opened = set()
+    opened: set[Any] = set()
     inner = Vanishing()
     inner.write(key_of(0), chunk_of(0))
     assert migrate(sealed(inner, NEW)).fates == {"vanished": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tiered import TieredStore, TierPlan
 from cakekv.store.wrapper import WrappedStore
-from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.chunks import SIZE, chunk_of, key_of, opener, read
 
 KEYS = [bytes([number]) * 32 for number in range(2)]
 
@@ -30,10 +31,10 @@ KEYS = [bytes([number]) * 32 for number in range(2)]
 class Liar(WrappedStore):
     """Says that its chunks are longer than they are."""
 
-    def __init__(self, inner: Store, size: int) -> None:
+    def __init__(self, inner: Any, size: int) -> None:
         super().__init__(inner)
         self.size = size
-        self.asked = []
+        self.asked: list[int] = []
 
     def open(self, key: ChunkKey) -> ChunkReader:
         store, reader = self, self._inner.open(key)
@@ -48,18 +49,18 @@ class Liar(WrappedStore):
         return Lying()
 
 
-def open_failing() -> None:
+def open_failing() -> Store:
     raise StoreError("nobody answers")
 
 
 @pytest.fixture
 def tiered(tmp_path: Path) -> Iterator[tuple[TieredStore, MemoryStore, DiskStore]]:
     """A tier that is down, and two that each hold two chunks."""
-    stores = [MemoryStore(), DiskStore(tmp_path / "kv")]
+    stores: tuple[MemoryStore, DiskStore] = (MemoryStore(), DiskStore(tmp_path / "kv"))
     for store in stores:
         for number in range(2):
             store.write(key_of(number), chunk_of(number))
-    openers = [open_failing, *(lambda store=store: store for store in stores)]
+    openers = [open_failing, *map(opener, stores)]
     with TieredStore([TierPlan(Member(opener, "tier")) for opener in openers]) as tiered:
         yield tiered, *stores
 
@@ -71,7 +72,7 @@ def test_tiers_are_repaired_apart_and_one_that_is_down_is_named(
     memory.write(key_of(0), chunk_of(5))
     (disk.path / "incoming" / f"{SIZE}-0123456789abcdef.tmp").write_text("half")
     down, front, back = repair(store)
-    assert "nobody answers" in down.found.error
+    assert "nobody answers" in str(down.found.error)
     assert (front.deleted, list(front.found.corrupt)) == (1, [key_of(0)])
     assert (back.deleted, back.found.corrupt) == (0, {})
     assert back.tidied == ["Removed 1 temporary file(s) of writers that died."]

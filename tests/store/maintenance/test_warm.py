@@ -16,11 +16,11 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
-from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.chunks import SIZE, chunk_of, key_of, opener, read
 from tests.store.conftest import Servers
 
 
-def fill(store: Store, numbers: int) -> None:
+def fill(store: Store, numbers: Any) -> None:
     for number in numbers:
         store.write(key_of(number), chunk_of(number))
 
@@ -34,7 +34,7 @@ def tiered() -> Iterator[Callable[..., Any]]:
     opened = []
 
     def made(*tiers: Any, promote: bool = True) -> Any:
-        plan = [TierPlan(Member(lambda store=store: store, store.name), Writing.THROUGH, promote) for store in tiers]
+        plan = [TierPlan(Member(opener(store), store.name), Writing.THROUGH, promote) for store in tiers]
         opened.append(TieredStore(plan))
         return opened[-1]
 
@@ -94,7 +94,7 @@ def test_only_tiers_that_take_promotions(tiered: Callable[..., Any], tmp_path: P
 
 
 def test_a_tier_that_fails_is_named(tiered: Callable[..., Any], tmp_path: Path) -> None:
-    def fail() -> None:
+    def fail() -> Store:
         raise StoreError("nobody answers")
 
     disk = DiskStore(tmp_path / "kv", 4 * SIZE)

@@ -79,7 +79,7 @@ class Shares:
 
     def layout(self, share: Share) -> str:
         """Order of the bytes in a share: part of every key."""
-        return canonical({"planes": self._planes()}) if self._codec.encodes else share.cache.layout
+        return share.cache.layout if self._codec.name == "raw" else canonical({"planes": self._planes()})
 
     def _kv_heads(self) -> int | None:
         """KV heads of this worker, if all layers keep keys and values of several heads; else None."""
@@ -102,7 +102,7 @@ class Shares:
         cache = open_paged_cache(caches, self._config.num_blocks, kernel, self._config.needs_kv_cache_zeroing)
         tag = f"{self._first + number} of {self._shards}"
         tokens, block_tokens = self._options.chunk_tokens, self._spec.block_size
-        if not self._codec.encodes:
+        if self._codec.name == "raw":
             layers = [PlaneLayout(1, size // block_tokens, 1) for size in cache.segment_bytes_per_block]
             layout = KVLayout(tuple(LayerLayout((plane,)) for plane in layers))
             return Share(tag, cache, ChunkCoder(self._codec, layout, tokens, "bytes"), ())
