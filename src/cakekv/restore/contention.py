@@ -9,12 +9,12 @@ from cakekv.restore.costs import ComputeModel, ComputeShape, LoadFigures, LoadMo
 from cakekv.restore.priority.base import Kind, Policy, RequestState
 
 _PROBE_SHARE = 0.5
-"""A tier that was slow some other time is taken to deliver a chunk in this share of the prompt's compute time."""
+"""A tier that once was slow is taken to deliver a chunk in this share of the prompt's compute time."""
 
 
 @dataclass
 class Burden:
-    """How many times as long as alone either arm takes for a request, since others are served before it."""
+    """How many times as long either arm takes for a request as it would alone: others are served before it."""
 
     compute: float = 1.0
     load: dict[int, float] = field(default_factory=dict)
@@ -24,8 +24,8 @@ class Burden:
 def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
     """What the open prefills are to each other.
 
-    A request that is served after others is through with its own t seconds of work after ahead + t seconds, where
-    ahead is what those before it keep the arm busy for. Decodes are left out: their steps are short.
+    A request with t seconds of work of its own is through after `ahead + t` seconds, where `ahead` is how long those
+    before it keep the arm busy. Decodes are left out: their steps are short.
 
     Parameters
     ----------
@@ -117,10 +117,10 @@ class SharedLoad(LoadModel):
         self.crowded_s = float("-inf")
 
     def doubt(self, size: int, prompt_s: float) -> None:
-        """See to it that a chunk of `size` bytes is tried, however slow the tier was some other time.
+        """Make sure that a chunk of `size` bytes is tried, however slow the tier once was.
 
-        A tier that is thought slow is not used, and so would never be found to be fast. `prompt_s` is what computing
-        the whole prompt takes, in seconds.
+        Otherwise a tier that is believed slow would never be used, and never be found to be fast. `prompt_s` is how
+        many seconds computing the whole prompt takes.
         """
         expected_s = self._cost.seconds(size)
         if expected_s > 0 and not self._cost.measured:

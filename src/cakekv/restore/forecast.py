@@ -1,4 +1,4 @@
-"""When a restore would end under a given plan, as far as is known now; and small changes that make it end sooner.
+"""The forecast: when a restore would end under a given assignment, and small changes that make it end sooner.
 
 The assignment of loads (`cakekv.restore.assignment`) reasons with one figure per chunk. What it cannot see decides
 short prompts and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a

@@ -128,7 +128,7 @@ class Phase(Enum):
     IN_PIECES = "in pieces"
     """The last of them in pieces; the suffix may be computed, and its layers wait."""
     BROKEN = "broken"
-    """As before, but something will not come: back to whole chunks, once no piece is being placed any more."""
+    """A load was lost: back to whole chunks, as soon as no piece is being placed."""
 
 
 class LayeredFinish:
@@ -237,7 +237,7 @@ class LayeredFinish:
 
     @property
     def complete(self) -> bool:
-        """Whether all that was to come while the suffix is computed is in the cache."""
+        """Whether everything that was still on its way is in the cache."""
         return self.pieces is not None and self.pieces.complete
 
     def end(self) -> None:
@@ -246,7 +246,7 @@ class LayeredFinish:
         self.pieces, self.phase = None, Phase.WHOLE
 
     def break_off(self) -> None:
-        """A load will not come: if the suffix waits for it, it waits in vain."""
+        """A load was lost: if the suffix waits for it, it waits in vain."""
         if self.phase is Phase.IN_PIECES:
             self.phase = Phase.BROKEN
 
@@ -281,7 +281,7 @@ def cut_into_pieces(
     groups: LayerGroups,
     most: Sequence[float],
 ) -> Pieces:
-    """Load the chunks that are waited for by the plan, the last ones in pieces.
+    """Have the chunks loaded that the suffix waits for, the last ones in pieces.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 A codec may store chunks in parts, each of use without those behind it (`Codec.parts`): reading more of them costs more
 bytes and gives keys and values that are nearer to the exact ones. CacheGen (arXiv 2310.07240) chooses such a
-level per chunk from the bandwidth as it is; here the end that is foreseen is that of both arms together.
+level per chunk from the bandwidth as it is; here the choice follows from when both arms together should end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 RESERVE = 0.1
-"""The part of a target that is kept in hand, since what is foreseen is not what happens."""
+"""Share of a target that is kept in hand, since no forecast is exact."""
 
 
 class LayerGroups(NamedTuple):

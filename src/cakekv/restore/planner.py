@@ -26,13 +26,13 @@ _DEFAULT = PlannerOptions()
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
 _LOOK_S = 0.005
-"""After so long, whoever waits for pieces that are being placed looks again."""
+"""While pieces are being placed, compute asks again after so many seconds."""
 _PLANNED_EVERY_S = 0.01
-"""While compute only waits: loads may end in quick succession, and wait for whoever plans."""
+"""While compute only waits, plan no more often: loads end in quick succession, and nothing else goes on meanwhile."""
 
 
 class Planner:
-    """One prompt's way from stored chunks and tokens to a complete KV cache.
+    """Decides how one prompt gets from tokens and stored chunks to a complete KV cache.
 
     Parameters
     ----------
@@ -79,8 +79,9 @@ class Planner:
         self.chunk_tokens = chunk_tokens
         self.mode = options.mode
         self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window)
+        tiers = tuple(tiers)
         self._flights = Flights(tiers, options.deadline_s)
-        self._situation = Situation(self.coverage, self._flights, tuple(tiers), compute, options)
+        self._situation = Situation(self.coverage, self._flights, tiers, compute, options)
         self._max_span_chunks = self._situation.max_span_chunks
         self._front = Front(self._situation, covered_tokens)
         self._schedule = Schedule(self._situation, levels, now + options.ttft_target_s * (1 - RESERVE))
@@ -161,7 +162,7 @@ class Planner:
         self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
 
     def _computable(self, first: int, now: float) -> int:
-        """How many chunks from `first` on compute should take, by a plan that holds that far."""
+        """How many chunks from `first` on compute should take, by a plan that is good for so many."""
         count = self._schedule.computable(first)
         waits = count == 0 and now < self._schedule.made_at + _PLANNED_EVERY_S
         if self._schedule.stale or (count < 2 * self._max_span_chunks and not waits):
@@ -272,8 +273,8 @@ class Planner:
     def failed(self, load: Load, reason: str, size: int, now: float, silent: bool = False) -> None:
         """The load failed after `size` bytes; another tier is tried, or the chunk becomes a hole.
 
-        `silent`: because the tier did not answer. If nothing else came from it meanwhile, it is asked for nothing
-        more: each chunk would be waited for as long as this one.
+        `silent` means that the tier did not answer. If it delivered nothing else meanwhile, nothing more is loaded from
+        it: every chunk would be waited for as long as this one.
         """
         hangs = silent and self._flights.nothing_since(load)
         self._answered(load, size, now)
@@ -285,7 +286,7 @@ class Planner:
             self._give_up(load.tier, reason)
 
     def check_late(self, now: float) -> None:
-        """Give up loads that took too long; a chunk is asked for once more if its tier still moves."""
+        """Give up loads that took too long. A chunk is loaded once more if its tier still delivers others."""
         for load in self._flights.give_up_late(now):
             again = load.chunk not in self.coverage.late and not self._flights.stalled(load.tier)
             self.coverage.late.add(load.chunk)
@@ -293,7 +294,7 @@ class Planner:
         self._finish.check_stalled()
 
     def _give_up(self, tier: int, reason: str) -> None:
-        """Ask a tier for nothing more, and wait for nothing that it was asked for."""
+        """Load nothing more from a tier, and stop waiting for what it was to deliver."""
         for load in self._flights.give_up(tier):
             self.coverage.late.add(load.chunk)
             self._lose(load, "late")
@@ -317,7 +318,7 @@ class Planner:
         self._record.frontier(now, self.latest.front, self.coverage.start_of(self._back))
 
     def _lose(self, load: Load, reason: str, again: bool = False) -> None:
-        """Do not wait for this load any more; nor ever ask its tier for the chunk, unless `again`."""
+        """Stop waiting for this load. Its tier is never asked for the chunk again, unless `again`."""
         self._finish.break_off()
         if again:
             self.coverage.give_back(load.chunk)

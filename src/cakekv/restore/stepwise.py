@@ -1,9 +1,9 @@
 """The planner for a driver that shares out steps of its own, such as vLLM's scheduler.
 
 It asks `computable_tokens` instead of `next_compute`, and claims with `take` what it has room for: a chunk belongs to
-compute as soon as a span enters it. Such a driver hears of loads only between two steps, so it lets some queue `ahead`
-at the tier and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims it with
-`take_layered`, and says with `layered_allowed` whether it could.
+compute as soon as a span enters it. Such a driver learns about loads only between two steps, so it lets some queue
+`ahead` at the tier and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims
+it with `take_layered`, and says with `layered_allowed` whether it could.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.simulate.cluster.coarse import Machine, Outcome, System, Task
 from cakekv.simulate.cluster.tiers import BlockCache
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival
 
 RAM, REMOTE = 0, 1
 
@@ -29,7 +29,7 @@ class Job:
     """A request on its node."""
 
     number: int
-    request: Request
+    request: Arrival
     ram_tokens: int
     prefix_tokens: int
     ram_left: float
@@ -67,7 +67,7 @@ class Node:
     remote_rate: float = 1.0
     """Tokens per second, as of the last event."""
 
-    def admit(self, number: int, request: Request, remote: BlockCache, stores: bool) -> Job:
+    def admit(self, number: int, request: Arrival, remote: BlockCache, stores: bool) -> Job:
         """Look up what is stored of a prompt; its last token is always computed."""
         usable = request.blocks[: (request.prompt_tokens - 1) // BLOCK_TOKENS] if stores else ()
         in_ram = self.ram.run(usable)

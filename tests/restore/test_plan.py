@@ -1,0 +1,28 @@
+"""In which order planned loads are asked for: worked by hand."""
+
+from __future__ import annotations
+
+from cakekv.restore.assignment import Candidate
+from cakekv.restore.plan import Plan
+
+
+def uncovered(chunks: int, holes: set[int]) -> list[Candidate]:
+    return [(chunk, 1.0, {} if chunk in holes else {0: 1.0, 1: 1.0}) for chunk in range(chunks)]
+
+
+def test_the_nearest_deadline_comes_first_and_back_to_front_before_each() -> None:
+    # Compute takes 0, the hole 3 and the suffix 7: 1 and 2 are due when it gets to 3, 4 to 6 when it gets to 7.
+    plan = Plan.ordered(uncovered(8, {3, 7}), {1: 0, 2: 0, 4: 0, 5: 1, 6: 0}, tiers=2)
+    assert [list(reversed(queue)) for queue in plan.queues] == [[2, 1, 6, 4], [5]]
+    assert plan.deadlines == [3, 7]
+
+
+def test_what_is_computed_between_loads_is_a_deadline_too() -> None:
+    plan = Plan.ordered(uncovered(6, {5}), {1: 0, 3: 0, 4: 0}, tiers=1)
+    assert list(reversed(plan.queues[0])) == [1, 4, 3]
+    assert plan.deadlines == [2, 5]
+
+
+def test_without_loads_there_is_nothing_to_wait_for() -> None:
+    assert Plan.ordered(uncovered(3, {2}), {}, tiers=2) == ({}, [[], []], [])
+    assert Plan.ordered([], {}, tiers=1) == ({}, [[]], [])
