@@ -212,7 +212,10 @@ class CakeSchedulerMixin(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return min(tokens, self._granted.get(request.request_id, tokens))
+        granted = self._granted.get(request.request_id, tokens)
+        if granted >= request.num_tokens - num_computed_tokens:
+            return tokens  # all that is left; with speculation, vLLM pads a last token, and insists on that
+        return min(tokens, granted)
 
     def _has_room_for_adapter(self, request: Request) -> bool:
         """Whether a request that waits may join those that run, by --max-loras.
