@@ -37,17 +37,24 @@ def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dic
         Seconds on the clock of `RequestState.arrived_s`.
     """
     requests = [request for request in requests if request.kind is not Kind.DECODE]
-    result = {request.request_id: Burden() for request in requests}
+    result = {request_id: Burden(load=load) for request_id, load in load_burdens(requests, policy, now).items()}
     ahead_s = 0.0
     for request in policy.compute_order(requests, now):
         result[request.request_id].compute = _burden(ahead_s, _compute_s(request))
         ahead_s += _both_s(request)
+    return result
+
+
+def load_burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, dict[int, float]]:
+    """The part of `burdens` that concerns loads, for prefills: per request, as in `Burden`."""
+    result: dict[str, dict[int, float]] = {request.request_id: {} for request in requests}
+    both_s = {request.request_id: _both_s(request) for request in requests}
     for tier in {tier for request in requests for tier in request.load_s}:
         ahead_s = 0.0
         for request in policy.load_order(requests, tier, now):
             own_s = request.tokens * request.load_s[tier]
-            result[request.request_id].load[tier] = _burden(ahead_s, own_s)
-            ahead_s += _both_s(request)
+            result[request.request_id][tier] = _burden(ahead_s, own_s)
+            ahead_s += both_s[request.request_id]
     return result
 
 

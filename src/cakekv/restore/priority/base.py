@@ -227,4 +227,5 @@ class Policy(ABC):
         return Shares(tokens, held_back)
 
     def _overdue(self, request: RequestState, now: float) -> bool:
-        return now - request.arrived_s >= max(self.starvation_s, request.patience_s)
+        age_s = now - request.arrived_s
+        return age_s >= self.starvation_s and age_s >= request.patience_s
