@@ -20,10 +20,9 @@ from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.executor import Executor, check
-from cakekv.embedded.lookup import Lookup
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
-from cakekv.embedded.saver import Saver, SaveReport
+from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
@@ -55,9 +54,6 @@ Result = TypeVar("Result")
 Stores = Store | str | os.PathLike[str] | Sequence[Store | str | os.PathLike[str]] | None
 
 _LOG = logging.getLogger(__name__)
-
-LOOKUP_DEADLINE_S = 2.0
-"""Seconds that a tier may take to say what it holds of a prompt."""
 
 
 def _handed_over(
@@ -194,8 +190,7 @@ class Cake:
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
         self._saver = Saver(stores[0], coder, staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
-        ask = Lookup(self.tiers, min(options.deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
-        self._stored = StoredPrefixes(engine, tenant, coder, self.tiers, ask, self._saver)
+        self._stored = StoredPrefixes(self._arms, self.tiers)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
         self._stale = False
@@ -554,15 +549,18 @@ class Cake:
     def _restore(
         self, request: Request, token_ids: list[int], capacity: int, asked: PrefillOptions
     ) -> tuple[Prefill, Found]:
-        arms, stored, notes = self._arms, self._stored, request.notes
+        arms, notes = self._arms, request.notes
         notes += self._why_no_stores
         said = len(notes)
-        found = stored.lookup(token_ids, notes)
-        if not any(found.holders) and len(notes) == said:
-            notes += stored.why_nothing(found)
+        found = self._stored.lookup(token_ids, notes)
+        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
+        if not any(found.holders) and not has_saved and len(notes) == said:
+            notes += self._stored.why_nothing(found)
         cache = self.engine.new_cache(capacity)
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
-        saver = stored.saver(cache, found, partial(arms.arbiter.lent, request)) if asked.save else None
+        saver = None
+        if asked.save and self._saver is not None and found.keys:
+            saver = PromptSaver(self._saver, found, cache, partial(arms.arbiter.lent, request))
         restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress)
         logits = restore.run()
         report = restore.report()

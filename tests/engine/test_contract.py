@@ -27,7 +27,7 @@ from tests.matrix.models import build
 CHUNK = 16
 CHUNKS = 5
 PREFIX = CHUNKS * CHUNK
-PROMPT = [random.Random(3).randrange(3, 90) for _ in range(PREFIX + 5)]
+PROMPT = random.Random(3).choices(range(3, 90), k=PREFIX + 5)
 
 ENGINES: dict[str, Callable[[], Engine[Any, Any]]] = {
     "toy": ToyEngine,

@@ -14,7 +14,8 @@ from cakekv.embedded.arms import Arms
 from cakekv.embedded.executor import LOOK_S, check
 from cakekv.embedded.loader import Loads
 from cakekv.embedded.planning import Planning
-from cakekv.embedded.stored import CHANGED, PromptSaver
+from cakekv.embedded.saver import PromptSaver
+from cakekv.embedded.stored import CHANGED
 from cakekv.engine.base import Cache, Logits
 from cakekv.keys import ChunkKey
 from cakekv.restore.flights import Load

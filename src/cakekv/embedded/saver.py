@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.executor import IDLE_S, LOOK_S, check
+from cakekv.embedded.stored import Found
 from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
 from cakekv.keys import ChunkKey, Identity
 from cakekv.load.staging import StagingPool
@@ -134,6 +135,11 @@ class Saver:
         self._closed = False
         self._abandoned = False
         self.report = SaveReport()
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk."""
+        return self._coder.exact.tokens
 
     @property
     def full(self) -> bool:
@@ -412,6 +418,56 @@ class Saver:
             metrics.add_save(outcome, size, seconds)
         except Exception:
             _LOG.exception("what became of a chunk could not be counted")
+
+
+class PromptSaver:
+    """Saves what is computed of one prompt.
+
+    Parameters
+    ----------
+    saver : Saver
+        Takes the chunks.
+    found : Found
+        The prompt's keys, and what computes it.
+    cache : Cache
+        The engine's, in which they are.
+    waiting : callable
+        As in `Saver.save`.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        found: Found,
+        cache: object,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._saver = saver
+        self._cache = cache
+        self._found = found
+        self._waiting = waiting
+
+    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
+        """Save chunks that a span has completed, unless what computes is not any more what the keys name.
+
+        Parameters
+        ----------
+        chunks : sequence of int
+            Those that no tier has.
+        wanted_chunks : int
+            About how many chunks of the prompt are to be saved, these among them.
+        exact : bool
+            Whether all that the span attended to is exact. If it is not, nothing is saved.
+        """
+        found, engine, tokens = self._found, self._found.engine, self._saver.chunk_tokens
+        if not found.still() or not exact:
+            return
+        self._saver.introduce(found.named.identity)
+        source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
+        for chunk in chunks:
+            gather = engine.gatherer(self._cache, chunk * tokens, tokens)
+            is_exact = chunk >= found.exact_from
+            self._saver.save(found.keys[chunk], chunk * tokens, gather, is_exact, source, self._waiting)
 
 
 _KINDS: dict[type[BaseException], str] = {

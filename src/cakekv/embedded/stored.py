@@ -1,24 +1,31 @@
-"""Finds what the tiers hold of a prompt, and saves what they lack."""
+"""Finds what the tiers hold of a prompt: asks them all at once, and waits for none longer than a deadline."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
-from cakekv.codec.coder import ChunkCoder
-from cakekv.embedded.lookup import Lookup
-from cakekv.embedded.saver import Saver, Source
+from cakekv.embedded.arms import Arms
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError
+from cakekv.errors import StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.logs import emit
+from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
 from cakekv.store.maintenance.explain import why_nothing_is_stored
-from cakekv.store.sizes import doubt_of
+from cakekv.store.sizes import Sizes, doubt_of
 
+Answer = TypeVar("Answer")
+
+_LOG = logging.getLogger(__name__)
+
+LOOKUP_DEADLINE_S = 2.0
+"""Seconds that a tier may take to say what it holds of a prompt."""
 CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
 
 
@@ -56,40 +63,23 @@ class Found:
 
 
 class StoredPrefixes:
-    """Finds the chunks of prompts, and saves those that are missing.
+    """Finds the chunks of prompts.
 
     Parameters
     ----------
-    engine : Engine
-        The model.
-    tenant : str
-        Of the identity.
-    coder : ChunkCoder
-        What they look like.
+    arms : Arms
+        The model, and what its chunks look like.
     tiers : sequence of Store
         Where chunks may be.
-    ask : Lookup
-        Asks them.
-    saver : Saver or None
-        Saves chunks; None: they are not saved.
     """
 
-    def __init__(
-        self,
-        engine: Engine[Any, Any],
-        tenant: str,
-        coder: ChunkCoder,
-        tiers: Sequence[Store],
-        ask: Lookup,
-        saver: Saver | None,
-    ) -> None:
-        self._engine = engine
-        self._tenant = tenant
-        self._coder = coder
+    def __init__(self, arms: Arms[Any, Any], tiers: Sequence[Store]) -> None:
+        self._arms = arms
+        self._engine = arms.engine
+        self._coder = arms.coder
         self._tiers = tiers
-        self._ask = ask
-        self._saver = saver
-        self._first = self._named = Named(engine.state(), self._identify())
+        self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
+        self._first = self._named = Named(self._engine.state(), self._identify())
 
     def now(self) -> Named:
         """What computes now, in the calling thread."""
@@ -121,21 +111,14 @@ class StoredPrefixes:
         return found
 
     def why_nothing(self, found: Found) -> list[str]:
-        """Why nothing was found, as far as the tiers tell; asked of them only until something was saved."""
+        """Why nothing was found, as far as the tiers tell."""
         identity = found.named.identity
-        saved = self._saver is not None and self._saver.knows(identity)
-        if not self._tiers or found.named.state.unnamed or saved:
+        if not self._tiers or found.named.state.unnamed:
             return []
         return why_nothing_is_stored(identity, self._tiers, self._ask.identities())
 
-    def saver(
-        self, cache: Any, found: Found, waiting: Callable[[], AbstractContextManager[None]]
-    ) -> PromptSaver | None:
-        """What saves a prompt's chunks out of its cache; None if they are not saved."""
-        return PromptSaver(self._saver, self._coder, cache, found, waiting) if self._saver and found.keys else None
-
     def _identify(self) -> Identity:
-        return self._engine.identity(self._coder.exact.tokens, self._tenant, self._coder.codec.fingerprint)
+        return self._engine.identity(self._coder.exact.tokens, self._arms.options.tenant, self._coder.codec.fingerprint)
 
     def _unnamed(self, named: Named) -> str:
         """Why chunks of this identity are neither loaded nor saved, in words; "" if they are."""
@@ -144,55 +127,76 @@ class StoredPrefixes:
         return named.state.unnamed
 
 
-class PromptSaver:
-    """Saves what is computed of one prompt.
+class Lookup:
+    """Asks tiers what they hold.
 
     Parameters
     ----------
-    saver : Saver
-        Takes the chunks.
-    coder : ChunkCoder
-        What they look like.
-    cache : Cache
-        The engine's, in which they are.
-    found : Found
-        The prompt's keys.
-    waiting : callable
-        As in `Saver.save`.
+    tiers : sequence of Store
+        Whom to ask.
+    deadline_s : float
+        Seconds that each may take. One that takes longer is not asked again before that answer has come.
+    hangs : callable
+        Whether a tier, by its index, is known not to answer; it is not asked then.
     """
 
-    def __init__(
-        self,
-        saver: Saver,
-        coder: ChunkCoder,
-        cache: Any,
-        found: Found,
-        waiting: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._saver = saver
-        self._chunk_tokens = coder.exact.tokens
-        self._cache = cache
-        self._found = found
-        self._waiting = waiting
+    def __init__(self, tiers: Sequence[Store], deadline_s: float, hangs: Callable[[int], bool]) -> None:
+        self._tiers = tiers
+        self._hangs = hangs
+        self._askers = [Asker(deadline_s) for _ in tiers]
+        self._lock = threading.Lock()
+        self._failed_at: dict[tuple[int, str], float] = {}
+        """Since when each tier has failed to answer each kind of question; that is said once."""
 
-    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
-        """Save chunks that a span has completed, unless what computes is not any more what the keys name.
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[list[int | None] | StoreError]:
+        """As `Store.lookup` of each tier, or why it could not be asked."""
+        return self._each("lookup", lambda tier: tier.lookup(keys))
 
-        Parameters
-        ----------
-        chunks : sequence of int
-            Those that no tier has.
-        wanted_chunks : int
-            About how many chunks of the prompt are to be saved, these among them.
-        exact : bool
-            Whether all that the span attended to is exact. If it is not, nothing is saved.
-        """
-        found, engine, tokens = self._found, self._found.engine, self._chunk_tokens
-        if not found.still() or not exact:
-            return
-        self._saver.introduce(found.named.identity)
-        source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
-        for chunk in chunks:
-            gather = engine.gatherer(self._cache, chunk * tokens, tokens)
-            is_exact = chunk >= found.exact_from
-            self._saver.save(found.keys[chunk], chunk * tokens, gather, is_exact, source, self._waiting)
+    def identities(self) -> list[dict[str, dict[str, str]] | StoreError]:
+        """As `Store.identities` of each tier, or why it could not be asked."""
+        return self._each("identities", lambda tier: tier.identities())
+
+    def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        questions: list[Question[Answer] | StoreError] = []
+        for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
+            try:
+                if self._hangs(index):
+                    raise Late("it is not asked, since none of its reads has come back for a while")
+                questions.append(asker.ask(lambda tier=tier: ask(tier)))  # type: ignore[misc]
+            except StoreError as error:
+                questions.append(error)
+        answers: list[Answer | StoreError] = []
+        for index, question in enumerate(questions):
+            try:
+                answers.append(question if isinstance(question, StoreError) else question.answer())
+            except StoreError as error:
+                answers.append(error)
+            self._log(index, operation, answers[-1])
+        return answers
+
+    def _log(self, index: int, operation: str, answer: object) -> None:
+        tier, failed = self._tiers[index].name, isinstance(answer, StoreError)
+        doubt = doubt_of(answer) if isinstance(answer, Sizes) else None
+        with self._lock:
+            since = self._failed_at.get((index, operation))
+            if not failed and doubt is None:
+                self._failed_at.pop((index, operation), None)
+            else:
+                self._failed_at.setdefault((index, operation), monotonic())
+        if failed or doubt is not None:
+            first = since is None and not isinstance(answer, TierDown)  # of that, the tier itself has told
+            name = (
+                "lookup_incomplete" if not failed else "deadline_missed" if isinstance(answer, Late) else "tier_failed"
+            )
+            reason = str(answer) if failed else doubt
+            level = logging.WARNING if first else logging.DEBUG
+            emit(_LOG, level, name, tier=tier, operation=operation, reason=reason)
+        elif since is not None:
+            emit(
+                _LOG,
+                logging.INFO,
+                "tier_answers",
+                tier=tier,
+                operation=operation,
+                after_s=round(monotonic() - since, 3),
+            )
