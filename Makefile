@@ -126,9 +126,11 @@ test-package: $(STAMP)
 	CAKEKV_PYTHONS=all CAKEKV_ENGINE_PYTHONS="$(ENGINE_PYTHONS)" \
 		CAKEKV_TORCH="$(shell grep ^torch== constraints.txt)" $(BIN)/pytest tests/package/test_installed.py
 
-# The tests of faults at full length: about 25 minutes. Those of a cut link and of a full disk need root.
-test-long: $(STAMP)
+# The tests of faults at full length, about 25 minutes, and the fuzzer of the vLLM plug-in, about an hour. Those of a cut
+# link and of a full disk need root.
+test-long: $(STAMP) $(VLLM_STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/faults --long -s
+	$(VLLM_ENV) $(VLLM_BIN)/pytest tests/vllm/test_fuzz.py --long -s
 
 # One part of the suite alone, e.g. `make unit-store`.
 unit-%: $(STAMP)

@@ -38,7 +38,7 @@ from cakekv.errors import CakeError
 from cakekv.report.colours import BOTH, BOUND, COMPUTE, FAILED, LOAD
 from cakekv.report.picture import new_figure, save_figure
 from cakekv.results import Prefill
-from cakekv.simulate.trace import Trace
+from cakekv.simulate.rate import Rate
 from cakekv.store.disk import DiskStore
 from cakekv.store.throttled import ThrottledStore
 
@@ -47,17 +47,17 @@ SEED = 3
 COLOURS = {"1 of 3": FAILED, "2 of 3": LOAD, "3 of 3": COMPUTE, "adaptive": BOTH}
 
 
-def bandwidths(balanced: float, compute_s: float) -> Trace:
+def bandwidths(balanced: float, compute_s: float) -> Rate:
     """Around the balanced bandwidth, and from a sixth to two thirds of the time to compute at a quarter of that."""
     rng = np.random.default_rng(SEED)
     periods = math.ceil(2 * compute_s / PERIOD_S)
     rates = balanced * np.exp(rng.normal(0.0, 0.15, periods))
     rates[round(periods / 12) : round(periods / 3)] *= 0.25
-    return Trace([float(rate) for rate in rates], PERIOD_S)
+    return Rate([float(rate) for rate in rates], PERIOD_S)
 
 
 @contextmanager
-def following(link: ThrottledStore, trace: Trace) -> Iterator[None]:
+def following(link: ThrottledStore, trace: Rate) -> Iterator[None]:
     """Let the link's bandwidth follow the trace, from now on."""
     over = threading.Event()
     link.set_bandwidth(trace.rates[0])
@@ -88,7 +88,7 @@ class Comparison:
             for name in ("1 of 3", "2 of 3", "3 of 3")
         }
         self.adaptive = stack.enter_context(Cake(engine, None, self.link, codec="ladder", **options))
-        self.trace: Trace | None = None
+        self.trace: Rate | None = None
 
     def first(self, document: Document) -> dict[str, Any]:
         """Set trace and target by a document."""

@@ -23,9 +23,10 @@ import typer
 from cakekv.bench.machine import describe_run
 from cakekv.cli.console import number_list, write_json
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Restore, Span, Wait
-from cakekv.simulate.machine import VirtualTier, constant, run_restore
+from cakekv.restore.flights import Load, Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span, Wait
+from cakekv.simulate.machine import VirtualTier, constant, run_restore, undisturbed
 
 CHUNK_TOKENS, SPAN_TOKENS, SUFFIX_TOKENS = 128, 512, 256
 CHUNK_BYTES = CHUNK_TOKENS * 131_072
@@ -41,8 +42,8 @@ OPENED_CHUNKS, MOST_MS = (1 << 20) // CHUNK_TOKENS, 50.0
 """Target: milliseconds to open a restore of a prefix of a million tokens."""
 
 
-class TimedRestore(Restore):
-    """A restore that notes what its decisions take.
+class TimedPlanner(Planner):
+    """A planner that notes what its decisions take.
 
     Attributes
     ----------
@@ -63,9 +64,9 @@ class TimedRestore(Restore):
             self.compute_s.append(perf_counter() - began)
         return answer
 
-    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
+    def next_load(self, tier: int, now: float, ahead: int = 0) -> Load | None:
         began = perf_counter()
-        load = super().next_load(source, now, ahead)
+        load = super().next_load(tier, now, ahead)
         self._in_vain_s += perf_counter() - began
         if load is not None:
             self.load_s.append(self._in_vain_s)
@@ -115,18 +116,18 @@ def balanced_bandwidth(chunks: int) -> float:
     return chunks * CHUNK_BYTES / sum(SHAPE.seconds(start, SPAN_TOKENS) for start in spans)
 
 
-def open_restore(chunks: int, bandwidth: float) -> TimedRestore:
-    """A restore of a prefix of so many chunks, which expects a bandwidth in bytes per second."""
+def new_planner(chunks: int, bandwidth: float) -> TimedPlanner:
+    """The planner of a prefix of so many chunks, which expects a bandwidth in bytes per second."""
     loading = LoadCost(DEPTH)
     loading.observe(CHUNK_BYTES, -1.0 - CHUNK_BYTES / bandwidth, -1.0)
-    return TimedRestore(
+    return TimedPlanner(
         chunks * CHUNK_TOKENS + SUFFIX_TOKENS,
         CHUNK_TOKENS,
         [(0,)] * chunks,
-        [Source("tier", loading, DEPTH)],
+        [Tier("tier", loading, DEPTH)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=CHUNK_BYTES,
-        max_span_tokens=SPAN_TOKENS,
+        [Level.whole(CHUNK_BYTES)],
+        PlannerOptions(max_span_tokens=SPAN_TOKENS),
     )
 
 
@@ -136,11 +137,11 @@ def measure_decisions(chunks: int, repeats: int) -> dict[str, Any]:
     bandwidth = balanced_bandwidth(chunks)
     tier = VirtualTier(constant(bandwidth))
     for _ in range(repeats):
-        restore = open_restore(chunks, bandwidth)
-        run_restore(restore, lambda span, now: SHAPE.seconds(span.start, span.tokens), [tier])
-        runs["next_compute"].append(restore.compute_s)
-        runs["next_load"].append(restore.load_s)
-        runs["all"].append(restore.compute_s + restore.load_s)
+        planner = new_planner(chunks, bandwidth)
+        run_restore(planner, undisturbed(SHAPE.seconds), [tier])
+        runs["next_compute"].append(planner.compute_s)
+        runs["next_load"].append(planner.load_s)
+        runs["all"].append(planner.compute_s + planner.load_s)
     return {"chunks": chunks} | {
         kind: {
             "decisions": len(taken[0]),
@@ -158,9 +159,9 @@ def measure_opening(chunks: int, repeats: int) -> dict[str, Any]:
     took_ms = []
     for _ in range(repeats):
         began = perf_counter()
-        restore = open_restore(chunks, bandwidth)
-        restore.next_compute(0.0)
-        restore.next_load(0, 0.0)
+        planner = new_planner(chunks, bandwidth)
+        planner.next_compute(0.0)
+        planner.next_load(0, 0.0)
         took_ms.append(1e3 * (perf_counter() - began))
     return {"chunks": chunks, "median_ms": median(took_ms), "repeats_ms": took_ms}
 

@@ -71,6 +71,7 @@ def vllm_burst(data: dict[str, Any]) -> str:
         "burst_alone": "vLLM, the burst alone",
         "default": "vLLM",
         "load": "plug-in, loading only",
+        "cake_before": "plug-in, as it was before",
         "cake": "plug-in",
     }
     rows = [
@@ -81,6 +82,7 @@ def vllm_burst(data: dict[str, Any]) -> str:
             f"{data['results'][name]['long_ttft_s']:.1f} s" if "long_ttft_s" in data["results"][name] else "",
         ]
         for name, title in names.items()
+        if name in data["results"]
     ]
     return markdown(["", "all are done", "burst's mean TTFT", "long one's TTFT"], rows) + measured(data)
 

@@ -36,8 +36,9 @@ from cakekv.codec import codec_named
 from cakekv.demo.document import read_document
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Mode, Planner, PlannerOptions
 from cakekv.restore.report import RestoreReport
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.disk import DiskStore
@@ -76,15 +77,14 @@ def predicted_s(mode: Mode, stored: Stored, shape: ComputeShape, bandwidth: floa
     chunks = prefix // cake.chunk_tokens
     size, depth = stored.bytes // chunks, stored.link.parallel_reads
     known = LoadFigures(1 / bandwidth, depth * size / bandwidth + stored.decode_s, size, size / bandwidth)
-    restore = Restore(
+    restore = Planner(
         prompt,
         cake.chunk_tokens,
         [(0,)] * chunks,
-        [Source("link", LoadCost(depth, known), depth)],
+        [Tier("link", LoadCost(depth, known), depth)],
         ComputeCost(shape, trusted=True),
-        chunk_bytes=size,
-        mode=mode,
-        max_span_tokens=cake.max_span_tokens,
+        [Level.whole(size)],
+        PlannerOptions(mode=mode, max_span_tokens=cake.max_span_tokens),
     )
     tier = VirtualTier(constant(bandwidth), latency_s=stored.decode_s)
     return run_restore(restore, lambda span, now: shape.seconds(span.start, span.tokens), [tier])

@@ -4,7 +4,8 @@
 
 Plain vLLM computes everything, first come, first served: the default. The plug-in either only loads the long request,
 or works on it from both ends with what the burst leaves of each step. Besides, plain vLLM gets the burst alone: that
-is what the burst's TTFT should look like. The bandwidth is the balanced one.
+is what the burst's TTFT should look like. The bandwidth is the balanced one. With `--before`, the plug-in of another
+source tree (`git archive COMMIT src | tar x -C FOLDER`) is asked the same in turn, from the same store.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import typer
 
 from cakekv.bench.machine import describe_run
 from cakekv.bench.vllm.asking import PlannedRequest, Texts, ask, ask_at
-from cakekv.bench.vllm.contest import Contest
+from cakekv.bench.vllm.contest import Contest, warmed
 from cakekv.bench.vllm.server import Server
 from cakekv.cli.console import NEWS, write_json
 
@@ -37,6 +38,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 1,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 256,
     step_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 512,
+    before: Annotated[Path | None, typer.Option(help="The folder `src` of a source tree to compare with.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians count.")] = 5,
     serve: Annotated[str, typer.Option(help="More of vLLM's command line.")] = "--enforce-eager --dtype bfloat16",
 ) -> None:
@@ -49,6 +51,10 @@ def main(
         restoring = contest.restoring_server(texts, [long], prefix, chunk_tokens)
         server, balanced = stack.enter_context(restoring)
         ask(plain, long)
+        earlier = []
+        if before is not None:
+            other = contest.server(server.plug_in, environment={"PYTHONPATH": str(before.resolve())})
+            earlier = [("cake_before", warmed(stack.enter_context(other), long), {"mode": "auto"})]
         rng = random.Random(6)
         lengths = [rng.randint(shortest, longest) for _ in range(burst)]
         about = {
@@ -66,6 +72,7 @@ def main(
                 ("default", plain, {}),
                 ("load", server, {"mode": "load"}),
                 ("cake", server, {"mode": "auto"}),
+                *earlier,
             ):
                 run = _run(asked, long, short, after_s, tokens, own)
                 NEWS.print(f"{round_}: {name}: {run}", highlight=False, soft_wrap=True)

@@ -124,7 +124,7 @@ class SimulatedWorker:
 
     def step(self, orders: Any, seconds: float) -> Any:
         """What a worker reports of a step that takes so long."""
-        from cakekv.vllm.messages import LoadResult, ShardReport, StepReport
+        from cakekv.vllm.messages import LoadResult, StepReport, WorkerReport
 
         begun: list[tuple[int, float]] = []
         done: list[tuple[int, float, float, bool]] = []
@@ -153,7 +153,7 @@ class SimulatedWorker:
                     done.append((number, self._reading.pop(number)[0], now, True))
             if now >= end:
                 break
-        report = ShardReport(orders.sequence)
+        report = WorkerReport(orders.sequence)
         report.begun = {number: end - at for number, at in begun}
         report.ended = {
             number: LoadResult(placed, "", CHUNK_BYTES if placed else 0, end - began, end - ended, False)
@@ -187,7 +187,7 @@ class LoneScheduler:
         from vllm.v1.structured_output import StructuredOutputManager
 
         from cakekv.restore.costs import ComputeCost, ComputeShape
-        from cakekv.vllm.messages import ShardDescription
+        from cakekv.vllm.messages import WorkerDescription
         from cakekv.vllm.scheduling.scheduler import CakeScheduler
 
         LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, vocab_size=512).save_pretrained(folder)
@@ -235,9 +235,9 @@ class LoneScheduler:
             log_stats=True,
         )
         if not plain:
-            self.half = self.scheduler._half
-            shard = ShardDescription(("0 of 1",), "x", CHUNK_BYTES, CHUNK_BYTES, (CHUNK_BYTES,))
-            self.half.meet_workers({(0, 0): shard})
+            worker = WorkerDescription(("0 of 1",), "x", CHUNK_BYTES, CHUNK_BYTES, (CHUNK_BYTES,))
+            self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): worker})
+            self.half = self.scheduler.connector.scheduler_half
             self.half.costs.cost = ComputeCost(ComputeShape(5e-3, 60e-6, 60e-6 / 20000), trusted=True)
 
     def add(self, name: str, tokens: Sequence[int], generated: int = 2000) -> str:

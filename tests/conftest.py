@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="tests of faults at full length: 25 minutes, not one")
+    parser.addoption("--long", action="store_true", help="tests of faults, and fuzzers, at full length")
 
 
 @pytest.fixture(scope="session")

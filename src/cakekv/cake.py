@@ -12,17 +12,18 @@ from threading import Lock, get_ident
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from warnings import warn
 
 from cakekv.calibration import KnownCosts
-from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Request
+from cakekv.embedded.arms import Arms
 from cakekv.embedded.executor import Executor, check
-from cakekv.embedded.lookup import Lookup
-from cakekv.embedded.restorer import Arms, OnProgress, Progress, Restorer
-from cakekv.embedded.saver import SAVE_QUEUE_BYTES, Saver, SaveReport
-from cakekv.embedded.stored import Found, StoredPrefixes
+from cakekv.embedded.planning import Planning
+from cakekv.embedded.restore import EmbeddedRestore
+from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
+from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
 from cakekv.errors import BadInput, StoreError, UnsupportedEngine
@@ -30,15 +31,15 @@ from cakekv.forks import on_fork
 from cakekv.keys import Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
-from cakekv.options import Answering, Options, check_kinds, check_options, patience, queue_bytes
+from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
 from cakekv.prompt import Prompt
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.planner import MODES, Mode
-from cakekv.restore.priority import Policy, open_policy
+from cakekv.restore.options import Mode
+from cakekv.restore.priority import Policy
 from cakekv.restore.report import RestoreReport
-from cakekv.results import Generation, Prefill
+from cakekv.results import Generation, OnProgress, Prefill, Progress
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 
@@ -53,11 +54,6 @@ Result = TypeVar("Result")
 Stores = Store | str | os.PathLike[str] | Sequence[Store | str | os.PathLike[str]] | None
 
 _LOG = logging.getLogger(__name__)
-
-_CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
-
-LOOKUP_DEADLINE_S = 2.0
-"""Seconds that a tier may take to say what it holds of a prompt."""
 
 
 def _handed_over(
@@ -98,38 +94,40 @@ class Cake:
     tokenizer : transformers tokenizer or None
         Needed for prompts given as text.
     store : Store, str, sequence of them, or None
-        Where chunks are loaded from, all at once, as objects, URLs or paths; they are saved to the first. None: nothing
-        is stored.
+        Objects, URLs or paths. Chunks are loaded from all of them at once, and saved to the first. None: nothing is
+        stored.
     chunk_tokens : int
         Unit of storing and loading, in tokens.
     max_span_tokens : int
         Longest span of prefill, in tokens.
     tenant : str
-        Salt of all keys: prompts of different tenants never share a chunk.
+        Salt of all keys, so that prompts of different tenants never share a chunk.
     codec : str or Codec
-        How stored chunks are encoded, such as "raw", "int8" or "kivi:bits=2,window=128" (see `cakekv.codec`). Chunks of
-        different recipes never meet. With a lossy one, what is computed behind loaded chunks is not saved.
+        How stored chunks are encoded, such as "raw", "int8" or "kivi:bits=2,window=128" (see `cakekv.codec`). Codecs
+        with different options never read each other's chunks. With a lossy one, what is computed behind loaded chunks
+        is not saved.
     policy : str or Policy
         Who goes first when several requests are open: a key of `cakekv.restore.priority.POLICIES`, or such an object.
     layered_finish : bool
         Whether a suffix may be computed while the last chunks before it arrive, layer by layer.
     deadline_s : float
-        Seconds that a tier may take for one chunk: one that has not arrived by then is computed, and a tier that has
-        not taken one by then is not waited for. Look-ups get no more than 2 s.
+        Seconds that a tier may take to deliver a chunk, or to store one. A chunk that is late is computed; a tier that
+        is late with storing is no longer waited for. Look-ups get at most 2 s.
     save_queue : int or str
-        Memory that what waits to be saved may keep, in bytes or such as "1GB"; a prompt waits for room, but not for a
-        store that hangs. A chunk keeps its prompt's whole cache, or a copy of itself if little of that is to be saved.
+        Memory that chunks waiting to be saved may keep, in bytes or such as "1GB". A prompt waits for room, but not for
+        a store that hangs. A waiting chunk keeps its prompt's whole cache, or a copy of itself if little of that cache
+        is to be saved.
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
-        "two_plane"), each load reads as many of them as that allows, given the bandwidth at that moment: all if there
-        is no target; 0.0 for as few as help. What was read is in the report's `level_tokens`.
+        "two_plane"), each load reads as many parts as the bandwidth of that moment allows: all of them without a
+        target, as few as help with 0.0. The report's `level_tokens` says what was read.
     quality_floor : int
         The fewest parts to read, whatever the target.
     calibration : path or None
-        A file that keeps between processes what this model costs on this machine, and the stores that were opened by
-        URL or path; written by `close`.
+        A file in which `close` keeps what this model costs on this machine, and what the stores cost that were opened
+        by URL or path; the next process begins with that.
     metrics : cakekv.metrics.Metrics or None
-        What counts restores and saves, and the operations of the stores that were given as URL or path.
+        Counts restores and saves, and the operations of stores that were given as URL or path.
 
     Examples
     --------
@@ -151,22 +149,29 @@ class Cake:
         policy: str | Policy = "marginal_saving",
         layered_finish: bool = True,
         deadline_s: float = 30.0,
-        save_queue: int | str = SAVE_QUEUE_BYTES,
+        save_queue: int | str = 1_000_000_000,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        options = CakeOptions.of(
+            chunk_tokens=chunk_tokens,
+            max_span_tokens=max_span_tokens,
+            tenant=tenant,
+            codec=codec,
+            policy=policy,
+            layered_finish=layered_finish,
+            deadline_s=deadline_s,
+            save_queue=save_queue,
+            ttft_target_s=ttft_target_s,
+            quality_floor=quality_floor,
+            calibration=calibration,
+            metrics=metrics,
+        )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
-        check_kinds(tenant=tenant, codec=codec, policy=policy, layered_finish=layered_finish, calibration=calibration)
-        if metrics is not None and not callable(getattr(metrics, "add_restore", None)):  # its module needs an extra
-            raise BadInput(f"metrics is of type {type(metrics).__name__}: give cakekv.metrics.Metrics(), or None")
-        self.codec = codec_named(codec) if isinstance(codec, str) else codec
-        check_options(chunk_tokens, max_span_tokens, ttft_target_s, quality_floor, self.codec)
-        chunk_tokens, max_span_tokens = int(chunk_tokens), int(max_span_tokens)  # of any integer type
-        deadline_s, limit = patience(deadline_s), queue_bytes(save_queue)
+        self.options = options
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
@@ -174,46 +179,39 @@ class Cake:
         stores = [one if isinstance(one, Store) else open_store(os.fspath(one), metrics) for one in given]
         self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
-        self.chunk_tokens = chunk_tokens
-        self.max_span_tokens = max_span_tokens
-        self.layered_finish = layered_finish
-        self.ttft_target_s = ttft_target_s
-        self.quality_floor = quality_floor
-        identity = engine.identity(chunk_tokens, tenant=tenant, recipe=self.codec.fingerprint)
         self.last_report: RestoreReport | None = None
-        self._coder = coder = ChunkCoder(self.codec, engine.layout, chunk_tokens, identity.dtype, engine.rotations)
+        identity = engine.identity(options.chunk_tokens, tenant, options.codec.fingerprint)
+        self._coder = coder = ChunkCoder(
+            options.codec, engine.layout, options.chunk_tokens, identity.dtype, engine.rotations
+        )
         coder.warm_up()
-        self._costs = KnownCosts(
-            calibration, identity, engine.device_name, max_span_tokens, self.tiers, coder.expected([]).total_bytes
-        )
-        self.compute_cost, self.load_costs = self._costs.compute, self._costs.loads
+        self._costs = costs = KnownCosts(options, identity, engine.device_name, self.tiers, coder)
+        self.compute_cost, self.load_costs = costs.compute, costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
-        self._metrics = metrics
-        on_save = metrics.add_save if metrics is not None else None
-        self._saver = (
-            Saver(stores[0], coder, staging, limit, deadline_s=deadline_s, on_save=on_save) if stores else None
-        )
-        self._arms = Arms.of(
-            engine,
-            open_policy(policy) if isinstance(policy, str) else policy,
-            self.compute_cost,
-            self.tiers,
-            self.load_costs,
-            coder,
-            staging,
-            max_span_tokens=max_span_tokens,
-            layered_finish=layered_finish,
-            deadline_s=deadline_s,
-        )
-        ask = Lookup(self.tiers, min(deadline_s, LOOKUP_DEADLINE_S), self._arms.hangs)
-        self._stored = StoredPrefixes(engine, tenant, coder, self.tiers, ask, self._saver)
+        self._saver = Saver(stores[0], coder, staging, options) if stores else None
+        self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
+        self._stored = StoredPrefixes(self._arms, self.tiers)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
-        self._arguments = arguments
         self._stale = False
         """Whether this is the copy of another process's, and was not used since the fork."""
         self._why_no_stores: list[str] = []
         on_fork(self)
+
+    @property
+    def codec(self) -> Codec:
+        """How stored chunks are encoded."""
+        return self.options.codec
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk."""
+        return self.options.chunk_tokens
+
+    @property
+    def max_span_tokens(self) -> int:
+        """Longest span of prefill, in tokens."""
+        return self.options.max_span_tokens
 
     @property
     def identity(self) -> Identity:
@@ -228,7 +226,7 @@ class Cake:
         *,
         dtype: str = "auto",
         device: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CakeKeywords],
     ) -> Self:
         """Load a model and its tokenizer with transformers: a folder, or a name in the local Hugging Face cache.
 
@@ -268,7 +266,7 @@ class Cake:
         prompt : str, sequence of int, array, tensor, or mapping
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
         mode : {"auto", "compute", "load", "both"}
-            Which arms may work; see `cakekv.restore.planner.Restore`.
+            Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
             Whether computed chunks go to the store (in the background; `wait_saved` waits).
         on_progress : callable or None
@@ -282,10 +280,10 @@ class Cake:
             The prompt is none, empty, too long for the model, or holds tokens it does not know; the mode is unknown.
         """
         request = self._arms.arbiter.request(monotonic())
-        notes: list[str] = []
-        token_ids = self._tokens(prompt, notes)
+        asked = PrefillOptions(mode=mode, save=save, on_progress=on_progress)
+        token_ids = self._tokens(prompt, request.notes)
         capacity = len(token_ids) + whole("room", room, 0)
-        return self._restore(request, token_ids, capacity, mode, save, on_progress, notes)[0]
+        return self._restore(request, token_ids, capacity, asked)[0]
 
     @_handed_over
     def generate(
@@ -302,8 +300,17 @@ class Cake:
         on_progress: OnProgress | None = None,
     ) -> Generation:
         """Answer a prompt; parameters as in `stream`."""
-        choose = self.engine.sampler(temperature, top_k, top_p, seed)
-        prefill, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
+        asked = AnswerOptions(
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            save=save,
+            on_progress=on_progress,
+        )
+        prefill, answer = self._answer(prompt, asked)
         tokens = list(answer)
         return Generation(self._tokenizing.text(tokens), tokens, prefill.report)
 
@@ -342,8 +349,7 @@ class Cake:
         BadInput
             As in `prefill`, or there is no tokenizer, or a sampling parameter is out of range.
         """
-        pieces = self._begin(
-            prompt,
+        asked = AnswerOptions(
             max_new_tokens=max_new_tokens,
             mode=mode,
             temperature=temperature,
@@ -353,12 +359,13 @@ class Cake:
             save=save,
             on_progress=on_progress,
         )
+        pieces = self._begin(prompt, asked)
         while (piece := self._next(pieces)) is not None:
             yield piece
 
     aprefill, agenerate = _awaited(prefill), _awaited(generate)
 
-    async def astream(self, prompt: Prompt, **options: Unpack[Answering]) -> AsyncIterator[str]:
+    async def astream(self, prompt: Prompt, **options: Unpack[AnswerKeywords]) -> AsyncIterator[str]:
         """As `stream`, for asyncio: the loop goes on meanwhile, and cancelling ends the work.
 
         Examples
@@ -366,21 +373,27 @@ class Cake:
         >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
         ...     print(piece, end="")
         """
-        pieces = await self._abegin(prompt, **options)
+        pieces = await self._abegin(prompt, AnswerOptions(**options))
         while (piece := await self._anext(pieces)) is not None:
             yield piece
 
     @_handed_over
-    def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
+    def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
 
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
         request = self._arms.arbiter.request(monotonic())
-        token_ids = self._tokens(prompt, [])
-        _check_request(mode, None)
-        found = self._stored.lookup(token_ids, [])
-        return self._restorer(request, self.engine.new_cache(1), token_ids, found, mode).explain()
+        asked = PrefillOptions(mode=mode)
+        token_ids = self._tokens(prompt, request.notes)
+        found = self._stored.lookup(token_ids, request.notes)
+        with self._arms.arbiter.lock:
+            return Planning(self._arms, request, len(token_ids), found, asked.mode).runs()
+
+    def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
+        """The former name of `plan`."""
+        warn("Cake.explain is called Cake.plan now", DeprecationWarning, stacklevel=2)
+        return self.plan(prompt, mode=mode)
 
     def wait_saved(self) -> SaveReport:
         """Block until everything computed so far is stored; returns the totals of this `Cake`, also of a closed one."""
@@ -390,10 +403,10 @@ class Cake:
         return self._executor.run(self._saver.wait, though_closed=True)
 
     def close(self) -> None:
-        """Finish what other threads have asked for, and saving. Whatever is asked for later is refused.
+        """Finish what other threads have asked for, and saving; refuse what is asked for later.
 
-        Stores that were given as such stay open: they belong to the caller. May be called again, also after it was
-        interrupted: then it goes on.
+        Stores that were given as objects stay open: they belong to the caller. May be called again; if it was
+        interrupted, it goes on.
 
         Raises
         ------
@@ -454,11 +467,11 @@ class Cake:
                 return
             why = "" if self._are_usable else "whose stores were given as objects that it cannot use (give URLs)"
             try:
-                fresh = Cake(**self._arguments | {"store": None if why else self._given})
+                fresh = self._again(None if why else self._given)
             except StoreError as error:
                 why = f"and the stores cannot be opened again: {error}"
-                fresh = Cake(**self._arguments | {"store": None})
-            kept = ("_executor", "_arguments", "_given", "_are_usable", "_renewing", "_stale")
+                fresh = self._again(None)
+            kept = ("_executor", "_given", "_are_usable", "_renewing", "_stale")
             self._inherited = vars(self).copy()  # else connections that the parent uses might be closed
             vars(self).update({name: value for name, value in vars(fresh).items() if name not in kept})
             self._executor.wake = self._arms.arbiter.wake
@@ -471,6 +484,9 @@ class Cake:
                 emit(_LOG, logging.WARNING, "forked", reason=note)
             self._stale = False
 
+    def _again(self, store: Stores) -> Cake:
+        return Cake(self.engine, self.tokenizer, store, **vars(self.options))
+
     def __enter__(self) -> Self:
         return self
 
@@ -480,25 +496,11 @@ class Cake:
         self.close()
 
     @_handed_over
-    def _begin(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 64,
-        mode: Mode = "auto",
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        save: bool = True,
-        on_progress: OnProgress | None = None,
-    ) -> Iterator[str]:
+    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> Iterator[str]:
         """The pieces of an answer, to be computed one by one."""
         if self.tokenizer is None:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        choose = self.engine.sampler(temperature, top_k, top_p, seed)
-        _, answer = self._generate(prompt, max_new_tokens, mode, choose, save, on_progress)
-        return self._tokenizing.pieces(answer)
+        return self._tokenizing.pieces(self._answer(prompt, asked)[1])
 
     @_handed_over
     def _next(self, pieces: Iterator[str]) -> str | None:
@@ -506,45 +508,14 @@ class Cake:
 
     _abegin, _anext = _awaited(_begin), _awaited(_next)
 
-    def _restorer(
-        self,
-        request: Request,
-        cache: Any,
-        token_ids: list[int],
-        found: Found,
-        mode: Mode,
-        **callbacks: Any,
-    ) -> Restorer[Any, Any]:
-        return Restorer(
-            self._arms,
-            request,
-            cache,
-            token_ids,
-            found.keys,
-            found.holders,
-            sizes=found.sizes,
-            mode=mode,
-            ttft_target_s=self.ttft_target_s,
-            quality_floor=self.quality_floor,
-            **callbacks,
-        )
-
-    def _generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int,
-        mode: Mode,
-        choose: Callable[[Any], int],
-        save: bool,
-        on_progress: OnProgress | None,
-    ) -> tuple[Prefill, Iterator[int]]:
+    def _answer(self, prompt: Prompt, asked: AnswerOptions) -> tuple[Prefill, Iterator[int]]:
+        """A prompt's prefill, and the tokens of its answer, to be computed one by one."""
         request = self._arms.arbiter.request(monotonic())
-        whole("max_new_tokens", max_new_tokens, 1)
-        notes: list[str] = []
-        token_ids = self._tokens(prompt, notes)
-        capacity = min(len(token_ids) + max_new_tokens, self.engine.max_context)
-        prefill, found = self._restore(request, token_ids, capacity, mode, save, on_progress, notes)
-        return prefill, self._decode(request, prefill, found, choose, max_new_tokens, capacity)
+        choose = self.engine.sampler(asked.temperature, asked.top_k, asked.top_p, asked.seed)
+        token_ids = self._tokens(prompt, request.notes)
+        capacity = min(len(token_ids) + asked.max_new_tokens, self.engine.max_context)
+        prefill, found = self._restore(request, token_ids, capacity, asked)
+        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity)
 
     def _decode(
         self,
@@ -567,8 +538,8 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
-        if not found.changed and not self._stored.still(found):
-            prefill.report.notes.append(_CHANGED)
+        if not found.changed and not found.still():
+            prefill.report.notes.append(CHANGED)
 
     def _tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
         token_ids = self._tokenizing.tokens(prompt, notes)
@@ -576,42 +547,29 @@ class Cake:
         return token_ids
 
     def _restore(
-        self,
-        request: Request,
-        token_ids: list[int],
-        capacity: int,
-        mode: Mode,
-        save: bool,
-        on_progress: OnProgress | None,
-        notes: list[str],
+        self, request: Request, token_ids: list[int], capacity: int, asked: PrefillOptions
     ) -> tuple[Prefill, Found]:
-        _check_request(mode, on_progress)
+        arms, notes = self._arms, request.notes
         notes += self._why_no_stores
-        looked_up, said = monotonic(), len(notes)
+        said = len(notes)
         found = self._stored.lookup(token_ids, notes)
-        lookup_s = monotonic() - looked_up
-        if not any(found.holders) and len(notes) == said:
+        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
+        if not any(found.holders) and not has_saved and len(notes) == said:
             notes += self._stored.why_nothing(found)
         cache = self.engine.new_cache(capacity)
-        on_span = partial(self._stored.save, cache, found) if save else _nothing
-        restorer = self._restorer(request, cache, token_ids, found, mode, on_span=on_span, on_progress=on_progress)
-        logits = restorer.run()
-        ttft_s = monotonic() - request.arrived_s
-        report = restorer.report()
-        restorer.release()
-        report.ttft_s, report.lookup_s, report.codec = ttft_s, lookup_s, self.codec.name
-        report.notes += notes
-        if not self._stored.still(found):
-            report.notes.append(_CHANGED)
+        planning = Planning(arms, request, len(token_ids), found, asked.mode)
+        saver = None
+        if asked.save and self._saver is not None and found.keys:
+            saver = PromptSaver(self._saver, found, cache, partial(arms.arbiter.lent, request))
+        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress)
+        logits = restore.run()
+        report = restore.report()
+        restore.release()
         self.last_report = report
         log_restore(report)
-        if self._metrics is not None:
-            self._metrics.add_restore(report)
+        if self.options.metrics is not None:
+            self.options.metrics.add_restore(report)
         return Prefill(token_ids, cache, logits, report), found
-
-
-def _nothing(*_: Any) -> None:
-    """Save nothing."""
 
 
 def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:
@@ -624,10 +582,3 @@ def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:
     if odd:
         raise BadInput(f"store must be a Store, a URL, a path, or a list of them, not of type {type(odd[0]).__name__}")
     return list(given)
-
-
-def _check_request(mode: str, on_progress: object) -> None:
-    if mode not in MODES:
-        raise BadInput(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
-    if on_progress is not None and not callable(on_progress):
-        raise BadInput(f"on_progress must be a function that takes a Progress, not {on_progress!r:.60}")

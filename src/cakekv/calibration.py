@@ -1,4 +1,4 @@
-"""What a model and its tiers cost on this machine, kept between processes, so that nobody has to find out again."""
+"""What a model and its tiers cost on this machine, kept between processes so that it is measured once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 from blake3 import blake3
 
+from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CakeError
 from cakekv.keys import Identity, canonical
+from cakekv.options import CakeOptions
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.store.base import Store
 
@@ -143,14 +145,14 @@ class KnownCosts:
 
     Parameters
     ----------
-    file : path or None
-        A calibration to begin with; None: nothing is known, and nothing kept.
-    identity, device, max_span_tokens
+    options : CakeOptions
+        Of the `Cake`. Its `calibration` is a file to begin with; None: nothing is known, and nothing kept.
+    identity, device
         As for `compute_key`.
     tiers : sequence of Store
         The tiers; of those without a `url` nothing is kept, since it is not known which they are.
-    chunk_bytes : int
-        Bytes of a whole chunk.
+    coder : ChunkCoder
+        What chunks look like.
 
     Attributes
     ----------
@@ -161,17 +163,12 @@ class KnownCosts:
     """
 
     def __init__(
-        self,
-        file: str | os.PathLike[str] | None,
-        identity: Identity,
-        device: str,
-        max_span_tokens: int,
-        tiers: Sequence[Store],
-        chunk_bytes: int,
+        self, options: CakeOptions, identity: Identity, device: str, tiers: Sequence[Store], coder: ChunkCoder
     ) -> None:
-        self._kept = kept = None if file is None else Calibration(file)
-        self._compute_key = compute_key(identity, device, max_span_tokens)
-        if identity.recipe != "raw":  # a load ends when it is decoded
+        self._kept = kept = None if options.calibration is None else Calibration(options.calibration)
+        self._compute_key = compute_key(identity, device, options.max_span_tokens)
+        chunk_bytes = coder.expected([]).total_bytes
+        if coder.encodes:  # a load ends when it is decoded
             device = f"{device}, {identity.recipe}"
         self._tier_keys = [tier_key(tier.url, device, chunk_bytes) if tier.url else None for tier in tiers]
         shape = kept.compute(self._compute_key) if kept else None

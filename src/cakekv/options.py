@@ -1,43 +1,33 @@
-"""The options of a `Cake`, in one place: every way to make one takes all of them; and what they may be."""
+"""What a `Cake` is told, and what each call of it is told: checked once, frozen, and handed on whole."""
 
 from __future__ import annotations
 
 import os
-from numbers import Real
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
+from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
 from cakekv.errors import BadInput
 from cakekv.prompt import check_text
 from cakekv.quantities import parse_bytes, real, whole
-from cakekv.restore.priority import Policy
+from cakekv.restore.options import MODES, Mode
+from cakekv.restore.priority import Policy, open_policy
+from cakekv.results import OnProgress
 
 if TYPE_CHECKING:
-    from cakekv.embedded.restorer import OnProgress
     from cakekv.metrics import Metrics
-    from cakekv.restore.planner import Mode
-
-
-class Answering(TypedDict, total=False):
-    """Keyword arguments of `Cake.stream`, which says what they are."""
-
-    max_new_tokens: int
-    mode: Mode
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
-    save: bool
-    on_progress: OnProgress | None
-
 
 MOST_TOKENS = 2**31 - 1
 """Of a chunk, or a span."""
+LONGEST_DEADLINE_S = 3e7
+"""About a year. Who is more patient than that, up to infinity, waits as long: locks have their own limit."""
 
 
-class Options(TypedDict, total=False):
-    """Keyword arguments of `Cake`, which says what they are."""
+class CakeKeywords(TypedDict, total=False):
+    """The options of `Cake`, which says what they are, as keyword arguments."""
 
     chunk_tokens: int
     max_span_tokens: int
@@ -53,20 +43,105 @@ class Options(TypedDict, total=False):
     metrics: Metrics | None
 
 
-def check_kinds(**given: object) -> None:
-    """Refuse options of `Cake` that are of another kind than it takes. What they hold may be secret, and is not told.
+@dataclass(frozen=True, kw_only=True)
+class CakeOptions:
+    """The options of a `Cake`, which says what they are: all in range, and names replaced by what they name."""
 
-    Raises
-    ------
-    BadInput
-        One is.
-    """
-    for name, value in given.items():
-        kinds, what = _KINDS[name]
-        if not isinstance(value, kinds):
-            raise BadInput(f"{name} must be {what}, not of type {type(value).__name__}")
-        if isinstance(value, str):
-            check_text(value, name)
+    chunk_tokens: int
+    max_span_tokens: int
+    tenant: str = field(repr=False)
+    codec: Codec
+    policy: Policy
+    layered_finish: bool
+    deadline_s: float
+    save_queue: int
+    """In bytes."""
+    ttft_target_s: float
+    quality_floor: int
+    calibration: str | os.PathLike[str] | None
+    metrics: Metrics | None
+
+    @classmethod
+    def of(cls, **given: Unpack[CakeKeywords]) -> Self:
+        """The options as a caller gives them, all of them.
+
+        Raises
+        ------
+        BadInput
+            One is of another kind than it must be, or out of range.
+        """
+        _check_kinds(given)
+        codec, policy = given["codec"], given["policy"]
+        return cls(
+            chunk_tokens=whole("chunk_tokens", given["chunk_tokens"], 1, MOST_TOKENS),
+            max_span_tokens=whole("max_span_tokens", given["max_span_tokens"], 1, MOST_TOKENS),
+            tenant=given["tenant"],
+            codec=codec_named(codec) if isinstance(codec, str) else codec,
+            policy=open_policy(policy) if isinstance(policy, str) else policy,
+            layered_finish=given["layered_finish"],
+            deadline_s=_deadline(given["deadline_s"]),
+            save_queue=_queue_bytes(given["save_queue"]),
+            ttft_target_s=real("ttft_target_s", given["ttft_target_s"], 0.0),
+            quality_floor=whole("quality_floor", given["quality_floor"], 1),
+            calibration=given["calibration"],
+            metrics=given["metrics"],
+        )
+
+    def __post_init__(self) -> None:
+        """Raises `BadInput` if options contradict each other."""
+        span, chunk, codec = self.max_span_tokens, self.chunk_tokens, self.codec
+        if span < chunk:
+            raise BadInput(f"max_span_tokens must be at least chunk_tokens; got {span} and {chunk}")
+        if self.quality_floor > codec.parts_read:
+            raise BadInput(
+                f"quality_floor is {self.quality_floor}, "
+                f"but of codec {codec.name} 1 to {codec.parts_read} parts are read"
+            )
+
+
+class AnswerKeywords(TypedDict, total=False):
+    """Keyword arguments of `Cake.stream`, which says what they are."""
+
+    max_new_tokens: int
+    mode: Mode
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    save: bool
+    on_progress: OnProgress | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillOptions:
+    """What is asked of one prefill; as in `Cake.prefill`."""
+
+    mode: Mode = "auto"
+    save: bool = True
+    on_progress: OnProgress | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `BadInput` if something is not what it must be."""
+        if self.mode not in MODES:
+            raise BadInput(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise BadInput(f"on_progress must be a function that takes a Progress, not {self.on_progress!r:.60}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(PrefillOptions):
+    """What is asked of one answer; as in `Cake.stream`. The engine's sampler checks what it is to sample by."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `BadInput` if something is not what it must be."""
+        super().__post_init__()
+        whole("max_new_tokens", self.max_new_tokens, 1)
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -78,60 +153,32 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-LONGEST_DEADLINE_S = 3e7
-"""About a year. Who is more patient than that, up to infinity, waits as long: locks have their own limit."""
+def _check_kinds(given: Mapping[str, object]) -> None:
+    """Refuse what is of another kind than it must be. What it holds may be secret, and is not told."""
+    for name, (kinds, what) in _KINDS.items():
+        value = given[name]
+        if not isinstance(value, kinds):
+            raise BadInput(f"{name} must be {what}, not of type {type(value).__name__}")
+        if isinstance(value, str):
+            check_text(value, name)
+    metrics = given["metrics"]
+    if metrics is not None and not callable(getattr(metrics, "add_restore", None)):  # its module needs an extra
+        raise BadInput(f"metrics is of type {type(metrics).__name__}: give cakekv.metrics.Metrics(), or None")
 
 
-def patience(deadline_s: float) -> float:
-    """A deadline as the system can wait for it, in seconds.
-
-    Raises
-    ------
-    BadInput
-        It is not a number of seconds above 0.
-    """
-    is_real = isinstance(deadline_s, Real) and not isinstance(deadline_s, bool)
-    if not is_real or not deadline_s > 0:
-        raise BadInput(f"deadline_s is a number of seconds above 0, such as 30, or inf; not {deadline_s!r}")
-    return float(min(deadline_s, LONGEST_DEADLINE_S))
+def _deadline(deadline_s: object) -> float:
+    """A deadline as the system can wait for it, in seconds."""
+    seconds = real("deadline_s", deadline_s, 0.0)
+    if not seconds:
+        raise BadInput(f"deadline_s must be above 0, such as 30, or inf; not {deadline_s!r}")
+    return min(seconds, LONGEST_DEADLINE_S)
 
 
-def queue_bytes(save_queue: int | str) -> int:
-    """The size of a save queue, in bytes.
-
-    Raises
-    ------
-    BadInput
-        It is not a size.
-    """
+def _queue_bytes(save_queue: int | str) -> int:
+    """The size of a save queue, in bytes."""
     if isinstance(save_queue, bool) or not isinstance(save_queue, int | str):
         raise BadInput(f'save_queue is a size, such as "1GB" or 1000000000; not {save_queue!r}')
     try:
         return parse_bytes(save_queue)
     except BadInput as error:
         raise BadInput(f"save_queue: {error}") from error
-
-
-def check_options(
-    chunk_tokens: int,
-    max_span_tokens: int,
-    ttft_target_s: float,
-    quality_floor: int,
-    codec: Codec,
-) -> None:
-    """Refuse what is out of range.
-
-    Raises
-    ------
-    BadInput
-        Something is.
-    """
-    whole("chunk_tokens", chunk_tokens, 1, MOST_TOKENS)
-    whole("max_span_tokens", max_span_tokens, 1, MOST_TOKENS)
-    if max_span_tokens < chunk_tokens:
-        raise BadInput(f"max_span_tokens must be at least chunk_tokens; got {max_span_tokens} and {chunk_tokens}")
-    real("ttft_target_s", ttft_target_s, 0.0)
-    if not 1 <= whole("quality_floor", quality_floor, 1) <= codec.parts_read:
-        raise BadInput(
-            f"quality_floor is {quality_floor}, but of codec {codec.name} 1 to {codec.parts_read} parts are read"
-        )

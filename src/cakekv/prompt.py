@@ -1,4 +1,4 @@
-"""What may be given as a prompt: a text, or the token ids of one sequence. All else is refused, with what to give."""
+"""Takes a prompt: a text, or the token ids of one sequence. Refuses anything else, and says what to give instead."""
 
 from __future__ import annotations
 

@@ -146,7 +146,12 @@ def real(name: str, value: object, least: float, most: float = math.inf) -> floa
     BadInput
         It is not one (a bool is none), or out of range.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond all floats
+            number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     if not least <= number <= most:
         until = "on" if most == math.inf else f"to {most:g}"
         raise BadInput(f"{name} must be a number from {least:g} {until}, not {value!r}")

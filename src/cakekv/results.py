@@ -1,15 +1,34 @@
-"""What a `Cake` hands back."""
+"""What a `Cake` hands back, and what it tells of a restore while that goes on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cakekv.quantities import whole
 from cakekv.restore.report import RestoreReport
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+
+class Progress(NamedTuple):
+    """A restore at one moment."""
+
+    mode: str
+    prompt_tokens: int
+    prefix_tokens: int
+    front: int
+    """End of the last computed span."""
+    back: int
+    """Start of the loaded tail."""
+    bands: list[tuple[int, int, str]]
+    """Runs of positions (start, end, state), state being the name of a `restore.coverage.State` in lower case."""
+    elapsed_s: float
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cakekv.cake import Cake
-from cakekv.embedded.restorer import Progress
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
+from cakekv.results import Progress
 
 CHUNK = 16
 

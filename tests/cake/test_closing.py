@@ -39,7 +39,7 @@ USES: dict[str, Callable[[Cake, list[int]], Any]] = {
     "prefill": lambda cake, prompt: cake.prefill(prompt),
     "generate": lambda cake, prompt: cake.generate(prompt),
     "stream": lambda cake, prompt: list(cake.stream(prompt)),
-    "explain": lambda cake, prompt: cake.explain(prompt),
+    "plan": lambda cake, prompt: cake.plan(prompt),
 }
 
 
@@ -103,7 +103,7 @@ def test_a_callback_that_calls_the_cake_is_refused(
 
         def progress(_: Any) -> None:
             if threading.current_thread().name.startswith(where):
-                cake.explain(prompt)
+                cake.plan(prompt)
 
         mode: Any = "load" if where == "cakekv-load" else "compute"
         with pytest.raises(BadInput, match=r"from within|on_progress"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cakekv.cake import Cake, Progress
+from cakekv.chunk import ChunkShape
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.store.base import ChunkReader, Store
@@ -102,9 +103,8 @@ def test_a_tier_that_hangs_in_writing_holds_nobody_up(
 ) -> None:
     inner = MemoryStore()
     with hanging(inner, "write.hang:1") as store:
-        with Cake(engine, store=store, chunk_tokens=CHUNK, deadline_s=DEADLINE_S) as cake:
-            assert cake._saver is not None
-            cake._saver.limit = 4 * cake._coder.exact.total_bytes
+        queue = 4 * ChunkShape(CHUNK, engine.layout.segment_bytes(CHUNK)).total_bytes
+        with Cake(engine, store=store, chunk_tokens=CHUNK, deadline_s=DEADLINE_S, save_queue=queue) as cake:
             assert restore(cake, prompt).token_ids == expected
             saved = cake.wait_saved()
             assert saved.failed_chunks == CHUNKS

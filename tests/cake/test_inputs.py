@@ -28,7 +28,7 @@ def cake(small: TransformersEngine) -> Cake:
     return Cake(small, chunk_tokens=8)
 
 
-@pytest.mark.parametrize("method", ["prefill", "generate", "explain"])
+@pytest.mark.parametrize("method", ["prefill", "generate", "plan"])
 @pytest.mark.parametrize(
     "prompt", [None, 5, b"abc", [1.5], [True], ["1"], {1, 2}, [[1], [2]], [2**70], [-1], [128], []]
 )

@@ -19,9 +19,9 @@ from cakekv.keys import ChunkKey
 from cakekv.load import pieces
 from cakekv.load.pieces import layer_groups
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
@@ -70,12 +70,12 @@ def test_on_a_virtual_clock_both_arms_stay_busy_to_the_end(suffix: int) -> None:
     """Compute takes 1 ms a token and a load 1 ms a token: p positions before the suffix, of which m are computed."""
     prefix = 3008
 
-    def ttft(groups: int) -> tuple[float, Restore]:
+    def ttft(groups: int) -> tuple[float, Planner]:
         load, compute = LoadCost(2), ComputeCost(ComputeShape(1e-4, 1e-3, 1e-9), trusted=True)
         load.observe(64_000, -1.0, -0.936)
         cut = LayerGroups((64_000 // groups,) * groups, (64_000 // groups,) * groups) if groups > 1 else None
-        restore = Restore(
-            prefix + suffix, 64, [(0,)] * 47, [Source("disk", load, 2)], compute, chunk_bytes=64_000, groups=cut
+        restore = Planner(
+            prefix + suffix, 64, [(0,)] * 47, [Tier("disk", load, 2)], compute, [Level.whole(64_000, cut)]
         )
         tier = VirtualTier(constant(1e6))
         return run_restore(restore, lambda span, now: 1e-4 + span.tokens * 1e-3, [tier], groups=groups), restore
@@ -86,9 +86,9 @@ def test_on_a_virtual_clock_both_arms_stay_busy_to_the_end(suffix: int) -> None:
     assert plain == pytest.approx(prefix / 2000 + suffix / 1000, rel=0.05)
     assert layered == pytest.approx((prefix + suffix) / 2000, rel=0.1)
     assert layered < plain
-    pieces = [load for load in restore.report.loads if load.group is not None]
+    pieces = [load for load in restore.report().loads if load.group is not None]
     assert pieces
-    assert restore.report.computed_tokens + restore.report.loaded_tokens == prefix + suffix
+    assert restore.report().computed_tokens + restore.report().loaded_tokens == prefix + suffix
 
 
 def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
@@ -96,20 +96,18 @@ def test_only_what_can_be_in_the_suffixs_way_is_cut_into_pieces() -> None:
     load, compute = LoadCost(1), ComputeCost(ComputeShape(1e-4, 2e-3, 1e-9), trusted=True)
     load.observe(64_000, -1.0, -0.99)
     groups = LayerGroups((12_800,) * 5, (12_800,) * 5)
-    restore = Restore(
+    restore = Planner(
         40 * 64 + 30,
         64,
         [(0,)] * 40,
-        [Source("disk", load, 1)],
+        [Tier("disk", load, 1)],
         compute,
-        chunk_bytes=64_000,
-        groups=groups,
-        mode="both",
-        max_span_tokens=64,
+        [Level.whole(64_000, groups)],
+        PlannerOptions(mode="both", max_span_tokens=64),
     )
     tier = VirtualTier(constant(6.4e6))
     seconds = run_restore(restore, lambda span, now: 1e-4 + span.tokens * 2e-3, [tier], groups=5)
-    loads = [load for load in restore.report.loads if load.outcome == "placed"]
+    loads = [load for load in restore.report().loads if load.outcome == "placed"]
     cut = {load.start // 64 for load in loads if load.group is not None}
     assert 6 <= len(cut) <= 10, "1.5 * 0.8 * 60 ms, of 10 ms each"
     assert cut == {*range(min(cut), max(cut) + 1)}, "the last ones to come"

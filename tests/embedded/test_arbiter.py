@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 import pytest
 
@@ -14,16 +13,32 @@ from cakekv.restore.contention import Burden
 from cakekv.restore.priority import Kind, RequestState, open_policy
 
 
-def about(seconds: float) -> Any:
-    """`pytest.approx`, where a number is wanted."""
-    return pytest.approx(seconds)
+class Described:
+    """A prefill that stays as it is, and notes what is asked of it and what it is told."""
+
+    def __init__(self, state: RequestState) -> None:
+        self.asked = 0
+        self.told: list[Burden] = []
+        self._state = state
+
+    def state(self) -> RequestState:
+        self.asked += 1
+        return self._state
+
+    def bear(self, burden: Burden) -> None:
+        self.told.append(burden)
 
 
-def opened(arbiter: Arbiter, kind: Kind, tokens: int = 1000) -> Request:
+def described(arbiter: Arbiter, kind: Kind, tokens: int = 1000) -> tuple[Request, Described]:
     request = arbiter.request(monotonic())
     load_s = {0: 1e-3} if kind is Kind.STORED_PREFILL else {}
     state = RequestState(request.id, kind, request.arrived_s, tokens, front_s=1e-3, back_s=1e-3, load_s=load_s)
-    request.describe = lambda: state
+    return request, Described(state)
+
+
+def opened(arbiter: Arbiter, kind: Kind) -> Request:
+    request, prefill = described(arbiter, kind)
+    request.prefill = prefill
     return request
 
 
@@ -85,34 +100,32 @@ def test_who_is_interrupted_while_it_waits_leaves_no_trace(monkeypatch: pytest.M
 
 def test_alone_nothing_is_described_and_nobody_is_woken() -> None:
     arbiter = Arbiter(open_policy("marginal_saving"))
-    request = opened(arbiter, Kind.PLAIN_PREFILL)
+    request, prefill = described(arbiter, Kind.PLAIN_PREFILL)
     woken: list[None] = []
-    request.woken.notify_all = lambda: woken.append(None)
-    state, described = request.describe(), list[None]()
-    request.describe = lambda: described.append(None) or state
+    request.woken.notify_all = lambda: woken.append(None)  # type: ignore[method-assign]
     with arbiter.lock:
-        arbiter.open(request)
+        arbiter.open(request, prefill)
         arbiter.take(request)
         arbiter.weigh(0.0)
         arbiter.give_back(request, asks_again=True)
         assert arbiter.load_order(0, 0.0) == [request]
         arbiter.close(request)
     assert not woken
-    assert len(described) == 1, "its kind, when it takes the arm"
+    assert prefill.asked == 1, "its kind, when it takes the arm"
+    assert request.state().kind is Kind.DECODE, "from then on"
 
 
 def test_requests_are_told_what_they_are_to_each_other() -> None:
     arbiter = Arbiter(open_policy("cake"))
-    stored, plain = opened(arbiter, Kind.STORED_PREFILL), opened(arbiter, Kind.PLAIN_PREFILL, tokens=3000)
-    told: list[Burden] = []
-    stored.on_burden = told.append
+    stored, prefill = described(arbiter, Kind.STORED_PREFILL)
+    plain, other = described(arbiter, Kind.PLAIN_PREFILL, tokens=3000)
     with arbiter.lock:
-        arbiter.open(stored)
+        arbiter.open(stored, prefill)
         arbiter.weigh(0.0)
-        assert told == []
-        arbiter.open(plain)
+        assert prefill.told == []
+        arbiter.open(plain, other)
         arbiter.weigh(0.0)
-        assert told == [Burden(about(4.0), {0: 1.0})]
+        assert prefill.told == [Burden(pytest.approx(4.0), {0: 1.0})]
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
-        assert told[-1] == Burden()
+        assert prefill.told[-1] == Burden()

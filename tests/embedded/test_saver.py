@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from cakekv.cake import Cake
 from cakekv.embedded.saver import Saver
@@ -16,12 +17,25 @@ from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
+from cakekv.metrics import Metrics
 from cakekv.store.memory import MemoryStore
 from tests.cake.crowd import CHUNK, tokens, until
 
 pytestmark = pytest.mark.timeout(120)
 
 CHUNKS = 20
+
+
+class Outcomes(Metrics):
+    """Metrics that also note what became of each chunk."""
+
+    def __init__(self) -> None:
+        super().__init__(CollectorRegistry())
+        self.of_chunks: list[str] = []
+
+    def add_save(self, outcome: str, size: int, seconds: float) -> None:
+        super().add_save(outcome, size, seconds)
+        self.of_chunks.append(outcome)
 
 
 class Gated(MemoryStore):
@@ -70,13 +84,12 @@ def test_what_one_chunk_dies_of_ends_no_saving(
     words: str,
 ) -> None:
     store = Gated(error)
-    outcomes: list[str] = []
-    with Cake(engine, store=store, chunk_tokens=CHUNK) as cake:
-        saver_of(cake)._on_save = lambda outcome, size, seconds: outcomes.append(outcome)
+    outcomes = Outcomes()
+    with Cake(engine, store=store, chunk_tokens=CHUNK, metrics=outcomes) as cake:
         cake.prefill(prompt)
         saved = cake.wait_saved()
     assert (saved.saved_chunks, saved.failed_chunks, saved.error) == (CHUNKS - 1, 1, words)
-    assert outcomes == [kind] + ["saved"] * (CHUNKS - 1)
+    assert outcomes.of_chunks == [kind] + ["saved"] * (CHUNKS - 1)
     assert store.stats().chunks == CHUNKS - 1
     (record,) = [record for record in caplog.records if getattr(record, "event", "") == "save_failed"]
     assert words in record.getMessage()
@@ -91,8 +104,8 @@ def test_it_may_go_wrong_anywhere(
     def fail(*_: Any) -> Any:
         raise MemoryError("no room")
 
-    store = MemoryStore()
-    with Cake(engine, store=store, chunk_tokens=CHUNK, codec="int8") as cake:
+    store, metrics = MemoryStore(), Outcomes()
+    with Cake(engine, store=store, chunk_tokens=CHUNK, codec="int8", metrics=metrics) as cake:
         with monkeypatch.context() as patch:
             if where == "gather":
                 patch.setattr(engine, "gather", fail)
@@ -101,7 +114,7 @@ def test_it_may_go_wrong_anywhere(
             elif where == "buffers":
                 patch.setattr(saver_of(cake)._staging, "_allocate", fail)
             else:
-                patch.setattr(saver_of(cake), "_on_save", fail)
+                patch.setattr(metrics, "add_save", fail)
             cake.prefill(prompt)
             saved = cake.wait_saved()
         assert saved.failed_chunks + saved.saved_chunks == CHUNKS
@@ -185,7 +198,7 @@ def test_a_queue_that_cannot_be(engine: TransformersEngine, save_queue: Any) -> 
 def test_a_queue_in_words(engine: TransformersEngine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with Cake(engine, store=MemoryStore(), save_queue="64MiB") as cake:
-        assert saver_of(cake).limit == 64 << 20
+        assert cake.options.save_queue == 64 << 20
 
 
 def test_a_thread_that_has_nothing_to_save_ends_and_the_next_begins(

@@ -21,26 +21,24 @@ def engine() -> TransformersEngine:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "new_tokens", "message"),
+    ("tokens", "message"),
     [
-        ([], 0, "the prompt is empty"),
-        ([3, VOCABULARY], 0, f"token id {VOCABULARY} at position 1 is out of range.* 0 to {VOCABULARY - 1}"),
-        ([3, 4, -1], 0, "token id -1 at position 2"),
-        ([1.5], 0, "integers"),
-        ([[1, 2]], 0, "flat"),
-        ([3] * (CONTEXT + 1), 0, f"{CONTEXT + 1} tokens.*context is {CONTEXT}"),
-        ([3] * CONTEXT, 1, f"1 are to be generated.*context is {CONTEXT}"),
+        ([], "the prompt is empty"),
+        ([3, VOCABULARY], f"token id {VOCABULARY} at position 1 is out of range.* 0 to {VOCABULARY - 1}"),
+        ([3, 4, -1], "token id -1 at position 2"),
+        ([1.5], "integers"),
+        ([[1, 2]], "flat"),
+        ([3] * (CONTEXT + 1), f"{CONTEXT + 1} tokens, but the model's context is {CONTEXT}"),
     ],
 )
-def test_prompts_that_cannot_be(engine: TransformersEngine, tokens: Any, new_tokens: int, message: str) -> None:
+def test_prompts_that_cannot_be(engine: TransformersEngine, tokens: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        engine.check_prompt(tokens, new_tokens)
+        engine.check_prompt(tokens)
 
 
 def test_prompts_that_can_be(engine: TransformersEngine) -> None:
     engine.check_prompt([3])
-    array: Any = np.full(CONTEXT - 1, VOCABULARY - 1)
-    engine.check_prompt(array, new_tokens=1)
+    engine.check_prompt(np.full(CONTEXT, VOCABULARY - 1))
 
 
 def test_spans_and_chunks_must_fit(engine: TransformersEngine) -> None:

@@ -109,7 +109,7 @@ def main(folder: str, interrupts: int, seed: int) -> None:
             "prefill": lambda: cake.prefill([choose.randrange(211) for _ in range(70)], mode=mode),  # type: ignore[arg-type]
             "stream": lambda: list(cake.stream(prompt, max_new_tokens=4, mode=mode)),  # type: ignore[arg-type]
             "stream begun": lambda: next(cake.stream(prompt, max_new_tokens=4)),
-            "explain": lambda: cake.explain(prompt),
+            "plan": lambda: cake.plan(prompt),
             "wait_saved": cake.wait_saved,
             "close": cake.close,
         }

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cakekv.embedded.restorer import Progress
 from cakekv.errors import CakeError
 from cakekv.report.colours import COMPUTE, FAILED, LOAD
 from cakekv.report.picture import frontier_picture
@@ -19,6 +18,7 @@ from cakekv.report.progress import RestoreBar, cell_states, restore_bar
 from cakekv.report.table import modes_table
 from cakekv.report.trace import lanes, trace_json
 from cakekv.restore.report import LoadRecord, RestoreReport
+from cakekv.results import Progress
 
 from .synthetic import synthetic_report
 

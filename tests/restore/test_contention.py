@@ -8,8 +8,9 @@ import pytest
 
 from cakekv.restore.contention import Burden, SharedCompute, SharedLoad, burdens
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner
 from cakekv.restore.priority import Kind, RequestState, open_policy
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
@@ -61,7 +62,7 @@ def planned_loads(compute: float, load: float) -> int:
     compute_cost = SharedCompute(ComputeCost(ComputeShape(1e-6, 1e-3, 1e-12), trusted=True))
     load_cost = SharedLoad(LoadCost(1, LoadFigures(1e-6, 0.064, CHUNK_BYTES, 0.0)))
     compute_cost.burden, load_cost.burden = compute, load
-    planner = Restore(2561, 64, [(0,)] * 40, [Source("disk", load_cost, 1)], compute_cost, chunk_bytes=CHUNK_BYTES)
+    planner = Planner(2561, 64, [(0,)] * 40, [Tier("disk", load_cost, 1)], compute_cost, [Level.whole(CHUNK_BYTES)])
     return sum(run.tokens for run in planner.explain(0.0) if run.how == "disk") // 64
 
 
@@ -76,7 +77,7 @@ def ttft(cost: LoadCost, byte_s: float) -> float:
     compute = ComputeCost(ComputeShape(1e-4, 1e-3, 1e-9), trusted=True)
     view = SharedLoad(cost)
     view.doubt(CHUNK_BYTES, compute.seconds(0, 4128))
-    planner = Restore(4128, 64, [(0,)] * 64, [Source("disk", view, 2)], compute, chunk_bytes=CHUNK_BYTES)
+    planner = Planner(4128, 64, [(0,)] * 64, [Tier("disk", view, 2)], compute, [Level.whole(CHUNK_BYTES)])
     return run_restore(planner, lambda span, now: 1e-4 + span.tokens * 1e-3, [VirtualTier(constant(1 / byte_s))])
 
 

@@ -1,11 +1,11 @@
-"""Loads in flight: a source that does not answer is found out, whether somebody waits for its loads or not."""
+"""Loads in flight: a tier that does not answer is found out, whether somebody waits for its loads or not."""
 
 from __future__ import annotations
 
 import pytest
 
 from cakekv.restore.costs import LoadCost
-from cakekv.restore.flights import Flights, Load, Source
+from cakekv.restore.flights import Flights, Load, Tier
 
 DEADLINE_S = 5.0
 
@@ -14,7 +14,7 @@ def flights(*, known: bool) -> Flights:
     cost = LoadCost(2)
     if known:
         cost.observe(1000, 0.0, 0.01)
-    return Flights([Source("disk", cost, 2)], patience_s=DEADLINE_S, deadline_s=DEADLINE_S)
+    return Flights([Tier("disk", cost, 2)], deadline_s=DEADLINE_S)
 
 
 def load(chunk: int, began: float = 1.0) -> Load:
@@ -56,18 +56,18 @@ def test_one_load_that_hangs_stalls_a_source_unless_others_came_meanwhile(known:
 
 def test_no_more_loads_in_flight_than_keep_the_source_busy() -> None:
     cost = LoadCost(8)
-    source, size = Source("link", cost, 8), 1000
-    assert source.useful_depth(size) == 1, "nothing is known yet"
+    tier, size = Tier("link", cost, 8), 1000
+    assert tier.useful_depth(size) == 1, "nothing is known yet"
     cost.observe(size, 0.0, 0.1, alone=True)
-    assert source.useful_depth(size) == 8, "nothing is known of several at a time"
+    assert tier.useful_depth(size) == 8, "nothing is known of several at a time"
     cost.observe(size, 0.0, 0.2)
-    assert source.useful_depth(size) == 2, "one load alone takes as long as each of many"
+    assert tier.useful_depth(size) == 2, "one load alone takes as long as each of many"
     for number in range(40):  # four at a time come as often as one would alone: there is latency to hide
         cost.observe(size, 0.125 + 0.025 * number, 0.225 + 0.025 * number)
-    assert 5 <= source.useful_depth(size) <= 6
-    assert source.useful_depth(10 * size) == source.useful_depth(size)
-    flying = Flights([source], patience_s=DEADLINE_S, deadline_s=DEADLINE_S)
-    for chunk in range(source.useful_depth(size)):
+    assert 5 <= tier.useful_depth(size) <= 6
+    assert tier.useful_depth(10 * size) == tier.useful_depth(size)
+    flying = Flights([tier], deadline_s=DEADLINE_S)
+    for chunk in range(tier.useful_depth(size)):
         assert flying.has_room(0, size)
         flying.begin(load(chunk))
     assert not flying.has_room(0, size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from cakekv.restore.forecast import Forecast
-from cakekv.restore.plan import Candidate
+from cakekv.restore.assignment import Candidate
+from cakekv.restore.forecast import Forecast, Pace
+from cakekv.restore.situation import Moment
 
 
 def forecast(
@@ -19,27 +20,23 @@ def forecast(
     busy_s: float = 0.0,
     finish_s: float = 0.0,
 ) -> Forecast:
-    """One chunk per letter: L is stored at every source, h is a hole."""
+    """One chunk per letter: L is stored at every tier, h is a hole."""
     load_s = dict(enumerate(each_s))
     candidates: list[Candidate] = [
         (chunk, compute_s, load_s if letter == "L" else {}) for chunk, letter in enumerate(stored)
     ]
-    sources = len(each_s)
     return Forecast(
         candidates,
         fixed_s,
         longest,
-        each_s,
-        [depth] * sources,
-        [shared] * sources,
+        [Pace(seconds, depth, shared) for seconds in each_s],
         in_flight or {},
-        busy_s,
-        finish_s,
+        Moment(0.0, busy_s, finish_s),
     )
 
 
 def labels(plan: str) -> list[int]:
-    """A digit is a source, c is computed."""
+    """A digit is a tier, c is computed."""
     return [-1 if letter == "c" else int(letter) for letter in plan]
 
 
@@ -83,7 +80,7 @@ def test_a_stored_chunk_between_holes_is_computed_with_them() -> None:
 
 
 def test_an_idle_source_takes_over() -> None:
-    # Six loads of 1 s on the first source, none on the second: shared out, they take 3 s instead of 6.
+    # Six loads of 1 s on the first tier, none on the second: shared out, they take 3 s instead of 6.
     found = forecast("LLLLLLh", compute_s=100.0, each_s=(1.0, 1.0))
     assert found.seconds(labels("000000c")) == 106.0
     balanced = found.balanced(labels("000000c"))
@@ -92,7 +89,7 @@ def test_an_idle_source_takes_over() -> None:
 
 
 def test_a_load_is_moved_to_a_source_that_is_through_with_it_sooner() -> None:
-    # In flight at the first source for 9 s more; the second one takes 1 s.
+    # In flight at the first tier for 9 s more; the second one takes 1 s.
     found = forecast("Lh", compute_s=100.0, each_s=(10.0, 1.0), in_flight={0: (0, 9.0)})
     assert written(found.best([labels("0c")], 24)) == "1c"
 
@@ -107,5 +104,5 @@ def test_the_plan_before_is_kept_unless_another_is_clearly_better() -> None:
 def test_plans_and_labels_are_inverses() -> None:
     found = forecast("LhLLh")
     plan = {0: 0, 3: 0}
-    assert found.plan(found.labels(plan)) == plan
+    assert found.assigned(found.labels(plan)) == plan
     assert written(found.labels({1: 0, 2: 0})) == "cc0cc", "a hole cannot be loaded"

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Load, Tier
 from cakekv.restore.level_choice import RESERVE, Level, best_level
-from cakekv.restore.planner import Restore
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.machine import VirtualTier, run_restore
-from cakekv.simulate.trace import Trace
+from cakekv.simulate.rate import Rate
 
 seconds = st.floats(0, 100)
 
@@ -51,7 +51,7 @@ COARSER = (Level(1, 300, 300), Level(2, 500, 500))
 SHAPE = ComputeShape(1e-6, 0.1 / TOKENS, 1e-12)
 
 
-class Watched(Restore):
+class Watched(Planner):
     """Counts the loads that are placed by how much of them was read."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -63,22 +63,19 @@ class Watched(Restore):
         super().placed(load, now)
 
 
-def restored(bandwidth: Trace, target_s: float, levels: tuple[Level, ...], mode: str = "auto") -> tuple[float, Watched]:
+def restored(bandwidth: Rate, target_s: float, levels: tuple[Level, ...], mode: str = "auto") -> tuple[float, Watched]:
     """When 40 chunks of 0.1 s to compute each are covered; the tier's speed is known to be its first bandwidth."""
-    *coarser, best = levels
+    best = levels[-1]._replace(parts=None)
     rate = bandwidth.rates[0]
     known = LoadCost(2, LoadFigures(1 / rate, 2 * best.chunk_bytes / rate, best.chunk_bytes, 0.0))
     restore = Watched(
         CHUNKS * TOKENS + 1,
         TOKENS,
         [(0,)] * CHUNKS,
-        [Source("tier", known, 2)],
+        [Tier("tier", known, 2)],
         ComputeCost(SHAPE, trusted=True),
-        chunk_bytes=best.chunk_bytes,
-        coarser=coarser,
-        ttft_target_s=target_s,
-        mode=mode,
-        max_span_tokens=TOKENS,
+        [*levels[:-1], best],
+        PlannerOptions(mode=mode, ttft_target_s=target_s, max_span_tokens=TOKENS),  # type: ignore[arg-type]
     )
     ended = run_restore(restore, lambda span, now: SHAPE.seconds(span.start, span.tokens), [VirtualTier(bandwidth)])
     return ended, restore
@@ -88,23 +85,23 @@ ALL = (*COARSER, Level(3, BEST, BEST))
 
 
 def test_without_a_target_everything_is_read() -> None:
-    _, restore = restored(Trace([9000.0]), float("inf"), ALL)
+    _, restore = restored(Rate([9000.0]), float("inf"), ALL)
     assert list(restore.read) == [None], "as much as the codec says"
 
 
 def test_with_no_time_as_little_as_possible_is_read() -> None:
-    ended, restore = restored(Trace([9000.0]), 0.0, ALL)
+    ended, restore = restored(Rate([9000.0]), 0.0, ALL)
     assert list(restore.read) == [1]
-    assert ended == restored(Trace([9000.0]), 0.0, ALL[:1])[0]
-    _, restore = restored(Trace([9000.0]), 0.0, ALL[1:])
+    assert ended == restored(Rate([9000.0]), 0.0, ALL[:1])[0]
+    _, restore = restored(Rate([9000.0]), 0.0, ALL[1:])
     assert list(restore.read) == [2], "the floor holds"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(500, 50_000), st.floats(0.1, 4.0), st.sampled_from(["auto", "load"]))
 def test_the_target_is_met_if_the_coarsest_level_meets_it(rate: float, target_s: float, mode: str) -> None:
-    ends = [restored(Trace([rate]), float("inf"), ALL[level : level + 1], mode)[0] for level in range(3)]
-    ended, restore = restored(Trace([rate]), target_s, ALL, mode)
+    ends = [restored(Rate([rate]), float("inf"), ALL[level : level + 1], mode)[0] for level in range(3)]
+    ended, restore = restored(Rate([rate]), target_s, ALL, mode)
     if ends[0] <= target_s * (1 - RESERVE):
         assert ended <= target_s + 0.1  # the span that ends last is 0.1 s long
     if ends[2] <= target_s * (1 - RESERVE) - 0.1:
@@ -113,7 +110,7 @@ def test_the_target_is_met_if_the_coarsest_level_meets_it(rate: float, target_s:
 
 def test_a_drop_of_the_bandwidth_costs_quality_not_time() -> None:
     # 20 chunks a second at the best level, from 0.3 s on for a second and a half a quarter of that.
-    drop = Trace([18_000.0, *[4_500.0] * 5, 18_000.0], 0.3)
+    drop = Rate([18_000.0, *[4_500.0] * 5, 18_000.0], 0.3)
     best_s, _ = restored(drop, float("inf"), ALL[2:])
     least_s, _ = restored(drop, float("inf"), ALL[:1])
     target_s = 1.8

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
 from cakekv.restore.coverage import State
-from cakekv.restore.finish import Finish
-from cakekv.restore.flights import Load, Source
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import MODES, Restore, Span, Wait
+from cakekv.restore.flights import Load, Tier
+from cakekv.restore.layered_finish import LayeredFinish
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.planner import MODES, Planner, PlannerOptions, Span, Wait
 
 GROUPS = 3
 """The second consists of windowed layers."""
@@ -23,12 +23,12 @@ GROUPS = 3
 class Driver:
     """Plays engine and loader in a random order and keeps its own record of who covered what."""
 
-    def __init__(self, restore: Restore, sources: int, seed: int, failing: float, slow_source: bool) -> None:
+    def __init__(self, restore: Planner, tiers: int, seed: int, failing: float, slow_tier: bool) -> None:
         self.restore = restore
-        self.sources = sources
+        self.tiers = tiers
         self.random = random.Random(seed)
         self.failing = failing
-        self.slow_source = slow_source
+        self.slow_tier = slow_tier
         self.now = 0.0
         self.inflight: list[Load] = []
         self.placing: list[Load] = []
@@ -105,8 +105,8 @@ class Driver:
                 assert self.placed.get(chunk, True), f"{span} sees position {position}, loaded without its window"
 
     def load(self) -> None:
-        source = self.random.randrange(self.sources)
-        load = self.restore.next_load(source, self.now)
+        tier = self.random.randrange(self.tiers)
+        load = self.restore.next_load(tier, self.now)
         if load is not None:
             assert load.chunk not in self.computed
             assert load.group is not None or self.placed.pop(load.chunk, None) is not True, "loaded twice"
@@ -122,7 +122,7 @@ class Driver:
                 self.placed[load.chunk] = load.windowed
         if self.inflight and self.random.random() < 0.4:
             load = self.inflight[self.random.randrange(len(self.inflight))]
-            if self.slow_source and load.source == 0 and self.random.random() < 0.98:
+            if self.slow_tier and load.tier == 0 and self.random.random() < 0.98:
                 return
             self.inflight.remove(load)
             if load.cancelled and self.random.random() < 0.5:
@@ -134,7 +134,7 @@ class Driver:
                 self.placing.append(load)
 
 
-def check_laws(restore: Restore, driver: Driver) -> None:
+def check_laws(restore: Planner, driver: Driver) -> None:
     """Of a restore that has ended: every position was covered, by one arm, and the report says so."""
     chunks = restore.coverage.chunks
     assert restore.done
@@ -143,7 +143,7 @@ def check_laws(restore: Restore, driver: Driver) -> None:
     assert not set(driver.computed) & set(driver.placed)
     assert all(times == 1 for times in driver.computed.values())
     assert chunks - 1 in driver.computed, "the last token's logits are needed"
-    report = restore.report
+    report = restore.report()
     assert report.computed_tokens + report.loaded_tokens == restore.prompt_tokens
     assert sum(span.tokens for span in report.spans) == report.computed_tokens
 
@@ -154,10 +154,10 @@ def check_laws(restore: Restore, driver: Driver) -> None:
     chunk=st.integers(1, 32),
     max_span=st.integers(1, 200),
     mode=st.sampled_from(MODES),
-    sources=st.integers(1, 3),
+    tiers=st.integers(1, 3),
     stored_share=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     failing=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
-    slow_source=st.booleans(),
+    slow_tier=st.booleans(),
     window=st.one_of(st.none(), st.integers(1, 300)),
     depth=st.integers(1, 4),
     layered=st.booleans(),
@@ -168,10 +168,10 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     chunk: int,
     max_span: int,
     mode: str,
-    sources: int,
+    tiers: int,
     stored_share: float,
     failing: float,
-    slow_source: bool,
+    slow_tier: bool,
     window: int | None,
     depth: int,
     layered: bool,
@@ -179,28 +179,25 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
 ) -> None:
     rng = random.Random(seed)
     chunks = -(-prompt // chunk)
-    stored = [tuple(source for source in range(sources) if rng.random() < stored_share) for _ in range(prompt // chunk)]
-    restore = Restore(
+    stored = [tuple(tier for tier in range(tiers) if rng.random() < stored_share) for _ in range(prompt // chunk)]
+    groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200))
+    restore = Planner(
         prompt,
         chunk,
         stored,
-        [Source(f"tier{source}", LoadCost(depth), depth) for source in range(sources)],
+        [Tier(f"tier{tier}", LoadCost(depth), depth) for tier in range(tiers)],
         ComputeCost(),
-        chunk_bytes=chunk * 1000,
-        unwindowed_chunk_bytes=chunk * 400,
-        window=window,
-        groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200)) if layered else None,
-        mode=mode,  # type: ignore[arg-type]
-        max_span_tokens=max_span,
+        [Level(None, chunk * 1000, chunk * 400, groups if layered else None)],
+        PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),  # type: ignore[arg-type]
     )
-    driver = Driver(restore, sources, seed, failing, slow_source)
+    driver = Driver(restore, tiers, seed, failing, slow_tier)
     driver.run()
     check_laws(restore, driver)
-    report = restore.report
+    report = restore.report()
     if mode == "compute":
         assert report.loaded_tokens == 0
         assert not report.loads
-    if mode == "load" and failing == 0.0 and not slow_source:
+    if mode == "load" and failing == 0.0 and not slow_tier:
         # only what nobody stored is computed, unless a load was given up as late
         late = any(load.outcome == "late" for load in report.loads)
         computable = {i for i in range(chunks) if i >= len(stored) or not stored[i]} | {chunks - 1}
@@ -212,38 +209,39 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
 ) -> None:
     """Restores made for a layered finish; some cut only the last chunks, some give up before those were asked for."""
     seen: Counter[str] = Counter()
-    disband = Finish.disband
+    disband = LayeredFinish.disband
 
-    def watched(finish: Finish) -> None:
-        assert finish.layered is not None
+    def watched(finish: LayeredFinish) -> None:
+        assert finish.pieces is not None
         seen["given up"] += 1
-        seen["before all was asked for"] += bool(finish.layered.not_begun)
+        seen["before all was asked for"] += bool(finish.pieces.not_begun)
         disband(finish)
 
-    monkeypatch.setattr(Finish, "disband", watched)
+    monkeypatch.setattr(LayeredFinish, "disband", watched)
     for seed in range(300):
         rng = random.Random(seed)
-        chunk, sources, depth, prefix = rng.randint(8, 32), rng.randint(1, 2), rng.randint(1, 3), rng.randint(8, 40)
-        costs = [LoadCost(depth) for _ in range(sources)]
+        chunk, tiers, depth, prefix = rng.randint(8, 32), rng.randint(1, 2), rng.randint(1, 3), rng.randint(8, 40)
+        costs = [LoadCost(depth) for _ in range(tiers)]
         for cost in costs:
             cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
-        restore = Restore(
+        groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400))
+        restore = Planner(
             prefix * chunk + rng.randint(1, 3 * chunk),
             chunk,
-            [tuple(range(sources))] * prefix,
-            [Source(f"tier{source}", cost, depth) for source, cost in enumerate(costs)],
+            [tuple(range(tiers))] * prefix,
+            [Tier(f"tier{tier}", cost, depth) for tier, cost in enumerate(costs)],
             ComputeCost(ComputeShape(1e-3, rng.uniform(0.01, 0.5), 1e-9), trusted=True),
-            chunk_bytes=chunk * 1000,
-            unwindowed_chunk_bytes=chunk * 700,
-            window=rng.choice([None, rng.randint(1, 300)]),
-            groups=LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400)),
-            mode=rng.choice(["auto", "both"]),
-            max_span_tokens=rng.choice([chunk, 4 * chunk]),
+            [Level(None, chunk * 1000, chunk * 700, groups)],
+            PlannerOptions(
+                window=rng.choice([None, rng.randint(1, 300)]),
+                mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
+                max_span_tokens=rng.choice([chunk, 4 * chunk]),
+            ),
         )
-        driver = Driver(restore, sources, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_source=False)
+        driver = Driver(restore, tiers, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_tier=False)
         driver.run()
         check_laws(restore, driver)
-        loads = restore.report.loads
+        loads = restore.report().loads
         pieces = {load.start for load in loads if load.group is not None}
         seen["finished layered"] += bool(pieces)
         seen["some of them whole"] += bool(pieces) and any(load.start > max(pieces) for load in loads)
@@ -254,15 +252,14 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), mode=st.sampled_from(["auto", "load", "both"]))
 def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> None:
-    restore = Restore(
+    restore = Planner(
         640,
         64,
         [(0,)] * 9,
-        [Source("dead", LoadCost(2), 2)],
+        [Tier("dead", LoadCost(2), 2)],
         ComputeCost(),
-        chunk_bytes=1000,
-        mode=mode,  # type: ignore[arg-type]
-        patience_s=5.0,
+        [Level.whole(1000)],
+        PlannerOptions(mode=mode, deadline_s=5.0),  # type: ignore[arg-type]
     )
     rng = random.Random(seed)
     now = 0.0
@@ -278,4 +275,4 @@ def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> N
         else:
             now = max(now, answer.until)
     assert restore.done
-    assert restore.report.computed_tokens == 640
+    assert restore.report().computed_tokens == 640

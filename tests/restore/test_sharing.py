@@ -5,41 +5,42 @@ from __future__ import annotations
 import pytest
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Load, Source
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.flights import Load, Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions, Span
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
 
 SIZE = 100
 
 
-def tier(each_s: float, depth: int, alone_s: float | None) -> Source:
+def tier(each_s: float, depth: int, alone_s: float | None) -> Tier:
     """A tier that is known to deliver a chunk every `each_s` seconds, and one alone in `alone_s`."""
     cost = LoadCost(depth)
     if alone_s is not None:
         cost.observe(SIZE, -1e6, -1e6 + alone_s, alone=True)
     for load in range(-200, 0):
         cost.observe(SIZE, load * each_s - depth * each_s - 1, load * each_s - 1)
-    return Source("tier", cost, depth)
+    return Tier("tier", cost, depth)
 
 
-def restore(stored: str, *sources: Source, compute_s: float = 1.0, fixed_s: float = 0.0) -> Restore:
-    """Chunks of 10 tokens; L is stored at every source, h is a hole; the suffix comes behind."""
-    holders = tuple(range(len(sources)))
+def restore(stored: str, *tiers: Tier, compute_s: float = 1.0, fixed_s: float = 0.0) -> Planner:
+    """Chunks of 10 tokens; L is stored at every tier, h is a hole; the suffix comes behind."""
+    holders = tuple(range(len(tiers)))
     shape = ComputeShape(fixed_s, compute_s / 10, 0.0)
-    return Restore(
+    return Planner(
         10 * len(stored) + 1,
         10,
         [holders if letter == "L" else () for letter in stored],
-        sources,
+        tiers,
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=100,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=100),
     )
 
 
-def loads(planner: Restore, source: int, now: float) -> list[Load]:
+def loads(planner: Planner, tier: int, now: float) -> list[Load]:
     found = []
-    while (load := planner.next_load(source, now)) is not None:
+    while (load := planner.next_load(tier, now)) is not None:
         found.append(load)
     return found
 
@@ -69,7 +70,7 @@ def test_the_others_follow_once_it_is_there() -> None:
 
 
 def test_an_unknown_tier_is_tried_with_one_load() -> None:
-    planner = restore("LLLLLL", Source("new", LoadCost(4), 4), compute_s=50.0)
+    planner = restore("LLLLLL", Tier("new", LoadCost(4), 4), compute_s=50.0)
     [probe] = loads(planner, 0, 0.0)
     assert planner.arrived(probe, 1.0)
     planner.placed(probe, 1.0)
@@ -97,26 +98,26 @@ def test_a_load_moves_from_a_tier_that_has_become_slow_to_one_that_is_idle() -> 
     assert isinstance(span, Span)
     planner.computed(span, 11.0)
     assert planner.done
-    assert [load.outcome for load in planner.report.loads] == ["placed", "moved", "placed"]
+    assert [load.outcome for load in planner.report().loads] == ["placed", "moved", "placed"]
 
 
 def test_a_chunk_that_would_cut_off_a_short_span_is_refused() -> None:
     # A span of up to 7 chunks costs 7.6 ms and about 3 ms per chunk; 54 stored chunks and the suffix fill 8 spans in
     # 217 ms. A load takes 177 ms, so one chunk arrives; but then the suffix takes a ninth span: 7.6 ms to save 3 ms.
     shape = ComputeShape(7.6e-3, 2.53e-3 / 64, 0.012e-3 / 64**2)
-    planner = Restore(
+    planner = Planner(
         3487,
         64,
         [(0,)] * 54,
         [tier(0.1765, 4, alone_s=0.177)],
         ComputeCost(shape, trusted=True),
-        chunk_bytes=SIZE,
-        max_span_tokens=448,
+        [Level.whole(SIZE)],
+        PlannerOptions(max_span_tokens=448),
     )
     link = VirtualTier(constant(SIZE / 0.1765), 0.5e-3)
     ended = run_restore(planner, lambda span, now: shape.seconds(span.start, span.tokens), [link])
-    assert planner.report.wasted_bytes > 0, "one chunk was asked for"
-    assert planner.report.loaded_tokens == 0
-    assert len(planner.report.spans) == 8
+    assert planner.report().wasted_bytes > 0, "one chunk was asked for"
+    assert planner.report().loaded_tokens == 0
+    assert len(planner.report().spans) == 8
     alone = sum(shape.seconds(start, min(448, 3487 - start)) for start in range(0, 3487, 448))
     assert ended == pytest.approx(alone)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.restore.coverage import State
-from cakekv.restore.flights import Flights, Load, Source
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.planner import MODES
-from cakekv.restore.stepwise import StepwiseRestore
+from cakekv.restore.flights import Flights, Load, Tier
+from cakekv.restore.level_choice import LayerGroups, Level
+from cakekv.restore.planner import MODES, PlannerOptions
+from cakekv.restore.stepwise import StepwisePlanner
 
 
 @settings(max_examples=150, deadline=None)
@@ -31,16 +31,15 @@ def test_every_position_is_covered_once(
     chance = random.Random(seed)
     covered = int(covered_share * (prompt_tokens - 1))
     stored = [(0,) if chance.random() < 0.8 else () for _ in range(prompt_tokens // chunk_tokens)]
-    source = Source("tier", LoadCost(2), 2)
-    restore = StepwiseRestore(
+    tier = Tier("tier", LoadCost(2), 2)
+    restore = StepwisePlanner(
         prompt_tokens,
         chunk_tokens,
         stored,
-        [source],
+        [tier],
         ComputeCost(),
-        chunk_bytes=1000,
-        mode=mode,  # type: ignore[arg-type]
-        max_span_tokens=256,
+        [Level.whole(1000)],
+        PlannerOptions(mode=mode, max_span_tokens=256),  # type: ignore[arg-type]
         covered_tokens=covered,
     )
     owners = ["before"] * covered + [""] * (prompt_tokens - covered)
@@ -80,13 +79,19 @@ def test_every_position_is_covered_once(
     assert restore.done
     assert all(owners)
     assert restore.position == prompt_tokens
-    assert restore.report.computed_tokens == owners.count("compute")
-    assert restore.report.loaded_tokens == owners.count("load")
+    assert restore.report().computed_tokens == owners.count("compute")
+    assert restore.report().loaded_tokens == owners.count("load")
 
 
 def test_compute_that_enters_a_chunk_owns_it() -> None:
-    restore = StepwiseRestore(
-        1024, 128, [(0,)] * 7, [Source("tier", LoadCost(2), 2)], ComputeCost(), chunk_bytes=1000, mode="both"
+    restore = StepwisePlanner(
+        1024,
+        128,
+        [(0,)] * 7,
+        [Tier("tier", LoadCost(2), 2)],
+        ComputeCost(),
+        [Level.whole(1000)],
+        PlannerOptions(mode="both"),
     )
     loads = [restore.next_load(0, 0.0, ahead=10) for _ in range(8)]
     span = restore.take(200, 0.0)
@@ -101,7 +106,7 @@ def test_compute_that_enters_a_chunk_owns_it() -> None:
 def test_a_load_that_queues_is_late_only_if_nothing_moves() -> None:
     cost = LoadCost(1)
     cost.observe(1000, 0.0, 0.1)
-    flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
+    flights = Flights([Tier("tier", cost, 1)])
     loads = [Load(chunk, 0, 1, 0, True, 1000, 0.0) for chunk in range(3)]
     for load in loads:
         flights.begin(load, may_queue=True)
@@ -115,7 +120,7 @@ def test_a_load_that_queues_is_late_only_if_nothing_moves() -> None:
 def test_loads_that_queue_end_one_after_the_other() -> None:
     cost = LoadCost(1)
     cost.observe(1000, 0.0, 1.0)
-    flights = Flights([Source("tier", cost, 1)], patience_s=30.0)
+    flights = Flights([Tier("tier", cost, 1)])
     for chunk in (5, 4, 3):
         flights.begin(Load(chunk, 0, 1, 0, True, 1000, 1.0), may_queue=True)
     remaining, ends_s = flights.remaining_seconds(1.0, 1.0)
@@ -126,7 +131,7 @@ def test_loads_that_queue_end_one_after_the_other() -> None:
 def test_no_load_is_waited_for_longer_than_the_deadline() -> None:
     cost = LoadCost(1)
     cost.observe(1000, 0.0, 1.0)
-    flights = Flights([Source("tier", cost, 1)], patience_s=30.0, deadline_s=0.5)
+    flights = Flights([Tier("tier", cost, 1)], deadline_s=0.5)
     load = Load(0, 0, 1, 0, True, 1000, 1.0)
     flights.begin(load, may_queue=True)
     assert flights.give_up_late(1.4) == []
@@ -135,13 +140,13 @@ def test_no_load_is_waited_for_longer_than_the_deadline() -> None:
 
 def test_what_is_covered_already_is_neither_computed_nor_loaded() -> None:
     shape = ComputeShape(0.0, 1e-3, 0.0)
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         1000,
         128,
         [(0,)] * 7,
-        [Source("tier", LoadCost(2), 2)],
+        [Tier("tier", LoadCost(2), 2)],
         ComputeCost(shape, trusted=True),
-        chunk_bytes=1,
+        [Level.whole(1)],
         covered_tokens=300,
     )
     assert restore.position == 300
@@ -157,21 +162,20 @@ def test_what_is_covered_already_is_neither_computed_nor_loaded() -> None:
     st.integers(2, 12), st.integers(1, 64), st.integers(0, 10_000), st.sampled_from([0.0, 0.05, 0.3]), st.integers(1, 2)
 )
 def test_a_layered_suffix_sees_all_that_it_attends_to(
-    chunks: int, suffix: int, seed: int, failing: float, sources: int
+    chunks: int, suffix: int, seed: int, failing: float, tiers: int
 ) -> None:
     """Steps of any size; the suffix's may be layered, refused to be so, lost, or given up though nothing is."""
     chance, tokens_of = random.Random(seed), 16
     size = tokens_of * 100
     figures = LoadFigures(byte_s=0.5 / size, load_s=0.5, alone_s=0.5, load_bytes=size)
-    restore = StepwiseRestore(
+    restore = StepwisePlanner(
         chunks * tokens_of + suffix,
         tokens_of,
-        [range(sources)] * chunks,
-        [Source(f"tier {number}", LoadCost(2, figures), 2) for number in range(sources)],
+        [range(tiers)] * chunks,
+        [Tier(f"tier {number}", LoadCost(2, figures), 2) for number in range(tiers)],
         ComputeCost(ComputeShape(0.1, 0.08, 0.0), trusted=True),
-        chunk_bytes=size,
-        groups=LayerGroups((600, 500, 500), (600, 500, 500)),
-        max_span_tokens=64,
+        [Level.whole(size, LayerGroups((600, 500, 500), (600, 500, 500)))],
+        PlannerOptions(max_span_tokens=64),
     )
     now, flying = 0.0, list[Load]()
     placed: dict[int, set[int]] = {}
@@ -179,8 +183,8 @@ def test_a_layered_suffix_sees_all_that_it_attends_to(
 
     def load_some() -> None:
         nonlocal now
-        for source in range(sources):
-            while (load := restore.next_load(source, now, ahead=1000 if restore.in_pieces else 1)) is not None:
+        for tier in range(tiers):
+            while (load := restore.next_load(tier, now, ahead=1000 if restore.in_pieces else 1)) is not None:
                 flying.append(load)
         for load in flying[: chance.randint(0, 4)]:
             flying.remove(load)

@@ -8,7 +8,7 @@ from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
-from cakekv.simulate.trace import Trace
+from cakekv.simulate.rate import Rate
 
 
 class Scripted:
@@ -38,7 +38,7 @@ class Scripted:
             for load in self.flying:
                 load.cancelled = True
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         if not self.waiting or len(self.flying) >= self.depth:
             return None
         load = self.waiting.pop(0)
@@ -82,7 +82,7 @@ def test_latency_passes_before_the_first_byte_and_takes_no_bandwidth() -> None:
 def test_a_bandwidth_that_changes_while_a_load_flows() -> None:
     # 100 B/s for 1 s, nothing for 1 s, 50 B/s from then on: 100 bytes by 1 s, the other 100 by 4 s.
     script = Scripted([200])
-    assert run_restore(script, no_time, [VirtualTier(Trace([100.0, 0.0, 50.0]))]) == pytest.approx(4.0)
+    assert run_restore(script, no_time, [VirtualTier(Rate([100.0, 0.0, 50.0]))]) == pytest.approx(4.0)
 
 
 def test_a_cancelled_load_is_abandoned_after_the_bytes_that_had_come() -> None:

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
+from cakekv.simulate.exact_optimum import best_seconds
 from cakekv.simulate.hardware import ComputeCurve
 from cakekv.simulate.optimum import Run, least_seconds, runs_of
-from cakekv.simulate.schedule import best_seconds
-from cakekv.simulate.trace import STEADY, Trace, pooled
+from cakekv.simulate.rate import STEADY, Rate, pooled
 
 
 def brute_force(
@@ -19,8 +19,8 @@ def brute_force(
     chunk: int,
     stored: tuple[bool, ...],
     token_bytes: float,
-    bandwidth: Trace,
-    effort: Trace,
+    bandwidth: Rate,
+    effort: Rate,
 ) -> float:
     """Try every set of chunks to load; loads go in the order in which compute needs them, compute in order."""
     chunks = -(-prompt // chunk)
@@ -45,7 +45,7 @@ def brute_force(
     return best
 
 
-def random_case(seed: int) -> tuple[ComputeCurve, int, int, tuple[bool, ...], float, Trace, Trace]:
+def random_case(seed: int) -> tuple[ComputeCurve, int, int, tuple[bool, ...], float, Rate, Rate]:
     rng = random.Random(seed)
     chunk = rng.randint(1, 5)
     # steps are whole chunks, and the last chunk is whole, so that every run's steps are the dynamic program's
@@ -55,9 +55,9 @@ def random_case(seed: int) -> tuple[ComputeCurve, int, int, tuple[bool, ...], fl
     )
     stored = tuple(rng.random() < 0.7 for _ in range(rng.randint(0, prompt // chunk)))
     if rng.random() < 0.5:
-        return curve, prompt, chunk, stored, 10.0, Trace([rng.uniform(5, 100)]), STEADY
-    bandwidth = Trace([rng.choice([0.0, 20.0, 80.0]) for _ in range(6)] + [30.0], rng.uniform(0.2, 2))
-    effort = Trace([rng.choice([0.0, 0.5, 1.0]) for _ in range(6)] + [1.0], rng.uniform(0.2, 2))
+        return curve, prompt, chunk, stored, 10.0, Rate([rng.uniform(5, 100)]), STEADY
+    bandwidth = Rate([rng.choice([0.0, 20.0, 80.0]) for _ in range(6)] + [30.0], rng.uniform(0.2, 2))
+    effort = Rate([rng.choice([0.0, 0.5, 1.0]) for _ in range(6)] + [1.0], rng.uniform(0.2, 2))
     return curve, prompt, chunk, stored, 10.0, bandwidth, effort
 
 
@@ -76,7 +76,7 @@ def test_in_small_pieces_without_fixed_costs_the_schedule_nears_the_bound(seed: 
     rng = random.Random(seed)
     curve = ComputeCurve(1e-3, 1e-5, 1, 0.0)
     stored = tuple(rng.random() < 0.8 for _ in range(120))
-    bandwidth = Trace([rng.uniform(500, 20000)])
+    bandwidth = Rate([rng.uniform(500, 20000)])
     bound = least_seconds(curve, runs_of(150, 1, stored), 10.0, bandwidth)
     best = best_seconds(curve, 150, 1, stored, 10.0, bandwidth, between=(0.0, 10.0), precision=1e-4)
     assert bound * (1 - 1e-3) <= best <= bound * 1.03
@@ -86,14 +86,14 @@ def test_one_source_no_hole() -> None:
     # 1 s per token, a token's bytes in 1 s: of 10 tokens and one of suffix, m computed and 10 - m loaded end together
     # at m = 5; then the suffix: 6 s.
     curve = ComputeCurve(1.0, 0.0, 1, 0.0)
-    assert least_seconds(curve, [Run(0, 10, True), Run(10, 11, False)], 1.0, Trace([1.0])) == pytest.approx(6.0, 1e-5)
+    assert least_seconds(curve, [Run(0, 10, True), Run(10, 11, False)], 1.0, Rate([1.0])) == pytest.approx(6.0, 1e-5)
 
 
 def test_attention_moves_the_meeting_point_forward() -> None:
     # Position p costs p: computing up to m takes m**2 / 2; loading the rest 10 - m: m = sqrt(21) - 1 = 3.583.
     curve = ComputeCurve(0.0, 1.0, 1, 0.0)
     runs = [Run(0, 10, True), Run(10, 10, False)]
-    assert least_seconds(curve, runs, 1.0, Trace([1.0])) == pytest.approx(11 - 21**0.5, 1e-5)
+    assert least_seconds(curve, runs, 1.0, Rate([1.0])) == pytest.approx(11 - 21**0.5, 1e-5)
 
 
 def test_a_hole_is_a_deadline() -> None:
@@ -101,14 +101,14 @@ def test_a_hole_is_a_deadline() -> None:
     # 2 + 6 by 8 s, meanwhile the other two are loaded; the suffix ends at 9 s.
     curve = ComputeCurve(1.0, 0.0, 1, 0.0)
     runs = [Run(0, 4, True), Run(4, 10, False), Run(10, 12, True), Run(12, 13, False)]
-    assert least_seconds(curve, runs, 1.0, Trace([1.0])) == pytest.approx(9.0, 1e-5)
+    assert least_seconds(curve, runs, 1.0, Rate([1.0])) == pytest.approx(9.0, 1e-5)
 
 
 def test_a_known_future_is_used() -> None:
     # Nothing comes for 4 s, then everything at once: 10 tokens at 1 s each, computed 4, the rest loaded at 4 s.
     curve = ComputeCurve(1.0, 0.0, 1, 0.0)
     runs = [Run(0, 10, True), Run(10, 11, False)]
-    assert least_seconds(curve, runs, 1.0, Trace([0.0, 1e9], 4.0)) == pytest.approx(5.0, 1e-5)
+    assert least_seconds(curve, runs, 1.0, Rate([0.0, 1e9], 4.0)) == pytest.approx(5.0, 1e-5)
 
 
 def test_runs() -> None:
@@ -118,14 +118,14 @@ def test_runs() -> None:
 
 
 def test_trace() -> None:
-    trace = Trace([2.0, 0.0, 4.0], 1.0)
+    trace = Rate([2.0, 0.0, 4.0], 1.0)
     assert [trace.done(t) for t in (0.5, 1.0, 1.7, 2.5, 4.0)] == pytest.approx([1.0, 2.0, 2.0, 4.0, 10.0])
     assert [trace.when(d) for d in (1.0, 2.0, 4.0, 10.0)] == pytest.approx([0.5, 2.0, 2.5, 4.0])
     assert trace(1.0) == (0.0, 2.0)
     assert trace(3.0) == (4.0, float("inf"))
     assert trace.ends(0.5, 3.0) == pytest.approx(2.5)
-    assert pooled([trace, Trace([1.0, 1.0, 1.0])]).rates == (3.0, 1.0, 5.0)
+    assert pooled([trace, Rate([1.0, 1.0, 1.0])]).rates == (3.0, 1.0, 5.0)
     with pytest.raises(ValueError, match="one period"):
-        pooled([trace, Trace([1.0])])
+        pooled([trace, Rate([1.0])])
     with pytest.raises(ValueError, match="positive"):
-        Trace([1.0, 0.0])
+        Rate([1.0, 0.0])

@@ -16,7 +16,7 @@ from cakekv.simulate.cluster.coarse import Machine
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.cluster.routing import Router
 from cakekv.simulate.cluster.tiers import BlockCache, Tiers, TierSize, parse_tiers
-from cakekv.simulate.cluster.trace import Request, Trace, read_trace
+from cakekv.simulate.cluster.trace import Arrival, Trace, read_trace
 
 MACHINE = Machine(ComputeShape(0.0, 1e-3, 0.0), ram_rate=10_000.0, layers=10)
 """1,000 tokens a second computed, 10,000 loaded from RAM."""
@@ -29,19 +29,19 @@ def cluster(nodes: int = 1, ram: int = 0, remote: int = 0, rate: float = 1000.0,
     return Cluster(nodes, MACHINE, 1, tiers, limit)
 
 
-def serve(where: Cluster, requests: list[Request], system: str, policy: str = "fcfs") -> Run:
+def serve(where: Cluster, requests: list[Arrival], system: str, policy: str = "fcfs") -> Run:
     return run_cluster(where, Trace(requests, 1e6), len(requests), 1.0, system, open_policy(policy))
 
 
 def test_prompts_queue_for_a_node_and_spread_over_two() -> None:
-    requests = [Request(0.0, 1000, [1]), Request(0.4, 1000, [2])]
+    requests = [Arrival(0.0, 1000, [1]), Arrival(0.4, 1000, [2])]
     assert serve(cluster(1), requests, "compute").ttft_s == pytest.approx([1.0, 1.6])  # until 2.0, arrived at 0.4
     assert serve(cluster(2), requests, "compute").ttft_s == pytest.approx([1.0, 1.0])
 
 
 def test_a_second_visit_loads_what_the_first_stored() -> None:
     blocks = [1, 2, 3, 4]  # 2,048 tokens
-    requests = [Request(0.0, 2048, blocks), Request(10.0, 2148, blocks)]
+    requests = [Arrival(0.0, 2048, blocks), Arrival(10.0, 2148, blocks)]
     run = serve(cluster(ram=10), requests, "load")
     # 2,048 tokens from RAM: 0.2048 s; 100 computed: 0.1 s
     assert run.ttft_s == pytest.approx([2.048, 0.3048])
@@ -51,15 +51,15 @@ def test_a_second_visit_loads_what_the_first_stored() -> None:
 
 
 def test_the_last_token_of_a_stored_prompt_is_computed() -> None:
-    requests = [Request(0.0, 1024, [1, 2]), Request(10.0, 1024, [1, 2])]
+    requests = [Arrival(0.0, 1024, [1, 2]), Arrival(10.0, 1024, [1, 2])]
     # the second block may not be used whole: 512 loaded, 512 computed
     assert serve(cluster(ram=10), requests, "load").ttft_s == pytest.approx([1.024, 0.0512 + 0.512])
 
 
 def test_waiting_prompts_load_ahead() -> None:
-    stored = Request(0.0, 2048, [1, 2, 3, 4])
-    busy = Request(10.0, 1500, [7, 8])
-    again = Request(10.0, 2148, [1, 2, 3, 4])
+    stored = Arrival(0.0, 2048, [1, 2, 3, 4])
+    busy = Arrival(10.0, 1500, [7, 8])
+    again = Arrival(10.0, 2148, [1, 2, 3, 4])
     run = serve(cluster(remote=20), [stored, busy, again], "load")
     # While the other prompt is computed until 11.5, 1,500 of 2,048 tokens arrive: 0.548 s of loading, 0.1 s of suffix.
     assert run.ttft_s[2] == pytest.approx(1.5 + 0.548 + 0.1)
@@ -70,23 +70,23 @@ def test_waiting_prompts_load_ahead() -> None:
 
 def test_a_waiting_prompt_loads_after_the_running_one() -> None:
     first, second = list(range(8)), list(range(100, 108))
-    stored = [Request(0.0, 4096, first), Request(10.0, 4096, second)]
-    run = serve(cluster(remote=20), [*stored, Request(20.0, 5096, first), Request(20.0, 4196, second)], "layerwise")
+    stored = [Arrival(0.0, 4096, first), Arrival(10.0, 4096, second)]
+    run = serve(cluster(remote=20), [*stored, Arrival(20.0, 5096, first), Arrival(20.0, 4196, second)], "layerwise")
     # The remote tier is busy for the first until 24.096; that ends at 24.096 + 0.1. So 100 of 4,096 are loaded ahead.
     assert run.ttft_s[2] == pytest.approx(4.196)
     assert run.ttft_s[3] == pytest.approx(4.196 + 3.996 + 0.1 / 10)
 
 
 def test_load_only_computes_a_ready_prompt_while_another_loads() -> None:
-    stored = Request(0.0, 4096, list(range(8)))
-    first, slow, ready = Request(10.0, 100, []), Request(10.05, 4196, list(range(8))), Request(10.06, 100, [])
+    stored = Arrival(0.0, 4096, list(range(8)))
+    first, slow, ready = Arrival(10.0, 100, []), Arrival(10.05, 4196, list(range(8))), Arrival(10.06, 100, [])
     run = serve(cluster(remote=20, rate=1000.0), [stored, first, slow, ready], "load")
     assert run.ttft_s[3] == pytest.approx(0.1 + 0.04)  # from 10.1 to 10.2, before the older one that still loads
 
 
 def test_a_shared_limit_slows_the_nodes_that_read_together() -> None:
     blocks = list(range(8))
-    requests = [Request(0.0, 4096, blocks), Request(10.0, 4196, blocks), Request(10.0, 4196, blocks)]
+    requests = [Arrival(0.0, 4096, blocks), Arrival(10.0, 4196, blocks), Arrival(10.0, 4196, blocks)]
     alone = serve(cluster(2, remote=20, rate=1000.0), requests, "load")
     limited = serve(cluster(2, remote=20, rate=1000.0, limit=1000.0), requests, "load")
     assert alone.ttft_s[1:] == pytest.approx([4.196, 4.196])
@@ -96,9 +96,9 @@ def test_a_shared_limit_slows_the_nodes_that_read_together() -> None:
 
 def test_a_node_whose_queue_reads_counts_for_the_shared_limit() -> None:
     blocks = list(range(8))
-    computing = [Request(10.0, 1000, []), Request(10.0, 1500, [])]
-    waiting = [Request(10.1, 4196, blocks), Request(10.1, 4196, blocks)]
-    run = serve(cluster(2, remote=20, limit=1000.0), [Request(0.0, 4096, blocks), *computing, *waiting], "load")
+    computing = [Arrival(10.0, 1000, []), Arrival(10.0, 1500, [])]
+    waiting = [Arrival(10.1, 4196, blocks), Arrival(10.1, 4196, blocks)]
+    run = serve(cluster(2, remote=20, limit=1000.0), [Arrival(0.0, 4096, blocks), *computing, *waiting], "load")
     # Each node takes one of them. At 11.0 the first goes on with 4,096 - 900 tokens while the other node reads for the
     # second, so at 500 a second: 6.392 s and 0.1 s of suffix. The second, at 11.5: 4,096 - 1,400, likewise.
     assert run.ttft_s[3:] == pytest.approx([0.9 + 6.392 + 0.1, 1.4 + 5.392 + 0.1])
@@ -164,8 +164,8 @@ def test_router_proposes_the_idlest_and_the_one_with_the_prefix() -> None:
 
 
 def test_a_prompt_leaves_the_node_of_its_prefix_when_the_queue_there_is_longer_than_recomputing() -> None:
-    first = Request(0.0, 1024, [1, 2])
-    follow_ups = [Request(5.0, 1100, [1, 2]) for _ in range(14)]
+    first = Arrival(0.0, 1024, [1, 2])
+    follow_ups = [Arrival(5.0, 1100, [1, 2]) for _ in range(14)]
     run = serve(cluster(2, ram=10), [first, *follow_ups], "load")
     # Each takes 0.1024 + 0.076 s with the prefix, 1.1 s without: the queue is worth it for the first six.
     assert run.computed_tokens > 1024 + 14 * 76
@@ -173,12 +173,12 @@ def test_a_prompt_leaves_the_node_of_its_prefix_when_the_queue_there_is_longer_t
 
 
 def test_trace_repeats_with_other_users_and_speeds_up() -> None:
-    trace = Trace([Request(0.0, 600, [4]), Request(2.0, 1100, [4, 5])], period_s=3.0)
+    trace = Trace([Arrival(0.0, 600, [4]), Arrival(2.0, 1100, [4, 5])], period_s=3.0)
     assert list(trace.replay(4, 2.0)) == [
-        Request(0.0, 600, [4]),
-        Request(1.0, 1100, [4, 5]),
-        Request(1.5, 600, [10]),
-        Request(2.5, 1100, [10, 11]),
+        Arrival(0.0, 600, [4]),
+        Arrival(1.0, 1100, [4, 5]),
+        Arrival(1.5, 600, [10]),
+        Arrival(2.5, 1100, [10, 11]),
     ]
 
 
@@ -190,7 +190,7 @@ def test_requests_of_one_timestamp_are_spread_until_the_next(tmp_path: Path) -> 
     )
     trace = read_trace(file)
     # 600 tokens fill one block
-    assert list(trace.requests) == [Request(0.0, 600, [1]), Request(1.5, 10, []), Request(3.0, 1024, [1, 4])]
+    assert list(trace.requests) == [Arrival(0.0, 600, [1]), Arrival(1.5, 10, []), Arrival(3.0, 1024, [1, 4])]
     assert trace.period_s == 6.0
 
 

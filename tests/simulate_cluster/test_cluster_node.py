@@ -10,7 +10,7 @@ from cakekv.simulate.cluster.cluster import BEHAVIOURS
 from cakekv.simulate.cluster.coarse import Machine
 from cakekv.simulate.cluster.node import Job, Node
 from cakekv.simulate.cluster.tiers import BlockCache
-from cakekv.simulate.cluster.trace import Request
+from cakekv.simulate.cluster.trace import Arrival
 
 FCFS, MARGINAL = open_policy("fcfs"), open_policy("marginal_saving", starvation_s=100.0)
 OURS, CAKE = BEHAVIOURS["ours"], BEHAVIOURS["cake"]
@@ -26,7 +26,7 @@ def node(*jobs: Job) -> Node:
 
 
 def job(number: int, ram: int = 0, remote: int = 0, arrived_s: float = 0.0, suffix: int = 100) -> Job:
-    request = Request(arrived_s, ram + remote + suffix, [])
+    request = Arrival(arrived_s, ram + remote + suffix, [])
     return Job(number, request, ram, ram + remote, float(ram), float(remote))
 
 

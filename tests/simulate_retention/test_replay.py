@@ -14,7 +14,7 @@ from cakekv.cli.simulate_retention import retention
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, read_trace
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival, read_trace
 from cakekv.simulate.retention.comparison import (
     Row,
     Workload,
@@ -75,7 +75,7 @@ def test_the_real_store_has_the_same_victims(name: str, sample: Workload) -> Non
 
 
 def request(at: float, *blocks: Any, tokens: Any = None) -> Any:
-    return Request(at, tokens or len(blocks) * BLOCK_TOKENS + 1, blocks)
+    return Arrival(at, tokens or len(blocks) * BLOCK_TOKENS + 1, blocks)
 
 
 def test_what_is_counted() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from cakekv.explain import explain_prompt, prompt_keys
 from cakekv.keys import ChunkKey
 from cakekv.store import removals
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
+from cakekv.store.maintenance.explain import explain_prompt, prompt_keys
 from cakekv.store.memory import MemoryStore
 from cakekv.store.removals import CAPACITY, REQUEST, RecentRemovals, RemovalLog
 from cakekv.store.striped import StripedStore

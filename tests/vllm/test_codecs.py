@@ -27,29 +27,29 @@ CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS,
 
 def blocks_of(engine: TinyEngine, request: str) -> list[list[bytes]]:
     """Per chunk and layer, what lies in the blocks of a request."""
-    share = engine.worker.shares[0]
+    shard = engine.worker.shards[0]
     block_ids = engine.scheduler.kv_cache_manager.get_block_ids(engine.internal(request).request_id)[0]
     blocks = BLOCK // engine.scheduler.block_size
     found = []
     for chunk in range(CHUNKS):
-        buffer = memoryview(bytearray(share.coder.exact.total_bytes))
-        share.gather(block_ids[chunk * blocks : (chunk + 1) * blocks], buffer)()
-        found.append([bytes(part) for part in segments(share.coder.exact, buffer)])
+        buffer = memoryview(bytearray(shard.coder.exact.total_bytes))
+        shard.gather(block_ids[chunk * blocks : (chunk + 1) * blocks], buffer)()
+        found.append([bytes(part) for part in segments(shard.coder.exact, buffer)])
     return found
 
 
 def recoded(engine: TinyEngine, blocks: list[bytes], position: int) -> list[bytes]:
     """A chunk's blocks once encoded and decoded."""
-    share = engine.worker.shares[0]
-    coder, key = share.coder, ChunkKey(bytes(32))
+    shard = engine.worker.shards[0]
+    coder, key = shard.coder, ChunkKey(bytes(32))
     planes, coded, target = (memoryview(bytearray(coder.exact.total_bytes)) for _ in range(3))
-    for order, layer, plane in zip(share._orders, blocks, segments(coder.exact, planes), strict=True):
+    for order, layer, plane in zip(shard.orders, blocks, segments(coder.exact, planes), strict=True):
         order.to_planes(memoryview(bytearray(layer)), plane)
     chunk = coder.encode(planes, coded, key, position)
     assert chunk is not None
     shape = read_header(chunk, len(chunk)).shape
     found = []
-    for layer, order in enumerate(share._orders):
+    for layer, order in enumerate(shard.orders):
         codes = [segments(shape, chunk)[index] for index in coder.segments_of(shape, [layer])]
         coder.decode(layer, codes, segments(coder.exact, planes)[layer], position)
         order.to_blocks(segments(coder.exact, planes)[layer], segments(coder.exact, target)[layer])
@@ -61,8 +61,7 @@ def emptied(engine: TinyEngine, mode: str) -> ScriptedStore:
     """The engine's store; nothing is in the cache."""
     engine.settle()
     assert engine.core.reset_prefix_cache()
-    for layer in engine.worker.shares[0].cache._layers:
-        layer[:] = 0
+    engine.fill_cache(0)
     engine.set(mode=mode)
     engine.store.recover_now()
     return engine.store
@@ -83,8 +82,8 @@ def test_layer_by_layer(model: Path, plain: dict[int, list[int]], monkeypatch: p
         monkeypatch.setattr(compute, "observe", lambda *observed: None)
         take_loads_for(engine, 0.05)
         engine.store.gate.clear()
-        wait = engine.worker._loads.wait
-        monkeypatch.setattr(engine.worker._loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
+        wait = engine.worker.loads.wait
+        monkeypatch.setattr(engine.worker.loads, "wait", lambda *awaited: engine.store.gate.set() or wait(*awaited))
         assert engine.run(ids) == expected
         engine.settle()
         report = engine.report()
@@ -138,7 +137,7 @@ def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int
 
 
 def test_stored_are_the_encoded_planes_and_the_newest_tokens_as_they_are(coded: TinyEngine) -> None:
-    exact_bytes = coded.worker.shares[0].coder.exact.total_bytes
+    exact_bytes = coded.worker.shards[0].coder.exact.total_bytes
     sizes = sorted(chunk.size for chunk in coded.store)
     assert sum(size < exact_bytes for size in sizes) == coded.encoded
     assert sizes[0] < 0.6 * exact_bytes
@@ -151,11 +150,11 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
 
     with torch.inference_mode():
         layers = LlamaForCausalLM.from_pretrained(model)(torch.tensor([prompt(1000)]))[1].layers
-    share = coded.worker.shares[0]
+    shard = coded.worker.shards[0]
     for chunk in (0, 5):
         for layer, blocks in enumerate(coded.computed[chunk]):
             planes = memoryview(bytearray(len(blocks)))
-            share._orders[layer].to_planes(memoryview(bytearray(blocks)), planes)
+            shard.orders[layer].to_planes(memoryview(bytearray(blocks)), planes)
             found = np.frombuffer(planes, np.float32).reshape(2, 2, BLOCK, 32)
             for plane, whole in zip(found, (layers[layer].keys, layers[layer].values), strict=True):
                 expected = whole[0, :, chunk * BLOCK : (chunk + 1) * BLOCK].numpy()
@@ -194,14 +193,14 @@ def test_turns_that_are_not_known_are_refused(coded: TinyEngine, monkeypatch: py
 
 
 def test_what_is_decoded_is_close_wherever_it_lies(coded: TinyEngine) -> None:
-    share = coded.worker.shares[0]
+    shard = coded.worker.shards[0]
     for chunk in (0, 5):
         for layer, (near, exact) in enumerate(
             zip(recoded(coded, coded.computed[chunk], chunk * BLOCK), coded.computed[chunk], strict=True)
         ):
             planes = [memoryview(bytearray(len(exact))) for _ in range(2)]
             for blocks, target in zip((near, exact), planes, strict=True):
-                share._orders[layer].to_planes(memoryview(bytearray(blocks)), target)
+                shard.orders[layer].to_planes(memoryview(bytearray(blocks)), target)
             one, other = (np.frombuffer(target, np.float32) for target in planes)
             assert 0 < np.linalg.norm(one - other) < 0.2 * np.linalg.norm(other)
 
@@ -265,11 +264,8 @@ def test_nothing_behind_lossy_blocks_is_saved(coded: TinyEngine) -> None:
 def test_a_damaged_chunk_is_computed_and_counted(coded: TinyEngine) -> None:
     store = emptied(coded, "load")
     request = coded.add(prompt(1000), sampling(1))
-    key = coded.half.keyring.keys(coded.internal(request))[3]
+    own = coded.shard_keys(request)[3]
     coded.finish(request)
-    from cakekv.vllm.shard_key import shard_key
-
-    own = shard_key(key, coded.worker.shares[0].tag)
     content = store.content(own)
     emptied(coded, "load")
     store.damage(own, 5000)
@@ -287,7 +283,7 @@ def test_what_is_in_the_window_is_never_lossy(coded: TinyEngine) -> None:
     """A shorter prompt whose newest tokens lie in the lossy part of a longer one, shared and stored."""
     window = bool(coded.half.lossy.codec.window)
     store = emptied(coded, "load")
-    exact_bytes = coded.worker.shares[0].coder.exact.total_bytes
+    exact_bytes = coded.worker.shards[0].coder.exact.total_bytes
 
     def exact_chunks() -> int:
         return sum(chunk.size == exact_bytes for chunk in store)

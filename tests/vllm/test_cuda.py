@@ -42,7 +42,7 @@ def shared_engine(request: pytest.FixtureRequest, model: Path, plain: dict[int, 
         "scheduler_cls": f"cakekv.vllm.Cake{'Async' if request.param == 'asynchronous' else ''}Scheduler",
     }
     engine = TinyEngine(model, options, **ON_GPU, **scheduling)
-    assert type(engine.worker.shares[0].cache).__name__ == "CudaPagedCache"
+    assert type(engine.worker.shards[0].cache).__name__ == "CudaPagedCache"
     yield engine
     engine.close()
 
@@ -74,5 +74,5 @@ def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int
     """As test_codecs's, on the GPU, which decodes all but the last."""
     codec = codec_named(request.param)
     with coded_engine(request.param, CHUNKS - (codec.window > 0), model, plain, **ON_GPU) as engine:
-        assert (engine.worker.shares[0]._decoder is not None) == codec.on_device
+        assert (engine.worker.shards[0].decoder is not None) == codec.on_device
         yield engine

@@ -19,7 +19,8 @@ engine = TinyEngine(sys.argv[1], {"store": "scripted://environment"}, max_model_
 engine.run(prompt(600))
 engine.run(prompt(400, 1), cache_salt="salt")
 engine.settle()
-print(json.dumps([engine.half.keyring.identity.fields(), sorted(chunk.key.hex() for chunk in scripted("environment"))]))
+fields = engine.half.chunk_names.identity.fields()
+print(json.dumps([fields, sorted(chunk.key.hex() for chunk in scripted("environment"))]))
 engine.close()
 """
 

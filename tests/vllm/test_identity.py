@@ -17,7 +17,7 @@ import vllm
 from tiny_engine import BLOCK, TinyEngine, closing, prompt, scripted
 
 from cakekv.vllm.scheduling import identity
-from cakekv.vllm.scheduling.identity import Keyring
+from cakekv.vllm.scheduling.identity import ChunkNames
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,7 +50,7 @@ def root(folder: Path, change: Any = None, **options: Any) -> str:
     config.cache_config.prefix_caching_hash_algo = identity.HASH
     if change is not None:
         change(config)
-    return Keyring(config, 256, 128, "layout", "", "raw").identity.root.hex()
+    return ChunkNames(config, 256, 128, "layout", "", "raw").identity.root.hex()
 
 
 def test_the_same_model_has_the_same_key_under_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> No
         said["text_config"]["_name_or_path"] = path
         write(tmp_path, said)
         config.text_config.brand_new_default = path
-        texts.append(identity._architecture(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
+        texts.append(identity.architecture_of(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
     assert texts[0] == texts[1]
     assert "brand_new_default" not in texts[0]
 
@@ -122,7 +122,7 @@ def test_hashes_that_look_ahead_are_others(tmp_path: Path) -> None:
     plain, ahead = (
         SimpleNamespace(**(vars(config_of(folder)) | {"num_hash_lookahead_tokens": tokens})) for tokens in (0, 1)
     )
-    first, second = (Keyring(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
+    first, second = (ChunkNames(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
     assert first.root.hex() == root(folder)
     assert first.root != second.root
 
@@ -138,9 +138,9 @@ def test_a_configuration_in_no_file_is_taken_from_the_library(tmp_path: Path) ->
     """As that of a GGUF file."""
     folder = write(tmp_path, LLAMA)
     config = config_of(folder)
-    expected = identity._architecture_by_library(config.model_config)
+    expected = identity.architecture_by_library(config.model_config)
     (folder / "config.json").unlink()
-    assert identity._architecture(config.model_config) == expected
+    assert identity.architecture_of(config.model_config) == expected
 
 
 def test_what_an_earlier_cakekv_stored_is_found(
@@ -149,7 +149,7 @@ def test_what_an_earlier_cakekv_stored_is_found(
     store = scripted("earlier")
     options = {"store": "scripted://earlier", "mode": "load"}
     with monkeypatch.context() as patch:
-        patch.setattr(identity, "_architecture", identity._architecture_by_library)
+        patch.setattr(identity, "architecture_of", identity.architecture_by_library)
         with closing(TinyEngine(model, options)) as engine:
             assert engine.run(prompt(1000)) == plain[1000]
             engine.settle()

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from test_trouble import share_keys
 from tiny_engine import ScriptedStore, TinyEngine, prompt, sampling
 
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
@@ -18,24 +17,23 @@ GROUPS = 3
 @pytest.fixture
 def layered(engine: TinyEngine, stored: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A stored prompt, and an engine that takes computing for very slow: it has everything loaded but the suffix."""
-    for layer in engine.worker._vllm_config.compilation_config.static_forward_context.values():
-        layer.kv_cache.fill_(3.0)  # else what earlier runs left in the blocks would do for what does not come
+    engine.fill_cache(3.0)  # else what earlier runs left in the blocks would do for what does not come
     engine.set(layered_finish=True, mode="auto")
     compute = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)
     monkeypatch.setattr(engine.half.costs, "cost", compute)
     monkeypatch.setattr(compute, "observe", lambda *observed: None)
-    monkeypatch.setattr(engine.half._desk, "sources", engine.half._desk.sources)
+    monkeypatch.setattr(engine.half.loads, "tiers", engine.half.loads.tiers)
     take_loads_for(engine, 0.05)
     return stored
 
 
 def take_loads_for(engine: TinyEngine, seconds: float) -> None:
     """Have the engine expect that a chunk takes so long to load."""
-    desk = engine.half._desk
+    loads = engine.half.loads
     figures = LoadFigures(
-        byte_s=seconds / desk.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=desk.chunk_bytes
+        byte_s=seconds / loads.chunk_bytes, load_s=seconds, alone_s=seconds, load_bytes=loads.chunk_bytes
     )
-    desk.sources = [source._replace(cost=LoadCost(source.depth, figures)) for source in desk.sources]
+    loads.tiers = [tier._replace(cost=LoadCost(tier.depth, figures)) for tier in loads.tiers]
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def in_mid_forward(
     awaited: list[int] = []
 
     def prepare(action: Callable[[], None] = store.gate.set) -> list[int]:
-        wait = engine.worker._loads.wait
+        wait = engine.worker.loads.wait
 
         def wait_and_act(numbers: list[int], until: float) -> bool:
             if not awaited:
@@ -54,7 +52,7 @@ def in_mid_forward(
             awaited.append(len(numbers))
             return wait(numbers, until)
 
-        monkeypatch.setattr(engine.worker._loads, "wait", wait_and_act)
+        monkeypatch.setattr(engine.worker.loads, "wait", wait_and_act)
         store.gate.clear()
         return awaited
 
@@ -137,7 +135,7 @@ def test_a_piece_that_does_not_come(
     request = ""
 
     def spoil() -> None:
-        key = share_keys(engine, request)[3]
+        key = engine.shard_keys(request)[3]
         if trouble == "corrupt":
             store.damage(key)
         elif trouble == "missing":
@@ -183,7 +181,7 @@ def test_aborted_in_mid_forward(
 
     def abort() -> None:
         if corrupt:
-            store.damage(share_keys(engine, request)[3])
+            store.damage(engine.shard_keys(request)[3])
         engine.core.aborts_queue.put([engine.internal(request).request_id])
         store.gate.set()
 
@@ -220,7 +218,7 @@ def test_somebody_comes_when_pieces_are_on_their_way(
     take_loads_for(engine, 0.25)
     store.gate.clear()
     request = engine.add(layered)
-    engine.until(lambda: engine.restoration(request) and engine.restoration(request).restore.in_pieces)
+    engine.until(lambda: engine.restoration(request) and engine.restoration(request).planner.in_pieces)
     other = engine.add(prompt(300, seed=5))
     assert engine.finish(other) == [plain[300]]
     assert not engine.outputs.get(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,11 @@ def test_preemption_in_little_memory(model: Path, crowded_reference: list[list[i
 
 
 def test_steps_that_are_scheduled_ahead(model: Path, plain: dict[int, list[int]]) -> None:
-    """The asynchronous scheduler, with vLLM's queue of batches around this platform's synchronous worker."""
+    """The asynchronous scheduler, with vLLM's queue of batches."""
     store = scripted("ahead")
     options = {"store": "scripted://ahead", "mode": "both"}
     with closing(TinyEngine(model, options, scheduler_cls="cakekv.vllm.CakeAsyncScheduler")) as engine:
-        engine.core.batch_queue, engine.core.batch_queue_size = deque(maxlen=2), 2
-        engine.core.step_fn = engine.core.step_with_batch_queue
-        engine.scheduler.defer_block_free = True
+        engine.schedule_ahead()
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
         for abort in (False, True, False):

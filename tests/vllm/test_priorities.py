@@ -105,7 +105,9 @@ def test_decodes_do_not_wait_for_what_can_be_loaded(
     decoding = engine.add(prompt(20, seed=8), sampling(3000))
     engine.until(lambda: decoding in engine.outputs)
     steps.steps.clear()
-    engine.half._share = 0.0  # as if decodes had kept restores from computing for a while, so that all is to be loaded
+    engine.half.latest_share = (
+        0.0  # as if decodes had kept restores from computing for a while, so that all is to be loaded
+    )
     restored = engine.add(stored)
     assert engine.finish(restored) == [plain[1000]]
     beside = [step[restored] for step in steps.steps if restored in step and decoding in step]

@@ -6,7 +6,6 @@ import pytest
 from tiny_engine import BLOCK, ScriptedStore, TinyEngine, prompt, sampling
 
 from cakekv.chunk import segments, verify_chunk
-from cakekv.vllm.shard_key import shard_key
 
 
 def test_both_ends(engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]) -> None:
@@ -21,19 +20,18 @@ def test_both_ends(engine: TinyEngine, store: ScriptedStore, stored: list[int], 
 
 def test_loaded_blocks_hold_the_stored_bytes(engine: TinyEngine, store: ScriptedStore, stored: list[int]) -> None:
     engine.set(mode="load")
-    for layer in engine.worker.shares[0].cache._layers:
-        layer[:] = 0
+    engine.fill_cache(0)
     request = engine.add(stored)
     engine.until(lambda: engine.restoration(request) and engine.restoration(request).joined)
-    keys = engine.half.keyring.keys(engine.internal(request))
+    keys = engine.shard_keys(request)
     block_ids = engine.scheduler.kv_cache_manager.get_block_ids(engine.internal(request).request_id)[0]
     blocks = BLOCK // engine.scheduler.block_size
     for chunk in range(7):
-        content = bytearray(store.content(shard_key(keys[chunk], engine.worker.shares[0].tag)))
+        content = bytearray(store.content(keys[chunk]))
         header = verify_chunk(memoryview(content))
         held = [bytearray(size) for size in header.lengths]
         of_chunk = block_ids[chunk * blocks : (chunk + 1) * blocks]
-        engine.worker.shares[0].cache.gather(of_chunk, [memoryview(part) for part in held])()
+        engine.worker.shards[0].cache.gather(of_chunk, [memoryview(part) for part in held])()
         assert held == [bytearray(part) for part in segments(header.shape, memoryview(content))]
         assert any(held[0])
     engine.finish(request)
@@ -44,9 +42,8 @@ def test_throwing_loads_away_changes_the_output(
 ) -> None:
     """The negative control: what is compared above depends on what is loaded."""
     engine.set(mode="load")
-    for layer in engine.worker.shares[0].cache._layers:
-        layer[:] = 0
-    monkeypatch.setattr(engine.worker.shares[0].cache, "place", lambda block_ids, segments: None)
+    engine.fill_cache(0)
+    monkeypatch.setattr(engine.worker.shards[0].cache, "place", lambda block_ids, segments: None)
     assert engine.run(stored) != plain[1000]
     monkeypatch.undo()
     engine.settle()
@@ -83,12 +80,11 @@ def test_jumps(
 ) -> None:
     """Loaded chunks with a hole between them: compute jumps twice."""
     monkeypatch.setattr(engine.scheduler, "resume_to_jump", resume)
-    keys = engine.half.keyring.keys(engine.internal(engine.add(stored, sampling(1))))
-    tag = engine.worker.shares[0].tag
-    store.delete([shard_key(keys[4], tag), shard_key(keys[0], tag)])
+    keys = engine.shard_keys(engine.add(stored, sampling(1)))
+    store.delete([keys[4], keys[0]])
     engine.settle()
     engine.core.reset_prefix_cache()
-    store.delete([shard_key(keys[4], tag), shard_key(keys[0], tag)])
+    store.delete([keys[4], keys[0]])
     engine.set(mode="load")
     assert engine.run(stored) == plain[1000]
     engine.settle()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
-from cakekv.bench.vllm.filling import wait_saved
 from cakekv.bench.vllm.server import NAME, Server
 from cakekv.demo.model import demo_model
 from cakekv.vllm.metrics import METRICS
@@ -42,6 +42,14 @@ def completion(prompt: str, **options: Any) -> dict[str, Any]:
     return {"model": NAME, "prompt": prompt, "max_tokens": 12, "temperature": 0, **options}
 
 
+def told_of_saves(server: Server, chunks: int) -> None:
+    """Wait until a server's metrics count so many saved chunks, without asking it for anything else."""
+    give_up_at = time.monotonic() + 120
+    while server.metrics().get("cakekv:saved_chunks_total", 0) < chunks:
+        assert time.monotonic() < give_up_at, "what became of the last saves was never told"
+        time.sleep(0.1)
+
+
 def visit(server: Server, saved_chunks: int) -> Session:
     """Ask a server everything, starting with what both visits compare."""
     session = Session()
@@ -50,7 +58,7 @@ def visit(server: Server, saved_chunks: int) -> Session:
     report = {"kv_transfer_params": {"cakekv": {"report": True}}}
     session.answer = client.completions.create(**completion(DOCUMENT + QUESTIONS[0]), extra_body=report)
     if saved_chunks:
-        wait_saved(server, saved_chunks)
+        told_of_saves(server, saved_chunks)
     session.after_first = server.metrics()
     pieces = client.completions.create(**completion(DOCUMENT + QUESTIONS[0]), stream=True)
     session.streamed = "".join(piece.choices[0].text for piece in pieces if piece.choices)

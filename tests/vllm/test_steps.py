@@ -18,7 +18,7 @@ from cakekv.keys import ChunkKey
 from cakekv.store.memory import MemoryStore
 from cakekv.vllm.scheduling import admission
 from cakekv.vllm.scheduling.admission import MOST_BEGUN
-from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.lookup import BackgroundLookup
 from cakekv.vllm.shard_key import shard_key
 
 
@@ -78,6 +78,41 @@ def test_requests_with_one_prefix_are_looked_up_once(
     reports = dict(twins.half.outcomes.latest)
     assert reports.pop("request 0").loaded_tokens > 2048
     assert all(report.loaded_tokens <= 256 for report in reports.values())  # what is their own
+
+
+def test_vllm_looks_at_none_that_waits_for_another(
+    lone: Callable[[Scenario], LoneScheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    twins = lone(Scenario("", 30, 8192, 60, 0, same_prefix=True))
+    twins.step()
+    scheduler = twins.scheduler
+    waiting = [request.request_id for request in scheduler.waiting]
+    assert len(waiting) == 29
+    counts: list[tuple[int, int]] = []
+    orders = twins.half.orders
+
+    def counting(output: Any) -> Any:
+        counts.append(scheduler.get_request_counts())
+        return orders(output)
+
+    monkeypatch.setattr(twins.half, "orders", counting)
+    calls: Counter[str] = Counter()
+    counted(monkeypatch, scheduler, "_handle_blocked_waiting_request", calls)
+    twins.add("another", [3] * 600)
+    twins.answered()
+    twins.step()
+    assert calls["_handle_blocked_waiting_request"] <= 2  # the restore itself, and the one that is new
+    assert [request.request_id for request in scheduler.waiting][:29] == waiting
+    assert sum(counts[0]) == sum(scheduler.get_request_counts()) == 31
+    assert set(scheduler.waiting) <= scheduler.deferred_waiting
+    scheduler.finish_requests(waiting[3], RequestStatus.FINISHED_ABORTED)
+    assert waiting[3] not in [request.request_id for request in scheduler.waiting]
+    while len(scheduler.running) < 30:
+        twins.step()
+        assert len(twins.times_s) < 300
+    assert not scheduler.waiting
 
 
 def test_requests_with_other_prefixes_do_not_wait_for_each_other(
@@ -181,7 +216,7 @@ def test_reading_a_long_answer_keeps_nobody_waiting() -> None:
         def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
             return found
 
-    lookup = Lookup([Tier()], [partial(shard_key, tag="0 of 1")], 100, 1e9)
+    lookup = BackgroundLookup([Tier()], [partial(shard_key, tag="0 of 1")], 100, 1e9)
     lookup.ask("first", [ChunkKey(os.urandom(32)) for _ in range(8)], 8)
     assert found.begun.wait(60)
     done = threading.Event()

@@ -15,7 +15,7 @@ from test_codecs import CHUNKS, blocks_of, emptied, recoded
 from tiny_engine import BLOCK, ScriptedStore, TinyEngine, prompt, sampling, scripted
 
 import cakekv.vllm.working.paged_cache.cuda as cuda
-import cakekv.vllm.working.shares as shares
+import cakekv.vllm.working.shard as shard
 from cakekv.codec import codec_named
 from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
@@ -135,7 +135,7 @@ def test_copies_that_are_through_are_forgotten(device: LazyDevice, cache: CudaPa
     device.log.clear()
     cache.begin_step(StepOrders(1, new_blocks=[2]))
     assert device.log == []
-    assert not cache._copies
+    assert not cache.copies
 
 
 def test_a_load_into_a_block_that_is_being_saved(
@@ -232,7 +232,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> LazyDevice:
         cache.layout, cache.segment_of = known.layout, known.segment_of
         return cache
 
-    monkeypatch.setattr(shares, "open_paged_cache", opened)
+    monkeypatch.setattr(shard, "open_paged_cache", opened)
     return device
 
 
@@ -300,8 +300,7 @@ def test_a_whole_engine(model: Path, plain: dict[int, list[int]], at_once: LazyD
         assert len(list(store)) == 7
         for mode in ("load", "both"):
             assert engine.core.reset_prefix_cache()
-            for layer in engine.worker.shares[0].cache._layers:
-                layer[:] = 0
+            engine.fill_cache(0)
             engine.set(mode=mode)
             assert engine.run(prompt(1000)) == plain[1000]
             engine.settle()

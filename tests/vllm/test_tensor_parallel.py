@@ -60,14 +60,14 @@ def main():
             kv_connector="CakeConnector", kv_connector_module_path="cakekv.vllm", kv_role="kv_both",
             kv_connector_extra_config=dict(store=store + "?bandwidth=8MB/s", chunk_tokens=128, layered_finish=True),
         ))
-    half = llm.llm_engine.engine_core.engine_core.scheduler._half
+    half = llm.llm_engine.engine_core.engine_core.scheduler.connector.scheduler_half
     for what in ("compute", "layered", "damaged", "again"):
         if what == "layered":  # computing seems slow, so all is loaded but the suffix
             half.costs.cost = ComputeCost(ComputeShape(0.01, 0.01, 0.0), trusted=True)
             half.costs.observe = lambda *observed: None
-            size = half._desk.chunk_bytes
+            size = half.loads.chunk_bytes
             figures = LoadFigures(byte_s=0.1 / size, load_s=0.1, alone_s=0.1, load_bytes=size)
-            half._desk.sources = [each._replace(cost=LoadCost(each.depth, figures)) for each in half._desk.sources]
+            half.loads.tiers = [each._replace(cost=LoadCost(each.depth, figures)) for each in half.loads.tiers]
         if what == "damaged":  # one worker's part of one chunk
             files = [file for file in sorted(Path(store).rglob("*")) if file.is_file()]
             file = [file for file in files if file.stat().st_size > 200_000][5]

@@ -19,7 +19,6 @@ from cakekv.errors import BadOption
 from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
 from cakekv.vllm.config import VllmOptions
-from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.stores import open_tiers
 
 CHUNKS = 7
@@ -103,7 +102,7 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
         fast.recover_now()
         fast.empty()
         engine.set(load_deadline=20.0)
-        engine.until(lambda: engine.worker._loads._tiers[0]._inner.is_up)
+        engine.until(lambda: engine.worker.loads.tiers[0]._inner.is_up)
         assert engine.run(prompt(1000)) == plain[1000]
         engine.until(lambda: len(list(fast)) == CHUNKS)
 
@@ -157,7 +156,7 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
 
                     server.send_signal(signal.SIGCONT)
                     if trouble == signal.SIGSTOP:  # it is used again as soon as it answers, in either process
-                        for half in (engine.half._tiers, engine.worker._loads._tiers):
+                        for half in (engine.half.tiers, engine.worker.loads.tiers):
                             engine.until(lambda: half[2]._inner.is_up)  # noqa: B023
         finally:
             subprocess.run(["rm", "-r", str(ram)], check=True)
@@ -166,12 +165,11 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
 def _keys(engine: TinyEngine, token_ids: list[int]) -> list[bytes]:
     """Under which the store has the prompt's chunks."""
     request = engine.add(token_ids, sampling(1))
-    keys = engine.half.keyring.keys(engine.internal(request))
-    found = [shard_key(key, engine.worker.shares[0].tag) for key in keys]
+    found = engine.shard_keys(request)
     engine.finish(request)
     engine.settle()
     return found
 
 
 def _placed(engine: TinyEngine, request: str, tier: str) -> bool:
-    return _tokens_from(engine.restoration(request).restore.report).get(tier, 0) > 0
+    return _tokens_from(engine.restoration(request).planner.report()).get(tier, 0) > 0

@@ -5,15 +5,6 @@ from __future__ import annotations
 import pytest
 from tiny_engine import RequestOutputKind, ScriptedStore, TinyEngine, prompt, sampling
 
-from cakekv.keys import ChunkKey
-from cakekv.vllm.shard_key import shard_key
-
-
-def share_keys(engine: TinyEngine, request: str) -> list[ChunkKey]:
-    """The keys in the store of a request that goes on."""
-    keys = engine.half.keyring.keys(engine.internal(request))
-    return [shard_key(key, engine.worker.shares[0].tag) for key in keys]
-
 
 def stopped_in_mid_load(engine: TinyEngine, store: ScriptedStore, token_ids: list[int]) -> str:
     """A request of which one chunk is loaded and others hang."""
@@ -69,7 +60,7 @@ def test_a_bad_chunk(
     store.answers.clear()
     request = engine.add(stored)
     engine.step()
-    keys = share_keys(engine, request)
+    keys = engine.shard_keys(request)
     found = store.inner.lookup(keys)
     monkeypatch.setattr(store.inner, "lookup", lambda wanted: found)
     if trouble == "corrupt":
@@ -131,12 +122,12 @@ def test_a_dead_store(engine: TinyEngine, store: ScriptedStore, stored: list[int
 def test_a_store_that_does_not_answer(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:
-    patience_s, engine.half.lookup._patience_s = engine.half.lookup._patience_s, 0.1
+    patience_s, engine.half.lookup.patience_s = engine.half.lookup.patience_s, 0.1
     try:
         store.answers.clear()
         assert engine.run(stored) == plain[1000]
     finally:
-        engine.half.lookup._patience_s = patience_s
+        engine.half.lookup.patience_s = patience_s
 
 
 def test_reset_of_the_prefix_cache_in_mid_load(

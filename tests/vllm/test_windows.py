@@ -97,9 +97,8 @@ def test_all_is_loaded(windowed: Windowed) -> None:
 
 def test_the_output_depends_on_what_is_loaded(windowed: Windowed, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
-    for layer in windowed.engine.worker.shares[0].cache._layers:
-        layer[:] = 0
-    monkeypatch.setattr(windowed.engine.worker.shares[0].cache, "place", lambda block_ids, segments: None)
+    windowed.engine.fill_cache(0)
+    monkeypatch.setattr(windowed.engine.worker.shards[0].cache, "place", lambda block_ids, segments: None)
     assert windowed.engine.run(prompt(1000)) != windowed.plain[0]
 
 
@@ -119,9 +118,6 @@ def test_behind_a_hole(windowed: Windowed) -> None:
     """A chunk in the middle cannot be had, and is computed between loaded ones."""
     engine, store = windowed.engine, windowed.store
     request = engine.add(prompt(1000))
-    key = engine.half.keyring.keys(engine.internal(request))[4]
-    from cakekv.vllm.shard_key import shard_key
-
-    store.broken = {shard_key(key, engine.worker.shares[0].tag)}
+    store.broken = {engine.shard_keys(request)[4]}
     assert engine.finish(request) == [windowed.plain[0]]
     assert engine.report().loaded_tokens == 6 * BLOCK

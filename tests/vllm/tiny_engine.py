@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ.update(
 
 from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from cakekv.errors import StoreError
@@ -28,6 +30,7 @@ from cakekv.restore.report import RestoreReport
 from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import TIERS, Tier
+from cakekv.vllm.shard_key import shard_key
 
 BLOCK = 128
 """Tokens in a block of vLLM's on CPUs; here also the tokens of a chunk."""
@@ -220,17 +223,26 @@ class TinyEngine:
         self._number = 0
         self.outputs: dict[str, Any] = {}
         if cake is not None:
-            self.half = self.scheduler._half
+            self.half = self.scheduler.connector.scheduler_half
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
             self.worker = get_kv_transfer_group().worker_half
 
-    def add(self, token_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> str:
+    def add(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
+        **options: Any,
+    ) -> str:
         """Send a request; returns its id."""
         self._number += 1
         request_id = f"r{self._number}"
         self.llm.llm_engine.add_request(
-            request_id, {"prompt_token_ids": list(token_ids), **options}, params or sampling()
+            request_id,
+            {"prompt_token_ids": list(token_ids), **options},
+            params or sampling(),
+            lora_request=lora_request,
         )
         return request_id
 
@@ -262,8 +274,8 @@ class TinyEngine:
     def settle(self) -> None:
         """Work until nothing is left to do, and everything handed over is saved."""
         self.until(lambda: not self.scheduler.has_requests())
-        if hasattr(self, "worker") and self.worker._saves is not None:
-            self.until(lambda: not self.worker._saves.pending)
+        if hasattr(self, "worker") and self.worker.saves is not None:
+            self.until(lambda: not self.worker.saves.pending)
 
     def internal(self, request_id: str) -> Any:
         """vLLM's own request."""
@@ -273,13 +285,34 @@ class TinyEngine:
         """The restore of a request that goes on, or None."""
         return next((r for key, r in self.half.restorations.items() if key.startswith(request_id)), None)
 
+    def shard_keys(self, request_id: str) -> list[ChunkKey]:
+        """The keys of a request that goes on, as the store has them."""
+        keys = self.half.chunk_names.keys(self.internal(request_id))
+        return [shard_key(key, self.worker.shards[0].tag) for key in keys]
+
     def report(self) -> RestoreReport:
         """Of the restore that ended last."""
         return self.half.outcomes.latest[-1][1]
 
+    def kv_caches(self) -> list[Any]:
+        """vLLM's KV cache, layer by layer."""
+        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        return [layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")]  # experts have none
+
+    def fill_cache(self, value: float) -> None:
+        """Overwrite the KV cache: what is not placed or computed from now on is not there."""
+        for layer in self.kv_caches():
+            layer.fill_(value)
+
     def set(self, **options: Any) -> None:
         """Change options of the plug-in."""
         self.half.options = self.half.admission.options = self.half.options.model_copy(update=options)
+
+    def schedule_ahead(self) -> None:
+        """Schedule steps while the one before runs, as vLLM does on GPUs, around this platform's synchronous worker."""
+        self.core.batch_queue, self.core.batch_queue_size = deque(maxlen=2), 2
+        self.core.step_fn = self.core.step_with_batch_queue
+        self.scheduler.defer_block_free = True
 
     def assert_nothing_leaked(self) -> None:
         """Every block is free, no fence is left, nobody is remembered."""
@@ -289,9 +322,9 @@ class TinyEngine:
         assert not self.scheduler.deferred_frees
         if hasattr(self, "half"):
             assert not self.half.restorations
-            assert not self.half._fences
+            assert not self.half.parked_blocks.waiting
             assert not self.half.admission._matched
-            assert not self.half.keyring._keys
+            assert not self.half.chunk_names._keys
             assert not self.half.lookup._questions
             assert not self.half.saves._next
             assert not self.half.lossy._seen

@@ -17,13 +17,13 @@ from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_do
 from cakekv.errors import BadInput
 from cakekv.messages import inert
 from cakekv.quantities import parse_bandwidth
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 
 if TYPE_CHECKING:
-    from cakekv.embedded.restorer import OnProgress
     from cakekv.restore.report import RestoreReport
+    from cakekv.results import OnProgress
 
 DEFAULT_CAPACITY = "5GB"
 
@@ -63,7 +63,9 @@ def ask(
     report: Annotated[Path | None, typer.Option(help="Write the restore's report here, as JSON.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the two frontiers over time here, as PNG.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev here.")] = None,
-    explain: Annotated[bool, typer.Option(help="First print what the plan is, and why.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", "--explain", help="First print what is planned, and why it is computed or loaded.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer and report as JSON.")] = False,
 ) -> None:
     """Ask a question about a document, restoring its KV cache from a store.
@@ -97,8 +99,8 @@ def ask(
         with load_cake(model, tier, tenant, codec) as cake:
             limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
             prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
-            if explain:
-                for run in cake.explain(prompt, mode=mode):
+            if plan:
+                for run in cake.plan(prompt, mode=mode):
                     NEWS.print(str(run))
             stream = partial(
                 cake.stream,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cakekv.cli.console import NEWS
-from cakekv.options import Options
+from cakekv.options import CakeKeywords
 from cakekv.store.base import Store
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load_cake(
             if dtype == "auto" and not computes_bfloat16():
                 dtype = "float32"
         status.update("Loading the model …")
-        options: Options = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
+        options: CakeKeywords = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens
         return Cake.from_pretrained(model, store, dtype=dtype, **options)

@@ -81,6 +81,11 @@ class DamagedCode(Exception):
     """`Codec.decode` met bytes that `Codec.encode` does not write."""
 
 
+def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int:
+    """From which chunk on a prompt's chunks hold some of its `window` newest tokens, and so have to be exact."""
+    return max(0, prompt_tokens - window) // chunk_tokens
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """How the planes of chunks become bytes. Its fields are its parameters, and become part of every key.

@@ -9,10 +9,10 @@ from typing import Any
 
 from cakekv.bench.bound import compute_curve
 from cakekv.cake import Cake, Generation
-from cakekv.embedded.restorer import OnProgress
 from cakekv.errors import CakeError
-from cakekv.restore.planner import Mode
+from cakekv.restore.options import Mode
 from cakekv.restore.report import RestoreReport
+from cakekv.results import OnProgress
 from cakekv.store.throttled import ThrottledStore
 
 MAX_NEW_TOKENS = 24

@@ -1,1 +1,1 @@
-"""The embedded driver: restores in one process, on one model, in threads."""
+"""The embedded driver: it restores prompts in one process, on one model, with threads."""

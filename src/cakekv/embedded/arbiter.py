@@ -1,15 +1,26 @@
-"""Lets the requests of one model take turns: `Turns` and the policy decide, this waits and wakes."""
+"""Lets the requests of one model take turns: the policy decides whose turn it is, this waits and wakes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
+from typing import Protocol
 
 from cakekv.embedded.executor import check
 from cakekv.restore.contention import Burden, burdens
 from cakekv.restore.priority import Kind, Policy, RequestState, Turns
+
+
+class OpenPrefill(Protocol):
+    """A prefill that takes turns with others. The arbiter calls it with its lock held."""
+
+    def state(self) -> RequestState:
+        """What a policy wants to know of it."""
+
+    def bear(self, burden: Burden) -> None:
+        """The other requests are that much in its way."""
 
 
 class Request:
@@ -23,29 +34,24 @@ class Request:
         `time.monotonic()` at its arrival.
     woken : Condition
         Notified when it may be its turn, or something it waits for has happened; of the arbiter's lock.
-    describe : callable
-        Its state for the policy; called with the arbiter's lock held. A new request is a decode.
-    on_burden : callable
-        Told what the other requests are to it, if it is `open`; likewise.
+    prefill : OpenPrefill or None
+        Its prefill, from `Arbiter.open` to `Arbiter.close`; before and after that, it decodes.
+    notes : list of str
+        What a person should know about it, in sentences; they go into its report.
     """
 
     def __init__(self, number: int, arrived_s: float, lock: threading.Lock) -> None:
         self.id = f"{number:012}"
         self.arrived_s = arrived_s
         self.woken = threading.Condition(lock)
-        self.decode()
+        self.prefill: OpenPrefill | None = None
+        self.notes: list[str] = []
 
-    def decode(self) -> None:
-        """From now on it decodes."""
-        self.describe: Callable[[], RequestState] = self._decoding
-        self.on_burden: Callable[[Burden], None] = _bear
-
-    def _decoding(self) -> RequestState:
-        return RequestState(self.id, Kind.DECODE, self.arrived_s, tokens=1)
-
-
-def _bear(burden: Burden) -> None:
-    """Nothing to plan."""
+    def state(self) -> RequestState:
+        """The request as a policy sees it."""
+        if self.prefill is None:
+            return RequestState(self.id, Kind.DECODE, self.arrived_s, tokens=1)
+        return self.prefill.state()
 
 
 class Arbiter:
@@ -78,17 +84,19 @@ class Arbiter:
 
     # The following are called with `lock` held.
 
-    def open(self, request: Request) -> None:
+    def open(self, request: Request, prefill: OpenPrefill) -> None:
         """The request's prefill begins: both arms work for it."""
+        request.prefill = prefill
         self._open[request.id] = request
 
     def close(self, request: Request) -> None:
         """The request's prefill is over, whether it succeeded or not."""
         self._open.pop(request.id, None)
         self.give_back(request)
+        request.prefill = None
         if len(self._open) == 1:
             for other in self._open.values():
-                other.on_burden(Burden())
+                _bear(other, Burden())
 
     def take(self, request: Request) -> None:
         """Wait until it is the request's turn to compute."""
@@ -100,7 +108,7 @@ class Arbiter:
                     first.woken.notify_all()
                 request.woken.wait()
                 check()
-            self._turns.take(request.id, request.describe().kind)
+            self._turns.take(request.id, request.state().kind)
         except BaseException:
             self.give_back(request)
             raise
@@ -114,12 +122,12 @@ class Arbiter:
         if first is not None and first is not request:
             first.woken.notify_all()
 
-    def load_order(self, source: int, now: float) -> list[Request]:
-        """The open requests that `source` may work for, the one to serve first at the front."""
+    def load_order(self, tier: int, now: float) -> list[Request]:
+        """The open requests that `tier` may work for, the one to serve first at the front."""
         if len(self._open) < 2:
             return list(self._open.values())
         states = self._weigh(now)
-        order = [self._open[state.request_id] for state in self._policy.load_order(states, source, now)]
+        order = [self._open[state.request_id] for state in self._policy.load_order(states, tier, now)]
         return order
 
     def weigh(self, now: float) -> None:
@@ -161,12 +169,17 @@ class Arbiter:
             return None
         if len(self._asking) == 1:
             return next(iter(self._asking.values()))
-        states = [request.describe() for request in self._asking.values()]
+        states = [request.state() for request in self._asking.values()]
         first = self._turns.next(states, monotonic())
         return None if first is None else self._asking[first]
 
     def _weigh(self, now: float) -> Sequence[RequestState]:
-        states = [request.describe() for request in self._open.values()]
+        states = [request.state() for request in self._open.values()]
         for request_id, burden in burdens(states, self._policy, now).items():
-            self._open[request_id].on_burden(burden)
+            _bear(self._open[request_id], burden)
         return states
+
+
+def _bear(request: Request, burden: Burden) -> None:
+    assert request.prefill is not None, "an open request has a prefill"
+    request.prefill.bear(burden)

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -15,19 +15,16 @@ from typing import NamedTuple
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.executor import IDLE_S, LOOK_S, check
+from cakekv.embedded.stored import Found
 from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
-from cakekv.keys import ChunkKey
+from cakekv.keys import ChunkKey, Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
+from cakekv.options import CakeOptions
 from cakekv.store.base import Store
 
 Gather = Callable[[list[memoryview]], None]
 """Copies a chunk out of a cache into its per-layer segments."""
-OnSave = Callable[[str, int, float], None]
-"""(outcome, bytes, seconds) of a chunk; the outcome is "saved", "declined", or why it failed."""
-
-SAVE_QUEUE_BYTES = 1_000_000_000
-"""Bytes that the queue may keep in memory, if nothing else is said."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,30 +110,17 @@ class Saver:
         What a chunk looks like, and how it is encoded.
     staging : StagingPool
         Buffers of at least `coder.exact.total_bytes`.
-    limit : int
-        Bytes that what waits may keep in memory; one chunk always may.
-    deadline_s : float
-        Seconds after which a store that has not taken a chunk is taken to hang.
-    on_save : callable or None
-        Told what became of every chunk.
+    options : CakeOptions
+        Of the `Cake`. Its `save_queue` bounds what waits, but one chunk always may; a store that has not taken a chunk
+        for `deadline_s` is taken to hang; its `metrics` are told what became of every chunk.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        coder: ChunkCoder,
-        staging: StagingPool,
-        limit: int = SAVE_QUEUE_BYTES,
-        *,
-        deadline_s: float = 30.0,
-        on_save: OnSave | None = None,
-    ) -> None:
+    def __init__(self, store: Store, coder: ChunkCoder, staging: StagingPool, options: CakeOptions) -> None:
         self.store = store
-        self.limit = limit
         self._coder = coder
         self._staging = staging
-        self._deadline_s = deadline_s
-        self._on_save = on_save or (lambda outcome, size, seconds: None)
+        self._options = options
+        self._introduced: set[bytes] = set()
         self._queue: queue.SimpleQueue[_Job | _Note | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -153,6 +137,11 @@ class Saver:
         self.report = SaveReport()
 
     @property
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk."""
+        return self._coder.exact.tokens
+
+    @property
     def full(self) -> bool:
         """Whether somebody waits for room."""
         return self._waiting > 0
@@ -167,13 +156,19 @@ class Saver:
         """Whether the store does not answer."""
         return self._left_s() <= 0
 
-    def introduce(self, root: str, fields: Mapping[str, str]) -> None:
-        """Leave an identity in the store, to explain misses later; see `Store.remember_identity`."""
-        if not self._closed:
-            with self._changed:
-                self._pending += 1
-            self._queue.put(_Note(root, fields))
-            self._begin()
+    def knows(self, identity: Identity) -> bool:
+        """Whether chunks of this identity were saved."""
+        return identity.root in self._introduced
+
+    def introduce(self, identity: Identity) -> None:
+        """Leave an identity in the store once, to explain misses later; see `Store.remember_identity`."""
+        if self._closed or self.knows(identity):
+            return
+        self._introduced.add(identity.root)
+        with self._changed:
+            self._pending += 1
+        self._queue.put(_Note(identity.root.hex(), identity.fields()))
+        self._begin()
 
     def save(
         self,
@@ -200,7 +195,7 @@ class Saver:
             Gives a context that is entered while there is no room.
         """
         size, held = self._coder.exact.total_bytes, source.held_bytes
-        if held is None or held > self.limit or 2 * source.wanted_chunks * size < held:
+        if held is None or held > self._options.save_queue or 2 * source.wanted_chunks * size < held:
             job = _Job(key, position, exact, gather, object(), size, None)
         else:
             job = _Job(key, position, exact, gather, source.cache, held, None)
@@ -295,7 +290,7 @@ class Saver:
         """Take the room for a job, if there is enough."""
         with self._changed:
             more = 0 if id(job.keeps) in self._kept else job.size
-            if self._closed or (self._kept and self._kept_bytes + more > self.limit):
+            if self._closed or (self._kept and self._kept_bytes + more > self._options.save_queue):
                 return False
             self._kept[id(job.keeps)] += 1
             self._kept_bytes += more
@@ -341,10 +336,10 @@ class Saver:
     def _left_s(self) -> float:
         """Seconds until the store is taken to hang, unless it finishes what it is at."""
         since = self._busy_since
-        return self._deadline_s - (0.0 if since is None else monotonic() - since)
+        return self._options.deadline_s - (0.0 if since is None else monotonic() - since)
 
     def _silence(self) -> str:
-        return f"the {self.store.name} store has not taken a chunk for more than {self._deadline_s:g} s"
+        return f"the {self.store.name} store has not taken a chunk for more than {self._options.deadline_s:g} s"
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -415,10 +410,64 @@ class Saver:
         self._tell(kind, 0, 0.0)
 
     def _tell(self, outcome: str, size: int, seconds: float) -> None:
+        """Count what became of a chunk: it was "saved", "declined", or why it failed."""
+        metrics = self._options.metrics
+        if metrics is None:
+            return
         try:
-            self._on_save(outcome, size, seconds)
+            metrics.add_save(outcome, size, seconds)
         except Exception:
             _LOG.exception("what became of a chunk could not be counted")
+
+
+class PromptSaver:
+    """Saves what is computed of one prompt.
+
+    Parameters
+    ----------
+    saver : Saver
+        Takes the chunks.
+    found : Found
+        The prompt's keys, and what computes it.
+    cache : Cache
+        The engine's, in which they are.
+    waiting : callable
+        As in `Saver.save`.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        found: Found,
+        cache: object,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._saver = saver
+        self._cache = cache
+        self._found = found
+        self._waiting = waiting
+
+    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
+        """Save chunks that a span has completed, unless what computes is not any more what the keys name.
+
+        Parameters
+        ----------
+        chunks : sequence of int
+            Those that no tier has.
+        wanted_chunks : int
+            About how many chunks of the prompt are to be saved, these among them.
+        exact : bool
+            Whether all that the span attended to is exact. If it is not, nothing is saved.
+        """
+        found, engine, tokens = self._found, self._found.engine, self._saver.chunk_tokens
+        if not found.still() or not exact:
+            return
+        self._saver.introduce(found.named.identity)
+        source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
+        for chunk in chunks:
+            gather = engine.gatherer(self._cache, chunk * tokens, tokens)
+            is_exact = chunk >= found.exact_from
+            self._saver.save(found.keys[chunk], chunk * tokens, gather, is_exact, source, self._waiting)
 
 
 _KINDS: dict[type[BaseException], str] = {

@@ -1,22 +1,32 @@
-"""What the tiers hold of prompts, and what of prompts is saved to them."""
+"""Finds what the tiers hold of a prompt: asks them all at once, and waits for none longer than a deadline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
 
-from cakekv.codec.coder import ChunkCoder
-from cakekv.embedded.lookup import Lookup
-from cakekv.embedded.restorer import Restorer
-from cakekv.embedded.saver import Saver, Source
+from cakekv.codec.base import first_exact_chunk
+from cakekv.embedded.arms import Arms
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError
-from cakekv.explain import why_nothing_is_stored
+from cakekv.errors import StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys
-from cakekv.restore.planner import Span
+from cakekv.logs import emit
+from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
-from cakekv.store.sizes import doubt_of
+from cakekv.store.maintenance.explain import why_nothing_is_stored
+from cakekv.store.sizes import Sizes, doubt_of
+
+Answer = TypeVar("Answer")
+
+_LOG = logging.getLogger(__name__)
+
+LOOKUP_DEADLINE_S = 2.0
+"""Seconds that a tier may take to say what it holds of a prompt."""
+CHANGED = "The model changed while this request was computed, which is partly what it was before; no more was saved."
 
 
 class Named(NamedTuple):
@@ -30,54 +40,46 @@ class Named(NamedTuple):
 class Found:
     """What the tiers hold of a prompt."""
 
+    engine: Engine[Any, Any]
     named: Named
-    """For what the model was when they were asked."""
+    """What the model was when they were asked."""
     keys: list[ChunkKey]
-    """Of its full chunks; none if there is no tier."""
+    """Of the prompt's full chunks; none if there is no tier."""
     holders: list[tuple[int, ...]]
     """Per chunk, which tiers hold it in a form that will do."""
     sizes: list[int]
     """Bytes of those chunks."""
+    exact_from: int
+    """The first chunk that must not be lossy, since the codec's window reaches it."""
+    lookup_s: float = 0.0
+    """Seconds that asking took."""
     changed: bool = False
     """Whether the model was found to be another one since."""
 
+    def still(self) -> bool:
+        """Whether what computes has been what it was at the look-up, whenever this was asked."""
+        self.changed = self.changed or self.engine.state() != self.named.state
+        return not self.changed
+
 
 class StoredPrefixes:
-    """Finds the chunks of prompts, and saves those that are missing.
+    """Finds the chunks of prompts.
 
     Parameters
     ----------
-    engine : Engine
-        The model.
-    tenant : str
-        Of the identity.
-    coder : ChunkCoder
-        What they look like.
+    arms : Arms
+        The model, and what its chunks look like.
     tiers : sequence of Store
         Where chunks may be.
-    ask : Lookup
-        Asks them.
-    saver : Saver or None
-        Saves chunks; None: they are not saved.
     """
 
-    def __init__(
-        self,
-        engine: Engine[Any, Any],
-        tenant: str,
-        coder: ChunkCoder,
-        tiers: Sequence[Store],
-        ask: Lookup,
-        saver: Saver | None,
-    ) -> None:
-        self._engine = engine
-        self._tenant = tenant
-        self._coder = coder
+    def __init__(self, arms: Arms[Any, Any], tiers: Sequence[Store]) -> None:
+        self._arms = arms
+        self._engine = arms.engine
+        self._coder = arms.coder
         self._tiers = tiers
-        self._ask = ask
-        self._saver = saver
-        self._introduced: set[bytes] = set()
-        self._first = self._named = Named(engine.state(), self._identify())
+        self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
+        self._first = self._named = Named(self._engine.state(), self._identify())
 
     def now(self) -> Named:
         """What computes now, in the calling thread."""
@@ -88,12 +90,13 @@ class StoredPrefixes:
 
     def lookup(self, token_ids: Sequence[int], notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
-        named = self.now()
+        began, named = monotonic(), self.now()
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
         keys = chunk_keys(named.identity, token_ids) if self._tiers and not unnamed else []
-        found = Found(named, keys, [()] * len(keys), [])
+        exact_from = first_exact_chunk(len(token_ids), self._coder.codec.window, self._coder.exact.tokens)
+        found = Found(self._engine, named, keys, [()] * len(keys), [], exact_from)
         for index, (tier, sizes) in enumerate(zip(self._tiers, self._ask.sizes(keys), strict=True)):
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
@@ -101,47 +104,21 @@ class StoredPrefixes:
             if (doubt := doubt_of(sizes)) is not None:
                 notes.append(f"Of the {tier.name} tier, {doubt}")
             for chunk, size in enumerate(sizes):
-                if size is not None and (self._coder.is_exact(size) or not self._is_recent(chunk, len(token_ids))):
+                if size is not None and (chunk < exact_from or self._coder.is_exact(size)):
                     found.holders[chunk] += (index,)
                     found.sizes.append(size)
+        found.lookup_s = monotonic() - began
         return found
 
     def why_nothing(self, found: Found) -> list[str]:
-        """Why nothing was found, as far as the tiers tell; asked of them only until something was saved."""
+        """Why nothing was found, as far as the tiers tell."""
         identity = found.named.identity
-        if not self._tiers or found.named.state.unnamed or identity.root in self._introduced:
+        if not self._tiers or found.named.state.unnamed:
             return []
         return why_nothing_is_stored(identity, self._tiers, self._ask.identities())
 
-    def still(self, found: Found) -> bool:
-        """Whether what computes has been what it was at the look-up, whenever this was asked."""
-        found.changed = found.changed or self._engine.state() != found.named.state
-        return not found.changed
-
-    def save(self, cache: Any, found: Found, restorer: Restorer[Any, Any], span: Span) -> None:
-        """Save the chunks that a computed span completes and that are not stored.
-
-        Not if what it attends to is not exact, or what computes is not any more what the keys name.
-        """
-        keys = found.keys
-        if self._saver is None or not keys or not self.still(found) or restorer.saw_lossy(span.start):
-            return
-        self._introduce(self._saver, found.named.identity)
-        tokens = self._coder.exact.tokens
-        source = Source(cache, self._engine.held_bytes(cache), restorer.missing_chunks)
-        for chunk in range(span.start // tokens, min((span.start + span.tokens) // tokens, len(keys))):
-            if restorer.is_missing(chunk):
-                start = chunk * tokens
-                gather = self._engine.gatherer(cache, start, tokens)
-                exact = self._is_recent(chunk, restorer.prompt_tokens)
-                self._saver.save(keys[chunk], start, gather, exact, source, restorer.lent)
-
-    def _is_recent(self, chunk: int, prompt_tokens: int) -> bool:
-        """Whether tokens of the chunk are in the window that the codec keeps exact."""
-        return (chunk + 1) * self._coder.exact.tokens > prompt_tokens - self._coder.codec.window
-
     def _identify(self) -> Identity:
-        return self._engine.identity(self._coder.exact.tokens, self._tenant, self._coder.codec.fingerprint)
+        return self._engine.identity(self._coder.exact.tokens, self._arms.options.tenant, self._coder.codec.fingerprint)
 
     def _unnamed(self, named: Named) -> str:
         """Why chunks of this identity are neither loaded nor saved, in words; "" if they are."""
@@ -149,8 +126,77 @@ class StoredPrefixes:
             return f"the codec {self._coder.codec.name} was set up for the positions that the model had before"
         return named.state.unnamed
 
-    def _introduce(self, saver: Saver, identity: Identity) -> None:
-        """Leave the model's identity in the store once, so that misses can be explained later."""
-        if identity.root not in self._introduced:
-            self._introduced.add(identity.root)
-            saver.introduce(identity.root.hex(), identity.fields())
+
+class Lookup:
+    """Asks tiers what they hold.
+
+    Parameters
+    ----------
+    tiers : sequence of Store
+        Whom to ask.
+    deadline_s : float
+        Seconds that each may take. One that takes longer is not asked again before that answer has come.
+    hangs : callable
+        Whether a tier, by its index, is known not to answer; it is not asked then.
+    """
+
+    def __init__(self, tiers: Sequence[Store], deadline_s: float, hangs: Callable[[int], bool]) -> None:
+        self._tiers = tiers
+        self._hangs = hangs
+        self._askers = [Asker(deadline_s) for _ in tiers]
+        self._lock = threading.Lock()
+        self._failed_at: dict[tuple[int, str], float] = {}
+        """Since when each tier has failed to answer each kind of question; that is said once."""
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[list[int | None] | StoreError]:
+        """As `Store.lookup` of each tier, or why it could not be asked."""
+        return self._each("lookup", lambda tier: tier.lookup(keys))
+
+    def identities(self) -> list[dict[str, dict[str, str]] | StoreError]:
+        """As `Store.identities` of each tier, or why it could not be asked."""
+        return self._each("identities", lambda tier: tier.identities())
+
+    def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        questions: list[Question[Answer] | StoreError] = []
+        for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
+            try:
+                if self._hangs(index):
+                    raise Late("it is not asked, since none of its reads has come back for a while")
+                questions.append(asker.ask(lambda tier=tier: ask(tier)))  # type: ignore[misc]
+            except StoreError as error:
+                questions.append(error)
+        answers: list[Answer | StoreError] = []
+        for index, question in enumerate(questions):
+            try:
+                answers.append(question if isinstance(question, StoreError) else question.answer())
+            except StoreError as error:
+                answers.append(error)
+            self._log(index, operation, answers[-1])
+        return answers
+
+    def _log(self, index: int, operation: str, answer: object) -> None:
+        tier, failed = self._tiers[index].name, isinstance(answer, StoreError)
+        doubt = doubt_of(answer) if isinstance(answer, Sizes) else None
+        with self._lock:
+            since = self._failed_at.get((index, operation))
+            if not failed and doubt is None:
+                self._failed_at.pop((index, operation), None)
+            else:
+                self._failed_at.setdefault((index, operation), monotonic())
+        if failed or doubt is not None:
+            first = since is None and not isinstance(answer, TierDown)  # of that, the tier itself has told
+            name = (
+                "lookup_incomplete" if not failed else "deadline_missed" if isinstance(answer, Late) else "tier_failed"
+            )
+            reason = str(answer) if failed else doubt
+            level = logging.WARNING if first else logging.DEBUG
+            emit(_LOG, level, name, tier=tier, operation=operation, reason=reason)
+        elif since is not None:
+            emit(
+                _LOG,
+                logging.INFO,
+                "tier_answers",
+                tier=tier,
+                operation=operation,
+                after_s=round(monotonic() - since, 3),
+            )

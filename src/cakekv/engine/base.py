@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from cakekv.codec.base import Segment
-from cakekv.errors import UnknownRotation
+from cakekv.errors import BadInput, UnknownRotation
 from cakekv.keys import Identity
 from cakekv.layout import KVLayout
+from cakekv.quantities import real, whole
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -133,15 +137,29 @@ class Engine(ABC, Generic[Cache, Logits]):
     def staging(self, size: int) -> memoryview:
         """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""
 
-    @abstractmethod
     def check_prompt(self, token_ids: Sequence[int]) -> None:
         """Refuse a prompt that the model cannot take.
 
         Raises
         ------
         BadInput
-            It is empty, longer than the context, or holds a token id outside the vocabulary.
+            It is empty, longer than the context, or holds something else than token ids of the vocabulary.
         """
+        tokens = np.asarray(token_ids)
+        if not tokens.size:
+            raise BadInput("the prompt is empty: it must have at least one token")
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise BadInput(f"token ids must be a flat sequence of integers, not {tokens.ndim}-d {tokens.dtype}")
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= self.vocabulary_size))
+        if wrong.size:
+            raise BadInput(
+                f"token id {tokens[wrong[0]]} at position {wrong[0]} is out of range: "
+                f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
+            )
+        if tokens.size > self.max_context:
+            raise BadInput(
+                f"the prompt has {tokens.size} tokens, but the model's context is {self.max_context} tokens: shorten it"
+            )
 
     def held_bytes(self, cache: Cache) -> int | None:
         """Memory that is free again once the cache is let go of; None if that cannot be told."""
@@ -165,3 +183,19 @@ class Engine(ABC, Generic[Cache, Logits]):
         BadInput
             A parameter is out of range.
         """
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse what no engine can sample by.
+
+    Raises
+    ------
+    BadInput
+        A parameter of `Engine.sampler` is out of range.
+    """
+    if real("temperature", temperature, 0.0) == math.inf:
+        raise BadInput("temperature must be 0 (greedy) or a positive number, not inf")
+    if top_k is not None:
+        whole("top_k", top_k, 1)
+    if top_p is not None and real("top_p", top_p, 0.0, 1.0) == 0:
+        raise BadInput("top_p must be above 0 and at most 1, not 0")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from cakekv.engine.base import check_sampling
 from cakekv.errors import BadInput
-from cakekv.quantities import real, whole
 
 
 def choose_token(
@@ -58,13 +56,3 @@ def choose_token(
         before = probabilities.cumsum(dim=0) - probabilities
         probabilities = probabilities[before < top_p]
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise `BadInput` if a setting of `choose_token` is out of range."""
-    if real("temperature", temperature, 0.0) == math.inf:
-        raise BadInput("temperature must be 0 (greedy) or a positive number, not inf")
-    if top_k is not None:
-        whole("top_k", top_k, 1)
-    if top_p is not None and real("top_p", top_p, 0.0, 1.0) == 0:
-        raise BadInput("top_p must be above 0 and at most 1, not 0")

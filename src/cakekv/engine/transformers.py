@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, EngineState, Gate, Gather, Result
+from cakekv.engine.base import Engine, EngineState, Gate, Gather, Result, check_sampling
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
-from cakekv.engine.sampling import check_sampling, choose_token
+from cakekv.engine.sampling import choose_token
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
@@ -169,38 +169,6 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             missing = sorted(loading["missing_keys"])
             raise BadInput(f"the model {source!r} is incomplete: it lacks {len(missing)} tensors, such as {missing[0]}")
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-
-    def check_prompt(self, token_ids: Sequence[int], new_tokens: int = 0) -> None:
-        """Refuse a prompt that the model cannot take.
-
-        Parameters
-        ----------
-        token_ids : sequence of int
-            The whole prompt.
-        new_tokens : int
-            How many tokens are to be generated behind it.
-
-        Raises
-        ------
-        BadInput
-            The prompt is empty, holds something else than token ids, or does not fit the context.
-        """
-        tokens = np.asarray(token_ids)
-        if not tokens.size:
-            raise BadInput("the prompt is empty: it must have at least one token")
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise BadInput(f"token ids must be a flat sequence of integers, not {tokens.ndim}-d {tokens.dtype}")
-        wrong = np.flatnonzero((tokens < 0) | (tokens >= self.vocabulary_size))
-        if wrong.size:
-            raise BadInput(
-                f"token id {tokens[wrong[0]]} at position {wrong[0]} is out of range: "
-                f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
-            )
-        if tokens.size + new_tokens > self.max_context:
-            raise BadInput(
-                f"the prompt has {tokens.size} tokens and {new_tokens} are to be generated, "
-                f"but the model's context is {self.max_context} tokens"
-            )
 
     def rotations(self) -> list[Rotation]:
         """As `Engine.rotations`."""

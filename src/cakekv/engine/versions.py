@@ -1,4 +1,4 @@
-"""Which versions of transformers the engine works with, and what differs between them: nowhere else is it said."""
+"""The versions of transformers that the engine works with, and all that differs between them."""
 
 from __future__ import annotations
 

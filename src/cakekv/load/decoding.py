@@ -1,14 +1,14 @@
-"""From a chunk that was read to segments that can be placed: each is verified, and decoded if it is coded."""
+"""Turns the bytes of a chunk into segments that can be placed: verifies each, and decodes it if it is coded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cakekv.chunk import ChunkHeader, segments
 from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
-from cakekv.load.reading import Abandoned, Cancellable
+from cakekv.load.reading import Abandoned, Cancellable, Wanted
 
 if TYPE_CHECKING:
     from cakekv.codec.on_device import DeviceDecoder
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 def decoded_layers(
     coder: ChunkCoder,
     header: ChunkHeader,
-    layers: Sequence[int],
+    wanted: Wanted,
     buffer: memoryview,
     load: Cancellable,
     decoded: memoryview | None,
     decoder: DeviceDecoder | None = None,
-    parts: int | None = None,
 ) -> Iterator[tuple[int, Segment]]:
     """Verify and decode what was read of a chunk.
 
@@ -32,8 +31,8 @@ def decoded_layers(
         What a chunk of this model looks like.
     header : ChunkHeader
         The chunk's, checked.
-    layers : sequence of int
-        Those that were read.
+    wanted : Wanted
+        What was read of it.
     buffer : memoryview
         What they were read into. It must stay as it is while segments are used.
     load : Cancellable
@@ -42,8 +41,6 @@ def decoded_layers(
         As long as the longest chunk: holds the layers that are decoded on the CPU. Not needed where there are none.
     decoder : DeviceDecoder or None
         Decodes coded chunks on the model's device; None: the CPU does it, by the calling thread.
-    parts : int or None
-        As for `read_chunk`.
 
     Yields
     ------
@@ -57,12 +54,12 @@ def decoded_layers(
     Abandoned
         The load was cancelled.
     """
-    views = segments(header.shape, buffer)
+    views, layers = segments(header.shape, buffer), wanted.layers
 
     def verified(layer: int) -> list[memoryview]:
         if load.cancelled and coder.encodes:
             raise Abandoned
-        indices = coder.segments_of(header.shape, [layer], parts)
+        indices = coder.segments_of(header.shape, [layer], wanted.parts)
         for index in indices:
             header.verify(index, views[index])
         return [views[index] for index in indices]

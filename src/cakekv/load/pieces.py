@@ -1,4 +1,4 @@
-"""Chunks in pieces: how their layers are cut into groups for a layered finish, and which bytes a piece needs."""
+"""Cuts chunks into pieces: groups of layers for a layered finish, and the bytes that each piece needs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from functools import partial
 
 from cakekv.chunk import ALIGNMENT, ChunkShape
 from cakekv.codec.coder import ChunkCoder
-from cakekv.restore.layered import LayerGroups
-from cakekv.restore.level_choice import Level
+from cakekv.restore.level_choice import LayerGroups, Level
 
 _MOST_GROUPS = 16
 _LEAST_READ_BYTES = 1 << 18
@@ -49,7 +48,7 @@ def levels_of(
         segments_of = partial(coder.segments_of, shape, parts=parts)
         levels.append(
             Level(
-                parts,
+                parts if parts < most else None,
                 load_bytes(shape, segments_of(range(coder.layers))),
                 load_bytes(shape, segments_of(unwindowed)),
                 group_bytes(shape, groups, unwindowed, segments_of) if len(groups) > 1 else None,

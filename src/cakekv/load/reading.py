@@ -1,16 +1,16 @@
-"""Reading of one chunk, whole or only some of its layers: what both drivers' workers do before they decode."""
+"""Reads a chunk, whole or only some of its layers, for the workers of both drivers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cakekv.chunk import ChunkHeader, read_header
 from cakekv.codec.coder import ChunkCoder
 from cakekv.errors import CorruptChunk, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.load.pieces import byte_ranges
-from cakekv.store.base import ChunkReader
+from cakekv.store.base import ChunkReader, Store
 
 
 class Abandoned(Exception):
@@ -32,42 +32,50 @@ class Progress:
     silent = False
 
 
+class Wanted(NamedTuple):
+    """What is wanted of a chunk."""
+
+    key: ChunkKey
+    position: int
+    """Of its first token."""
+    layers: Sequence[int]
+    parts: int | None = None
+    """How many parts of what the codec wrote; None: as many as it says."""
+    is_piece: bool = False
+    """Whether other layers of it are read by themselves."""
+
+
+Headers = dict[tuple[ChunkKey, Store], ChunkHeader]
+"""Of chunks that are read in pieces: the first one brings the header, and those after it do not read it again."""
+
+
 def read_chunk(
-    reader: ChunkReader,
+    tier: Store,
     coder: ChunkCoder,
-    key: ChunkKey,
-    position: int,
-    layers: Sequence[int],
+    wanted: Wanted,
     buffer: memoryview,
     load: Cancellable,
     progress: Progress,
-    parts: int | None = None,
-    header: ChunkHeader | None = None,
+    headers: Headers,
 ) -> ChunkHeader:
     """Read what some layers need, each byte to its own place in the buffer. Segments are not verified yet.
 
     Parameters
     ----------
-    reader : ChunkReader
-        Of the chunk.
+    tier : Store
+        Where from.
     coder : ChunkCoder
         What a chunk of this model looks like.
-    key : ChunkKey
-        The chunk's.
-    position : int
-        Of its first token.
-    layers : sequence of int
-        Those that are wanted.
+    wanted : Wanted
+        Which chunk, and what of it.
     buffer : memoryview
         As long as the longest chunk.
     load : Cancellable
         Asked between two slices.
     progress : Progress
         Counts, also if the read ends early.
-    parts : int or None
-        How many parts of what the codec wrote; None: as many as it says.
-    header : ChunkHeader or None
-        If a piece of this chunk was read before: it is not read again.
+    headers : Headers
+        Those that are known; the chunk's is added if it `is_piece`.
 
     Returns
     -------
@@ -78,11 +86,30 @@ def read_chunk(
     ------
     CorruptChunk
         The header cannot be trusted, or is another chunk's.
-    StoreError
-        The tier failed.
+    MissingChunk, StoreError
+        The tier does not have it, or failed.
     Abandoned
         The load was cancelled.
     """
+    known = headers.get((wanted.key, tier)) if wanted.is_piece else None
+    with tier.open(wanted.key) as reader:
+        header = _read(reader, coder, wanted, buffer, load, progress, known)
+    if wanted.is_piece:
+        headers[wanted.key, tier] = header
+    progress.coded = header.shape.packed
+    return header
+
+
+def _read(
+    reader: ChunkReader,
+    coder: ChunkCoder,
+    wanted: Wanted,
+    buffer: memoryview,
+    load: Cancellable,
+    progress: Progress,
+    header: ChunkHeader | None,
+) -> ChunkHeader:
+    layers, parts = wanted.layers, wanted.parts
     shape = coder.shape_of(reader.size) if header is None else header.shape
     if shape is not None:
         ranges = byte_ranges(shape, coder.segments_of(shape, layers, parts), with_header=header is None)
@@ -93,13 +120,12 @@ def read_chunk(
         if header is None:
             header_bytes = (shape or coder.longest).header_bytes
             header = read_header(buffer[: min(header_bytes, reader.size)], reader.size)
-            coder.check(header, key, position)
+            coder.check(header, wanted.key, wanted.position)
     assert header is not None
     if shape is None and len(layers) < coder.layers:
         indices = coder.segments_of(header.shape, layers, parts)
         for start, end in byte_ranges(header.shape, indices, with_header=False):
             fill(reader, buffer, start, end, load, progress)
-    progress.coded = header.shape.packed
     return header
 
 

@@ -1,4 +1,4 @@
-"""Buffers that chunks are read into and placed from, used again instead of allocated again."""
+"""Buffers that chunks are read into and placed from; they are reused, as allocating them is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A restore that has ended, as an event for the log."""
+"""Writes a restore that has ended into the log, as one event."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cakekv.embedded.restorer import OnProgress, Progress
 from cakekv.report.colours import COMPUTE, LOAD, MODES
+from cakekv.results import OnProgress, Progress
 
 _WIDEST = 200
 

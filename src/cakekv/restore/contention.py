@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
+from cakekv.restore.costs import ComputeModel, ComputeShape, LoadFigures, LoadModel
 from cakekv.restore.priority.base import Kind, Policy, RequestState
 
 _PROBE_SHARE = 0.5
-"""A tier that was slow some other time is taken to deliver a chunk in this share of the prompt's compute time."""
+"""A tier that once was slow is taken to deliver a chunk in this share of the prompt's compute time."""
 
 
 @dataclass
 class Burden:
-    """How many times as long as alone either arm takes for a request, since others are served before it."""
+    """How many times as long either arm takes for a request as it would alone: others are served before it."""
 
     compute: float = 1.0
     load: dict[int, float] = field(default_factory=dict)
-    """Per source; 1.0 where there is none."""
+    """Per tier; 1.0 where there is none."""
 
 
 def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, Burden]:
     """What the open prefills are to each other.
 
-    A request that is served after others is through with its own t seconds of work after ahead + t seconds, where
-    ahead is what those before it keep the arm busy for. Decodes are left out: their steps are short.
+    A request with t seconds of work of its own is through after `ahead + t` seconds, where `ahead` is how long those
+    before it keep the arm busy. Decodes are left out: their steps are short.
 
     Parameters
     ----------
@@ -37,17 +37,24 @@ def burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dic
         Seconds on the clock of `RequestState.arrived_s`.
     """
     requests = [request for request in requests if request.kind is not Kind.DECODE]
-    result = {request.request_id: Burden() for request in requests}
+    result = {request_id: Burden(load=load) for request_id, load in load_burdens(requests, policy, now).items()}
     ahead_s = 0.0
     for request in policy.compute_order(requests, now):
         result[request.request_id].compute = _burden(ahead_s, _compute_s(request))
         ahead_s += _both_s(request)
-    for source in {source for request in requests for source in request.load_s}:
+    return result
+
+
+def load_burdens(requests: Sequence[RequestState], policy: Policy, now: float) -> dict[str, dict[int, float]]:
+    """The part of `burdens` that concerns loads, for prefills: per request, as in `Burden`."""
+    result: dict[str, dict[int, float]] = {request.request_id: {} for request in requests}
+    both_s = {request.request_id: _both_s(request) for request in requests}
+    for tier in {tier for request in requests for tier in request.load_s}:
         ahead_s = 0.0
-        for request in policy.load_order(requests, source, now):
-            own_s = request.tokens * request.load_s[source]
-            result[request.request_id].load[source] = _burden(ahead_s, own_s)
-            ahead_s += _both_s(request)
+        for request in policy.load_order(requests, tier, now):
+            own_s = request.tokens * request.load_s[tier]
+            result[request.request_id][tier] = _burden(ahead_s, own_s)
+            ahead_s += both_s[request.request_id]
     return result
 
 
@@ -69,10 +76,10 @@ def _both_s(request: RequestState) -> float:
     return compute_s * load_s / (compute_s + load_s)
 
 
-class SharedCompute(ComputeCost):
+class SharedCompute(ComputeModel):
     """One request's view of a compute cost that all requests learn together."""
 
-    def __init__(self, cost: ComputeCost) -> None:
+    def __init__(self, cost: ComputeModel) -> None:
         self._cost = cost
         self.burden = 1.0
 
@@ -94,12 +101,12 @@ class SharedCompute(ComputeCost):
         self._cost.observe(start, tokens, seconds)
 
 
-class SharedLoad(LoadCost):
+class SharedLoad(LoadModel):
     """One request's view of a tier's cost that all requests learn together.
 
     Parameters
     ----------
-    cost : LoadCost
+    cost : LoadModel
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
 
     Attributes
@@ -110,17 +117,17 @@ class SharedLoad(LoadCost):
         When other requests last used the tier, on the clock of `observe`.
     """
 
-    def __init__(self, cost: LoadCost) -> None:
+    def __init__(self, cost: LoadModel) -> None:
         self._cost = cost
         self._doubt = 1.0
         self.burden = 1.0
         self.crowded_s = float("-inf")
 
     def doubt(self, size: int, prompt_s: float) -> None:
-        """See to it that a chunk of `size` bytes is tried, however slow the tier was some other time.
+        """Make sure that a chunk of `size` bytes is tried, however slow the tier once was.
 
-        A tier that is thought slow is not used, and so would never be found to be fast. `prompt_s` is what computing
-        the whole prompt takes, in seconds.
+        Otherwise a tier that is believed slow would never be used, and never be found to be fast. `prompt_s` is how
+        many seconds computing the whole prompt takes.
         """
         expected_s = self._cost.seconds(size)
         if expected_s > 0 and not self._cost.measured:

@@ -1,8 +1,9 @@
-"""What a span costs to compute and a chunk to load: models learned online from what was just measured."""
+"""What a span costs to compute and a chunk to load: the contracts, and models that learn online from measurements."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 _NOISE = 0.05
@@ -45,7 +46,29 @@ TYPICAL = ComputeShape(fixed=20e-3, linear=1e-3, quadratic=1e-3 / 4096)
 """A shape to start from where nothing is known: attention costs as much as the rest at 4k tokens of context."""
 
 
-class ComputeCost:
+class ComputeModel(ABC):
+    """What spans cost to compute."""
+
+    @property
+    @abstractmethod
+    def known(self) -> bool:
+        """Whether anything was measured, here or before."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> ComputeShape:
+        """The current estimate."""
+
+    @abstractmethod
+    def seconds(self, start: int, tokens: int) -> float:
+        """Expected seconds of the span of `tokens` tokens that begins at position `start`."""
+
+    @abstractmethod
+    def observe(self, start: int, tokens: int, seconds: float) -> None:
+        """Learn from a span that took `seconds`."""
+
+
+class ComputeCost(ComputeModel):
     """Learns what prefill costs on this machine.
 
     Weighted ridge regression of the three coefficients towards the prior's shape, on relative errors, with a slowly
@@ -73,21 +96,17 @@ class ComputeCost:
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured, here or before."""
         return self._known
 
     @property
     def shape(self) -> ComputeShape:
-        """The current estimate."""
         scale = math.exp(self._log_scale)
         return ComputeShape(self._fit.fixed * scale, self._fit.linear * scale, self._fit.quadratic * scale)
 
     def seconds(self, start: int, tokens: int) -> float:
-        """Expected seconds of the span of `tokens` tokens that begins at position `start`."""
         return self._fit.seconds(start, tokens) * math.exp(self._log_scale)
 
     def observe(self, start: int, tokens: int, seconds: float) -> None:
-        """Learn from a span that took `seconds`."""
         if tokens <= 0 or seconds <= 0:
             return
         if self.known:
@@ -157,7 +176,64 @@ class LoadFigures:
     alone_s: float
 
 
-class LoadCost:
+class LoadModel(ABC):
+    """What loads from one tier cost. Sizes are bytes."""
+
+    @property
+    @abstractmethod
+    def known(self) -> bool:
+        """Whether anything was measured, here or before."""
+
+    @property
+    @abstractmethod
+    def measured(self) -> bool:
+        """Whether anything was measured here."""
+
+    @property
+    @abstractmethod
+    def last_completed(self) -> float | None:
+        """When the last load was done, on the clock of `observe`."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> LoadFigures:
+        """The current estimate; only if something is `known`."""
+
+    @abstractmethod
+    def seconds(self, size: int) -> float:
+        """Seconds that `size` more bytes keep the tier busy; 0.0 while nothing is known."""
+
+    @abstractmethod
+    def duration(self, size: int) -> float:
+        """Seconds from the request for `size` bytes until they are placed; 0.0 while nothing is known."""
+
+    @abstractmethod
+    def is_shared(self, size: int) -> bool:
+        """Whether loads of `size` bytes in flight beside each other mostly slow each other down.
+
+        So it is behind a link that one load fills; not on a device that needs several. Unknown counts as no.
+        """
+
+    @abstractmethod
+    def useful_loads(self, size: int) -> int:
+        """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them."""
+
+    @abstractmethod
+    def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
+        """Learn from a load.
+
+        Parameters
+        ----------
+        size : int
+            Bytes.
+        began, ended : float
+            When it was requested and done, in seconds of any one clock.
+        alone : bool
+            Whether no other load was in flight meanwhile.
+        """
+
+
+class LoadCost(LoadModel):
     """Learns how fast one tier delivers chunks.
 
     Three figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
@@ -191,51 +267,38 @@ class LoadCost:
 
     @property
     def known(self) -> bool:
-        """Whether anything was measured, here or before."""
         return self._bytes > 0
 
     @property
     def measured(self) -> bool:
-        """Whether anything was measured here."""
         return self._last_completed is not None
 
     @property
     def last_completed(self) -> float | None:
-        """When the last load was done, on the clock of `observe`."""
         return self._last_completed
 
     @property
     def figures(self) -> LoadFigures:
-        """The current estimate; only if something is `known`."""
         size = self._duration_bytes
         alone_s = self._alone_s * size / self._alone_bytes
         return LoadFigures(self._busy_s / self._bytes, self._duration_s, size, alone_s)
 
     def seconds(self, size: int) -> float:
-        """Seconds that `size` more bytes keep the tier busy; 0.0 while nothing is known."""
         return size * self._busy_s / self._bytes if self._bytes > 0 else 0.0
 
     def duration(self, size: int) -> float:
-        """Seconds from the request for `size` bytes until they are placed; 0.0 while nothing is known."""
         return self._duration_s * size / self._duration_bytes
 
     def is_shared(self, size: int) -> bool:
-        """Whether loads of `size` bytes in flight beside each other mostly slow each other down.
-
-        So it is behind a link that one load fills; not on a device that needs several. Unknown counts as no.
-        """
         if not self._alone_s or self._depth == 1:
             return False
         lost_s = self._alone_s * size / self._alone_bytes - self.seconds(size)
         return lost_s < _SHARED * (self._depth - 1) * self.seconds(size)
 
     def useful_loads(self, size: int) -> int:
-        """How many loads of `size` bytes in flight keep the tier busy: more would only end later, all of them.
-
-        As many as it serves while one passes through it alone (Little's law), and one more, so that a figure which is
-        too low corrects itself; at the least some time's worth, since clients and servers are held up at times. One,
-        while nothing is known, and all that it serves at a time, until both figures are.
-        """
+        # As many as the tier serves while one passes through it alone (Little's law), and one more, so that a figure
+        # which is too low corrects itself; at the least some time's worth, since clients and servers are held up at
+        # times. One, while nothing is known, and all that it serves at a time, until both figures are.
         if not self.known:
             return 1
         seconds = self.seconds(size)
@@ -246,17 +309,6 @@ class LoadCost:
         return min(self._depth, max(passing, int(_IN_FLIGHT_S / seconds)))
 
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
-        """Learn from a load.
-
-        Parameters
-        ----------
-        size : int
-            Bytes.
-        began, ended : float
-            When it was requested and done, in seconds of any one clock.
-        alone : bool
-            Whether no other load was in flight meanwhile.
-        """
         if size <= 0 or ended <= began:
             return
         if self._last_completed is None:

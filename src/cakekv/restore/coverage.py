@@ -30,7 +30,7 @@ class Coverage:
     prompt_tokens, chunk_tokens : int
         Lengths; the last chunk may be shorter.
     stored : sequence of sequences of int
-        Per chunk, from the first, the sources that hold it. The chunk with the last token counts as not stored: it is
+        Per chunk, from the first, the tiers that hold it. The chunk with the last token counts as not stored: it is
         always computed, since its logits are needed.
     window : int or None
         Widest sliding window of the model, in tokens.
@@ -40,11 +40,13 @@ class Coverage:
     state : list of State
         Per chunk.
     holders : list of tuple of int
-        Per chunk, the sources that can deliver it.
+        Per chunk, the tiers that can deliver it.
     uncovered : list of int
         Chunks that are missing, stored or loading, ascending.
     front : int
         First chunk that is neither covered nor being computed.
+    suffix : int
+        First chunk behind the last one that was stored; 0 if none was.
     late : set of int
         Chunks of which a load was given up as late.
     """
@@ -57,10 +59,11 @@ class Coverage:
         self.chunks = -(-prompt_tokens // chunk_tokens)
         loadable = min(len(stored), (prompt_tokens - 1) // chunk_tokens)
         self.holders = [tuple(stored[chunk]) if chunk < loadable else () for chunk in range(self.chunks)]
-        self._sources = len({source for held in self.holders for source in held})
+        self._tiers = len({tier for held in self.holders for tier in held})
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
         self.uncovered = list(range(self.chunks))
         self.front = 0
+        self.suffix = max((chunk + 1 for chunk, held in enumerate(self.holders) if held), default=0)
         self.late: set[int] = set()
         self._window = window
         self._unwindowed: set[int] = set()
@@ -83,30 +86,30 @@ class Coverage:
         return runs
 
     def holes(self) -> list[tuple[int, int]]:
-        """(start, tokens) of every chunk that no source could deliver, or none in time."""
+        """(start, tokens) of every chunk that no tier could deliver, or none in time."""
         return [
             (self.start_of(chunk), self.start_of(chunk + 1) - self.start_of(chunk))
             for chunk, held in enumerate(self.holders)
             if not held or (chunk in self.late and self.state[chunk] is State.COMPUTED)
         ]
 
-    def sources_left(self) -> set[int]:
-        """The sources that can deliver chunks which are not covered."""
+    def tiers_left(self) -> set[int]:
+        """The tiers that can deliver chunks which are not covered."""
         found: set[int] = set()
         for chunk in self.uncovered:
-            if len(found) == self._sources:
+            if len(found) == self._tiers:
                 break
             found.update(self.holders[chunk])
         return found
 
-    def claim(self, first: int, end: int) -> None:
+    def computing(self, first: int, end: int) -> None:
         """Compute takes these chunks."""
         for chunk in range(first, end):
             assert self.state[chunk] <= State.LOADING
             self.state[chunk] = State.COMPUTING
         self._remove(first, end)
 
-    def compute(self, first: int, end: int) -> None:
+    def computed(self, first: int, end: int) -> None:
         """Compute has covered these chunks."""
         for chunk in range(first, end):
             assert self.state[chunk] is State.COMPUTING
@@ -119,13 +122,18 @@ class Coverage:
             assert self.state[chunk] is State.COMPUTING
             self.give_back(chunk)
 
-    def place(self, chunk: int) -> None:
+    def loading(self, chunk: int) -> None:
+        """A tier is asked for the chunk."""
+        assert self.state[chunk] is State.STORED
+        self.state[chunk] = State.LOADING
+
+    def placing(self, chunk: int) -> None:
         """A verified chunk is about to be put into the cache: nobody else may take it."""
         assert self.state[chunk] is State.LOADING
         self.state[chunk] = State.PLACING
         self._remove(chunk, chunk + 1)
 
-    def load(self, chunk: int, windowed: bool) -> None:
+    def loaded(self, chunk: int, windowed: bool) -> None:
         """A chunk is in the cache."""
         assert self.state[chunk] is State.PLACING
         self.state[chunk] = State.LOADED
@@ -133,18 +141,18 @@ class Coverage:
             self._unwindowed.add(chunk)
         self._advance()
 
-    def drop_holder(self, chunk: int, source: int) -> None:
-        """The source cannot deliver the chunk that it was loading."""
-        self.holders[chunk] = tuple(holder for holder in self.holders[chunk] if holder != source)
+    def drop_holder(self, chunk: int, tier: int) -> None:
+        """The tier cannot deliver the chunk that it was loading."""
+        self.holders[chunk] = tuple(holder for holder in self.holders[chunk] if holder != tier)
         self.give_back(chunk)
 
-    def drop_source(self, source: int) -> list[int]:
-        """The source delivers no chunk any more. Returns those that it was still to deliver."""
+    def drop_tier(self, tier: int) -> list[int]:
+        """The tier delivers no chunk any more. Returns those that it was still to deliver."""
         dropped = [
-            chunk for chunk in self.uncovered if self.state[chunk] is State.STORED and source in self.holders[chunk]
+            chunk for chunk in self.uncovered if self.state[chunk] is State.STORED and tier in self.holders[chunk]
         ]
         for chunk in dropped:
-            self.drop_holder(chunk, source)
+            self.drop_holder(chunk, tier)
         return dropped
 
     def give_back(self, chunk: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
-from cakekv.restore.coverage import Coverage, State
-from cakekv.restore.flights import Source
+from cakekv.restore.coverage import State
+from cakekv.restore.situation import Situation
 
 
 class PlannedRun(NamedTuple):
@@ -28,26 +27,35 @@ class PlannedRun(NamedTuple):
         return f"{self.start:>9,} - {self.start + self.tokens:>9,}  {verb:<16} {time}{reason}"
 
 
-def planned_runs(
-    coverage: Coverage, plan: Mapping[int, int], sources: tuple[Source, ...], compute: ComputeCost, chunk_bytes: int
-) -> list[PlannedRun]:
-    """What a plan does with the chunks that are not covered yet, in runs."""
+def planned_runs(situation: Situation, assigned: Mapping[int, int], chunk_bytes: int) -> list[PlannedRun]:
+    """What happens to the chunks that are not covered yet, in runs.
+
+    Parameters
+    ----------
+    situation : Situation
+        The restore's.
+    assigned : mapping of int to int
+        Chunk to tier, for the chunks to load.
+    chunk_bytes : int
+        Bytes to read for a chunk.
+    """
+    coverage, tiers, compute = situation.coverage, situation.tiers, situation.compute
     groups: list[tuple[int, int, int, bool]] = []
     for chunk in coverage.uncovered:
-        source = plan.get(chunk, -1)
+        tier = assigned.get(chunk, -1)
         missing = coverage.state[chunk] is State.MISSING
-        if groups and groups[-1][1] == chunk and groups[-1][2:] == (source, missing):
-            groups[-1] = (groups[-1][0], chunk + 1, source, missing)
+        if groups and groups[-1][1] == chunk and groups[-1][2:] == (tier, missing):
+            groups[-1] = (groups[-1][0], chunk + 1, tier, missing)
         else:
-            groups.append((chunk, chunk + 1, source, missing))
+            groups.append((chunk, chunk + 1, tier, missing))
     runs = []
-    for first, end, source, missing in groups:
+    for first, end, tier, missing in groups:
         start = coverage.start_of(first)
         tokens = coverage.start_of(end) - start
-        if source < 0:
+        if tier < 0:
             why = "not stored" if missing else "sooner than loading it"
             runs.append(PlannedRun(start, tokens, "compute", why, compute.seconds(start, tokens)))
         else:
-            seconds = sources[source].cost.seconds((end - first) * chunk_bytes)
-            runs.append(PlannedRun(start, tokens, sources[source].name, "", seconds))
+            seconds = tiers[tier].cost.seconds((end - first) * chunk_bytes)
+            runs.append(PlannedRun(start, tokens, tiers[tier].name, "", seconds))
     return runs

@@ -1,4 +1,4 @@
-"""Loads in flight: how many each source has, when they should end, and which have been waited for long enough."""
+"""Loads in flight: how many each tier has, when they should end, and which have been waited for long enough."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cakekv.restore.costs import LoadCost
+from cakekv.restore.costs import LoadModel
+
+_PATIENCE_S = 30.0
+"""How long a load of a tier of unknown speed is waited for where there is no deadline."""
 
 
-class Source(NamedTuple):
+class Tier(NamedTuple):
     """A tier to load from."""
 
     name: str
-    cost: LoadCost
+    cost: LoadModel
     depth: int
     """Loads to keep in flight, at the most."""
 
@@ -30,25 +33,25 @@ class Load:
     chunk: int
     start: int
     tokens: int
-    source: int
+    tier: int
     windowed: bool
     """Whether layers with a sliding window need their part, too."""
     size: int
     """Bytes to read."""
     began: float
-    """When it was handed out; of one that had to queue, once that is known, when its source began with it."""
+    """When it was handed out; of one that had to queue, once that is known, when its tier began with it."""
     group: int | None = None
-    """Load only this group of layers (see `layered`); None: all that are needed."""
+    """Load only this group of layers (see `layered_finish`); None: all that are needed."""
     parts: int | None = None
     """Read only so many parts of it (see `level_choice`); None: as many as the codec says."""
     queued: bool = False
-    """Whether the source has not begun with it yet."""
+    """Whether the tier has not begun with it yet."""
     cancelled: bool = False
     late: bool = False
     moved: bool = False
-    """Whether it was cancelled because another source is asked for the chunk."""
+    """Whether it was cancelled because another tier is asked for the chunk."""
     alone: bool = True
-    """Whether the source had no other load in flight so far."""
+    """Whether the tier had no other load in flight so far."""
 
     @property
     def why_cancelled(self) -> str:
@@ -61,15 +64,14 @@ class Flights:
 
     Parameters
     ----------
-    sources : sequence of Source
+    tiers : sequence of Tier
         The tiers.
-    patience_s, deadline_s : float
-        As in `Restore`.
+    deadline_s : float
+        As in `PlannerOptions`.
     """
 
-    def __init__(self, sources: Sequence[Source], patience_s: float, deadline_s: float = math.inf) -> None:
-        self._sources = sources
-        self._patience_s = patience_s
+    def __init__(self, tiers: Sequence[Tier], deadline_s: float = math.inf) -> None:
+        self._tiers = tiers
         self._deadline_s = deadline_s
         self.any_begun = False
         """Whether any load was ever handed out."""
@@ -77,48 +79,48 @@ class Flights:
         """Loads that were neither answered nor cancelled, by chunk and group."""
         self._flying: dict[Load, None] = {}
         """Loads that were not answered yet, cancelled ones included."""
-        self._outstanding = [0] * len(sources)
-        """How many of them each source has."""
-        self._stuck = [0] * len(sources)
+        self._outstanding = [0] * len(tiers)
+        """How many of them each tier has."""
+        self._stuck = [0] * len(tiers)
         """How many of them are late."""
 
-    def has_room(self, source: int, size: int, ahead: int = 0) -> bool:
-        """Whether the source should be given another load, of about `size` bytes, if `ahead` may queue."""
-        outstanding, depth = self._outstanding[source], self._sources[source].depth
-        useful = self._sources[source].useful_depth(size)
-        return outstanding < depth + ahead and outstanding - self._stuck[source] < useful + ahead
+    def has_room(self, tier: int, size: int, ahead: int = 0) -> bool:
+        """Whether the tier should be given another load, of about `size` bytes, if `ahead` may queue."""
+        outstanding, depth = self._outstanding[tier], self._tiers[tier].depth
+        useful = self._tiers[tier].useful_depth(size)
+        return outstanding < depth + ahead and outstanding - self._stuck[tier] < useful + ahead
 
-    def stalled(self, source: int) -> bool:
-        """Whether the source hangs: all of its workers do, in loads that are late, or nothing came since one began."""
-        began = [load.began for load in self._flying if load.late and load.source == source]
-        last = self._sources[source].cost.last_completed
-        return len(began) >= self._sources[source].depth or (bool(began) and (last is None or last <= min(began)))
+    def stalled(self, tier: int) -> bool:
+        """Whether the tier hangs: all of its workers do, in loads that are late, or nothing came since one began."""
+        began = [load.began for load in self._flying if load.late and load.tier == tier]
+        last = self._tiers[tier].cost.last_completed
+        return len(began) >= self._tiers[tier].depth or (bool(began) and (last is None or last <= min(began)))
 
     def begin(self, load: Load, may_queue: bool = False) -> None:
-        """A load was handed out; if it may, it queues while the source is at as many as keep it busy."""
+        """A load was handed out; if it may, it queues while the tier is at as many as keep it busy."""
         self.any_begun = True
-        useful = self._sources[load.source].useful_depth(load.size)
-        load.queued = may_queue and len(self._read_now(load.source)) - self._stuck[load.source] >= useful
+        useful = self._tiers[load.tier].useful_depth(load.size)
+        load.queued = may_queue and len(self._read_now(load.tier)) - self._stuck[load.tier] >= useful
         if not load.queued:
             self.started(load)
         self._wanted[load.chunk, load.group] = load
         self._flying[load] = None
-        self._outstanding[load.source] += 1
+        self._outstanding[load.tier] += 1
 
     def started(self, load: Load) -> None:
-        """The source begins with the load."""
+        """The tier begins with the load."""
         load.queued = False
-        others = [other for other in self._read_now(load.source) if other is not load]
+        others = [other for other in self._read_now(load.tier) if other is not load]
         load.alone = not others
         for other in others:
             other.alone = False
 
-    def _read_now(self, source: int) -> list[Load]:
-        return [load for load in self._flying if load.source == source and not load.queued]
+    def _read_now(self, tier: int) -> list[Load]:
+        return [load for load in self._flying if load.tier == tier and not load.queued]
 
-    def wanted(self, source: int) -> list[Load]:
-        """The loads of the source that were neither answered nor cancelled."""
-        return [load for load in self._wanted.values() if load.source == source]
+    def wanted(self, tier: int) -> list[Load]:
+        """The loads of the tier that were neither answered nor cancelled."""
+        return [load for load in self._wanted.values() if load.tier == tier]
 
     def of_chunk(self, chunk: int, group: int | None = None) -> Load | None:
         """The load of the chunk, or of a group of its layers, that is in flight and wanted."""
@@ -135,12 +137,12 @@ class Flights:
             self.cancel(load)
 
     def answered(self, load: Load, size: int, now: float) -> bool:
-        """The source is through with the load, after `size` bytes. Returns whether its speed was unknown before."""
+        """The tier is through with the load, after `size` bytes. Returns whether its speed was unknown before."""
         self._flying.pop(load, None)
-        self._outstanding[load.source] -= 1
+        self._outstanding[load.tier] -= 1
         if load.late:
-            self._stuck[load.source] -= 1
-        cost = self._sources[load.source].cost
+            self._stuck[load.tier] -= 1
+        cost = self._tiers[load.tier].cost
         news = not cost.known
         cost.observe(size, load.began, now, load.alone and not load.cancelled)
         return news
@@ -152,71 +154,71 @@ class Flights:
     def give_up_late(self, now: float) -> list[Load]:
         """Cancel the loads that have been waited for long enough, and return those that were still wanted.
 
-        Others, which nobody waits for, keep their source from what is wanted; so they are counted as late as well.
+        Others, which nobody waits for, keep their tier from what is wanted; so they are counted as late as well.
         """
         late = [load for load in self._flying if not load.late and now >= self._deadline(load)]
         wanted = [load for load in late if self._wanted.get((load.chunk, load.group)) is load]
         for load in late:
             load.late = True
-            self._stuck[load.source] += 1
+            self._stuck[load.tier] += 1
         for load in wanted:
             self.cancel(load)
         return wanted
 
-    def give_up(self, source: int) -> list[Load]:
-        """Cancel the loads of a source that does not answer, and return those that were still wanted."""
-        wanted = self.wanted(source)
+    def give_up(self, tier: int) -> list[Load]:
+        """Cancel the loads of a tier that does not answer, and return those that were still wanted."""
+        wanted = self.wanted(tier)
         for load in self._flying:
-            if load.source == source and not load.late:
+            if load.tier == tier and not load.late:
                 load.late = True
-                self._stuck[source] += 1
+                self._stuck[tier] += 1
         for load in wanted:
             self.cancel(load)
         return wanted
 
     def nothing_since(self, load: Load) -> bool:
-        """Whether its source has delivered nothing since the load began."""
-        last = self._sources[load.source].cost.last_completed
+        """Whether its tier has delivered nothing since the load began."""
+        last = self._tiers[load.tier].cost.last_completed
         return last is None or last <= load.began
 
     def next_look(self, now: float) -> float:
         """When a wait should be thought over: a while after the next load should have ended, or must have."""
         looks = [now + 1.0]
         for load in self._wanted.values():
-            looks += [self._deadline(load), now + max(0.02, self._sources[load.source].cost.duration(load.size))]
+            looks += [self._deadline(load), now + max(0.02, self._tiers[load.tier].cost.duration(load.size))]
         return max(min(looks), now + 1e-3)
 
-    def busy_seconds(self, source: int, size: int, unknown_s: float, now: float) -> float:
-        """Seconds that `size` more bytes keep the source busy; `unknown_s` if nothing is known of it.
+    def busy_seconds(self, tier: int, size: int, unknown_s: float, now: float) -> float:
+        """Seconds that `size` more bytes keep the tier busy; `unknown_s` if nothing is known of it.
 
-        Grows while the source has loads in flight and delivers nothing.
+        Grows while the tier has loads in flight and delivers nothing.
         """
-        cost = self._sources[source].cost
-        expected = self._usual_seconds(source, size, unknown_s)
-        waiting = self.wanted(source)
+        cost = self._tiers[tier].cost
+        expected = self._usual_seconds(tier, size, unknown_s)
+        waiting = self.wanted(tier)
         if not waiting:
             return expected
         since = min(load.began for load in waiting)
         silent_s = now - max(since, cost.last_completed or since)
         longest = max(load.size for load in waiting)
-        usual_s = self._usual_seconds(source, longest, unknown_s)
+        usual_s = self._usual_seconds(tier, longest, unknown_s)
         overdue_s = silent_s - max(usual_s, cost.duration(longest))
         return expected * max(1.0, overdue_s / usual_s) if usual_s else max(0.0, overdue_s)
 
-    def _usual_seconds(self, source: int, size: int, unknown_s: float) -> float:
-        cost = self._sources[source].cost
+    def _usual_seconds(self, tier: int, size: int, unknown_s: float) -> float:
+        cost = self._tiers[tier].cost
         return cost.seconds(size) if cost.known else unknown_s
 
     def remaining_seconds(self, unknown_s: float, now: float) -> tuple[dict[int, float], dict[int, float]]:
-        """For each chunk in flight, the seconds it keeps its source busy, and the seconds until it is in place.
+        """For each chunk in flight, the seconds it keeps its tier busy, and the seconds until it is in place.
 
-        The loads in flight of a source share its bandwidth evenly: one that began with others ends with them. Those
+        The loads in flight of a tier share its bandwidth evenly: one that began with others ends with them. Those
         that queue follow one after the other.
         """
         remaining: dict[int, float] = {}
         ends_s: dict[int, float] = {}
-        for index in range(len(self._sources)):
-            waiting = [load for load in self._wanted.values() if load.source == index]
+        for index in range(len(self._tiers)):
+            waiting = [load for load in self._wanted.values() if load.tier == index]
             loads = sorted((load for load in waiting if not load.queued), key=_age)
             alone = []
             for load in loads:
@@ -240,12 +242,13 @@ class Flights:
         return remaining, ends_s
 
     def _deadline(self, load: Load) -> float:
-        cost = self._sources[load.source].cost
+        cost = self._tiers[load.tier].cost
         since = load.began
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
-        usual_s = max(2.0, 10.0 * cost.duration(load.size)) if cost.known else self._patience_s
-        return since + min(usual_s, self._deadline_s)
+        if cost.known:
+            return since + min(max(2.0, 10.0 * cost.duration(load.size)), self._deadline_s)
+        return since + (_PATIENCE_S if self._deadline_s == math.inf else self._deadline_s)
 
 
 def _age(load: Load) -> float:

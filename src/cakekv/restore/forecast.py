@@ -1,16 +1,18 @@
-"""When a restore would end under a given plan, as far as is known now; and small changes that make it end sooner.
+"""The forecast: when a restore would end under a given assignment, and small changes that make it end sooner.
 
-The plan of `cakekv.restore.plan` reasons with one figure per chunk. What it cannot see exactly decides short prompts
-and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a tier, so that
-the first of them take as long as all of them. Here the two arms are played to the end instead.
+The assignment of loads (`cakekv.restore.assignment`) reasons with one figure per chunk. What it cannot see decides
+short prompts and prompts with many holes: a span costs a fixed time however short it is, and loads in flight share a
+tier, so that the first of them take as long as all of them. Here both arms are played to the end instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
-from cakekv.restore.plan import Candidate
+from cakekv.restore.assignment import Candidate
+from cakekv.restore.situation import Moment
 
 _COMPUTE = -1
 _STRIDES = (1, 2, 4, 8)
@@ -18,29 +20,34 @@ _BETTER = 0.998
 """A change must make the restore shorter by this factor, so that noise alone changes no plan."""
 
 
+class Pace(NamedTuple):
+    """How a tier delivers chunks."""
+
+    chunk_s: float
+    """Seconds that a chunk keeps it busy."""
+    depth: int
+    """Loads in flight; they share it evenly."""
+    shared: bool
+    """Whether a load due later waits for those in flight (see `LoadModel.is_shared`)."""
+
+
 class Forecast:
-    """Plays plans for what is not covered yet.
+    """Plays both arms to the end of what is not covered yet.
 
     Parameters
     ----------
     candidates : sequence of Candidate
-        As for `cakekv.restore.plan.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
+        As for `cakekv.restore.assignment.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
     fixed_s : float
         Seconds that a span costs besides its chunks.
     max_span_chunks : int
         Chunks in the longest span.
-    each_s : sequence of float
-        Per source, the seconds that a chunk keeps it busy.
-    depths : sequence of int
-        Per source, loads in flight; they share it evenly.
-    shared : sequence of bool
-        Per source, whether a load due later waits for those in flight (see `LoadCost.is_shared`).
+    paces : sequence of Pace
+        Per tier, how it delivers.
     in_flight : mapping of int to (int, float)
-        For each chunk in flight, its source and the seconds that the rest of it keeps the source busy.
-    busy_s : float
-        Seconds until compute is done with what it is doing now.
-    finish_s : float
-        Seconds that loads before the suffix may go on while the suffix is computed.
+        For each chunk in flight, its tier and the seconds that the rest of it keeps the tier busy.
+    moment : Moment
+        When it begins.
     """
 
     def __init__(
@@ -48,35 +55,31 @@ class Forecast:
         candidates: Sequence[Candidate],
         fixed_s: float,
         max_span_chunks: int,
-        each_s: Sequence[float],
-        depths: Sequence[int],
-        shared: Sequence[bool],
+        paces: Sequence[Pace],
         in_flight: Mapping[int, tuple[int, float]],
-        busy_s: float,
-        finish_s: float,
+        moment: Moment,
     ) -> None:
         self._chunks = [candidate[0] for candidate in candidates]
         self._costs = [candidate[1] for candidate in candidates]
         self._holders = [tuple(candidate[2]) for candidate in candidates]
         self._fixed_s = fixed_s
         self._longest = max_span_chunks
-        self._each_s = each_s
-        self._depths = depths
-        self._shared = shared
-        self._busy_s = busy_s
-        self._finish_s = finish_s
+        self._paces = paces
+        self._each_s = [pace.chunk_s for pace in paces]
+        self._busy_s = moment.busy_s
+        self._finish_s = moment.finish_s
         stored = [index for index, holders in enumerate(self._holders) if holders]
         self._suffix = stored[-1] + 1 if stored else 0
         self._flying = {index: in_flight[chunk] for index, chunk in enumerate(self._chunks) if chunk in in_flight}
 
-    def labels(self, plan: Mapping[int, int]) -> list[int]:
-        """A plan as a list: per candidate its source, or -1 to compute it."""
+    def labels(self, assigned: Mapping[int, int]) -> list[int]:
+        """An assignment (chunk to tier) as a list: per candidate its tier, or -1 to compute it."""
         return [
-            plan.get(chunk, _COMPUTE) if holders else _COMPUTE
+            assigned.get(chunk, _COMPUTE) if holders else _COMPUTE
             for chunk, holders in zip(self._chunks, self._holders, strict=True)
         ]
 
-    def plan(self, labels: Sequence[int]) -> dict[int, int]:
+    def assigned(self, labels: Sequence[int]) -> dict[int, int]:
         """The inverse of `labels`."""
         return {chunk: label for chunk, label in zip(self._chunks, labels, strict=True) if label != _COMPUTE}
 
@@ -100,7 +103,7 @@ class Forecast:
         return max(now, begins) - (-run // longest) * fixed_s + run_s
 
     def _order(self, labels: Sequence[int]) -> list[list[int]]:
-        """The loads before each deadline, nearest deadline first, back to front (as `order_loads`)."""
+        """The loads before each deadline, nearest deadline first, back to front (as `Plan.ordered`)."""
         groups: list[list[int]] = []
         begins = 0
         for index, label in enumerate(labels):
@@ -117,15 +120,15 @@ class Forecast:
         flying: list[list[tuple[float, int, int]]] = [[] for _ in self._each_s]
         for group, indices in enumerate(self._order(labels)):
             for index in indices:
-                source = labels[index]
-                if index in self._flying and self._flying[index][0] == source:
-                    flying[source].append((self._flying[index][1], group, index))
+                tier = labels[index]
+                if index in self._flying and self._flying[index][0] == tier:
+                    flying[tier].append((self._flying[index][1], group, index))
                 else:
-                    queues[source].append((group, index))
-        for source, queue in enumerate(queues):
-            flows = flying[source]
+                    queues[tier].append((group, index))
+        for tier, queue in enumerate(queues):
+            flows = flying[tier]
             heapify(flows)
-            each_s, depth, shared = self._each_s[source], self._depths[source], self._shared[source]
+            each_s, depth, shared = self._paces[tier]
             taken, now, served = 0, 0.0, 0.0
             while flows or taken < len(queue):
                 while len(flows) < depth and taken < len(queue):
@@ -142,18 +145,18 @@ class Forecast:
         return done
 
     def balanced(self, labels: Sequence[int]) -> list[int]:
-        """The same loads, each given to the source that is through with it first."""
+        """The same loads, each given to the tier that is through with it first."""
         busy_s = [0.0] * len(self._each_s)
         result = list(labels)
         for indices in self._order(labels):
             for index in indices:
                 if index in self._flying:
-                    source, left_s = self._flying[index]
-                    busy_s[source] += left_s
+                    tier, left_s = self._flying[index]
+                    busy_s[tier] += left_s
                 else:
-                    source = min(self._holders[index], key=lambda holder: busy_s[holder] + self._each_s[holder])
-                    busy_s[source] += self._each_s[source]
-                result[index] = source
+                    tier = min(self._holders[index], key=lambda holder: busy_s[holder] + self._each_s[holder])
+                    busy_s[tier] += self._each_s[tier]
+                result[index] = tier
         return result
 
     def best(self, starts: Sequence[list[int]], tries: int) -> list[int]:
@@ -210,16 +213,16 @@ class Forecast:
         return changed
 
     def _moved(self, labels: Sequence[int]) -> Iterator[list[int]]:
-        """Give one load to another source."""
+        """Give one load to another tier."""
         for index, label in enumerate(labels):
-            for source in self._holders[index]:
-                if label not in (_COMPUTE, source):
+            for tier in self._holders[index]:
+                if label not in (_COMPUTE, tier):
                     changed = list(labels)
-                    changed[index] = source
+                    changed[index] = tier
                     yield changed
 
     def _least_busy(self, labels: Sequence[int], index: int) -> int:
-        def busy_s(source: int) -> float:
-            return (labels.count(source) + 1) * self._each_s[source]
+        def busy_s(tier: int) -> float:
+            return (labels.count(tier) + 1) * self._each_s[tier]
 
         return min(self._holders[index], key=busy_s)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cakekv.restore.costs import ComputeCost
-from cakekv.restore.coverage import Coverage
-from cakekv.restore.flights import Flights
+from cakekv.restore.situation import Situation
 
 
 class Span(NamedTuple):
@@ -23,8 +21,10 @@ class Front:
 
     Parameters
     ----------
-    coverage, flights, compute, covered_tokens
+    situation : Situation
         The restore's.
+    covered_tokens : int
+        Positions at the front that are in the cache already.
 
     Attributes
     ----------
@@ -34,15 +34,15 @@ class Front:
         How far compute has come in the chunk at the front.
     """
 
-    def __init__(self, coverage: Coverage, flights: Flights, compute: ComputeCost, covered_tokens: int) -> None:
-        self._coverage = coverage
-        self._flights = flights
-        self._compute = compute
+    def __init__(self, situation: Situation, covered_tokens: int) -> None:
+        self._coverage = coverage = situation.coverage
+        self._flights = situation.flights
+        self._compute = situation.compute
         self.span: Span | None = None
         self._began = 0.0
         covered_chunks, self.inside = divmod(covered_tokens, coverage.chunk_tokens)
-        coverage.claim(0, covered_chunks + (self.inside > 0))
-        coverage.compute(0, covered_chunks)
+        coverage.computing(0, covered_chunks + (self.inside > 0))
+        coverage.computed(0, covered_chunks)
 
     @property
     def position(self) -> int:
@@ -57,7 +57,7 @@ class Front:
             load = self._flights.of_chunk(chunk)
             if load is not None:
                 self._flights.cancel(load)
-        self._coverage.claim(first, first + count)
+        self._coverage.computing(first, first + count)
 
     def begin(self, span: Span, now: float) -> Span:
         """The span, whose chunks were claimed, is being computed from now on."""
@@ -74,7 +74,7 @@ class Front:
         """The span is in the cache. Returns when it began."""
         began = self._end(span)
         first, end = self._chunks_of(span)
-        self._coverage.compute(first, end)
+        self._coverage.computed(first, end)
         self.inside = span.start + span.tokens - self._coverage.start_of(end)
         return began
 

@@ -2,18 +2,25 @@
 
 A codec may store chunks in parts, each of use without those behind it (`Codec.parts`): reading more of them costs more
 bytes and gives keys and values that are nearer to the exact ones. CacheGen (arXiv 2310.07240) chooses such a
-level per chunk from the bandwidth as it is; here the end that is foreseen is that of both arms together.
+level per chunk from the bandwidth as it is; here the choice follows from when both arms together should end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-from cakekv.restore.layered import LayerGroups
+from typing import NamedTuple, Self
 
 RESERVE = 0.1
-"""The part of a target that is kept in hand, since what is foreseen is not what happens."""
+"""Share of a target that is kept in hand, since no forecast is exact."""
+
+
+class LayerGroups(NamedTuple):
+    """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
+
+    bytes: tuple[int, ...]
+    """With the windowed layers."""
+    unwindowed_bytes: tuple[int, ...]
+    """Without them; 0 for a group that consists of them."""
 
 
 class Level(NamedTuple):
@@ -23,14 +30,21 @@ class Level(NamedTuple):
     ----------
     parts : int or None
         How many parts of a chunk are read; None: as many as the codec says.
-    chunk_bytes, unwindowed_chunk_bytes, groups
-        As in `Restore`.
+    chunk_bytes, unwindowed_chunk_bytes : int
+        Bytes to read for a chunk, and for its part of the layers without a sliding window.
+    groups : LayerGroups or None
+        How a chunk is cut for a layered finish (see `layered_finish`); None: the suffix waits for whole chunks.
     """
 
     parts: int | None
     chunk_bytes: int
     unwindowed_chunk_bytes: int
     groups: LayerGroups | None = None
+
+    @classmethod
+    def whole(cls, chunk_bytes: int, groups: LayerGroups | None = None) -> Self:
+        """Of a chunk all that is stored; no layer has a sliding window."""
+        return cls(None, chunk_bytes, chunk_bytes, groups)
 
 
 def best_level(levels: int, ends_s: Callable[[int], float], left_s: float) -> int:

@@ -1,195 +1,55 @@
-"""The plan: which of the uncovered chunks to load, given what both arms cost. The rest is computed.
-
-Compute walks the uncovered chunks in order of position. A chunk that nobody stored (a hole, and the suffix) can only
-be computed once everything before it is covered; it is a *deadline* for every load before it. Loading a chunk saves
-its compute time, and late chunks save most (attention grows with position, bytes do not). So the plan takes the chunks
-from the back and gives each to the source with the most time to spare before the deadlines that follow the chunk,
-as long as the load ends before compute would get there. What is left below is computed meanwhile: both arms end
-together. With one source and no hole this is Cake's meeting point (arXiv 2410.03065, section 3), known in advance.
-"""
+"""The plan: which chunks to load, from where, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-Candidate = tuple[int, float, Mapping[int, float]]
-"""An uncovered chunk: its index, the seconds to compute it, and per source that could deliver it the seconds that its
-load keeps that source busy; no source for a hole. If it is in flight, its source comes first."""
+from cakekv.restore.assignment import Candidate
 
 
-def assign_loads(
-    candidates: Sequence[Candidate],
-    sources: int,
-    compute_busy_s: float = 0.0,
-    finish_s: float = 0.0,
-    ends_s: Mapping[int, float] = MappingProxyType({}),
-    lag_s: Sequence[float] = (),
-) -> dict[int, int]:
-    """Choose the chunks to load.
+class Plan(NamedTuple):
+    """Which chunks to load; all others are to be computed."""
 
-    Parameters
-    ----------
-    candidates : sequence of Candidate
-        All uncovered chunks, by ascending position. The last one is a hole (the suffix is never stored).
-    sources : int
-        How many sources there are.
-    compute_busy_s : float
-        Seconds until compute is done with what it is doing now.
-    finish_s : float
-        Seconds that loads before the suffix may go on while the suffix is computed (see `layered`).
-    ends_s : mapping of int to float
-        For each chunk in flight, the seconds until it should be in place.
-    lag_s : sequence of float
-        Per source, the seconds by which loads of chunks due later, in flight beside it, may delay a chunk.
-
-    Returns
-    -------
-    dict
-        Chunk to source, for the chunks to load.
-    """
-    before_s = compute_busy_s + sum(candidate[1] for candidate in candidates)
-    saved_s = 0.0
-    lags = lag_s or [0.0] * sources
-    open_s = float("inf")
-    """`saved_s` and the least time before any deadline behind the current chunk."""
-    spare_s = [open_s] * sources
-    """The same per source, less the loads chosen for it."""
-    chosen: dict[int, int] = {}
-    suffix_passed = False
-    for chunk, compute_s, load_s in reversed(candidates):
-        before_s -= compute_s
-        if not load_s:
-            # Loads of chunks behind this hole can wait; only those before it are due when compute gets here.
-            due_s = before_s + saved_s + (0.0 if suffix_passed else finish_s)
-            open_s = min(open_s, due_s)
-            for source in range(sources):
-                spare_s[source] = min(spare_s[source], due_s - lags[source] if suffix_passed else due_s)
-            continue
-        suffix_passed = True
-        options = iter(load_s.items())
-        if ends_s and ends_s.get(chunk, 0.0) > open_s - saved_s:
-            next(options)  # the load in flight comes too late
-        best, most = -1, saved_s
-        for source, seconds in options:
-            left = spare_s[source] - seconds
-            if left > most:
-                best, most = source, left
-        if best >= 0:
-            chosen[chunk] = best
-            spare_s[best] = most
-            saved_s += compute_s
-    return chosen
-
-
-def charge_spans(candidates: list[Candidate], fixed_s: float) -> list[Candidate]:
-    """Charge every run of holes with the fixed cost of the span it takes, and close gaps that are not worth two spans.
-
-    Parameters
-    ----------
-    candidates : list of (chunk, compute_s, load_s)
-        As for `assign_loads`.
-    fixed_s : float
-        Seconds that a span costs besides its chunks.
-
-    Returns
-    -------
-    list of Candidate
-        Stored chunks between two holes count as holes if computing them takes less than a span's fixed cost: the
-        holes are computed in one span with them.
-    """
-    charged: list[Candidate] = []
-    gap: list[Candidate] = []
-    gap_s = 0.0
-    after_hole = -1
-    for candidate in candidates:
-        chunk, compute_s, load_s = candidate
-        if load_s:
-            gap.append(candidate)
-            gap_s += compute_s
-            continue
-        whole = after_hole >= 0 and chunk - after_hole - 1 == len(gap)  # else some chunk between is loaded already
-        if whole and gap_s <= fixed_s:
-            charged += [(between, between_s, {}) for between, between_s, _ in gap]
-        else:
-            charged += gap
-            compute_s += fixed_s
-        charged.append((chunk, compute_s, load_s))
-        gap, gap_s, after_hole = [], 0.0, chunk
-    return charged + gap
-
-
-def complete_landing(
-    candidates: Sequence[Candidate],
-    plan: dict[int, int],
-    lag_s: Sequence[float],
-    most: int,
-    span_s: Callable[[int, int], float],
-) -> None:
-    """Load the last chunks before the arms meet, too, if a span of their own would end later than that.
-
-    The plan spreads a span's fixed cost over full spans, which flatters a short one.
-
-    Parameters
-    ----------
-    candidates, lag_s
-        As for `assign_loads`.
-    plan : dict
-        What `assign_loads` chose; chunks are added.
-    most : int
-        Chunks in the longest span: more than that are not worth a look.
-    span_s : callable
-        (first chunk, chunks) to the seconds until a span of them would end.
-    """
-    busy_s = [0.0] * len(lag_s)
-    short: list[tuple[int, int]] = []
-    for chunk, _, load_s in candidates:
-        if not load_s:
-            if plan and max(plan) > chunk:
-                busy_s = [busy + lag for busy, lag in zip(busy_s, lag_s, strict=True)]
-            break
-        source = plan.get(chunk)
-        if source is None:
-            if len(short) == most:
-                return
-            source = min(load_s, key=lambda source: busy_s[source] + load_s[source])
-            short.append((chunk, source))
-        busy_s[source] += load_s[source]
-    if short and max(busy_s) < span_s(short[0][0], len(short)):
-        plan.update(short)
-
-
-class Order(NamedTuple):
-    """In which order to load what was planned."""
-
+    assigned: Mapping[int, int]
+    """Chunk to the tier that is to deliver it."""
     queues: list[list[int]]
-    """The chunks of each source, the one due first at the end."""
+    """The chunks of each tier, the one due first at the end."""
     deadlines: list[int]
     """The chunks to be computed that have a chunk to be loaded directly before them, ascending."""
 
+    @classmethod
+    def ordered(cls, candidates: Sequence[Candidate], assigned: Mapping[int, int], tiers: int) -> Plan:
+        """Nearest deadline first; back to front before each, since compute may take over what is nearest to it.
 
-def order_loads(candidates: Sequence[Candidate], plan: Mapping[int, int], sources: int) -> Order:
-    """Nearest deadline first; back to front before each, since compute may take over what is nearest to it."""
-    queues: list[list[int]] = [[] for _ in range(sources)]
-    group: list[list[int]] = [[] for _ in range(sources)]
-    deadlines: list[int] = []
-    deadline = candidates[-1][0] + 1 if candidates else 0
-    open_group = False
-    for chunk, _, _ in reversed(candidates):
-        source = plan.get(chunk)
-        if source is not None:
-            group[source].append(chunk)
-            if not open_group:
-                open_group = True
-                deadlines.append(deadline)
-            continue
-        deadline = chunk
-        if open_group:
-            open_group = False
-            _close(queues, group)
-    _close(queues, group)
-    return Order(queues, deadlines[::-1])
+        Parameters
+        ----------
+        candidates : sequence of Candidate
+            All uncovered chunks, by ascending position.
+        assigned : mapping of int to int
+            Chunk to tier, for the chunks to load.
+        tiers : int
+            How many tiers there are.
+        """
+        queues: list[list[int]] = [[] for _ in range(tiers)]
+        group: list[list[int]] = [[] for _ in range(tiers)]
+        deadlines: list[int] = []
+        deadline = candidates[-1][0] + 1 if candidates else 0
+        open_group = False
+        for chunk, _, _ in reversed(candidates):
+            tier = assigned.get(chunk)
+            if tier is not None:
+                group[tier].append(chunk)
+                if not open_group:
+                    open_group = True
+                    deadlines.append(deadline)
+                continue
+            deadline = chunk
+            if open_group:
+                open_group = False
+                _close(queues, group)
+        _close(queues, group)
+        return cls(assigned, queues, deadlines[::-1])
 
 
 def _close(queues: Sequence[list[int]], group: Sequence[list[int]]) -> None:

@@ -1,54 +1,38 @@
-"""The heart: decides what one restore computes and loads next. Pure: told events with timestamps, answers decisions.
+"""The heart: decides what one restore computes and loads next.
 
-The driver (an engine with threads, vLLM's scheduler, or a simulator with a virtual clock) asks `next_compute` whenever
-compute is free and `next_load` whenever a source has room, and reports what became of each answer. All calls must be
-serialised by the driver.
-
-A load runs through `next_load` -> `arrived` (may it still be placed?) -> `placed`, or ends in `abandoned` or `failed`.
-A chunk that compute claims while its load is in flight flags that load as `cancelled`; its late arrival is refused.
-A layered span is claimed while chunks before it still arrive: before each layer the driver waits until `layer_ready`,
-and reports `gave_up` instead of `computed` if one of them turns out to be `lost`. A driver that shares out steps of its
-own uses `stepwise`.
+Pure: told events with timestamps, it answers with decisions. How drivers talk to it is in `protocol`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
-from cakekv.restore.costs import ComputeCost
+from cakekv.restore.costs import ComputeModel
 from cakekv.restore.coverage import Coverage, State
-from cakekv.restore.current_plan import CurrentPlan
 from cakekv.restore.explanation import PlannedRun, planned_runs
-from cakekv.restore.finish import Finish
-from cakekv.restore.flights import Flights, Load, Source
+from cakekv.restore.flights import Flights, Load, Tier
 from cakekv.restore.front import Front, Span
-from cakekv.restore.layered import LayerGroups, Piece
+from cakekv.restore.layered_finish import LayeredFinish, Phase, Piece
 from cakekv.restore.level_choice import RESERVE, Level
-from cakekv.restore.record import Recorder
-from cakekv.restore.report import FrontierPoint, RestoreReport
+from cakekv.restore.options import MODES, Mode, PlannerOptions
+from cakekv.restore.protocol import Wait
+from cakekv.restore.report import FrontierPoint, Recorder, RestoreReport
+from cakekv.restore.schedule import Schedule
+from cakekv.restore.situation import Moment, Situation
 
-__all__ = ["MODES", "Mode", "Restore", "Span", "Wait"]
+__all__ = ["MODES", "Mode", "Planner", "PlannerOptions", "Span", "Wait"]
 
-Mode = Literal["auto", "compute", "load", "both"]
-MODES: tuple[Mode, ...] = ("auto", "compute", "load", "both")
-
+_DEFAULT = PlannerOptions()
 _LONGEST_SUFFIX_SPANS = 4
 """A suffix of up to so many full spans is computed in one, if that lets loads go on meanwhile."""
-_MOMENT_S = 0.005
+_LOOK_S = 0.005
+"""While pieces are being placed, compute asks again after so many seconds."""
 _PLANNED_EVERY_S = 0.01
-"""While compute only waits: loads may end in quick succession, and wait for whoever plans."""
+"""While compute only waits, plan no more often: loads end in quick succession, and nothing else goes on meanwhile."""
 
 
-class Wait(NamedTuple):
-    """Nothing to compute before a load ends; ask again after the next event, or at `until` (seconds)."""
-
-    until: float
-
-
-class Restore:
-    """One prompt's way from stored chunks and tokens to a complete KV cache.
+class Planner:
+    """Decides how one prompt gets from tokens and stored chunks to a complete KV cache.
 
     Parameters
     ----------
@@ -57,31 +41,15 @@ class Restore:
     chunk_tokens : int
         Tokens per chunk.
     stored : sequence of sequences of int
-        Per chunk, from the first, the indices of the sources that hold it; chunks past the end of it are not stored.
-    sources : sequence of Source
+        Per chunk, from the first, the indices of the tiers that hold it; chunks past the end of it are not stored.
+    tiers : sequence of Tier
         The tiers.
-    compute : ComputeCost
+    compute : ComputeModel
         What spans cost; learns from this restore.
-    chunk_bytes, unwindowed_chunk_bytes : int
-        Bytes to read for a chunk, and for its part of the layers without a sliding window.
-    coarser : sequence of Level
-        Other ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`).
-    ttft_target_s : float
-        Seconds from `now` until everything should be covered: chunks are read as exactly as that allows.
-    window : int or None
-        Widest sliding window of the model in tokens.
-    groups : LayerGroups or None
-        How a chunk is cut for a layered finish (see `layered`); None: the suffix waits for whole chunks.
-    mode : {"auto", "compute", "load", "both"}
-        "compute" loads nothing, "load" computes only what cannot be loaded, "both" puts both arms to work whether it
-        pays or not (the first stored chunk is computed, the last one requested), "auto" leaves an idle arm idle.
-    max_span_tokens : int
-        Longest span to compute at a time.
-    patience_s : float
-        A load from a source of unknown speed is given up after this long; from a known one after ten times what it
-        should take, but not before two seconds.
-    deadline_s : float
-        No load is waited for longer than that.
+    levels : sequence of Level
+        The ways to read chunks, the coarsest first: of fewer bytes, and less exact (see `level_choice`). One will do.
+    options : PlannerOptions
+        What it may do, and until when.
     covered_tokens : int
         Positions at the front that are in the cache already.
     now : float
@@ -93,84 +61,46 @@ class Restore:
         prompt_tokens: int,
         chunk_tokens: int,
         stored: Sequence[Sequence[int]],
-        sources: Sequence[Source],
-        compute: ComputeCost,
+        tiers: Sequence[Tier],
+        compute: ComputeModel,
+        levels: Sequence[Level],
+        options: PlannerOptions = _DEFAULT,
         *,
-        chunk_bytes: int,
-        unwindowed_chunk_bytes: int | None = None,
-        coarser: Sequence[Level] = (),
-        ttft_target_s: float = math.inf,
-        window: int | None = None,
-        groups: LayerGroups | None = None,
-        mode: Mode = "auto",
-        max_span_tokens: int = 512,
-        patience_s: float = 30.0,
-        deadline_s: float = math.inf,
         covered_tokens: int = 0,
         now: float = 0.0,
     ) -> None:
         if not 0 <= covered_tokens < prompt_tokens:
             raise ValueError(f"at least one token is left to compute: {covered_tokens=}, {prompt_tokens=}")
-        if prompt_tokens < 1 or chunk_tokens < 1 or max_span_tokens < 1:
-            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}, {max_span_tokens=}")
+        if prompt_tokens < 1 or chunk_tokens < 1:
+            raise ValueError(f"lengths must be positive: {prompt_tokens=}, {chunk_tokens=}")
+        if not levels:
+            raise ValueError("there is no way to read a chunk: give at least one level")
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        self.mode = mode
-        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, window)
-        self._sources = tuple(sources)
-        self._compute = compute
-        unwindowed = chunk_bytes if unwindowed_chunk_bytes is None else unwindowed_chunk_bytes
-        levels = [*coarser, Level(None, chunk_bytes, unwindowed, groups)]
-        self._max_span_chunks = max(1, max_span_tokens // chunk_tokens)
-        self._flights = Flights(self._sources, patience_s, deadline_s)
-        self._front = Front(self.coverage, self._flights, compute, covered_tokens)
-        self._plan = CurrentPlan(
-            self.coverage,
-            self._flights,
-            self._sources,
-            compute,
-            levels,
-            self._max_span_chunks,
-            mode,
-            now + ttft_target_s * (1 - RESERVE),
-        )
-        stored_chunks = [chunk for chunk, held in enumerate(self.coverage.holders) if held]
-        self._suffix = stored_chunks[-1] + 1 if stored_chunks else 0
-        """First chunk behind the last stored one."""
-        self._back = self._suffix
+        self.mode = options.mode
+        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window)
+        tiers = tuple(tiers)
+        self._flights = Flights(tiers, options.deadline_s)
+        self._situation = Situation(self.coverage, self._flights, tiers, compute, options)
+        self._max_span_chunks = self._situation.max_span_chunks
+        self._front = Front(self._situation, covered_tokens)
+        self._schedule = Schedule(self._situation, levels, now + options.ttft_target_s * (1 - RESERVE))
+        self._suffix = self._back = self.coverage.suffix
         self.prefix_tokens = self.coverage.start_of(self._suffix)
-        report = RestoreReport(mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
-        self._record = Recorder(report, [source.name for source in self._sources], chunk_bytes / chunk_tokens, now)
+        report = RestoreReport(self.mode, prompt_tokens, chunk_tokens, prefix_tokens=self.prefix_tokens)
+        self._record = Recorder(report, [tier.name for tier in tiers], levels[-1].chunk_bytes / chunk_tokens, now)
         self._record.frontier(now, 0, self.prefix_tokens)
         can_wait = (
-            mode in ("auto", "both")
-            and not self._plan.chooses_level  # of pieces it could not be changed any more
+            self.mode in ("auto", "both")
+            and not self._schedule.chooses_level  # of pieces it could not be changed any more
             and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
         )
-        self._finish = Finish(
-            self.coverage,
-            self._flights,
-            self._sources,
-            compute,
-            self._plan,
-            self._front,
-            self._record,
-            self._suffix,
-            groups if can_wait else None,
-        )
+        groups = levels[-1].groups if can_wait else None
+        self._finish = LayeredFinish(self._situation, self._schedule, self._front, self._record, groups)
 
-    @property
     def report(self) -> RestoreReport:
-        """What has happened so far."""
-        coverage = self.coverage
-        loaded = (chunk for chunk, state in enumerate(coverage.state) if state is State.LOADED)
-        first = next(loaded, None)
-        self._record.report.met_at = None if first is None else coverage.start_of(first)
-        self._record.misses(
-            coverage.holes(),
-            lambda start: "behind the stored prefix" if 0 < self.prefix_tokens <= start else "not stored",
-        )
-        return self._record.report
+        """What has happened so far: always the same object, brought up to date."""
+        return self._record.finish(self.coverage)
 
     @property
     def latest(self) -> FrontierPoint:
@@ -185,9 +115,7 @@ class Restore:
     def explain(self, now: float) -> list[PlannedRun]:
         """What would be done with everything that is not covered yet, as far as is known now."""
         self._replan(now)
-        return planned_runs(
-            self.coverage, self._plan.sources, self._sources, self._compute, self._plan.level.chunk_bytes
-        )
+        return planned_runs(self._situation, self._schedule.plan.assigned, self._schedule.level.chunk_bytes)
 
     # ------------------------------------------------------------------ compute
 
@@ -195,27 +123,27 @@ class Restore:
         """What to compute next: a span (which is claimed), a wait for a load, or None when all is covered."""
         assert self._front.span is None, "the span before was not reported as computed"
         self.check_late(now)
-        if self._finish.layered is not None:
-            if not self._finish.layered.broken:
-                return self._begin_suffix(now)
+        if self._finish.phase is Phase.IN_PIECES:
+            return self._begin_suffix(now)
+        if self._finish.phase is Phase.BROKEN:
             if self.placing:
-                return Wait(now + _MOMENT_S)
+                return Wait(now + _LOOK_S)
             self._finish.disband()
         while not self.done:
             first = self.coverage.front
             count = self._computable(first, now)
             if count == 0:
-                if self._finish.arm(now):
+                if self._finish.begin(now):
                     return self._begin_suffix(now)
                 return Wait(self._flights.next_look(now))
             taken_back = self.coverage.take_back_unwindowed(first)
             if not taken_back:
-                span = self._front.begin_chunks(first, self._plan.span_chunks(count), now)
-                self._finish.arm(now)
+                span = self._front.begin_chunks(first, self._schedule.span_chunks(count), now)
+                self._finish.begin(now)
                 return span
-            size = taken_back * self._plan.level.unwindowed_chunk_bytes
+            size = taken_back * self._schedule.level.unwindowed_chunk_bytes
             self._record.taken_back(taken_back * self.chunk_tokens, size)
-            self._plan.upset()
+            self._schedule.invalidate()
         return None
 
     @property
@@ -226,21 +154,20 @@ class Restore:
     def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
         if span.layered:
-            assert self._finish.layered is None or not self._finish.layered.incomplete
-            self._finish.layered = None
+            self._finish.end()
         began = self._front.covered(span)
-        self._compute.observe(span.start, span.tokens, now - began - waited_s)
-        self._plan.note(span.tokens // self.chunk_tokens + 1)
+        self._situation.compute.observe(span.start, span.tokens, now - began - waited_s)
+        self._schedule.changed_hands(span.tokens // self.chunk_tokens + 1)
         self._record.span(span.start, span.tokens, began, now)
         self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
 
     def _computable(self, first: int, now: float) -> int:
-        """How many chunks from `first` on compute should take, by a plan that holds that far."""
-        count = self._plan.computable(first)
-        waits = count == 0 and now < self._plan.made_at + _PLANNED_EVERY_S
-        if self._plan.stale or (count < 2 * self._max_span_chunks and not waits):
+        """How many chunks from `first` on compute should take, by a plan that is good for so many."""
+        count = self._schedule.computable(first)
+        waits = count == 0 and now < self._schedule.made_at + _PLANNED_EVERY_S
+        if self._schedule.stale or (count < 2 * self._max_span_chunks and not waits):
             self._replan(now)
-            count = self._plan.computable(first)
+            count = self._schedule.computable(first)
         return count
 
     def _begin_suffix(self, now: float) -> Span:
@@ -265,12 +192,12 @@ class Restore:
 
     def layer_ready(self, group: int) -> bool:
         """Whether the layered span that was claimed may go through this group of layers."""
-        return self._finish.layered is None or self._finish.layered.ready(group)
+        return self._finish.ready(group)
 
     @property
     def lost(self) -> bool:
         """Whether the layered span that was claimed waits for something that will not come."""
-        return self._finish.layered is not None and self._finish.layered.broken
+        return self._finish.phase is Phase.BROKEN
 
     def gave_up(self, span: Span, now: float) -> None:
         """The layered span was given up, because a load it needs is `lost`: its positions are uncovered again."""
@@ -279,37 +206,36 @@ class Restore:
 
     # -------------------------------------------------------------------- loads
 
-    def next_load(self, source: int, now: float, ahead: int = 0) -> Load | None:
-        """What `source` should load next, or None if there is nothing worth loading now (ask after the next event).
+    def next_load(self, tier: int, now: float, ahead: int = 0) -> Load | None:
+        """What `tier` should load next, or None if there is nothing worth loading now (ask after the next event).
 
-        `ahead` loads may queue at the source beside those that it serves at a time.
+        `ahead` loads may queue at the tier beside those that it serves at a time.
         """
-        if self.mode == "compute" or not self._flights.has_room(source, self._plan.level.chunk_bytes, ahead):
+        if self.mode == "compute" or not self._flights.has_room(tier, self._schedule.level.chunk_bytes, ahead):
             return None
-        layered = self._finish.layered
-        if layered is not None:
-            piece = None if layered.broken else layered.next(source)
-            return self._begin_load(piece, source, now, ahead) if piece else None
-        if self._plan.stale:
+        if self._finish.phase is not Phase.WHOLE:
+            piece = self._finish.next_piece(tier)
+            return self._begin_load(piece, tier, now, ahead) if piece else None
+        if self._schedule.stale:
             self._replan(now)
-        chunk = self._plan.due(source, ahead > 0)
-        if chunk is None and self._plan.changed:
+        chunk = self._schedule.next_chunk(tier, ahead > 0)
+        if chunk is None and self._schedule.changed:
             self._replan(now)
-            chunk = self._plan.due(source, ahead > 0)
+            chunk = self._schedule.next_chunk(tier, ahead > 0)
         if chunk is None:
             return None
-        self.coverage.state[chunk] = State.LOADING
-        return self._begin_load(Piece(chunk, None, None), source, now, ahead)
+        self.coverage.loading(chunk)
+        return self._begin_load(Piece(chunk), tier, now, ahead)
 
-    def _begin_load(self, piece: Piece, source: int, now: float, ahead: int) -> Load:
+    def _begin_load(self, piece: Piece, tier: int, now: float, ahead: int) -> Load:
         chunk, group, size = piece
         windowed = self.coverage.needs_window(chunk)
-        start, level = self.coverage.start_of(chunk), self._plan.level
+        start, level = self.coverage.start_of(chunk), self._schedule.level
         if size is None:
             size = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes
-        load = Load(chunk, start, self.chunk_tokens, source, windowed, size, now, group, level.parts)
+        load = Load(chunk, start, self.chunk_tokens, tier, windowed, size, now, group, level.parts)
         self._flights.begin(load, may_queue=ahead > 0)
-        self._plan.note(1)
+        self._schedule.changed_hands(1)
         return load
 
     def arrived(self, load: Load, now: float) -> bool:
@@ -319,30 +245,24 @@ class Restore:
             self._note(load, load.size, now, load.why_cancelled)
             return False
         self._flights.land(load)
-        if load.group is None and self._finish.layered is None and self._plan.cuts_a_span(load.chunk):
+        if load.group is None and self._finish.phase is Phase.WHOLE and self._schedule.cuts_a_span(load.chunk):
             self.coverage.give_back(load.chunk)
             self._note(load, load.size, now, load.why_cancelled)
             return False
         if load.group is None:
-            self.coverage.place(load.chunk)
+            self.coverage.placing(load.chunk)
         else:
             self._finish.placing += 1
         return True
 
     def placed(self, load: Load, now: float) -> None:
         """The load is in the cache."""
-        whole, layered = load.group is None, self._finish.layered
-        if load.group is not None:
-            assert layered is not None
-            self._finish.placing -= 1
-            whole = layered.placed(load.chunk, load.group, load.size)
-            if whole:
-                self.coverage.place(load.chunk)
-        elif layered is not None:
-            layered.whole.discard(load.chunk)
-        if whole:
-            self.coverage.load(load.chunk, load.windowed)
-        self._note(load, load.size, now, "placed", load.tokens if whole else 0)
+        complete = self._finish.placed(load)
+        if complete and load.group is not None:
+            self.coverage.placing(load.chunk)
+        if complete:
+            self.coverage.loaded(load.chunk, load.windowed)
+        self._note(load, load.size, now, "placed", load.tokens if complete else 0)
 
     def abandoned(self, load: Load, size: int, now: float) -> None:
         """A cancelled load was given up after `size` bytes."""
@@ -351,10 +271,10 @@ class Restore:
         self._note(load, size, now, load.why_cancelled)
 
     def failed(self, load: Load, reason: str, size: int, now: float, silent: bool = False) -> None:
-        """The load failed after `size` bytes; another source is tried, or the chunk becomes a hole.
+        """The load failed after `size` bytes; another tier is tried, or the chunk becomes a hole.
 
-        `silent`: because the source did not answer. If nothing else came from it meanwhile, it is asked for nothing
-        more: each chunk would be waited for as long as this one.
+        `silent` means that the tier did not answer. If it delivered nothing else meanwhile, nothing more is loaded from
+        it: every chunk would be waited for as long as this one.
         """
         hangs = silent and self._flights.nothing_since(load)
         self._answered(load, size, now)
@@ -363,26 +283,24 @@ class Restore:
             self._flights.land(load)
             self._lose(load, reason)
         if hangs:
-            self._give_up(load.source, reason)
+            self._give_up(load.tier, reason)
 
     def check_late(self, now: float) -> None:
-        """Give up loads that took too long; a chunk is asked for once more if its source still moves."""
+        """Give up loads that took too long. A chunk is loaded once more if its tier still delivers others."""
         for load in self._flights.give_up_late(now):
-            again = load.chunk not in self.coverage.late and not self._flights.stalled(load.source)
+            again = load.chunk not in self.coverage.late and not self._flights.stalled(load.tier)
             self.coverage.late.add(load.chunk)
             self._lose(load, "late", again)
-        layered = self._finish.layered
-        if layered is not None and any(map(self._flights.stalled, layered.asked)):
-            layered.broken = True
+        self._finish.check_stalled()
 
-    def _give_up(self, source: int, reason: str) -> None:
-        """Ask a source for nothing more, and wait for nothing that it was asked for."""
-        for load in self._flights.give_up(source):
+    def _give_up(self, tier: int, reason: str) -> None:
+        """Load nothing more from a tier, and stop waiting for what it was to deliver."""
+        for load in self._flights.give_up(tier):
             self.coverage.late.add(load.chunk)
             self._lose(load, "late")
-        for chunk in self.coverage.drop_source(source):
+        for chunk in self.coverage.drop_tier(tier):
             self._record.lost(self.coverage.start_of(chunk), reason)
-        self._plan.upset()
+        self._schedule.invalidate()
 
     def cancel_loads(self) -> None:
         """Flag every load in flight as cancelled: the restore is being given up."""
@@ -390,7 +308,7 @@ class Restore:
 
     def _answered(self, load: Load, size: int, now: float) -> None:
         if self._flights.answered(load, size, now):
-            self._plan.upset()
+            self._schedule.invalidate()
 
     def _note(self, load: Load, size: int, now: float, outcome: str, tokens: int = 0) -> None:
         self._record.load(load, size, now, outcome, tokens)
@@ -400,16 +318,15 @@ class Restore:
         self._record.frontier(now, self.latest.front, self.coverage.start_of(self._back))
 
     def _lose(self, load: Load, reason: str, again: bool = False) -> None:
-        """Do not wait for this load any more; nor ever ask its source for the chunk, unless `again`."""
-        if self._finish.layered is not None:
-            self._finish.layered.broken = True
+        """Stop waiting for this load. Its tier is never asked for the chunk again, unless `again`."""
+        self._finish.break_off()
         if again:
             self.coverage.give_back(load.chunk)
         else:
-            self.coverage.drop_holder(load.chunk, load.source)
+            self.coverage.drop_holder(load.chunk, load.tier)
         self._record.lost(load.start, reason)
-        self._plan.upset()
+        self._schedule.invalidate()
 
     def _replan(self, now: float) -> None:
         """Decide again which chunks to load."""
-        self._plan.make(now, self._front.busy_s(now), self._finish.seconds())
+        self._schedule.update(Moment(now, self._front.busy_s(now), self._finish.seconds()))

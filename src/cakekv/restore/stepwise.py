@@ -1,37 +1,36 @@
 """The planner for a driver that shares out steps of its own, such as vLLM's scheduler.
 
 It asks `computable_tokens` instead of `next_compute`, and claims with `take` what it has room for: a chunk belongs to
-compute as soon as a span enters it. Such a driver hears of loads only between two steps, so it lets some queue `ahead`
-at the source and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims it with
-`take_layered`, and says with `layered_allowed` whether it could.
+compute as soon as a span enters it. Such a driver learns about loads only between two steps, so it lets some queue
+`ahead` at the tier and reports with `begun` when they begin. For a layered span it asks with `layered_tokens`, claims
+it with `take_layered`, and says with `layered_allowed` whether it could.
 """
 
 from __future__ import annotations
 
 from cakekv.restore.flights import Load
-from cakekv.restore.planner import Restore, Span
+from cakekv.restore.layered_finish import Phase
+from cakekv.restore.planner import Planner, Span
 
 
-class StepwiseRestore(Restore):
-    """A `Restore` whose spans begin and end wherever its driver's steps do."""
+class StepwisePlanner(Planner):
+    """A `Planner` whose spans begin and end wherever its driver's steps do."""
 
     def computable_tokens(self, now: float) -> int:
         """How many tokens compute should take next; 0 while it should wait for a load, and at the end."""
         assert self._front.span is None, "the span before was not reported as computed"
         self.check_late(now)
-        layered = self._finish.layered
-        if layered is not None:
-            if layered.complete:
-                self._finish.layered = None
-            elif layered.broken and not self.placing:
-                self._finish.disband()
-            else:
-                return 0
+        if self._finish.complete:
+            self._finish.end()
+        elif self._finish.phase is Phase.BROKEN and not self.placing:
+            self._finish.disband()
+        elif self._finish.phase is not Phase.WHOLE:
+            return 0
         first = self.coverage.front + (self._front.inside > 0)
         count = self._computable(first, now)
         if not count and not self._front.inside:
-            self._finish.arm(now)
-        return self.coverage.start_of(first + self._plan.span_chunks(count)) - self.position
+            self._finish.begin(now)
+        return self.coverage.start_of(first + self._schedule.span_chunks(count)) - self.position
 
     def take(self, tokens: int, now: float) -> Span:
         """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
@@ -40,14 +39,13 @@ class StepwiseRestore(Restore):
         self._front.claim(first, -(-(start + tokens) // self.chunk_tokens) - first)
         span = self._front.begin(Span(start, tokens), now)
         if not self.position % self.chunk_tokens:
-            self._finish.arm(now)
+            self._finish.begin(now)
         return span
 
     @property
     def layered_tokens(self) -> int:
         """How many tokens `take_layered` would claim; 0 if it may not be called now."""
-        layered = self._finish.layered
-        if layered is None or layered.broken or self._front.span is not None:
+        if self._finish.phase is not Phase.IN_PIECES or self._front.span is not None:
             return 0
         return self.prompt_tokens - self.prefix_tokens
 
@@ -56,21 +54,21 @@ class StepwiseRestore(Restore):
         assert self.layered_tokens
         return self._begin_suffix(now)
 
-    def sources_left(self) -> set[int]:
-        """The sources that can deliver chunks which are not covered, and do not hang."""
-        return {source for source in self.coverage.sources_left() if not self._flights.stalled(source)}
+    def tiers_left(self) -> set[int]:
+        """The tiers that can deliver chunks which are not covered, and do not hang."""
+        return {tier for tier in self.coverage.tiers_left() if not self._flights.stalled(tier)}
 
     @property
     def in_pieces(self) -> bool:
         """Whether what is left before the suffix is loaded in pieces."""
-        return self._finish.layered is not None
+        return self._finish.phase is not Phase.WHOLE
 
     @property
     def awaits_pieces(self) -> bool:
         """Whether anything that a layered span attends to is still to come."""
-        return self._finish.layered is not None and not self._finish.layered.complete
+        return self.in_pieces and not self._finish.complete
 
     def begun(self, load: Load, now: float) -> None:
-        """The source began with a load that had queued."""
+        """The tier began with a load that had queued."""
         load.began = now
         self._flights.started(load)

@@ -54,13 +54,13 @@ class CakeBaseline:
         """Never asked: the paper's Cake waits for whole chunks before the suffix."""
         return True
 
-    def next_load(self, source: int, now: float) -> Load | None:
+    def next_load(self, tier: int, now: float) -> Load | None:
         """The next chunk from the back, unless one is on its way or nothing is left."""
         if self._load is not None or self.front >= self.back:
             return None
         start = max(0, (self.back - 1) // self._chunk_tokens * self._chunk_tokens)
         tokens = self.back - start
-        self._load = Load(start, start, tokens, source, True, round(tokens * self._token_bytes), now)
+        self._load = Load(start, start, tokens, tier, True, round(tokens * self._token_bytes), now)
         return self._load
 
     def arrived(self, load: Load, now: float) -> bool:

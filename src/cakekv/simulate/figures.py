@@ -8,15 +8,17 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore, Span, Wait
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, Span, Wait
+from cakekv.restore.protocol import PlannerProtocol
 from cakekv.restore.report import FrontierPoint
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import STEP_TOKENS, ComputeCurve, estimated_curve, overhead_of
-from cakekv.simulate.machine import ComputeTime, Policy, VirtualTier, run_restore
+from cakekv.simulate.machine import ComputeTime, VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
 from cakekv.simulate.paper_tables import MODELS
-from cakekv.simulate.trace import STEADY, Trace
+from cakekv.simulate.rate import STEADY, Rate
 
 MODEL = MODELS["LongAlpaca-7B"]
 PREFIX_TOKENS = 16384
@@ -56,17 +58,18 @@ def figure_5(seed: int, ours: bool = True) -> Walk:
     rng = random.Random(seed)
     curve = estimated_curve("A100", 1.0, MODEL)
     period_s = curve.seconds(0, STEP_TOKENS)
-    bandwidth = Trace([rng.uniform(0, 25e9 / 8) for _ in range(1000)], period_s)
-    effort = Trace([rng.random() for _ in range(1000)], period_s)
+    bandwidth = Rate([rng.uniform(0, 25e9 / 8) for _ in range(1000)], period_s)
+    effort = Rate([rng.random() for _ in range(1000)], period_s)
     tier = VirtualTier(bandwidth, overhead_of(MODEL.name).token_s * CHUNK_TOKENS)
     least_s = least_seconds(
         curve, runs_of(PREFIX_TOKENS + 1, CHUNK_TOKENS, _STORED), MODEL.token_bytes(), bandwidth, effort
     )
     frontiers: list[FrontierPoint]
     if ours:
-        restore = _restore(curve)
-        time_s = run_restore(restore, _compute_time(curve, effort), [tier])
-        met_at, frontiers = restore.report.met_at or PREFIX_TOKENS, restore.report.frontiers
+        planner = _planner(curve)
+        time_s = run_restore(planner, _compute_time(curve, effort), [tier])
+        report = planner.report()
+        met_at, frontiers = report.met_at or PREFIX_TOKENS, report.frontiers
     else:
         cake = CakeBaseline(PREFIX_TOKENS, MODEL.token_bytes(), STEP_TOKENS, CHUNK_TOKENS)
         time_s = run_restore(cake, _compute_time(curve, effort), [tier])
@@ -91,21 +94,21 @@ class Yielding:
 
     Parameters
     ----------
-    policy : Policy
-        The restore.
+    planner : PlannerProtocol
+        The restore's.
     until_s : float
         When these requests are through.
     """
 
-    def __init__(self, policy: Policy, until_s: float) -> None:
-        self._policy = policy
+    def __init__(self, planner: PlannerProtocol, until_s: float) -> None:
+        self._planner = planner
         self._until_s = until_s
-        self.computed, self.layer_ready, self.next_load = policy.computed, policy.layer_ready, policy.next_load
-        self.arrived, self.placed, self.abandoned = policy.arrived, policy.placed, policy.abandoned
+        self.computed, self.layer_ready, self.next_load = planner.computed, planner.layer_ready, planner.next_load
+        self.arrived, self.placed, self.abandoned = planner.arrived, planner.placed, planner.abandoned
 
     def next_compute(self, now: float) -> Span | Wait | None:
         """Nothing before the others are through."""
-        return Wait(self._until_s) if now < self._until_s else self._policy.next_compute(now)
+        return Wait(self._until_s) if now < self._until_s else self._planner.next_compute(now)
 
 
 def figure_6() -> Burst:
@@ -119,8 +122,8 @@ def figure_6() -> Burst:
     burst_s = full_steps * curve.seconds(0, STEP_TOKENS) + (curve.seconds(0, rest) if rest else 0.0)
 
     def finished(gbps: float, waits_s: float) -> float:
-        tier = VirtualTier(Trace([gbps * 1e9 / 8]), overhead_of(MODEL.name).token_s * CHUNK_TOKENS)
-        return run_restore(Yielding(_restore(curve), waits_s), _compute_time(curve, STEADY), [tier])
+        tier = VirtualTier(Rate([gbps * 1e9 / 8]), overhead_of(MODEL.name).token_s * CHUNK_TOKENS)
+        return run_restore(Yielding(_planner(curve), waits_s), _compute_time(curve, STEADY), [tier])
 
     low, high = 1.0, 200.0
     while high - low > 0.01:
@@ -178,18 +181,18 @@ def _mean(walks: list[Walk]) -> dict[str, float]:
 _STORED = (True,) * (PREFIX_TOKENS // CHUNK_TOKENS)
 
 
-def _restore(curve: ComputeCurve) -> Restore:
-    return Restore(
+def _planner(curve: ComputeCurve) -> Planner:
+    return Planner(
         PREFIX_TOKENS + 1,
         CHUNK_TOKENS,
         [(0,)] * len(_STORED),
-        [Source("storage", LoadCost(), 1)],
+        [Tier("storage", LoadCost(), 1)],
         ComputeCost(curve.shape(STEP_TOKENS), trusted=True),
-        chunk_bytes=round(MODEL.token_bytes() * CHUNK_TOKENS),
+        [Level.whole(round(MODEL.token_bytes() * CHUNK_TOKENS))],
     )
 
 
-def _compute_time(curve: ComputeCurve, effort: Trace) -> ComputeTime:
+def _compute_time(curve: ComputeCurve, effort: Rate) -> ComputeTime:
     def seconds(span: Span, now: float) -> float:
         return effort.ends(now, curve.seconds(span.start, span.tokens)) - now if span.start < PREFIX_TOKENS else 0.0
 

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
+from cakekv.restore.protocol import PlannerProtocol
 
 ComputeTime = Callable[[Span, float], float]
 """(span, now) to the seconds it takes."""
 
 
-class Policy(Protocol):
-    """What the clock drives: the planner, or anything that speaks its protocol (see `cakekv.restore.planner`)."""
-
-    def next_compute(self, now: float) -> Span | Wait | None:
-        """What to compute next; asked whenever compute is free."""
-
-    def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
-        """The span is in the cache."""
-
-    def layer_ready(self, group: int) -> bool:
-        """Whether the layered span that was claimed may go through this group of layers."""
-
-    def next_load(self, source: int, now: float) -> Load | None:
-        """What the tier should load next; asked after every event."""
-
-    def arrived(self, load: Load, now: float) -> bool:
-        """A load's bytes are here; whether they may be placed."""
-
-    def placed(self, load: Load, now: float) -> None:
-        """The load is in the cache; placing takes no time."""
-
-    def abandoned(self, load: Load, size: int, now: float) -> None:
-        """A cancelled load was given up after `size` bytes."""
+def undisturbed(seconds: Callable[[int, int], float]) -> ComputeTime:
+    """A machine that nobody else uses: a span takes `seconds` of its start and its tokens, whenever it is computed."""
+    return lambda span, now: seconds(span.start, span.tokens)
 
 
 @dataclass
@@ -60,18 +40,18 @@ def constant(bytes_per_s: float) -> Callable[[float], tuple[float, float]]:
 
 
 def run_restore(
-    restore: Policy, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0, groups: int = 1
+    planner: PlannerProtocol, compute_time: ComputeTime, tiers: Sequence[VirtualTier], now: float = 0.0, groups: int = 1
 ) -> float:
     """Drive one restore to its end.
 
     Parameters
     ----------
-    restore : Policy
-        Fresh, begun at `now`.
+    planner : PlannerProtocol
+        Decides the restore; fresh, begun at `now`.
     compute_time : callable
         What spans really take.
     tiers : sequence of VirtualTier
-        One per source of the restore.
+        One per tier of the planner.
     now : float
         Seconds on the virtual clock.
     groups : int
@@ -89,7 +69,7 @@ def run_restore(
     look_again = float("inf")
     while True:
         if span is None:
-            answer = restore.next_compute(now)
+            answer = planner.next_compute(now)
             if answer is None:
                 return now
             if isinstance(answer, Wait):
@@ -97,12 +77,12 @@ def run_restore(
             else:
                 span, look_again = answer, float("inf")
                 layers = _Layers(groups if span.layered else 1, compute_time(span, now))
-                span_ends = layers.go_on(restore, span, now)
+                span_ends = layers.go_on(planner, span, now)
         for index, tier in enumerate(tiers):
             for flight in [flight for flight in flights[index] if flight.load.cancelled]:
                 flights[index].remove(flight)
-                restore.abandoned(flight.load, int(flight.load.size - flight.left), now)
-            while (load := restore.next_load(index, now)) is not None:
+                planner.abandoned(flight.load, int(flight.load.size - flight.left), now)
+            while (load := planner.next_load(index, now)) is not None:
                 flights[index].append(_Flight(load, float(load.size), now + tier.latency_s))
         upcoming = min(span_ends, look_again, *(_next_event(t, f, now) for t, f in zip(tiers, flights, strict=True)))
         for tier, loads in zip(tiers, flights, strict=True):
@@ -111,16 +91,16 @@ def run_restore(
         for loads in flights:
             for flight in [flight for flight in loads if flight.left <= 1e-3]:
                 loads.remove(flight)
-                if restore.arrived(flight.load, now):
-                    restore.placed(flight.load, now)
+                if planner.arrived(flight.load, now):
+                    planner.placed(flight.load, now)
         if span is not None and now >= span_ends:
             layers.left -= 1
             span_ends = float("inf")
             if not layers.left:
-                restore.computed(span, now, layers.waited_s)
+                planner.computed(span, now, layers.waited_s)
                 span = None
         if span is not None and span_ends == float("inf"):
-            span_ends = layers.go_on(restore, span, now)
+            span_ends = layers.go_on(planner, span, now)
 
 
 class _Layers:
@@ -132,9 +112,9 @@ class _Layers:
         self._each_s = seconds / max(groups, 1)
         self._stopped: float | None = None
 
-    def go_on(self, restore: Policy, span: Span, now: float) -> float:
+    def go_on(self, planner: PlannerProtocol, span: Span, now: float) -> float:
         """When the next group will be through; infinity if it has to wait for loads."""
-        if span.layered and not restore.layer_ready(self.groups - self.left):
+        if span.layered and not planner.layer_ready(self.groups - self.left):
             self._stopped = now if self._stopped is None else self._stopped
             return float("inf")
         if self._stopped is not None:

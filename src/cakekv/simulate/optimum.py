@@ -11,16 +11,16 @@ latest that compute may begin it, if it is to end at T, is T minus the compute t
 equal pieces to load, the later one is the better choice: computing it costs more, and it is bound by fewer of these
 deadlines. So for a given T a pass from the back that loads as much as the deadlines behind it admit leaves the least
 to compute, and T can be reached if and only if that fits. T follows by bisection. With rates that change over time
-(known traces) "bytes until" and "work until" are their integrals; nothing else changes.
+(known in advance) "bytes until" and "work until" are their integrals; nothing else changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cakekv.simulate.hardware import ComputeCurve
-from cakekv.simulate.trace import STEADY, Trace
+from cakekv.simulate.rate import STEADY, Rate
 
 
 class Run(NamedTuple):
@@ -47,8 +47,8 @@ def least_seconds(
     curve: ComputeCurve,
     runs: Sequence[Run],
     token_bytes: float,
-    bandwidth: Trace,
-    effort: Trace = STEADY,
+    bandwidth: Rate,
+    effort: Rate = STEADY,
 ) -> float:
     """The bound.
 
@@ -60,9 +60,9 @@ def least_seconds(
         The prompt; the last run is not stored.
     token_bytes : float
         Bytes to load per token.
-    bandwidth : Trace
+    bandwidth : Rate
         The tiers' summed bandwidth over time in bytes per second.
-    effort : Trace
+    effort : Rate
         The rate at which the machine works over time.
 
     Returns
@@ -70,10 +70,28 @@ def least_seconds(
     float
         Seconds.
     """
-    low, high = 0.0, effort.when(curve.amortised(0, runs[-1].end))
-    while high - low > 1e-6 * high:
+    most_s = effort.when(curve.amortised(0, runs[-1].end))
+    return bisected(
+        (0.0, most_s), 1e-6, lambda seconds: _reachable(seconds, curve, runs, token_bytes, bandwidth, effort)
+    )
+
+
+def bisected(between: tuple[float, float], precision: float, reachable: Callable[[float], bool]) -> float:
+    """The least time that can be reached, too low by at most `precision` of itself.
+
+    Parameters
+    ----------
+    between : tuple of float
+        A lower bound, and a time that can be reached, in seconds.
+    precision : float
+        Relative width of the last bracket; its lower end is returned.
+    reachable : callable
+        Whether a restore can end after so many seconds.
+    """
+    low, high = between
+    while high - low > precision * high:
         middle = (low + high) / 2
-        if _reachable(middle, curve, runs, token_bytes, bandwidth, effort):
+        if reachable(middle):
             high = middle
         else:
             low = middle
@@ -85,8 +103,8 @@ def _reachable(
     curve: ComputeCurve,
     runs: Sequence[Run],
     token_bytes: float,
-    bandwidth: Trace,
-    effort: Trace,
+    bandwidth: Rate,
+    effort: Rate,
 ) -> bool:
     left = effort.done(seconds)
     """Work the machine can still do before what has been passed over, from the back."""

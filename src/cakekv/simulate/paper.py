@@ -16,14 +16,15 @@ from statistics import fmean
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions
 from cakekv.simulate.baseline import CakeBaseline
 from cakekv.simulate.hardware import curve, io_only_s, overhead_of
-from cakekv.simulate.machine import VirtualTier, constant, run_restore
+from cakekv.simulate.machine import VirtualTier, constant, run_restore, undisturbed
 from cakekv.simulate.optimum import Run, least_seconds
 from cakekv.simulate.paper_tables import MODELS, Cell
-from cakekv.simulate.trace import Trace
+from cakekv.simulate.rate import Rate
 
 LOAD_TOKENS = 128
 """Granularity of loading, of the baseline and of ours."""
@@ -118,31 +119,29 @@ def predict(cell: Cell) -> Prediction:
     chunk_s = tier.latency_s + size / bandwidth
 
     cake = CakeBaseline(cell.tokens, token_bytes, compute.step_tokens, LOAD_TOKENS)
-    baseline_s = overhead.request_s + run_restore(
-        cake, lambda span, now: compute.seconds(span.start, span.tokens), [tier]
-    )
+    baseline_s = overhead.request_s + run_restore(cake, undisturbed(compute.seconds), [tier])
 
     span_tokens = max(LOAD_TOKENS, compute.step_tokens // LOAD_TOKENS * LOAD_TOKENS)
     known = LoadCost()
     known.observe(size, -chunk_s, 0.0)
-    restore = Restore(
+    planner = Planner(
         cell.tokens + 1,  # the whole prefix is stored; one token more gives the first logits
         LOAD_TOKENS,
         [(0,)] * (cell.tokens // LOAD_TOKENS),
-        [Source("storage", known, 1)],
+        [Tier("storage", known, 1)],
         ComputeCost(compute.shape(span_tokens), trusted=True),
-        chunk_bytes=size,
-        max_span_tokens=span_tokens,
+        [Level.whole(size)],
+        PlannerOptions(max_span_tokens=span_tokens),
     )
     # The last token's step is part of the request's fixed time.
     ours_s = overhead.request_s + run_restore(
-        restore,
+        planner,
         lambda span, now: compute.seconds(span.start, span.tokens) if span.start < cell.tokens else 0.0,
         [tier],
     )
 
     runs = [Run(0, cell.tokens, True), Run(cell.tokens, cell.tokens, False)]
-    least_s = overhead.request_s + least_seconds(compute, runs, token_bytes, Trace([size / chunk_s]))
+    least_s = overhead.request_s + least_seconds(compute, runs, token_bytes, Rate([size / chunk_s]))
     io_s, compute_s = io_only_s(cell), overhead.request_s + compute.seconds(0, cell.tokens)
     baseline, ours, optimum = ((io_s / s, compute_s / s) for s in (baseline_s, ours_s, least_s))
     return Prediction(cell, baseline, ours, optimum)

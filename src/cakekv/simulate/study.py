@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cakekv.restore.costs import ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore, Span
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Mode, Planner, PlannerOptions, Span
+from cakekv.simulate.exact_optimum import best_seconds
 from cakekv.simulate.hardware import HARDWARE, SHARES, ComputeCurve, estimated_curve
 from cakekv.simulate.machine import VirtualTier, run_restore
 from cakekv.simulate.optimum import least_seconds, runs_of
 from cakekv.simulate.paper_tables import MODELS
-from cakekv.simulate.schedule import best_seconds
-from cakekv.simulate.trace import STEADY, Trace, pooled
+from cakekv.simulate.rate import STEADY, Rate, pooled
 
 HOLES = ("none", "few", "random", "runs")
 DEPTH = 4
@@ -42,8 +43,8 @@ class Configuration:
     chunk_tokens: int
     holes: str
     stored: tuple[bool, ...]
-    tiers: tuple[Trace, ...]
-    effort: Trace
+    tiers: tuple[Rate, ...]
+    effort: Rate
     fluctuates: bool
     warm: bool
 
@@ -75,7 +76,7 @@ class Outcome:
         return self.time_s / self.least_s
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the traces: the seed and the index bring them back."""
+        """Plain data, without the rates: the seed and the index bring them back."""
         configuration = self.configuration
         return {
             "index": configuration.index,
@@ -116,13 +117,13 @@ def draw(seed: int, index: int) -> Configuration:
     stored = _stored(rng, holes, (prompt - suffix) // chunk)
     fluctuates, warm = rng.random() < 0.4, rng.random() < 0.75
     gbps = [100 ** rng.random() for _ in range(rng.choice((1, 1, 1, 1, 2)))]
-    tiers, effort = [Trace([rate * 1e9 / 8]) for rate in gbps], STEADY
+    tiers, effort = [Rate([rate * 1e9 / 8]) for rate in gbps], STEADY
     if fluctuates:
         curve = estimated_curve(hardware, share, MODELS[model])
         runs = runs_of(prompt, chunk, stored)
         period_s = least_seconds(curve, runs, MODELS[model].token_bytes(), pooled(tiers)) / 10 ** rng.uniform(0.3, 2)
-        tiers = [Trace([rate * 1e9 / 8 * 2 * rng.random() for _ in range(_PERIODS)], period_s) for rate in gbps]
-        effort = Trace([1 - 0.9 * rng.random() for _ in range(_PERIODS)], period_s)
+        tiers = [Rate([rate * 1e9 / 8 * 2 * rng.random() for _ in range(_PERIODS)], period_s) for rate in gbps]
+        effort = Rate([1 - 0.9 * rng.random() for _ in range(_PERIODS)], period_s)
     return Configuration(
         index,
         model,
@@ -156,26 +157,25 @@ def _stored(rng: random.Random, holes: str, chunks: int) -> tuple[bool, ...]:
     return tuple(stored)
 
 
-def restore_of(configuration: Configuration, mode: Mode = "auto") -> Restore:
-    """A fresh restore, with cost models that know this machine if the configuration is warm."""
+def planner_of(configuration: Configuration, mode: Mode = "auto") -> Planner:
+    """A fresh planner, with cost models that know this machine if the configuration is warm."""
     size = round(configuration.token_bytes * configuration.chunk_tokens)
     curve = configuration.curve
-    sources = []
-    for index, tier in enumerate(configuration.tiers):
+    tiers = []
+    for index, bandwidth in enumerate(configuration.tiers):
         cost = LoadCost(DEPTH)
         if configuration.warm:
-            _warm_up(cost, size, size / tier.mean)
-        sources.append(Source(f"tier{index}", cost, DEPTH))
-    holders = tuple(range(len(sources)))
-    return Restore(
+            _warm_up(cost, size, size / bandwidth.mean)
+        tiers.append(Tier(f"tier{index}", cost, DEPTH))
+    holders = tuple(range(len(tiers)))
+    return Planner(
         configuration.prompt_tokens,
         configuration.chunk_tokens,
         [holders if held else () for held in configuration.stored],
-        sources,
+        tiers,
         ComputeCost(curve.shape(curve.step_tokens), trusted=True) if configuration.warm else ComputeCost(),
-        chunk_bytes=size,
-        mode=mode,
-        max_span_tokens=curve.step_tokens,
+        [Level.whole(size)],
+        PlannerOptions(mode=mode, max_span_tokens=curve.step_tokens),
     )
 
 
@@ -195,7 +195,7 @@ def run(configuration: Configuration) -> Outcome:
         return effort.ends(now, curve.seconds(span.start, span.tokens)) - now
 
     tiers = [VirtualTier(tier, LATENCY_S) for tier in configuration.tiers]
-    time_s, compute_s, load_s = (run_restore(restore_of(configuration, mode), compute_time, tiers) for mode in _MODES)
+    time_s, compute_s, load_s = (run_restore(planner_of(configuration, mode), compute_time, tiers) for mode in _MODES)
     runs = runs_of(configuration.prompt_tokens, configuration.chunk_tokens, configuration.stored)
     bandwidth = pooled(configuration.tiers)
     least_s = least_seconds(curve, runs, configuration.token_bytes, bandwidth, effort)

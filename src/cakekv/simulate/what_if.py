@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from cakekv.errors import BadInput
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.costs import TYPICAL, ComputeCost, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.planner import Mode, Restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Mode, Planner, PlannerOptions
 from cakekv.simulate.hardware import HARDWARE, SHORT_STEP, STEP_TOKENS, ComputeCurve, estimated_curve
-from cakekv.simulate.machine import VirtualTier, constant, run_restore
+from cakekv.simulate.machine import VirtualTier, constant, run_restore, undisturbed
 from cakekv.simulate.paper_tables import MODELS, ModelShape
 
 KNOWN_MODELS = MODELS | {
@@ -154,20 +155,17 @@ def what_if(model: ModelShape, tokens: int, bandwidth: str, compute: str, suffix
         span_tokens = max(chunk, STEP_TOKENS)
         known = LoadCost()
         known.observe(size, -size / rate, 0.0)
-        restore = Restore(
+        planner = Planner(
             tokens,
             chunk,
             stored,
-            [Source("storage", known, _DEPTH)],
+            [Tier("storage", known, _DEPTH)],
             ComputeCost(curve.shape(span_tokens), trusted=True),
-            chunk_bytes=size,
-            mode=mode,
-            max_span_tokens=span_tokens,
+            [Level.whole(size)],
+            PlannerOptions(mode=mode, max_span_tokens=span_tokens),
         )
-        seconds = run_restore(
-            restore, lambda span, now: curve.seconds(span.start, span.tokens), [VirtualTier(constant(rate))]
-        )
-        return seconds, restore.report.met_at
+        seconds = run_restore(planner, undisturbed(curve.seconds), [VirtualTier(constant(rate))])
+        return seconds, planner.report().met_at
 
     compute_s, _ = simulate("compute", rate)
     load_s, _ = simulate("load", rate)

@@ -52,15 +52,13 @@ class Keyring:
         return f"Keyring of {len(self._keys)}"
 
 
-def read_keyring(source: str, tenant: str = "") -> Keyring:
+def read_keyring(source: str) -> Keyring:
     """The keys in a file, or in a variable of the environment: 64 hexadecimal digits a line, the newest first.
 
     Parameters
     ----------
     source : str
         A file's path, or `env:NAME`. Lines that begin with # do not count.
-    tenant : str
-        As in `Keyring`.
 
     Raises
     ------
@@ -84,7 +82,7 @@ def read_keyring(source: str, tenant: str = "") -> Keyring:
         )
     for key in keys:
         learn(key)
-    return Keyring([bytes.fromhex(key) for key in keys], tenant)
+    return Keyring([bytes.fromhex(key) for key in keys])
 
 
 def _read_private(file: Path) -> str:

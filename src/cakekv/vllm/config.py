@@ -77,7 +77,7 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Into how many parts, of equally many KV heads, every chunk is cut; engines of all `--tensor-parallel-size`s that
         divide it share chunks. 0: one per worker.
     mode : {"auto", "compute", "load", "both"}
-        As in `Restore`: which arms work on a prompt whose beginning is stored.
+        As in `PlannerOptions`: which arms work on a prompt whose beginning is stored.
     load_deadline : float
         Seconds after which a chunk that has not arrived is computed, also while its store's speed is unknown. May be
         given as a string, such as "2s" or "500ms".

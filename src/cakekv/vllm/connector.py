@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -14,9 +16,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.hooks import check_hooks
-from cakekv.vllm.messages import ShardDescription, StepOrders, StepReport
+from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
 from cakekv.vllm.metrics import CakeMetrics, CakeStats
-from cakekv.vllm.scheduling.half import SchedulerHalf
+from cakekv.vllm.scheduling.half import CLOSING_S, RestoringScheduler, SchedulerHalf
+from cakekv.vllm.scheduling.identity import make_hashes_stable
+from cakekv.vllm.stores import close_store, open_tiers
 from cakekv.vllm.support import check_engine, check_scheduler
 from cakekv.vllm.working.half import WorkerHalf
 
@@ -66,7 +70,12 @@ class CakeConnector(KVConnectorBase_V1):
         options.check_block_size(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         if role == KVConnectorRole.SCHEDULER:
             check_scheduler(vllm_config)
-            self.scheduler_half = SchedulerHalf(options, vllm_config, kv_cache_config)
+            make_hashes_stable(vllm_config)
+            self._options = options
+            self._block_tokens: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            self._store, _ = open_tiers(options)
+            self._close: Callable[[], None] = partial(close_store, self._store, CLOSING_S)
+            """What to do at the end."""
         else:
             self.worker_half = WorkerHalf(options, vllm_config, kv_cache_config)
 
@@ -77,11 +86,19 @@ class CakeConnector(KVConnectorBase_V1):
 
     # ---------------------------------------------------------- in the scheduler
 
+    def join(self, scheduler: RestoringScheduler) -> None:
+        """Get to know the scheduler."""
+        self._scheduler = scheduler
+
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        shards = {rank: shard for rank, shard in metadata.items() if isinstance(shard, ShardDescription)}
-        self.scheduler_half.meet_workers(shards)
+        workers = {rank: worker for rank, worker in metadata.items() if isinstance(worker, WorkerDescription)}
+        self.scheduler_half = SchedulerHalf(
+            self._options, self._vllm_config, self._store, self._scheduler, self._block_tokens, workers
+        )
+        self._scheduler.join(self.scheduler_half)
+        self._close = self.scheduler_half.close
 
     def on_new_request(self, request: Request) -> None:
         self.scheduler_half.arrived(request)
@@ -98,10 +115,13 @@ class CakeConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
-            self.scheduler_half.heard(report)
+            self.scheduler_half.receive(report)
 
     def has_pending_block_frees(self) -> bool:
-        return self.scheduler_half.make_room()
+        return self._scheduler.make_room()
+
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler_half.last_saves.awaited
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.scheduler_half.finished(request)
@@ -164,6 +184,6 @@ class CakeConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:
-            self.scheduler_half.close()
+            self._close()
         else:
             self.worker_half.shutdown()

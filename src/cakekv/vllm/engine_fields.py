@@ -11,7 +11,7 @@ from typing import Any
 
 KEYED = "in the key where it is set"
 IDENTITY = "in the identity: weights, configuration files, overrides, dtypes, length"
-LAYOUT = "in the layout that workers report, or in the names of their shares"
+LAYOUT = "in the layout that workers report, or in the names of their shards"
 REQUEST = "in vLLM's hash of every request that it concerns"
 SEED = "seeds sampling; random weights (load_format dummy) do not depend on it"
 REFUSED = "engines that set it are refused, or have no cache that could be restored"

@@ -85,6 +85,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "get_kv_connector_stats": "self",
         "get_num_new_matched_tokens": "self, request, num_computed_tokens",
         "has_pending_block_frees": "self",
+        "has_pending_push_work": "self",
         "on_new_request": "self, request",
         "register_kv_caches": "self, kv_caches",
         "request_finished": "self, request, block_ids",

@@ -19,7 +19,7 @@ class LoadOrder(NamedTuple):
 
     number: int
     """Names the load; never used again."""
-    source: int
+    tier: int
     key: ChunkKey
     start: int
     """Position of the chunk's first token."""
@@ -48,7 +48,7 @@ class StepOrders(KVConnectorMetadata):
     sequence: int
     loads: list[LoadOrder] = field(default_factory=list)
     at_a_time: list[int] = field(default_factory=list)
-    """Per source, how many chunks to read at a time; what else was ordered waits for its turn."""
+    """Per tier, how many chunks to read at a time; what else was ordered waits for its turn."""
     cancels: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
     new_blocks: list[int] = field(default_factory=list)
@@ -56,6 +56,8 @@ class StepOrders(KVConnectorMetadata):
     had them before must be copied by the time that they are written."""
     answer: bool = False
     """Whether to report even if nothing happened."""
+    idle: bool = False
+    """Whether no request is there, so that the step may wait a moment for saves."""
     awaited: dict[int, list[list[int]]] = field(default_factory=dict)
     """For a layered step: per rank and group of layers, the loads that must be in place before that is computed."""
     patience_s: float = 0.0
@@ -79,7 +81,7 @@ class LoadResult(NamedTuple):
 
 
 @dataclass
-class ShardReport:
+class WorkerReport:
     """From one worker, with a step's output."""
 
     sequence: int
@@ -89,6 +91,8 @@ class ShardReport:
     ended: dict[int, LoadResult] = field(default_factory=dict)
     unsaved: list[ChunkKey] = field(default_factory=list)
     """Chunks that it could not save."""
+    saving: int = 0
+    """Saves of which it has not said yet what became of them."""
     waited_s: float = 0.0
     """Seconds that a layered step waited for loads."""
     lost: bool = False
@@ -99,25 +103,25 @@ class ShardReport:
 class StepReport(KVConnectorWorkerMetadata):
     """From all workers, by rank."""
 
-    shards: dict[int, ShardReport]
+    workers: dict[int, WorkerReport]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """Both together."""
         assert isinstance(other, StepReport)
-        return StepReport(self.shards | other.shards)
+        return StepReport(self.workers | other.workers)
 
 
 @dataclass
-class ShardDescription(KVConnectorHandshakeMetadata):
+class WorkerDescription(KVConnectorHandshakeMetadata):
     """What a worker keeps of every chunk, told to the scheduler once."""
 
     tags: tuple[str, ...]
-    """Parts of the keys of this worker's chunks: which shares it has."""
+    """Parts of the keys of this worker's chunks: which shards it has."""
     layout: str
-    """Order of the bytes in a share, `canonical`."""
+    """Order of the bytes in a shard, `canonical`."""
     exact_bytes: int
-    """Of a share that is stored as it is; one that is encoded is smaller."""
+    """Of a shard that is stored as it is; one that is encoded is smaller."""
     chunk_bytes: int
-    """To read for a chunk, all shares together, as far as that is known beforehand."""
+    """To read for a chunk, all its shards together, as far as that is known beforehand."""
     group_bytes: tuple[int, ...]
     """The same per group of layers, for a layered finish."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from cakekv.vllm.support import computes_while_loading
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -18,6 +20,7 @@ SCHEDULER = "cakekv.vllm.plugin.make_scheduler"
 """What to give to `--scheduler-cls`: whichever of our two schedulers fits."""
 
 
+@computes_while_loading
 def make_scheduler(vllm_config: VllmConfig, **arguments: Any) -> Scheduler:
     """A `CakeAsyncScheduler` if vLLM decided to schedule ahead of the model's outputs, else a `CakeScheduler`.
 

@@ -1,4 +1,4 @@
-"""Each worker of a tensor-parallel engine keeps a share of every chunk, under a key of its own."""
+"""The keys of shards: each worker of a tensor-parallel engine keeps its part of every chunk under keys of its own."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from cakekv.keys import ChunkKey
 
 
 def shard_key(key: ChunkKey, tag: str) -> ChunkKey:
-    """The key of one worker's share of a chunk; `tag` says which share it holds."""
+    """The key of one shard of a chunk; `tag` says which."""
     return ChunkKey(blake3(key + tag.encode(), derive_key_context="cakekv shard").digest())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from cakekv.errors import UnsupportedEngine
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 _LOG = logging.getLogger("vllm.cakekv")
+
+Made = TypeVar("Made", bound=Callable[..., object])
+
+_MARK = "_cakekv_computes_while_loading"
 
 
 def check_engine(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -108,6 +113,12 @@ def check_device(device: str, log: bool) -> None:
         )
 
 
+def computes_while_loading(scheduler: Made) -> Made:
+    """Mark a scheduler's class, or a function that makes schedulers, as one that `CakeConnector` works with."""
+    setattr(scheduler, _MARK, True)
+    return scheduler
+
+
 def check_scheduler(vllm_config: VllmConfig) -> None:
     """Refuse schedulers that know nothing of restores.
 
@@ -116,13 +127,8 @@ def check_scheduler(vllm_config: VllmConfig) -> None:
     UnsupportedEngine
         `--scheduler-cls` is missing or another.
     """
-    from cakekv.vllm.plugin import make_scheduler
-    from cakekv.vllm.scheduling.scheduler import CakeSchedulerMixin
-
     scheduler = vllm_config.scheduler_config.get_scheduler_cls()
-    if scheduler is make_scheduler:
-        return
-    if not issubclass(scheduler, CakeSchedulerMixin):
+    if not getattr(scheduler, _MARK, False):
         asynchronous = vllm_config.scheduler_config.async_scheduling
         wanted = "CakeAsyncScheduler" if asynchronous else "CakeScheduler"
         raise UnsupportedEngine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.priority import POLICIES, Kind, Policy, RequestState, open_policy
@@ -47,6 +47,7 @@ def is_overdue(request: RequestState, policy: Policy) -> bool:
     return NOW - request.arrived_s >= max(policy.starvation_s, request.patience_s)
 
 
+@settings(deadline=None)
 @given(requests=REQUESTS, budget=BUDGET)
 def test_budget_is_used_and_never_exceeded(policy: Policy, requests: list[RequestState], budget: int) -> None:
     shares = policy.share(requests, budget, NOW)
@@ -62,6 +63,7 @@ def test_budget_is_used_and_never_exceeded(policy: Policy, requests: list[Reques
     assert shares.held_back == (1 if waits and budget > decoding else 0)
 
 
+@settings(deadline=None)
 @given(requests=REQUESTS, budget=BUDGET)
 def test_decodes_come_first(policy: Policy, requests: list[RequestState], budget: int) -> None:
     tokens = policy.share(requests, budget, NOW).tokens
@@ -70,6 +72,7 @@ def test_decodes_come_first(policy: Policy, requests: list[RequestState], budget
     assert given_to_decodes == min(budget, sum(request.tokens for request in decodes))
 
 
+@settings(deadline=None)
 @given(requests=REQUESTS, budget=BUDGET)
 def test_nobody_younger_is_served_before_one_past_the_bound(
     policy: Policy, requests: list[RequestState], budget: int
@@ -82,18 +85,20 @@ def test_nobody_younger_is_served_before_one_past_the_bound(
             assert not any(tokens.get(other.request_id) for other in younger if other.kind is not Kind.DECODE)
 
 
-@given(requests=REQUESTS, source=st.integers(0, 1))
+@settings(deadline=None)
+@given(requests=REQUESTS, tier=st.integers(0, 1))
 def test_loads_are_for_admitted_restores_that_need_the_source(
-    policy: Policy, requests: list[RequestState], source: int
+    policy: Policy, requests: list[RequestState], tier: int
 ) -> None:
-    order = policy.load_order(requests, source, NOW)
+    order = policy.load_order(requests, tier, NOW)
     assert {request.request_id for request in order} == {
-        request.request_id for request in requests if request.admitted and source in request.load_s
+        request.request_id for request in requests if request.admitted and tier in request.load_s
     }
     overdue = [request.arrived_s for request in order if is_overdue(request, policy)]
     assert [request.arrived_s for request in order[: len(overdue)]] == sorted(overdue)
 
 
+@settings(deadline=None)
 @given(requests=REQUESTS, budget=BUDGET, seed=st.integers(0, 2**32))
 def test_the_answer_depends_on_nothing_but_the_question(
     policy: Policy, requests: list[RequestState], budget: int, seed: int
@@ -106,6 +111,7 @@ def test_the_answer_depends_on_nothing_but_the_question(
     assert policy.load_order(requests, 0, NOW) == policy.load_order(shuffled, 0, NOW)
 
 
+@settings(deadline=None)
 @given(flood_tokens=st.integers(512, 4096))
 def test_a_flood_delays_a_restore_by_no_more_than_the_bound(policy: Policy, flood_tokens: int) -> None:
     """One step per second with 512 tokens; every second a plain prefill arrives that could use them all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakekv.restore.priority import POLICIES, Kind, RequestState, Turns, open_policy
@@ -76,6 +76,7 @@ REQUESTS = st.lists(st.tuples(st.sampled_from(Kind), st.floats(0.0, 8.0)), min_s
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(deadline=None)
 @given(requests=REQUESTS, data=st.data())
 def test_laws_when_requests_ask_and_pause_at_random(
     policy: str, requests: list[RequestState], data: st.DataObject
@@ -104,6 +105,7 @@ def test_laws_when_requests_ask_and_pause_at_random(
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(deadline=None)
 @given(requests=REQUESTS)
 def test_everyone_who_goes_on_asking_is_served_within_the_bound(policy: str, requests: list[RequestState]) -> None:
     """Whoever had 3 turns is done; new plain prefills come for ever. A turn takes a second."""

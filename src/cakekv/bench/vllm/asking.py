@@ -71,7 +71,7 @@ def ask(server: Server, prompt: Sequence[int], tokens: int = 1, **own: object) -
     tokens : int
         How many to generate. Of one token, the time it took is the TTFT.
     own
-        What to ask of the plug-in (see `Asked`).
+        What to ask of the plug-in (see `RequestOptions`).
     """
     time.sleep(REST_S)
     answer = Answer(time.monotonic())

@@ -42,9 +42,14 @@ class Contest:
         self._arguments = [*shlex.split(serve), "--max-num-batched-tokens", str(step_tokens)]
         self._arguments.append("--no-enable-prefix-caching")
 
-    def server(self, plug_in: Mapping[str, Any] | None = None, more: Sequence[str] = ()) -> Server:
+    def server(
+        self,
+        plug_in: Mapping[str, Any] | None = None,
+        more: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Server:
         """A server to be started by `with`; parameters as in `Server`, `more` is for its command line."""
-        return Server(self.model, self.log, plug_in, [*self._arguments, *more])
+        return Server(self.model, self.log, plug_in, [*self._arguments, *more], environment or {})
 
     @contextmanager
     def restoring_server(
@@ -66,6 +71,11 @@ class Contest:
                 balanced = fill(server, texts, prompts, prefix)
             options |= {"store": f"{folder}/store?bandwidth={bandwidth_ratio * balanced:.0f}B/s", "save": False}
             with self.server(options) as server:
-                for mode in ("both", "load"):
-                    ask(server, prompts[0], mode=mode)
-                yield server, balanced
+                yield warmed(server, prompts[0]), balanced
+
+
+def warmed(server: Server, prompt: Sequence[int]) -> Server:
+    """The server, having learned from a stored prompt what both arms cost."""
+    for mode in ("both", "load"):
+        ask(server, prompt, mode=mode)
+    return server

@@ -9,35 +9,15 @@ from rich.table import Table
 
 from cakekv.cli.console import RESULTS, print_json
 from cakekv.cli.store.opened import Json, Url, opened, say
-from cakekv.cli.store.prompt import (
-    ChunkTokens,
-    Codec,
-    Document,
-    IdentityRoot,
-    Model,
-    Question,
-    Tenant,
-    Tokens,
-    find_prompt,
-)
-from cakekv.explain import OtherIdentity, PromptExplanation, Whereabouts, explain_prompt
+from cakekv.cli.store.prompt import PromptOptions, about_a_prompt
+from cakekv.store.maintenance.explain import OtherIdentity, PromptExplanation, Whereabouts, explain_prompt
 
 _NAMED = 3
 _LONGEST = 40
 
 
-def explain(
-    store: Url,
-    document: Document = None,
-    tokens: Tokens = None,
-    model: Model = "demo",
-    question: Question = None,
-    tenant: Tenant = "",
-    codec: Codec = "raw",
-    chunk_tokens: ChunkTokens = None,
-    identity: IdentityRoot = None,
-    as_json: Json = False,
-) -> None:
+@about_a_prompt
+def explain(store: Url, prompt: PromptOptions, as_json: Json = False) -> None:
     """Say why a prompt was missed: which of its chunks are stored where, and what became of the others.
 
     If none of this model's chunks are stored, says in which field the nearest identity differs: weights, element type,
@@ -51,20 +31,10 @@ def explain(
         cakekv store explain redis://kv.example --tokens prompt.json --identity 3f2a
     """
     with opened(store) as found:
-        prompt = find_prompt(
-            found,
-            document,
-            tokens,
-            question=question,
-            model=model,
-            tenant=tenant,
-            codec=codec,
-            chunk_tokens=chunk_tokens,
-            identity=identity,
-        )
-        explained = explain_prompt(prompt.root, prompt.fields, prompt.token_ids, found.tiers)
+        asked = prompt.find(found)
+        explained = explain_prompt(asked.root, asked.fields, asked.token_ids, found.tiers)
     if as_json:
-        print_json(_as_json(explained, prompt.root))
+        print_json(_as_json(explained, asked.root))
         return
     stored = sum(bool(chunk.tiers) for chunk in explained.chunks)
     say(f"{stored:,} of {len(explained.chunks):,} chunks are stored ({explained.prompt_tokens:,} tokens).")
@@ -81,8 +51,8 @@ def explain(
         say("Chunks of this prompt are stored under other identities, too:")
     for other in explained.others[:_NAMED]:
         say(_sentence(other))
-    if prompt.window:
-        say(f"Among a prompt's newest {prompt.window:,} tokens, chunks in the codec's form are not used.")
+    if asked.window:
+        say(f"Among a prompt's newest {asked.window:,} tokens, chunks in the codec's form are not used.")
     for note in explained.notes:
         say(note)
 

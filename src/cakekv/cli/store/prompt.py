@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from cakekv.errors import BadInput
 from cakekv.store.base import Store
-
-Document = Annotated[
-    str | None, typer.Option(help="A text file, or demo for the document that `cakekv ask` asks about by default.")
-]
-Tokens = Annotated[
-    Path | None, typer.Option(help="A file with token ids: numbers with spaces or commas between them, or a JSON list.")
-]
-Question = Annotated[
-    str | None, typer.Option(help="Asked about the document. [default: none; what all questions share is looked for]")
-]
-Model = Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")]
-Tenant = Annotated[str, typer.Option(help="As in `cakekv ask`.")]
-Codec = Annotated[str, typer.Option(help="As in `cakekv ask`.")]
-ChunkTokens = Annotated[int | None, typer.Option(min=1, help="Tokens per chunk. [default: 64]")]
-IdentityRoot = Annotated[
-    str | None,
-    typer.Option(
-        "--identity", help="Beginning of an identity that `cakekv store stats` shows: no model is loaded then."
-    ),
-]
 
 
 class Prompt(NamedTuple):
@@ -43,38 +26,80 @@ class Prompt(NamedTuple):
     """Newest tokens of a prompt whose chunks are not used in the codec's lossy form."""
 
 
-def find_prompt(
-    store: Store,
-    document: str | None,
-    tokens: Path | None,
-    *,
-    question: str | None = None,
-    model: str = "demo",
-    tenant: str = "",
-    codec: str = "raw",
-    chunk_tokens: int | None = None,
-    identity: str | None = None,
-) -> Prompt:
-    """Read or make the tokens, and find out the identity.
+@dataclass(frozen=True)
+class PromptOptions:
+    """The options that say which prompt a command is about; `about_a_prompt` gives them to it."""
 
-    Raises
-    ------
-    BadInput
-        Not exactly one of document and tokens is given, one cannot be read, or no identity begins so.
-    """
-    if (document is None) == (tokens is None):
-        raise BadInput("give the prompt as --document FILE or as --tokens FILE")
-    if identity is not None:
-        if tokens is None:
-            raise BadInput("with --identity no model is loaded that could cut a document into tokens: give --tokens")
-        root, fields = _noted(store, identity)
-        return Prompt(read_tokens(tokens), root, fields)
+    document: Annotated[
+        str | None, typer.Option(help="A text file, or demo for the document that `cakekv ask` asks about by default.")
+    ] = None
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="A file with token ids: numbers with spaces or commas between them, or a JSON list."),
+    ] = None
+    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo"
+    question: Annotated[
+        str | None,
+        typer.Option(help="Asked about the document. [default: none; what all questions share is looked for]"),
+    ] = None
+    tenant: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = ""
+    codec: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = "raw"
+    chunk_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per chunk. [default: 64]")] = None
+    identity: Annotated[
+        str | None,
+        typer.Option(help="Beginning of an identity that `cakekv store stats` shows: no model is loaded then."),
+    ] = None
 
-    from cakekv.cli.model import load_cake
+    @property
+    def names_one(self) -> bool:
+        """Whether they say anything of a prompt."""
+        return self.document is not None or self.tokens is not None
 
-    with load_cake(model, None, tenant, codec, chunk_tokens) as cake:
-        token_ids = read_tokens(tokens) if tokens is not None else _document_tokens(cake.tokenizer, document, question)
-        return Prompt(token_ids, cake.identity.root, cake.identity.fields(), cake.codec.window)
+    def find(self, store: Store) -> Prompt:
+        """Read or make the tokens, and find out the identity.
+
+        Raises
+        ------
+        BadInput
+            Not exactly one of document and tokens is given, one cannot be read, or no identity begins so.
+        """
+        if (self.document is None) == (self.tokens is None):
+            raise BadInput("give the prompt as --document FILE or as --tokens FILE")
+        if self.identity is not None:
+            if self.tokens is None:
+                raise BadInput(
+                    "with --identity no model is loaded that could cut a document into tokens: give --tokens"
+                )
+            root, fields = _noted(store, self.identity)
+            return Prompt(read_tokens(self.tokens), root, fields)
+
+        from cakekv.cli.model import load_cake
+
+        with load_cake(self.model, None, self.tenant, self.codec, self.chunk_tokens) as cake:
+            if self.tokens is not None:
+                token_ids = read_tokens(self.tokens)
+            else:
+                token_ids = _document_tokens(cake.tokenizer, self.document, self.question)
+            return Prompt(token_ids, cake.identity.root, cake.identity.fields(), cake.codec.window)
+
+
+def about_a_prompt(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `prompt` is a `PromptOptions`, which gets an option for each of its fields instead."""
+    own = inspect.signature(command, eval_str=True)
+    options = inspect.signature(PromptOptions, eval_str=True).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        prompt = PromptOptions(**{name: given.pop(name) for name in options})
+        command(prompt=prompt, **given)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        parameters += options.values() if parameter.name == "prompt" else [parameter]
+    run.__signature__ = own.replace(  # type: ignore[attr-defined]  # which typer reads
+        parameters=[parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    return run
 
 
 def read_tokens(file: Path) -> list[int]:

@@ -8,25 +8,16 @@ import typer
 
 from cakekv.cli.console import EXIT_FAILED, print_json
 from cakekv.cli.store.opened import Json, bar, counted, opened, say
-from cakekv.cli.store.prompt import (
-    ChunkTokens,
-    Codec,
-    Document,
-    IdentityRoot,
-    Model,
-    Question,
-    Tenant,
-    Tokens,
-    find_prompt,
-)
+from cakekv.cli.store.prompt import PromptOptions, about_a_prompt
 from cakekv.errors import BadInput
-from cakekv.explain import prompt_keys
 from cakekv.keys import ChunkKey
 from cakekv.quantities import format_bytes, parse_bytes
+from cakekv.store.maintenance.explain import prompt_keys
 from cakekv.store.maintenance.walking import chosen
 from cakekv.store.maintenance.warm import warm as warm_store
 
 
+@about_a_prompt
 def warm(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A tiered store: tiered:///path/kv.toml.")],
     prefixes: Annotated[
@@ -35,14 +26,8 @@ def warm(
     limit: Annotated[
         str | None, typer.Option("--bytes", help="Copy no more than this to each tier. [default: what is free there]")
     ] = None,
-    document: Document = None,
-    tokens: Tokens = None,
-    model: Model = "demo",
-    question: Question = None,
-    tenant: Tenant = "",
-    codec: Codec = "raw",
-    chunk_tokens: ChunkTokens = None,
-    identity: IdentityRoot = None,
+    *,
+    prompt: PromptOptions,
     as_json: Json = False,
 ) -> None:
     """Copy chunks to the front of a tiered store before they are asked for, the ones used last first.
@@ -60,21 +45,11 @@ def warm(
     chosen([], prefixes or [])
     with opened(store) as found:
         keys: set[ChunkKey] | None = None
-        if document is not None or tokens is not None:
+        if prompt.names_one:
             if prefixes:
                 raise BadInput("name chunks either by keys or by a document")
-            prompt = find_prompt(
-                found,
-                document,
-                tokens,
-                question=question,
-                model=model,
-                tenant=tenant,
-                codec=codec,
-                chunk_tokens=chunk_tokens,
-                identity=identity,
-            )
-            keys = set(prompt_keys(prompt.root, prompt.fields, prompt.token_ids))
+            asked = prompt.find(found)
+            keys = set(prompt_keys(asked.root, asked.fields, asked.token_ids))
         elif prefixes:
             keys = {chunk.key for chunk in chosen(found, prefixes)}
         with bar("copying", None) as on_bytes:

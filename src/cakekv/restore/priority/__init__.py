@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from cakekv.errors import BadInput
 from cakekv.restore.priority.base import Kind, Policy, RequestState, Shares
-from cakekv.restore.priority.cake import Cake
+from cakekv.restore.priority.cake import CakeOrder
 from cakekv.restore.priority.fcfs import FirstComeFirstServed
 from cakekv.restore.priority.marginal_saving import MarginalSaving
 from cakekv.restore.priority.turns import Turns
 
 __all__ = ["POLICIES", "Kind", "Policy", "RequestState", "Shares", "Turns", "open_policy"]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FirstComeFirstServed, Cake, MarginalSaving)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (FirstComeFirstServed, CakeOrder, MarginalSaving)
+}
 
 
 def open_policy(name: str, starvation_s: float = 10.0) -> Policy:

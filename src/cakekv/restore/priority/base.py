@@ -1,4 +1,4 @@
-"""The contract of a priority policy: who gets the tokens of an engine step, and whose chunks a source loads next.
+"""The contract of a priority policy: who gets the tokens of an engine step, and whose chunks a tier loads next.
 
 A policy is pure: it has no clock and no state, does no I/O, and answers the same to the same question. The embedded
 engine, vLLM's scheduler and the cluster simulator describe their requests as `RequestState` and follow the answers.
@@ -44,7 +44,7 @@ class RequestState(NamedTuple):
     back_s: float = 0.0
     """Seconds of compute that each token loaded at the back frontier saves."""
     load_s: Mapping[int, float] = {}
-    """Per source with chunks left to load: seconds of its time per token; 0.0 if that is not known yet."""
+    """Per tier with chunks left to load: seconds of its time per token; 0.0 if that is not known yet."""
     prefix_tokens: int = 0
     """Of a restore: tokens of its stored prefix."""
 
@@ -159,8 +159,8 @@ class Policy(ABC):
         """Sort key among prefills for compute; the smallest goes first, ties in order of arrival."""
 
     @abstractmethod
-    def load_rank(self, request: RequestState, source: int) -> tuple[float, ...]:
-        """Sort key among restores for the time of `source`; the smallest goes first, ties in order of arrival."""
+    def load_rank(self, request: RequestState, tier: int) -> tuple[float, ...]:
+        """Sort key among restores for the time of `tier`; the smallest goes first, ties in order of arrival."""
 
     def compute_order(self, requests: Iterable[RequestState], now: float) -> list[RequestState]:
         """All requests, the one to compute first at the front."""
@@ -172,15 +172,15 @@ class Policy(ABC):
 
         return sorted(requests, key=key)
 
-    def load_order(self, requests: Iterable[RequestState], source: int, now: float) -> list[RequestState]:
-        """The admitted restores with chunks to load from `source`, the one to load for first at the front."""
+    def load_order(self, requests: Iterable[RequestState], tier: int, now: float) -> list[RequestState]:
+        """The admitted restores with chunks to load from `tier`, the one to load for first at the front."""
 
         def key(request: RequestState) -> tuple[int, tuple[float, ...], float, str]:
             overdue = self._overdue(request, now)
-            rank = () if overdue else self.load_rank(request, source)
+            rank = () if overdue else self.load_rank(request, tier)
             return 1 - overdue, rank, request.arrived_s, request.request_id
 
-        return sorted((request for request in requests if request.admitted and source in request.load_s), key=key)
+        return sorted((request for request in requests if request.admitted and tier in request.load_s), key=key)
 
     def share(
         self, requests: Iterable[RequestState], budget: int, now: float, beside_decodes: int | None = None
@@ -227,4 +227,5 @@ class Policy(ABC):
         return Shares(tokens, held_back)
 
     def _overdue(self, request: RequestState, now: float) -> bool:
-        return now - request.arrived_s >= max(self.starvation_s, request.patience_s)
+        age_s = now - request.arrived_s
+        return age_s >= self.starvation_s and age_s >= request.patience_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cakekv.restore.priority.base import Policy, RequestState
 
 
-class Cake(Policy):
+class CakeOrder(Policy):
     """Within a step 1. decodes, 2. prefills without a stored prefix, 3. prefills with one; each in order of arrival."""
 
     name = "cake"
@@ -13,5 +13,5 @@ class Cake(Policy):
     def compute_rank(self, request: RequestState) -> tuple[float, ...]:
         return (request.kind,)
 
-    def load_rank(self, request: RequestState, source: int) -> tuple[float, ...]:
+    def load_rank(self, request: RequestState, tier: int) -> tuple[float, ...]:
         return ()

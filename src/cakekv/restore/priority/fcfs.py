@@ -13,5 +13,5 @@ class FirstComeFirstServed(Policy):
     def compute_rank(self, request: RequestState) -> tuple[float, ...]:
         return ()
 
-    def load_rank(self, request: RequestState, source: int) -> tuple[float, ...]:
+    def load_rank(self, request: RequestState, tier: int) -> tuple[float, ...]:
         return ()

@@ -25,6 +25,6 @@ class MarginalSaving(Policy):
         saving = min(request.load_s.values()) / request.front_s if request.front_s > 0 else float("inf")
         return (request.kind, -saving, request.tokens)
 
-    def load_rank(self, request: RequestState, source: int) -> tuple[float, ...]:
-        seconds = request.load_s[source]
+    def load_rank(self, request: RequestState, tier: int) -> tuple[float, ...]:
+        seconds = request.load_s[tier]
         return (-request.back_s / seconds if seconds > 0 else float("-inf"),)

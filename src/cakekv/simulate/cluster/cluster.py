@@ -18,7 +18,7 @@ from cakekv.simulate.cluster.coarse import Machine, cake, compute_only, layerwis
 from cakekv.simulate.cluster.node import REMOTE, Behaviour, Job, Node
 from cakekv.simulate.cluster.routing import Router, Routing
 from cakekv.simulate.cluster.tiers import BlockCache, Tiers
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, Trace
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival, Trace
 
 BEHAVIOURS: dict[str, Behaviour] = {
     "compute": Behaviour(compute_only, stores=False),
@@ -142,7 +142,7 @@ class _Simulation:
         began = trace.requests[0].arrived_s / speed_up
         return Run(self.ttft_s, self.last - began, self.computed, self.loaded, self.busy_s)
 
-    def _route(self, number: int, request: Request, now: float) -> tuple[int, Job]:
+    def _route(self, number: int, request: Arrival, now: float) -> tuple[int, Job]:
         """The node that promises the earliest first token among those that the router proposes."""
         choices = []
         for index in self.router.candidates(request.blocks):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.simulate.cluster.coarse import Machine, Outcome, System, Task
 from cakekv.simulate.cluster.tiers import BlockCache
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival
 
 RAM, REMOTE = 0, 1
 
@@ -29,7 +29,7 @@ class Job:
     """A request on its node."""
 
     number: int
-    request: Request
+    request: Arrival
     ram_tokens: int
     prefix_tokens: int
     ram_left: float
@@ -67,7 +67,7 @@ class Node:
     remote_rate: float = 1.0
     """Tokens per second, as of the last event."""
 
-    def admit(self, number: int, request: Request, remote: BlockCache, stores: bool) -> Job:
+    def admit(self, number: int, request: Arrival, remote: BlockCache, stores: bool) -> Job:
         """Look up what is stored of a prompt; its last token is always computed."""
         usable = request.blocks[: (request.prompt_tokens - 1) // BLOCK_TOKENS] if stores else ()
         in_ram = self.ram.run(usable)
@@ -110,14 +110,14 @@ class Node:
         """What comes of the job if compute and tiers serve it from now on."""
         return behaviour.finish(self.machine, job.task(), self.remote_rate)
 
-    def _load_order(self, waiting: list[Job], source: int, now: float, policy: Policy) -> list[Job]:
+    def _load_order(self, waiting: list[Job], tier: int, now: float, policy: Policy) -> list[Job]:
         if len(waiting) < 2:
             return waiting
         jobs = {str(job.number): job for job in waiting}
-        order = policy.load_order([self._state(job, source) for job in waiting], source, now)
+        order = policy.load_order([self._state(job, tier) for job in waiting], tier, now)
         return [jobs[state.request_id] for state in order]
 
-    def _state(self, job: Job, source: int = REMOTE) -> RequestState:
+    def _state(self, job: Job, tier: int = REMOTE) -> RequestState:
         load_s = {RAM: 1.0 / self.machine.ram_rate} if job.ram_left else {}
         if job.remote_left:
             load_s[REMOTE] = 1.0 / self.remote_rate
@@ -129,6 +129,6 @@ class Node:
             shape=self.machine.shape,
             span_tokens=self.machine.span_tokens,
             front=0,
-            back=job.ram_left if source == RAM else job.ram_tokens + job.remote_left,
+            back=job.ram_left if tier == RAM else job.ram_tokens + job.remote_left,
             load_s=load_s,
         )

@@ -15,8 +15,8 @@ BLOCK_TOKENS = 512
 """Tokens per id of a trace."""
 
 
-class Request(NamedTuple):
-    """One prompt."""
+class Arrival(NamedTuple):
+    """A request of the trace: when a prompt arrives, and what it begins with."""
 
     arrived_s: float
     prompt_tokens: int
@@ -28,10 +28,10 @@ class Request(NamedTuple):
 class Trace:
     """Requests in order of arrival, and the time after which the trace may begin again."""
 
-    requests: Sequence[Request]
+    requests: Sequence[Arrival]
     period_s: float
 
-    def replay(self, count: int, speed_up: float) -> Iterator[Request]:
+    def replay(self, count: int, speed_up: float) -> Iterator[Arrival]:
         """Yield `count` requests, arriving `speed_up` times as fast.
 
         Where the trace is too short it begins again with other users: every block id is new in each repetition.
@@ -42,7 +42,7 @@ class Trace:
             request = self.requests[place]
             blocks = request.blocks if not repetition else [block + repetition * stride for block in request.blocks]
             arrived_s = (request.arrived_s + repetition * self.period_s) / speed_up
-            yield Request(arrived_s, request.prompt_tokens, blocks)
+            yield Arrival(arrived_s, request.prompt_tokens, blocks)
 
 
 def read_trace(path: Path | None = None) -> Trace:
@@ -76,7 +76,7 @@ def read_trace(path: Path | None = None) -> Trace:
     return Trace(_spread(rows, times, period_s), period_s)
 
 
-def _read(line: str, where: str) -> Request:
+def _read(line: str, where: str) -> Arrival:
     try:
         row = json.loads(line)
         arrived_s, tokens, blocks = row["timestamp"] / 1000.0, row["input_length"], row["hash_ids"]
@@ -93,15 +93,15 @@ def _read(line: str, where: str) -> Request:
         raise BadInput(
             f"{where}: timestamp and input_length must be positive, and hash_ids hold one id per {BLOCK_TOKENS} tokens"
         )
-    return Request(arrived_s, tokens, blocks[: tokens // BLOCK_TOKENS])
+    return Arrival(arrived_s, tokens, blocks[: tokens // BLOCK_TOKENS])
 
 
-def _spread(rows: list[Request], times: list[float], period_s: float) -> list[Request]:
+def _spread(rows: list[Arrival], times: list[float], period_s: float) -> list[Arrival]:
     ends = dict(zip(times, [*times[1:], times[0] + period_s], strict=True))
     crowd: dict[float, int] = {}
     for row in rows:
         crowd[row.arrived_s] = crowd.get(row.arrived_s, 0) + 1
-    spread: list[Request] = []
+    spread: list[Arrival] = []
     place: dict[float, int] = {}
     for row in rows:
         at = row.arrived_s

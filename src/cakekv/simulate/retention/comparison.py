@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cakekv.chunk import PEEK_BYTES
 from cakekv.restore.costs import ComputeShape
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival
 from cakekv.simulate.retention.replay import Case, Result, replay
 from cakekv.simulate.retention.store import PolicyOnly, RealStore, Retained
 from cakekv.simulate.retention.timing import Timer, planned_seconds
@@ -32,7 +32,7 @@ class Workload:
 
     Parameters
     ----------
-    requests : sequence of Request
+    requests : sequence of Arrival
         In order of arrival.
     shape : ComputeShape
         What a span costs.
@@ -40,7 +40,7 @@ class Workload:
         Bytes of one token's KV cache.
     """
 
-    requests: Sequence[Request]
+    requests: Sequence[Arrival]
     shape: ComputeShape
     token_bytes: int
 

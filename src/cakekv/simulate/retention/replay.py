@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cakekv.simulate.cluster.trace import Request
+from cakekv.simulate.cluster.trace import Arrival
 from cakekv.simulate.retention.store import Retained, key_of
 from cakekv.simulate.retention.timing import Timer
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def replay(
-    store: Retained, timer: Timer, requests: Sequence[Request], keep_every: int = 0
+    store: Retained, timer: Timer, requests: Sequence[Arrival], keep_every: int = 0
 ) -> tuple[Result, list[Case]]:
     """Serve requests one by one, without waiting times: TTFT is what the restore takes on an idle machine.
 
@@ -49,7 +49,7 @@ def replay(
         Empty.
     timer : Timer
         Its chunks are the trace's blocks.
-    requests : sequence of Request
+    requests : sequence of Arrival
         In order of arrival.
     keep_every : int
         Of the restores in which something was stored, one in so many is kept as a case; 0 for none.

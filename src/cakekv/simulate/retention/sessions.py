@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from itertools import count
 
-from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Request, Trace
+from cakekv.simulate.cluster.trace import BLOCK_TOKENS, Arrival, Trace
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sessions:
         chance = random.Random(self.seed)
         blocks = count()
         shared = [[next(blocks) for _ in range(self.system_tokens // BLOCK_TOKENS)] for _ in range(self.system_prompts)]
-        found: list[Request] = []
+        found: list[Arrival] = []
         begins_s = 0.0
         for _ in range(requests):  # more conversations than needed, so that the last ones are as lively as the first
             begins_s += chance.expovariate(self.per_s)
@@ -58,7 +58,7 @@ class Sessions:
             at = begins_s
             while True:
                 ids += [next(blocks) for _ in range(tokens // BLOCK_TOKENS - len(ids))]
-                found.append(Request(at, tokens, tuple(ids)))
+                found.append(Arrival(at, tokens, tuple(ids)))
                 if chance.random() < 1.0 / self.turns:
                     break
                 at += self._about(self.pause_s, chance)

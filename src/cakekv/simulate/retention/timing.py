@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cakekv.restore.assignment import Candidate, assign_loads
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost
-from cakekv.restore.flights import Source
-from cakekv.restore.plan import Candidate, assign_loads
-from cakekv.restore.planner import Restore
-from cakekv.simulate.machine import VirtualTier, constant, run_restore
+from cakekv.restore.flights import Tier
+from cakekv.restore.level_choice import Level
+from cakekv.restore.planner import Planner, PlannerOptions
+from cakekv.simulate.machine import VirtualTier, constant, run_restore, undisturbed
 
 DEPTH = 2
 """Loads in flight at a time, where the planner itself is run."""
@@ -98,15 +99,13 @@ def planned_seconds(timer: Timer, prompt_tokens: int, stored: Sequence[bool]) ->
     rate = size / timer.load_s
     cost = LoadCost(DEPTH)
     cost.observe(size, 0.0, size / rate)
-    restore = Restore(
+    planner = Planner(
         prompt_tokens,
         timer.chunk_tokens,
         [(0,) if held else () for held in stored[: timer.whole_chunks(prompt_tokens)]],
-        [Source("tier", cost, DEPTH)],
+        [Tier("tier", cost, DEPTH)],
         ComputeCost(timer.shape, trusted=True),
-        chunk_bytes=size,
-        max_span_tokens=timer.chunk_tokens,
+        [Level.whole(size)],
+        PlannerOptions(max_span_tokens=timer.chunk_tokens),
     )
-    return run_restore(
-        restore, lambda span, now: timer.shape.seconds(span.start, span.tokens), [VirtualTier(constant(rate))]
-    )
+    return run_restore(planner, undisturbed(timer.shape.seconds), [VirtualTier(constant(rate))])

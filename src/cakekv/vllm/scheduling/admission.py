@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from cakekv.codec.base import first_exact_chunk
 from cakekv.errors import UnsupportedEngine
 from cakekv.keys import ChunkKey
 from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.config import VllmOptions
-from cakekv.vllm.scheduling.asked import Asked
-from cakekv.vllm.scheduling.exactness import first_exact_chunk
-from cakekv.vllm.scheduling.identity import Keyring
-from cakekv.vllm.scheduling.lookup import Lookup
+from cakekv.vllm.scheduling.identity import ChunkNames
+from cakekv.vllm.scheduling.lookup import BackgroundLookup
+from cakekv.vllm.scheduling.request_options import RequestOptions
 from cakekv.vllm.scheduling.restoration import Restoration
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MOST_OPEN = 64
-"""Restores at a time: as many as loads may queue at a source. The others would only wait, and cost in every step."""
+"""Restores at a time: as many as loads may queue at a tier. The others would only wait, and cost in every step."""
 MOST_BEGUN = 8
 """Restores that may begin in a step: vLLM allocates all of a prefix's blocks for each."""
 
@@ -39,36 +39,36 @@ class Admission:
     ----------
     options : VllmOptions
         The plug-in's.
-    keyring : Keyring
+    chunk_names : ChunkNames
         Names the requests' chunks.
-    lookup : Lookup
+    lookup : BackgroundLookup
         Asks the stores.
     window : int
         How many of a prompt's newest tokens have to be exact.
     shares_blocks : bool
         Whether vLLM's own prefix cache is on.
     alive : callable
-        The sources that have a reader left.
+        The tiers that have a reader left.
     """
 
     def __init__(
         self,
         options: VllmOptions,
-        keyring: Keyring,
-        lookup: Lookup,
+        chunk_names: ChunkNames,
+        lookup: BackgroundLookup,
         window: int,
         shares_blocks: bool,
         alive: Callable[[], Collection[int]],
     ) -> None:
         self.options = options
-        self.keyring = keyring
+        self.chunk_names = chunk_names
         self.lookup = lookup
         self._window = window
         self._shares_blocks = shares_blocks
         self._alive = alive
         self._unnamed = Complaints("a request is neither restored nor saved")
         self._matched: dict[str, Match] = {}
-        self._asked: dict[str, Asked] = {}
+        self._options_of: dict[str, RequestOptions] = {}
         self._readable: set[str] = set()
         """Requests that are restored if anything of them is stored."""
         self._fronts: dict[int, dict[ChunkKey, Restoration]] = {}
@@ -80,17 +80,17 @@ class Admission:
 
     def arrived(self, request: Request) -> None:
         """A request came, or has to begin again: see what is stored of it."""
-        asked = Asked.of(request.kv_transfer_params, self.options)
+        own = RequestOptions.of(request.kv_transfer_params, self.options)
         try:
-            keys = list(self.keyring.keys(request))
+            keys = list(self.chunk_names.keys(request))
         except UnsupportedEngine as error:
             self._unnamed.say(str(error))
-            keys, asked = [], asked._replace(mode="compute", save=False)
+            keys, own = [], own._replace(mode="compute", save=False)
         if request.resumable:
-            keys, asked = [], asked._replace(mode="compute", save=False)  # its tokens may still change
-        self._asked[request.request_id] = asked
+            keys, own = [], own._replace(mode="compute", save=False)  # its tokens may still change
+        self._options_of[request.request_id] = own
         self._twins.pop(request.request_id, None)
-        wanted = asked.mode != "compute" or asked.report
+        wanted = own.mode != "compute" or own.report
         if wanted and not request.skip_reading_prefix_cache and not _must_not_be_cut(request):
             self._readable.add(request.request_id)
         else:
@@ -98,34 +98,33 @@ class Admission:
         exact_from = first_exact_chunk(request.num_tokens, self._window, self.options.chunk_tokens)
         self.lookup.ask(request.request_id, keys, exact_from)
 
-    def asked(self, request_id: str) -> Asked:
-        """What a request asked for."""
-        return self._asked[request_id]
+    def options_of(self, request_id: str) -> RequestOptions:
+        """A request's own options."""
+        return self._options_of[request_id]
 
     def save_nothing_of(self, request_id: str) -> None:
         """What the request computes is of no use to others any more."""
-        self._asked[request_id] = self._asked[request_id]._replace(save=False)
+        self._options_of[request_id] = self._options_of[request_id]._replace(save=False)
 
     def forget(self, request_id: str) -> None:
         """The request is gone."""
         self._matched.pop(request_id, None)
-        self._asked.pop(request_id, None)
+        self._options_of.pop(request_id, None)
         self._readable.discard(request_id)
         self._twins.pop(request_id, None)
         self.lookup.forget(request_id)
-        self.keyring.forget(request_id)
+        self.chunk_names.forget(request_id)
 
     def begin_step(self, restorations: Mapping[str, Restoration]) -> None:
         """Look once at all restores that go on, instead of once per request that waits."""
         self._room = max(0, min(MOST_BEGUN, MOST_OPEN - len(restorations)))
         self._fronts.clear()
+        unshared = {restoration for restoration in restorations.values() if not restoration.shared}
         for restoration in restorations.values():
-            self._note_front(restoration)
-        self._twins = {
-            request_id: twin
-            for request_id, twin in self._twins.items()
-            if restorations.get(twin.request_id) is twin and not twin.shared
-        }
+            if restoration in unshared:
+                self._note_front(restoration)
+        if not unshared.issuperset(self._twins.values()):
+            self._twins = {request_id: twin for request_id, twin in self._twins.items() if twin in unshared}
 
     def began(self, restoration: Restoration) -> None:
         """A restore begins within the step."""
@@ -134,9 +133,10 @@ class Admission:
         self._note_front(restoration)
 
     def _note_front(self, restoration: Restoration) -> None:
-        if not self._shares_blocks or restoration.shared:
+        """Remember what others that lack the same wait for."""
+        if not self._shares_blocks:
             return
-        last = restoration.restore.prefix_tokens // self.options.chunk_tokens - 1
+        last = restoration.planner.prefix_tokens // self.options.chunk_tokens - 1
         chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
         if 0 <= chunk < len(restoration.keys):
             self._fronts.setdefault(chunk, {}).setdefault(restoration.keys[chunk], restoration)
@@ -155,7 +155,7 @@ class Admission:
             return False
         if self._room <= 0 or self.lookup.answer(request.request_id) is None:
             return True
-        keys = self.keyring.keys(request)
+        keys = self.chunk_names.keys(request)
         for chunk, fronts in self._fronts.items():
             twin = fronts.get(keys[chunk]) if chunk < len(keys) else None
             if twin is not None:
@@ -172,9 +172,9 @@ class Admission:
         stored = self.lookup.answer(request.request_id)
         if stored is None:
             return None, False
-        alive, asked = self._alive(), self.lookup.sources
-        if len(alive) < asked:
-            stored = [tuple(source for source in holders if source in alive) for holders in stored]
+        alive = self._alive()
+        if len(alive) < self.lookup.tiers:
+            stored = [tuple(tier for tier in holders if tier in alive) for holders in stored]
         prefix = self._prefix_tokens(request, stored, local_tokens)
         if prefix <= local_tokens:
             return 0, False
@@ -192,8 +192,14 @@ class Admission:
         """Whether no restore may begin in this step."""
         return self._room <= 0
 
+    def held(self, request_id: str) -> bool:
+        """Whether the restore of an unadmitted request will not begin in this step, whatever else happens in it."""
+        return self._room <= 0 or request_id in self._twins
+
     def unadmitted(self, request: Request) -> bool:
         """Whether a request that waits may turn out to have a stored prefix, so that its loads should begin soon."""
+        if request.request_id in self._twins:
+            return True
         if request.num_computed_tokens or not self.readable(request):
             return False
         return self.lookup.promising(request.request_id)
@@ -214,7 +220,7 @@ class Admission:
         if not self._shares_blocks:
             return False
         chunk = -(-local_tokens // self.options.chunk_tokens)
-        key = self.keyring.keys(request)[chunk]
+        key = self.chunk_names.keys(request)[chunk]
         return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.shared for other in restorations)
 
 

@@ -63,7 +63,7 @@ class _HashedAgain:
         return getattr(self._request, name)
 
 
-class Keyring:
+class ChunkNames:
     """Makes the keys of a request's chunks.
 
     Parameters
@@ -73,7 +73,7 @@ class Keyring:
     chunk_tokens, hash_tokens : int
         Tokens per chunk, and per hash of vLLM's.
     layout : str
-        Order of the bytes in a share, `canonical`.
+        Order of the bytes in a shard, `canonical`.
     tenant : str
         As in the options.
     recipe : str
@@ -109,14 +109,14 @@ class Keyring:
             order["settings"] = _plain(settings)
         self.identity = Identity(
             weights=_weights(model, vllm_config.load_config.load_format),
-            architecture=_architecture(model),
+            architecture=architecture_of(model),
             dtype=f"{model.dtype} {vllm_config.cache_config.cache_dtype}",
             layout=canonical(order),
             chunk_tokens=chunk_tokens,
             tenant=tenant,
             recipe=recipe,
         )
-        self.earlier = replace(self.identity, architecture=_architecture_by_library(model))
+        self.earlier = replace(self.identity, architecture=architecture_by_library(model))
         """Who the model was to cakekv 0.1."""
         self._epoch = b""
         self._roots: dict[str, bytes] = {}
@@ -251,7 +251,7 @@ def _fingerprint(path: Path, what: str) -> str:
     return fingerprint
 
 
-def _architecture(model: ModelConfig) -> str:
+def architecture_of(model: ModelConfig) -> str:
     """What the model's files and the user say of it, as far as it can change keys and values.
 
     Not what vLLM and transformers make of that: they add defaults, and rename and move fields, with every release. The
@@ -259,10 +259,10 @@ def _architecture(model: ModelConfig) -> str:
     """
     said = _files_said(model)
     if not said:
-        return _architecture_by_library(model)
+        return architecture_by_library(model)
     overrides = model.hf_overrides
     if callable(overrides):
-        overrides = _architecture_by_library(model)  # what it changes shows in the outcome only
+        overrides = architecture_by_library(model)  # what it changes shows in the outcome only
     return _with_length(
         model, {"config": said} | ({"overrides": _plain(overrides, _NOT_ARCHITECTURE)} if overrides else {})
     )
@@ -278,7 +278,7 @@ def _files_said(model: ModelConfig) -> dict[str, object]:
     return said
 
 
-def _architecture_by_library(model: ModelConfig) -> str:
+def architecture_by_library(model: ModelConfig) -> str:
     """The model's configuration as the installed transformers has it: that was the key of cakekv 0.1."""
     fields = {name: value for name, value in model.hf_config.to_dict().items() if name not in _NOT_ARCHITECTURE}
     return _with_length(model, {"config": _plain(fields)})

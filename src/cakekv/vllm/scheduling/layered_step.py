@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from cakekv.restore.layered import LayerGroups
-from cakekv.vllm.messages import ShardDescription
+from cakekv.restore.level_choice import LayerGroups
+from cakekv.vllm.messages import WorkerDescription
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,10 +54,10 @@ def may_be_discarded(request: Request) -> bool:
     )
 
 
-def groups_of(shards: Collection[ShardDescription]) -> LayerGroups | None:
+def groups_of(workers: Collection[WorkerDescription]) -> LayerGroups | None:
     """Bytes of each group of layers, of all workers together; None if they cannot be cut alike."""
-    sizes = {shard.group_bytes for shard in shards}
+    sizes = {worker.group_bytes for worker in workers}
     if len(sizes) > 1:
         return None
-    total = tuple(size * len(shards) for size in sizes.pop())
+    total = tuple(size * len(workers) for size in sizes.pop())
     return LayerGroups(total, total) if len(total) > 1 else None

@@ -22,7 +22,7 @@ class _Question:
     keys: list[ChunkKey]
     exact_from: int
     """From this chunk on, only exact ones will do."""
-    asked: float
+    asked_at: float
     sizes: list[int] = field(default_factory=list)
     """Bytes of the chunks found."""
     answers: dict[int, list[bool]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class _Question:
     """Whether that names any tier."""
 
 
-class Lookup:
+class BackgroundLookup:
     """One thread per tier, so that one that hangs delays nobody else's answers.
 
     Parameters
@@ -43,9 +43,9 @@ class Lookup:
     tiers : sequence of Store
         Whom to ask.
     shards : sequence of callable
-        From a chunk's key to those of the workers' shares; it is stored if all of them are.
+        From a chunk's key to those of its shards; it is stored if all of them are.
     exact_bytes : int
-        Of a share that is stored exactly; encoded ones are smaller.
+        Of a shard that is stored exactly; encoded ones are smaller.
     patience_s : float
         A tier that has not answered after so many seconds is taken to hold nothing; as long as it owes that answer,
         nobody waits for it.
@@ -61,18 +61,18 @@ class Lookup:
         self._tiers = tiers
         self._shards = shards
         self._exact_bytes = exact_bytes
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._changed = threading.Condition()
         self._questions: dict[str, _Question] = {}
         self._waiting: list[list[_Question]] = [[] for _ in tiers]
         self._busy_since: list[float | None] = [None for _ in tiers]
         self._closed = False
         self._complaints = [Complaints(f"the {tier.name} store does not say what it holds") for tier in tiers]
-        for source, tier in enumerate(tiers):
-            start_thread(f"cakekv-lookup-{tier.name}", lambda source=source: self._work(source))  # type: ignore[misc]
+        for tier, store in enumerate(tiers):
+            start_thread(f"cakekv-lookup-{store.name}", lambda tier=tier: self._work(tier))  # type: ignore[misc]
 
     @property
-    def sources(self) -> int:
+    def tiers(self) -> int:
         """How many tiers there are."""
         return len(self._tiers)
 
@@ -95,12 +95,12 @@ class Lookup:
             return question.complete
         answers = question.answers.copy()  # more may come meanwhile
         now = monotonic()
-        for source in range(len(self._tiers)):
-            if source not in answers and not self._overdue(source, question, now):
+        for tier in range(len(self._tiers)):
+            if tier not in answers and not self._overdue(tier, question, now):
                 return None
         question.known = question.known or now
         held = answers.items()
-        stored = [tuple(source for source, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
+        stored = [tuple(tier for tier, chunks in held if chunks[chunk]) for chunk in range(len(question.keys))]
         if len(answers) == len(self._tiers):
             question.promising = any(stored)
             question.complete = stored
@@ -114,15 +114,15 @@ class Lookup:
         stored = self.answer(request_id)
         return stored is None or any(stored)
 
-    def asked(self, request_id: str) -> float:
+    def asked_at(self, request_id: str) -> float:
         """When the stores were asked about the request, on `time.monotonic`'s clock; 0.0 if they never were."""
         question = self._questions.get(request_id)
-        return 0.0 if question is None else question.asked
+        return 0.0 if question is None else question.asked_at
 
     def seconds(self, request_id: str) -> float:
         """How long the request's answer took to come."""
         question = self._questions.get(request_id)
-        return 0.0 if question is None or question.known is None else question.known - question.asked
+        return 0.0 if question is None or question.known is None else question.known - question.asked_at
 
     def chunk_bytes(self, request_id: str) -> int | None:
         """Bytes of the request's stored chunks, on average; None if there are none."""
@@ -140,34 +140,34 @@ class Lookup:
             self._closed = True
             self._changed.notify_all()
 
-    def _overdue(self, source: int, question: _Question, now: float) -> bool:
-        since = self._busy_since[source]
-        since = question.asked if since is None else min(since, question.asked)
-        return now - since >= self._patience_s
+    def _overdue(self, tier: int, question: _Question, now: float) -> bool:
+        since = self._busy_since[tier]
+        since = question.asked_at if since is None else min(since, question.asked_at)
+        return now - since >= self.patience_s
 
-    def _work(self, source: int) -> None:
-        tier = self._tiers[source]
+    def _work(self, tier: int) -> None:
+        store = self._tiers[tier]
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting[source] or self._closed)
+                self._changed.wait_for(lambda: self._waiting[tier] or self._closed)
                 if self._closed:
                     return
                 alive = set(map(id, self._questions.values()))  # others were forgotten, or ask anew
-                batch = [question for question in self._waiting[source] if id(question) in alive]
-                self._waiting[source] = []
+                batch = [question for question in self._waiting[tier] if id(question) in alive]
+                self._waiting[tier] = []
                 if not batch:
                     continue
-                self._busy_since[source] = monotonic()
+                self._busy_since[tier] = monotonic()
             keys = [shard(key) for question in batch for key in question.keys for shard in self._shards]
             try:
-                found = tier.lookup(keys)
+                found = store.lookup(keys)
                 if doubt := doubt_of(found):
-                    self._complaints[source].say(doubt)
+                    self._complaints[tier].say(doubt)
             except CakeError as error:
-                self._complaints[source].say(str(error))
+                self._complaints[tier].say(str(error))
                 found = [None] * len(keys)
             except Exception:
-                self._complaints[source].say("it failed in a way that no store should", exc_info=True)
+                self._complaints[tier].say("it failed in a way that no store should", exc_info=True)
                 found = [None] * len(keys)
             # The scheduler never waits for this: the lock is held to publish an answer, not to read it.
             first, answers = 0, []
@@ -175,19 +175,19 @@ class Lookup:
                 answers.append(self._held(question, found, first))
                 first += len(question.keys) * len(self._shards)
             with self._changed:
-                self._busy_since[source] = None
+                self._busy_since[tier] = None
                 for question, (held, sizes) in zip(batch, answers, strict=True):
                     question.sizes += sizes
-                    question.answers[source] = held
+                    question.answers[tier] = held
 
     def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
         """Which of a question's chunks a tier has in a form that will do, and their bytes.
 
-        `found` are the sizes of all questions' shares, this one's from `first` on.
+        `found` are the sizes of all questions' shards, this one's from `first` on.
         """
-        held, found_bytes, shares = [], [], len(self._shards)
+        held, found_bytes, shards = [], [], len(self._shards)
         for chunk in range(len(question.keys)):
-            sizes = found[first + chunk * shares : first + (chunk + 1) * shares]
+            sizes = found[first + chunk * shards : first + (chunk + 1) * shards]
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
             held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from typing import Any
 
+from cakekv.quantities import format_bytes
 from cakekv.restore.report import RestoreReport
 from cakekv.vllm.metrics import CakeStats
-from cakekv.vllm.scheduling.asked import log_restore
+from cakekv.vllm.scheduling.request_options import FIELD
+
+_LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
 
 _REMEMBERED = 64
 
@@ -53,3 +58,24 @@ class Outcomes:
         """What happened since the last time, if anything did."""
         stats, self._stats = self._stats, CakeStats()
         return None if stats.is_empty() else stats
+
+
+def answer(report: RestoreReport) -> dict[str, Any]:
+    """The `kv_transfer_params` of a response whose request asked for the report."""
+    return {FIELD: report.to_dict()}
+
+
+def log_restore(request_id: str, report: RestoreReport) -> None:
+    """Write a line about a restore into vLLM's log."""
+    reasons = ", ".join(f"{tokens:,} {reason}" for reason, tokens in report.miss_reasons().items())
+    _LOG.info(
+        "cakekv: %s: prompt of %s tokens, %s computed, %s loaded (%s), met at %s, %.3f s until complete%s",
+        request_id,
+        f"{report.prompt_tokens:,}",
+        f"{report.computed_tokens:,}",
+        f"{report.loaded_tokens:,}",
+        ", ".join(f"{format_bytes(size)} from {tier}" for tier, size in report.bytes_by_tier.items()) or "no store",
+        "-" if report.met_at is None else f"{report.met_at:,}",
+        report.ttft_s,
+        f"; missed: {reasons}" if reasons else "",
+    )

@@ -19,24 +19,30 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.request import RequestStatus
 
 from cakekv.errors import UnsupportedEngine
 from cakekv.restore.priority import Kind, RequestState
 from cakekv.vllm.connector import CakeConnector
-from cakekv.vllm.scheduling.restoration import Restoration
+from cakekv.vllm.scheduling.restoration import Restoration, Stage
+from cakekv.vllm.support import computes_while_loading
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.metrics.stats import PrefixCacheStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from cakekv.vllm.scheduling.half import SchedulerHalf
 
+_DECODES = (Kind.DECODE, 0)
+"""Where they stand among those that run."""
+
+
+@computes_while_loading
 class CakeSchedulerMixin(Scheduler):
     """What both schedulers have in common.
 
@@ -54,49 +60,73 @@ class CakeSchedulerMixin(Scheduler):
                 f"{type(self).__name__} works with CakeConnector as the only KV connector, and this is {given}: name "
                 'CakeConnector in --kv-transfer-config ("cakekv vllm-args" prints it); MultiConnector is not supported'
             )
-        self._half = self.connector.scheduler_half
-        self._half.join(self)
+        self.connector.join(self)
         self.resume_to_jump = self.use_v2_model_runner
         self._granted: dict[str, int] = {}
         """Tokens of the coming step per prefilling request."""
-        self._looked_again: list[Request] = []
-        """Requests of the coming step for which vLLM looked into its prefix cache a second time."""
         self._reserved: dict[Request, int] = {}
         """Blocks that prefills on their way still need, as it was when this step came to them."""
         self._adapters: tuple[int, set[int]] = (-1, set())
         """How many requests run, and which adapters they use, as of this step."""
-        self._parked: list[list[KVCacheBlock]] = []
-        """Blocks that nobody owns any more, but into which a worker may still write."""
         self._nobody_admitted = False
         """Whether plain requests waited in the last step and none could be taken in, though tokens were left."""
+        self._aside: list[Request] = []
+        """Requests that wait, in turn, and of which nothing can begin in this step: vLLM need not look at them."""
         self._turned_away: set[str] = set()
         """Restores that vLLM did not take into the last steps, though they were granted tokens of them."""
+
+    def join(self, half: SchedulerHalf) -> None:
+        """The connector has met the workers: this is what it says from now on."""
+        self._half = half
 
     # ------------------------------------------------------------ before a step
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._half.think(self._turned_away)
+        self._half.begin_step(self._turned_away, alone=sum(self.get_request_counts()) == 1)
         self._adapters = (-1, set())
         for restoration in list(self._half.restorations.values()):
             self._jump(restoration)
         waiting = self._share_out()
-        before = set(self._half.restorations)
+        self._half.hits.begin_step(self._half.restorations)
         self._reserved.clear()
-        self._looked_again.clear()
-        output = super().schedule(throttle_prefills)
-        self._correct_statistics(before, output)
+        output = self._schedule_others(throttle_prefills)
+        self._half.hits.correct(self._half.restorations, output.num_scheduled_tokens)
         left = self.max_num_scheduled_tokens - output.total_num_scheduled_tokens
         granted = {request_id for request_id in self._half.restorations if self._granted.get(request_id)}
         self._turned_away = (self._turned_away | granted) - output.num_scheduled_tokens.keys() if left else set()
         self._nobody_admitted = bool(waiting) and left > 1 and not waiting & output.num_scheduled_tokens.keys()
         return output
 
+    def _schedule_others(self, throttle_prefills: bool) -> SchedulerOutput:
+        """As vLLM's `schedule`, which looks at every request that waits, but without those that were put aside."""
+        if not self._aside:
+            return super().schedule(throttle_prefills)
+        waiting = list(self.waiting)
+        self.waiting.remove_requests(self._aside)
+        output = super().schedule(throttle_prefills)
+        self.deferred_waiting.update(self._aside)
+        left, known = list(self.waiting), set(waiting)
+        still = {*left, *self._aside}
+        in_turn = [request for request in left if request not in known]  # those that were sent back come first
+        in_turn += [request for request in waiting if request in still]
+        self.waiting.remove_requests(left)
+        self.waiting.prepend_requests(reversed(in_turn))
+        self._aside = []
+        return output
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._aside)
+
     def _jump(self, restoration: Restoration) -> None:
         """If compute has come upon loaded chunks, go on behind them."""
-        request, position = restoration.request, restoration.position
-        if request.status != RequestStatus.RUNNING or request.num_computed_tokens == position:
+        request = restoration.request
+        if request.status != RequestStatus.RUNNING:
             return
-        if request.num_computed_tokens > position and not restoration.offered_in_vain:
+        position = restoration.position
+        if request.num_computed_tokens == position:
+            return
+        if request.num_computed_tokens > position and not restoration.layered_declined:
             return
         request.num_computed_tokens = position
         if self.resume_to_jump:
@@ -117,8 +147,19 @@ class CakeSchedulerMixin(Scheduler):
         waiting_plain: set[str] = set()
         outside = set(self._turned_away)
         places = self.max_num_active_reqs - len(self.running) - self.num_waiting_for_streaming_input
+        decode_tokens = 0
+        in_order: dict[str, tuple[int, int]] = {}
         for request in self.running:
-            states.append(self._state_of(request, restorations.get(request.request_id)))
+            restoration = restorations.get(request.request_id)
+            if restoration is None and not request.is_prefill_chunk:
+                decode_tokens += _tokens_left(request)
+                continue
+            state = self._state_of(request, restoration)
+            states.append(state)
+            computed = request.num_computed_tokens if state.kind is Kind.STORED_PREFILL else 0
+            in_order[state.request_id] = (state.kind, -computed)
+        if len(in_order) < len(self.running):  # one says as much as all of them
+            states.append(RequestState("", Kind.DECODE, 0.0, decode_tokens))
         for queue in (self.kv_holding_waiting, self.waiting):
             for request in queue:
                 restoration = restorations.get(request.request_id)
@@ -127,6 +168,8 @@ class CakeSchedulerMixin(Scheduler):
                         unadmitted = True
                         state = self._state_of(request, None)
                         states.append(state._replace(kind=Kind.STORED_PREFILL, admitted=False))
+                    if queue is self.waiting and admission.held(request.request_id):
+                        self._aside.append(request)
                     continue
                 if restoration is None:
                     if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED) or self._nobody_admitted:
@@ -154,29 +197,25 @@ class CakeSchedulerMixin(Scheduler):
         prefills = [state for state in states if state.kind is not Kind.DECODE and state.admitted]
         self._granted = {state.request_id: shares.tokens.get(state.request_id, 0) for state in prefills}
         # Whoever vLLM preempts, it takes from the end: restores that have computed least lose least.
-        kinds = {state.request_id: state.kind for state in states}
-        self.running.sort(
-            key=lambda request: (
-                kinds[request.request_id],
-                -request.num_computed_tokens if kinds[request.request_id] is Kind.STORED_PREFILL else 0,
-            )
-        )
+        self.running.sort(key=lambda request: in_order.get(request.request_id, _DECODES))
         return waiting_plain
 
     def _state_of(self, request: Request, restoration: Restoration | None) -> RequestState:
         """A request as the policies see it."""
-        if restoration is not None and restoration.done_at is None:
+        if restoration is not None and restoration.computed_by is None:
             return self._half.state_of(restoration)
-        tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
         decoding = request.status == RequestStatus.RUNNING and not request.is_prefill_chunk
         kind = Kind.DECODE if decoding else Kind.PLAIN_PREFILL
-        return RequestState(request.request_id, kind, request.arrival_time, max(tokens, 0))
+        return RequestState(request.request_id, kind, request.arrival_time, _tokens_left(request))
 
     # ------------------------------------------------------- while it is put together
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return min(tokens, self._granted.get(request.request_id, tokens))
+        granted = self._granted.get(request.request_id, tokens)
+        if granted >= request.num_tokens - num_computed_tokens:
+            return tokens  # all that is left; with speculation, vLLM pads a last token, and insists on that
+        return min(tokens, granted)
 
     def _has_room_for_adapter(self, request: Request) -> bool:
         """Whether a request that waits may join those that run, by --max-loras.
@@ -201,19 +240,19 @@ class CakeSchedulerMixin(Scheduler):
         if restoration is None or not restoration.parked:
             # To be given no tokens later would end vLLM's search for others that wait.
             ready = bool(super()._handle_blocked_waiting_request(request))
-            if restoration is not None and restoration.done_at is None:
+            if restoration is not None and restoration.computed_by is None:
                 request.num_computed_tokens = restoration.position  # more may have been loaded since it jumped
             return ready and self._granted.get(request.request_id, 1) > 0
         if request.status != RequestStatus.WAITING_FOR_REMOTE_KVS or not self._granted.get(request.request_id, 0):
             return False
-        restoration.parked = False
+        restoration.enter(Stage.PREFILLING)
         request.num_computed_tokens = restoration.position
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         return True
 
     def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> tuple[KVCacheBlocks, int, int, bool]:
         if request.request_id in self._half.restorations:
-            self._looked_again.append(request)
+            self._half.hits.looked_up_again(request)
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False  # it has its blocks already
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *limit)
         lossy = self._half.lossy
@@ -232,56 +271,6 @@ class CakeSchedulerMixin(Scheduler):
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         return Scheduler._holds_kv_blocks(request) or request.request_id in self._half.restorations
-
-    # ------------------------------------------------------------------ statistics
-
-    def _correct_statistics(self, before: set[str], output: SchedulerOutput) -> None:
-        """Take back what vLLM counted as hits of restores that only begin, and what it looked up twice."""
-        for request_id, restoration in self._half.restorations.items():
-            if request_id not in before:
-                hits = restoration.restore.prefix_tokens - restoration.local_tokens
-                self._uncount(self.connector_prefix_cache_stats, restoration.request, restoration.queried_tokens, hits)
-        for request in self._looked_again:
-            if request.request_id in output.num_scheduled_tokens:
-                self._uncount(self.connector_prefix_cache_stats, request, request.num_tokens, 0)
-                if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-                    self._uncount(self.kv_cache_manager.prefix_cache_stats, request, request.num_tokens, 0)
-
-    def _uncount(self, stats: PrefixCacheStats | None, request: Request, tokens: int, hits: int) -> None:
-        """The reverse of `PrefixCacheStats.record`, within the same step."""
-        if stats is None or not self.log_stats:
-            return
-        if request.num_preemptions > 0:
-            stats.preempted_requests -= 1
-            stats.preempted_queries -= tokens
-            stats.preempted_hits -= hits
-            return
-        stats.requests -= 1
-        stats.queries -= tokens
-        stats.hits -= hits
-        for source, count in list(stats.hits_by_source.items()):
-            taken = min(count, hits)
-            hits -= taken
-            stats.hits_by_source[source] = count - taken
-
-    def count_hits(self, restoration: Restoration) -> None:
-        """A restore is over: what it loaded was a hit."""
-        if self.connector_prefix_cache_stats is None:
-            return
-        request, hits = restoration.request, restoration.restore.report.loaded_tokens
-        self.connector_prefix_cache_stats.record(
-            num_tokens=restoration.queried_tokens,
-            num_hits=hits,
-            preempted=request.num_preemptions > 0,
-            hits_by_source={CacheHitSource.EXTERNAL_UNSPECIFIED: hits} if hits else None,
-        )
-
-    def count_prefill(self, restoration: Restoration) -> None:
-        """The last tokens of a restored prompt are on their way: say how it was covered."""
-        request, local = restoration.request, restoration.local_tokens
-        if request.prefill_stats is not None and not request.num_preemptions:
-            loaded = restoration.restore.report.loaded_tokens
-            request.prefill_stats.set(request.num_prompt_tokens, local, min(loaded, request.num_prompt_tokens - local))
 
     # -------------------------------------------------------------- after a step
 
@@ -303,24 +292,14 @@ class CakeSchedulerMixin(Scheduler):
 
     # -------------------------------------------------------------- layered steps
 
-    def serves_only(self, request: Request) -> bool:
-        """Whether nobody else is there that a step could hold up."""
-        return sum(self.get_request_counts()) == 1 and request.request_id in self.requests
-
     def _discard_output(self, restoration: Restoration) -> None:
         """What the last step computed is void: compute again, as vLLM does after failed synchronous loads."""
         request = restoration.request
-        self.unhash(restoration)
         request.num_computed_tokens = restoration.position
         request.drop_stale_output = True
         request.num_stale_output_tokens = request.num_in_flight_tokens
         request.is_prefill_chunk = True
         self._inflight_prefills.add(request)
-
-    def unhash(self, restoration: Restoration) -> None:
-        """Have nobody share what may not be what its hash says."""
-        block_ids = self.kv_cache_manager.get_block_ids(restoration.request_id)[0]
-        self.kv_cache_manager.evict_blocks(set(block_ids[restoration.sure_blocks :]))
 
     # ------------------------------------------------------------- freeing blocks
 
@@ -328,25 +307,20 @@ class CakeSchedulerMixin(Scheduler):
         if not self._half.drop(request):
             super()._free_request_blocks(request)
             return
-        self.park_blocks(request)
-
-    def park_blocks(self, request: Request) -> None:
-        """Take a request's blocks away, and free them once no worker writes into them any more."""
-        blocks: list[KVCacheBlock] = self.kv_cache_manager.pop_blocks_for_free(request)
-        self._parked.append(blocks)
-
-        def free() -> None:
-            self._parked.remove(blocks)
-            self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
-
-        self._half.when_safe(free)
+        self._half.parked_blocks.park(request)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._half.arrived(request)
 
     def has_finished_requests(self) -> bool:
-        return bool(super().has_finished_requests()) or self._half.waiting_for_workers
+        return bool(super().has_finished_requests()) or self._half.parked_blocks.waiting
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is None:  # all of them, as the engine shuts down: nothing is to be waited for
+            self._half.last_saves.forget()
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
 
     def free_finished(self, request: Request) -> None:
         """No worker writes into the blocks of this finished request any more."""
@@ -358,7 +332,7 @@ class CakeSchedulerMixin(Scheduler):
 
         A restore that has computed nothing yet loses no work: it is given up before vLLM preempts anyone.
         """
-        if self._half.waiting_for_workers:
+        if self._half.parked_blocks.waiting:
             return True
         parked = [restoration.request for restoration in self._half.restorations.values() if restoration.parked]
         if not parked:
@@ -387,14 +361,14 @@ class CakeSchedulerMixin(Scheduler):
             self.prev_step_scheduled_req_ids.clear()
             for restoration in list(self._half.restorations.values()):
                 self._send_back(restoration.request)
-        pool = self.kv_cache_manager.block_pool
-        for blocks in self._parked:
-            pool.free_blocks(reversed(blocks))
-        try:
+        with self._half.parked_blocks.passed_over():
             return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
-        finally:
-            for blocks in self._parked:
-                pool.touch(blocks)
+
+
+def _tokens_left(request: Request) -> int:
+    """Tokens that the request could compute now."""
+    tokens: int = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+    return max(tokens, 0)
 
 
 class CakeScheduler(CakeSchedulerMixin):

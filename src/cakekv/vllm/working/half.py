@@ -10,26 +10,27 @@ from typing import TYPE_CHECKING
 from cakekv.errors import UnsupportedEngine
 from cakekv.load.pieces import group_bytes, layer_groups, load_bytes
 from cakekv.vllm.config import VllmOptions
-from cakekv.vllm.messages import ShardDescription, ShardReport, StepOrders, StepReport
+from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription, WorkerReport
 from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.stores import close_store, open_tiers
 from cakekv.vllm.support import check_device
-from cakekv.vllm.working.layer_gate import LayerGate
-from cakekv.vllm.working.load_pool import LoadPool
+from cakekv.vllm.working.load_pool import LayerGate, LoadPool
 from cakekv.vllm.working.save_pool import SavePool
-from cakekv.vllm.working.shares import Shares
+from cakekv.vllm.working.shard import open_shards
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-_LAST_WRITES_S = 10.0
+_IDLE_S = 0.005
+"""Seconds that a step without requests waits for saves: long enough not to spin, short enough for who comes then."""
+LAST_WRITES_S = 10.0
 """Seconds that shutting down waits for what is still to be written."""
 
 
 class WorkerHalf:
-    """Loads and saves this worker's share of the chunks.
+    """Loads and saves this worker's shards of the chunks.
 
     Parameters
     ----------
@@ -46,9 +47,11 @@ class WorkerHalf:
         self._orders: StepOrders | None = None
         self._gate: LayerGate | None = None
         """Of the step that is computed, if it is a layered one."""
-        self._loads: LoadPool | None = None
-        self._saves: SavePool | None = None
-        self.description: ShardDescription | None = None
+        self.loads: LoadPool | None = None
+        self.saves: SavePool | None = None
+        self._saving = 0
+        """As in `WorkerReport`, when it was last said."""
+        self.description: WorkerDescription | None = None
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Get to work on these caches.
@@ -67,7 +70,7 @@ class WorkerHalf:
         group, config = get_tp_group(), self._kv_cache_config
         self._rank, replicas = group.rank_in_group, config.kv_tp_replicas
         check_device(next(iter(kv_caches.values())).device.type, log=self._rank == 0)
-        opener = Shares(
+        self.shards = shards = open_shards(
             self._options,
             self._vllm_config,
             config,
@@ -75,76 +78,81 @@ class WorkerHalf:
             self._rank // replicas,
             group.world_size // replicas,
         )
-        self.shares = shares = opener.open()
-        coder = shares[0].coder
+        coder = shards[0].coder
         shape = coder.expected([])
         groups = layer_groups(shape, coder.layers)
         self._group_of = [number for number, group in enumerate(groups) for _ in group]
         of_layers = partial(coder.segments_of, shape)
         sizes = group_bytes(shape, groups, range(coder.layers), of_layers).bytes
-        self.description = ShardDescription(
-            tuple(share.tag for share in shares),
-            opener.layout(shares[0]),
+        self.description = WorkerDescription(
+            tuple(shard.tag for shard in shards),
+            shards[0].layout,
             coder.exact.total_bytes,
-            len(shares) * load_bytes(shape, of_layers(range(coder.layers))),
-            tuple(len(shares) * size for size in sizes),
+            len(shards) * load_bytes(shape, of_layers(range(coder.layers))),
+            tuple(len(shards) * size for size in sizes),
         )
         self._store, tiers = open_tiers(self._options)
         threads = [self._options.load_threads or tier.parallel_reads for tier in tiers]
-        self._loads = LoadPool(tiers, threads, shares, groups)
+        self.loads = LoadPool(tiers, threads, shards, groups)
         if self._options.save and self._rank % replicas == 0:
-            self._saves = SavePool(self._store, shares, self._options.save_queue)
+            self.saves = SavePool(self._store, shards, self._options.save_queue)
 
     def begin_step(self, orders: StepOrders) -> None:
         """Take in the scheduler's orders, before the forward pass."""
-        if self._loads is None:
+        if self.loads is None:
             raise UnsupportedEngine("vLLM runs a model without a KV cache; there is nothing that cakekv could restore")
         self._orders = orders
         if orders.cancels:
-            self._loads.cancel(orders.cancels)
-        for share in self.shares:
-            share.cache.begin_step(orders)
-        self._loads.submit(orders.loads, orders.at_a_time)
+            self.loads.cancel(orders.cancels)
+        for shard in self.shards:
+            shard.cache.begin_step(orders)
+        self.loads.submit(orders.loads, orders.at_a_time)
         self._gate = None
         if orders.awaited:
-            self._gate = LayerGate(self._loads, orders.awaited[self._rank], orders.patience_s)
+            self._gate = LayerGate(self.loads, orders.awaited[self._rank], orders.patience_s)
 
     def wait_for_layer(self, name: str) -> None:
         """Before this layer attends: wait until its part of the prefix is in place, if it still comes."""
         if self._gate is not None:
-            self._gate.wait(self._group_of[self.shares[0].cache.segment_of.get(name, -1)])
+            self._gate.wait(self._group_of[self.shards[0].cache.segment_of.get(name, -1)])
 
     def end_forward(self) -> None:
         """The forward pass is done: copy out what is to be saved."""
         if self._gate is not None:
             self._gate.close()
-        if self._orders is not None and self._orders.saves and self._saves is not None:
-            self._saves.save(self._orders.saves)
+        if self._orders is None or self.saves is None:
+            return
+        if self._orders.saves:
+            self.saves.save(self._orders.saves)
+        if self._orders.idle:
+            self.saves.wait(_IDLE_S)
 
     def report(self) -> StepReport | None:
         """What happened since the last report, if anything did."""
-        if self._orders is None or self._loads is None:
+        if self._orders is None or self.loads is None:
             return None
-        report = ShardReport(self._orders.sequence)
-        report.begun, report.ended = self._loads.take_events()
-        if self._saves is not None:
-            report.unsaved = self._saves.take_unsaved()
+        report = WorkerReport(self._orders.sequence)
+        report.begun, report.ended = self.loads.take_events()
+        if self.saves is not None:
+            report.unsaved, report.saving = self.saves.take_unsaved(), self.saves.unsaid
+        news = report.saving != self._saving
+        self._saving = report.saving
         if self._gate is not None:
             report.waited_s, report.lost = self._gate.waited_s, self._gate.lost
-        eventful = report.begun or report.ended or report.unsaved or self._gate is not None
+        eventful = report.begun or report.ended or report.unsaved or news or self._gate is not None
         return StepReport({self._rank: report}) if eventful or self._orders.answer else None
 
     def take_stats(self) -> CakeStats | None:
         """What happened since the last time, if anything did."""
-        return self._saves.take_stats() if self._saves is not None else None
+        return self.saves.take_stats() if self.saves is not None else None
 
     def shutdown(self) -> None:
-        """Stop loading, finish saving, as far as that takes no longer than `_LAST_WRITES_S`."""
-        if self._loads is not None:
-            until = monotonic() + _LAST_WRITES_S
-            self._loads.close()
-            self._loads = None
-            if self._saves is not None:
-                self._saves.close(_LAST_WRITES_S)
-                self._saves = None
+        """Stop loading, finish saving, as far as that takes no longer than `LAST_WRITES_S`."""
+        if self.loads is not None:
+            until = monotonic() + LAST_WRITES_S
+            self.loads.close()
+            self.loads = None
+            if self.saves is not None:
+                self.saves.close(LAST_WRITES_S)
+                self.saves = None
             close_store(self._store, max(0.1, until - monotonic()))

@@ -15,7 +15,7 @@ from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.messages import SaveOrder
 from cakekv.vllm.metrics import CakeStats
 from cakekv.vllm.threads import start_thread
-from cakekv.vllm.working.share import Share
+from cakekv.vllm.working.shard import Shard
 
 _WRITERS = 2
 
@@ -31,16 +31,16 @@ class SavePool:
     ----------
     store : Store
         Where to.
-    shares : sequence of Share
+    shards : sequence of Shard
         What this worker has of a chunk.
     capacity : int
         Bytes that may wait to be written; at least one chunk may.
     """
 
-    def __init__(self, store: Store, shares: Sequence[Share], capacity: int) -> None:
+    def __init__(self, store: Store, shards: Sequence[Shard], capacity: int) -> None:
         self._store = store
-        self._shares = shares
-        self._sizes = [share.coder.exact.total_bytes for share in shares]
+        self._shards = shards
+        self._sizes = [shard.coder.exact.total_bytes for shard in shards]
         self.pending = 0
         """Chunks taken over and not written yet."""
         self._room = max(1, capacity // sum(self._sizes))
@@ -50,6 +50,7 @@ class SavePool:
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._unsaved: list[ChunkKey] = []
         self._stats = CakeStats()
         self._failed = Complaints("chunks could not be saved, so later prompts will have to be computed")
@@ -69,7 +70,7 @@ class SavePool:
                 self._lost(order.key, "store too slow")
                 continue
             try:
-                waits = [share.gather(order.block_ids, part) for share, part in self._cut(buffer)]
+                waits = [shard.gather(order.block_ids, part) for shard, part in self._cut(buffer)]
             except Exception:  # a GPU may be out of memory for the moment; the request goes on
                 self._odd.say("it could not be copied out of the KV cache", exc_info=True)
                 self._lost(order.key, "crashed")
@@ -79,6 +80,17 @@ class SavePool:
             with self._lock:
                 self.pending += 1
             self._queue.put((order, buffer, waits))
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all is written, but no longer than `timeout_s` seconds."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self.pending, timeout_s)
+
+    @property
+    def unsaid(self) -> int:
+        """Chunks that are not written yet, and one more if `take_stats` has something to tell."""
+        with self._lock:
+            return self.pending + (not self._stats.is_empty())
 
     def take_unsaved(self) -> list[ChunkKey]:
         """Chunks that could not be saved since the last call."""
@@ -108,16 +120,16 @@ class SavePool:
                 return None
             self._room -= 1
         try:
-            return self._shares[0].cache.allocate(sum(self._sizes))
+            return self._shards[0].cache.allocate(sum(self._sizes))
         except BaseException:
             with self._lock:
                 self._room += 1
             raise
 
-    def _cut(self, buffer: memoryview) -> list[tuple[Share, memoryview]]:
-        """Each share with its part of a buffer."""
+    def _cut(self, buffer: memoryview) -> list[tuple[Shard, memoryview]]:
+        """Each shard with its part of a buffer."""
         ends = list(accumulate(self._sizes, initial=0))
-        return [(share, buffer[begin:end]) for share, begin, end in zip(self._shares, ends, ends[1:], strict=False)]
+        return [(shard, buffer[begin:end]) for shard, begin, end in zip(self._shards, ends, ends[1:], strict=False)]
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -127,8 +139,8 @@ class SavePool:
                 for wait in waits:
                     wait()
                 began = monotonic()
-                for share, part in self._cut(buffer):
-                    written = share.write(self._store, order.key, order.start, part, order.exact)
+                for shard, part in self._cut(buffer):
+                    written = shard.write(self._store, order.key, order.start, part, order.exact)
                     kept, size = kept and written > 0, size + written
             except CannotEncode as error:
                 kept, reason = False, "cannot be encoded"
@@ -148,6 +160,7 @@ class SavePool:
                     self._stats.add("cakekv:saved_chunks", 1)
                     self._stats.add("cakekv:saved_bytes", size)
                     self._stats.add("cakekv:save_seconds", monotonic() - began)
+                self._ended.notify_all()
 
     def _lost(self, key: ChunkKey, reason: str) -> None:
         with self._lock:

@@ -54,7 +54,7 @@ class CudaPagedCache(PagedCache):
         self._device = layers[0].device
         self._placing = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._gathering = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._copies: deque[_Copy] = deque()
+        self.copies: deque[_Copy] = deque()
         """The earliest first."""
         self._before_loads = self._mark(self._computing())
 
@@ -80,11 +80,11 @@ class CudaPagedCache(PagedCache):
         return decoder
 
     def begin_step(self, orders: StepOrders) -> None:
-        while self._copies and self._copies[0].done.query():  # type: ignore[no-untyped-call]
-            self._copies.popleft()
-        if self._copies:
+        while self.copies and self.copies[0].done.query():  # type: ignore[no-untyped-call]
+            self.copies.popleft()
+        if self.copies:
             taken = {block for order in orders.loads for block in order.block_ids}.union(orders.new_blocks)
-            for copy in self._copies:
+            for copy in self.copies:
                 if not taken.isdisjoint(copy.block_ids):
                     self._computing().wait_event(copy.done)
         if orders.loads:
@@ -99,7 +99,7 @@ class CudaPagedCache(PagedCache):
             for layer, segment in zip(self._layers, segments, strict=True):
                 _tensor(layer, segment).copy_(layer.index_select(0, index), non_blocking=True)
         done = self._mark(self._gathering)
-        self._copies.append(_Copy(block_ids, done))
+        self.copies.append(_Copy(block_ids, done))
         if self._zeroed:
             computing.wait_event(done)
         return done.synchronize

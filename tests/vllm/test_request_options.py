@@ -9,7 +9,8 @@ import pytest
 
 from cakekv.restore.report import Miss, RestoreReport
 from cakekv.vllm.config import VllmOptions
-from cakekv.vllm.scheduling.asked import Asked, answer, log_restore
+from cakekv.vllm.scheduling.outcomes import answer, log_restore
+from cakekv.vllm.scheduling.request_options import RequestOptions
 
 OPTIONS = VllmOptions(mode="both")
 
@@ -24,29 +25,29 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> An
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, {"cakekv": {}}, "text"])
 def test_who_asks_for_nothing_gets_what_the_server_was_told(params: Any, log: Any) -> None:
-    assert Asked.of(params, OPTIONS) == Asked("both", True, False)
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("both", True, False)
     assert not log.records
 
 
 def test_what_can_be_asked_for() -> None:
     params = {"cakekv": {"mode": "compute", "save": False, "report": True}}
-    assert Asked.of(params, OPTIONS) == Asked("compute", False, True)
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("compute", False, True)
 
 
 @pytest.mark.parametrize(
     "own", [5, "fast", ["mode"], {"mode": "fast"}, {"mode": ["load"]}, {"report": 1}, {"color": {"a": 1}}]
 )
 def test_what_cannot_be_is_logged_and_passed_over(own: Any, log: Any) -> None:
-    assert Asked.of({"cakekv": own}, OPTIONS) == Asked("both", True, False)
+    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("both", True, False)
     assert "passed over" in log.text
 
 
 def test_a_right_setting_beside_a_wrong_one_counts() -> None:
-    assert Asked.of({"cakekv": {"mode": "load", "save": "no"}}, OPTIONS) == Asked("load", True, False)
+    assert RequestOptions.of({"cakekv": {"mode": "load", "save": "no"}}, OPTIONS) == RequestOptions("load", True, False)
 
 
 def test_a_server_that_saves_nothing_does_not_save_on_a_requests_word() -> None:
-    assert not Asked.of({"cakekv": {"save": True}}, VllmOptions(save=False)).save
+    assert not RequestOptions.of({"cakekv": {"save": True}}, VllmOptions(save=False)).save
 
 
 def test_the_answer_and_the_log_line(log: Any) -> None:

@@ -1,12 +1,10 @@
-"""Which blocks and chunks have to be exact, and which no longer are."""
+"""Which blocks of vLLM's cache are not exact any more."""
 
 from __future__ import annotations
 
-import pytest
-
 from cakekv.codec.int8 import Int8
 from cakekv.codec.raw import Raw
-from cakekv.vllm.scheduling.exactness import LossyBlocks, first_exact_chunk
+from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
 
 BLOCK = 16
 OWN = list(range(100, 110))
@@ -14,16 +12,6 @@ OWN = list(range(100, 110))
 
 def lossy_blocks(window: int = 0) -> LossyBlocks:
     return LossyBlocks(Int8(window=window), BLOCK)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "window", "first"),
-    [(1000, 0, 7), (1000, 1, 7), (1000, 104, 7), (1000, 105, 6), (896, 1, 6), (50, 99, 0)],
-)
-def test_chunks_with_a_token_in_the_window_are_exact(tokens: int, window: int, first: int) -> None:
-    assert first_exact_chunk(tokens, window, 128) == first
-    for chunk in range(8):
-        assert ((chunk + 1) * 128 > tokens - window) == (chunk >= first)
 
 
 def test_what_is_computed_behind_lossy_blocks_is_lossy_and_in_front_is_not() -> None:
@@ -69,3 +57,12 @@ def test_no_lossy_block_is_shared_within_the_window() -> None:
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=100) == 64
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=65) == 2 * BLOCK
     assert lossy.usable_tokens(OWN[:4], prompt_tokens=40) == 1 * BLOCK
+
+
+def test_what_vllm_computes_wrongly_is_lossy_whatever_the_codec() -> None:
+    lossy = LossyBlocks(Raw(), BLOCK)
+    assert not lossy.computed("r", OWN, 0, 40)
+    assert lossy.computed("r", OWN, 40, 41, wrong=True)
+    assert lossy.concerns("r", 48, 64)
+    assert lossy.computed("r", OWN, 41, 64)
+    assert [lossy.any_of([block]) for block in OWN[:4]] == [False, False, True, True]

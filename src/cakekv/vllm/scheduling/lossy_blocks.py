@@ -1,22 +1,17 @@
-"""What of vLLM's cache is exact, if chunks are stored by a lossy codec."""
+"""Which blocks of vLLM's cache are not exact, if chunks are stored by a lossy codec."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cakekv.codec.base import Codec
-
-
-def first_exact_chunk(prompt_tokens: int, window: int, chunk_tokens: int) -> int:
-    """From which chunk on a prompt's chunks hold some of its `window` newest tokens, and so have to be exact."""
-    return max(0, prompt_tokens - window) // chunk_tokens
+from cakekv.codec.base import Codec, first_exact_chunk
 
 
 class LossyBlocks:
     """Keeps track of blocks whose content is not what a full prefill computes.
 
-    So are blocks that a lossy chunk was loaded into, and those that were computed behind such: requests share them by
-    vLLM's prefix cache, also with requests that load nothing themselves.
+    So are blocks that a lossy chunk was loaded into, those that vLLM computes wrongly (`adapter_mixing`), and those
+    computed behind such: requests share them by vLLM's prefix cache, also with requests that load nothing themselves.
 
     Parameters
     ----------
@@ -28,7 +23,7 @@ class LossyBlocks:
 
     def __init__(self, codec: Codec, block_tokens: int) -> None:
         self.codec = codec
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self._blocks: set[int] = set()
         self._seen: dict[str, tuple[int, bool]] = {}
         """Per request, how many of its blocks were looked at, and whether one of them is lossy."""
@@ -41,22 +36,25 @@ class LossyBlocks:
         """Whether `computed` has to be told of these tokens: they may be behind lossy ones, and begin a block."""
         if not self._blocks:
             return False
-        within = start % self._block_tokens and -(-end // self._block_tokens) == -(-start // self._block_tokens)
+        within = start % self.block_tokens and -(-end // self.block_tokens) == -(-start // self.block_tokens)
         return not (within and request_id in self._seen)
 
-    def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int) -> bool:
-        """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones."""
+    def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int, wrong: bool = False) -> bool:
+        """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones.
+
+        `wrong` if they will not be what they should be, whatever they attend to.
+        """
         looked, lossy = self._seen.get(request_id, (0, False))
-        before = -(-start // self._block_tokens)
-        lossy = lossy or not self._blocks.isdisjoint(block_ids[looked:before])
+        before = -(-start // self.block_tokens)
+        lossy = lossy or wrong or not self._blocks.isdisjoint(block_ids[looked:before])
         self._seen[request_id] = (max(looked, before), lossy)
-        return self._mark(block_ids[start // self._block_tokens : -(-end // self._block_tokens)], lossy)
+        return self._mark(block_ids[start // self.block_tokens : -(-end // self.block_tokens)], lossy)
 
     def usable_tokens(self, block_ids: Sequence[int], prompt_tokens: int) -> int:
         """How many tokens of a prompt whose first blocks are these may be shared: its newest ones have to be exact."""
-        first = max(0, prompt_tokens - self.codec.window) // self._block_tokens
+        first = first_exact_chunk(prompt_tokens, self.codec.window, self.block_tokens)
         lossy = (index for index in range(first, len(block_ids)) if block_ids[index] in self._blocks)
-        return next(lossy, len(block_ids)) * self._block_tokens
+        return next(lossy, len(block_ids)) * self.block_tokens
 
     def any_of(self, block_ids: Sequence[int]) -> bool:
         """Whether one of these blocks is lossy."""

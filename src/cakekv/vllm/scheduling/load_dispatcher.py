@@ -1,4 +1,4 @@
-"""Hands out loads to the workers and hears what became of them: enough at a time to keep every source busy."""
+"""Hands out loads to the workers, enough at a time to keep every tier busy, and takes in what became of them."""
 
 from __future__ import annotations
 
@@ -6,59 +6,62 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from time import monotonic, time
 
-from cakekv.restore.flights import Load, Source
+from cakekv.restore.flights import Load, Tier
 from cakekv.restore.priority import Policy, RequestState
-from cakekv.vllm.messages import ShardReport, StepOrders
+from cakekv.vllm.messages import StepOrders, WorkerReport
 from cakekv.vllm.scheduling.restoration import Restoration
 
 _MOST_AHEAD = 64
-"""Loads that may queue at a source."""
+"""Loads that may queue at a tier."""
 _ALL = 1 << 20
 
 
-class LoadDesk:
+class LoadDispatcher:
     """The scheduler's side of all workers' loads.
 
-    The scheduler hears of loads between two steps only. So as many are handed out as a source can get through in a
+    Workers report on loads between two steps only. So as many are handed out as a tier can get through in a
     step, beside those that it is at; the workers take them in order, and drop those that compute overtakes.
 
     Parameters
     ----------
-    sources : sequence of Source
-        The tiers.
+    tiers : sequence of Tier
+        Where to load from.
     policy : Policy
         Whose loads go first.
+    workers : int
+        How many workers make each load.
+    chunk_bytes : int
+        To read for a chunk, of all workers together.
     """
 
-    def __init__(self, sources: Sequence[Source], policy: Policy) -> None:
-        self.sources = sources
-        self.chunk_bytes = 0
-        """Of all workers together."""
-        self.ranks = 0
+    def __init__(self, tiers: Sequence[Tier], policy: Policy, workers: int, chunk_bytes: int) -> None:
+        self.tiers = tiers
+        self.workers = workers
+        self.chunk_bytes = chunk_bytes
         self._policy = policy
         self._number = 0
-        self._outstanding = [0] * len(sources)
-        """Loads per source that some worker has not answered."""
+        self._outstanding = [0] * len(tiers)
+        """Loads per tier that some worker has not answered."""
         self._ordered: dict[int, tuple[Restoration, int, Load]] = {}
-        """Those loads, by number, with their source."""
+        """Those loads, by number, with their tier."""
         self._orphans: list[Restoration] = []
         """Restores that ended, of which some loads may go on."""
 
     def alive(self) -> set[int]:
-        """The sources that have a reader left: not all hang in loads that were given up."""
+        """The tiers that have a reader left: not all hang in loads that were given up."""
         late = self._late()
-        return {number for number, source in enumerate(self.sources) if late[number] < source.depth}
+        return {number for number, tier in enumerate(self.tiers) if late[number] < tier.depth}
 
     def _late(self) -> list[int]:
-        """Loads per source that nobody waits for any more, and that have not ended."""
-        late = [0] * len(self.sources)
-        for _, source, load in self._ordered.values():
-            late[source] += load.late
+        """Loads per tier that nobody waits for any more, and that have not ended."""
+        late = [0] * len(self.tiers)
+        for _, tier, load in self._ordered.values():
+            late[tier] += load.late
         return late
 
     def seconds_per_token(self, tokens: int) -> dict[int, float]:
-        """Per source, what a token of a chunk of `tokens` takes of its time."""
-        return {number: source.cost.seconds(self.chunk_bytes) / tokens for number, source in enumerate(self.sources)}
+        """Per tier, what a token of a chunk of `tokens` takes of its time."""
+        return {number: tier.cost.seconds(self.chunk_bytes) / tokens for number, tier in enumerate(self.tiers)}
 
     def adopt(self, restoration: Restoration) -> None:
         """A restore is over: see that what it left behind is stopped."""
@@ -85,19 +88,19 @@ class LoadDesk:
             Seconds that the step should take; 0.0 if that is not known, or it computes nothing.
         """
         now = monotonic()
-        in_pieces = any(restoration.restore.in_pieces for restoration in restorations.values())
+        in_pieces = any(restoration.planner.in_pieces for restoration in restorations.values())
         late = self._late()
-        for number, source in enumerate(self.sources):
-            useful = source.depth if in_pieces else source.useful_depth(self.chunk_bytes)
+        for number, tier in enumerate(self.tiers):
+            useful = tier.depth if in_pieces else tier.useful_depth(self.chunk_bytes)
             orders.at_a_time.append(useful)
-            load_s = source.cost.seconds(self.chunk_bytes)
-            ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else source.depth
+            load_s = tier.cost.seconds(self.chunk_bytes)
+            ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else tier.depth
             for state in self._policy.load_order(states, number, time()):
                 if not in_pieces and self._outstanding[number] - late[number] >= useful + ahead:
                     break
                 restoration = restorations[state.request_id]
                 may_queue = (
-                    _ALL if restoration.restore.in_pieces else ahead
+                    _ALL if restoration.planner.in_pieces else ahead
                 )  # nothing is handed out during a layered step
                 while self._outstanding[number] - late[number] < useful + may_queue:
                     order = restoration.next_load(number, self._number, now, may_queue)
@@ -111,7 +114,7 @@ class LoadDesk:
             orders.cancels += restoration.new_cancels()
         self._orphans.clear()
 
-    def heard(self, rank: int, report: ShardReport) -> None:
+    def receive(self, rank: int, report: WorkerReport) -> None:
         """A worker reports."""
         now = monotonic()
         begun = [(-ago_s, 1, number) for number, ago_s in report.begun.items()]
@@ -122,7 +125,7 @@ class LoadDesk:
                 if number in self._ordered:
                     self._ordered[number][0].begun(number, now + at_s)
                 continue
-            restoration, source, _ = self._ordered[number]
-            if restoration.ended(number, rank, report.ended[number], self.ranks, now):
+            restoration, tier, _ = self._ordered[number]
+            if restoration.ended(number, rank, report.ended[number], self.workers, now):
                 del self._ordered[number]
-                self._outstanding[source] -= 1
+                self._outstanding[tier] -= 1

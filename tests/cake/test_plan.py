@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
-from cakekv.options import Options
+from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions
 from cakekv.store.memory import MemoryStore
 
 CHUNK = 16
@@ -22,9 +25,11 @@ def test_every_position_is_planned_for_and_nothing_is_done(engine: TransformersE
         cake.prefill(prompt)
         cake.wait_saved()
         store.delete([sorted(chunk.key for chunk in store)[0]])
-        runs = cake.explain(prompt, mode="load")
+        runs = cake.plan(prompt, mode="load")
         assert cake.last_report is not None
         assert cake.last_report.loaded_tokens == 0
+        with pytest.warns(DeprecationWarning, match=r"Cake\.plan"):
+            assert [run.how for run in cake.explain(prompt, mode="load")] == [run.how for run in runs]
     assert [run.start for run in runs] == [0, *(run.start + run.tokens for run in runs[:-1])]
     assert sum(run.tokens for run in runs) == len(prompt)
     computed = [run for run in runs if run.how == "compute"]
@@ -74,8 +79,23 @@ def test_what_a_tier_costs_is_known_to_the_next_process(
 def test_every_way_to_make_a_cake_takes_every_option() -> None:
     parameters = inspect.signature(Cake.__init__).parameters.values()
     keywords = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert keywords == set(Options.__annotations__)
+    assert keywords == set(CakeKeywords.__annotations__) == {field.name for field in fields(CakeOptions)}
     assert inspect.signature(Cake.from_pretrained).parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
+
+
+@pytest.mark.parametrize("method", [Cake.generate, Cake.stream, Cake.agenerate])
+def test_every_way_to_answer_takes_every_option(method: Callable[..., Any]) -> None:
+    parameters = inspect.signature(method).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert defaults == {field.name: field.default for field in fields(AnswerOptions)}
+    assert set(defaults) == set(AnswerKeywords.__annotations__)
+
+
+def test_options_stay_as_they_are_and_keep_a_secret(engine: TransformersEngine) -> None:
+    options = Cake(engine, tenant="hunter2", codec="int8").options
+    assert "hunter2" not in repr(options)
+    with pytest.raises(FrozenInstanceError):
+        options.tenant = ""  # type: ignore[misc]
 
 
 def test_an_unknown_policy_is_refused(engine: TransformersEngine) -> None:

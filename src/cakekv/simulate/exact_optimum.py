@@ -16,12 +16,14 @@ left.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cakekv.simulate.hardware import ComputeCurve
-from cakekv.simulate.trace import STEADY, Trace
+from cakekv.simulate.optimum import bisected
+from cakekv.simulate.rate import STEADY, Rate
 
 _NEVER = -np.inf
 
@@ -32,8 +34,8 @@ def best_seconds(
     chunk_tokens: int,
     stored: Sequence[bool],
     token_bytes: float,
-    bandwidth: Trace,
-    effort: Trace = STEADY,
+    bandwidth: Rate,
+    effort: Rate = STEADY,
     *,
     between: tuple[float, float],
     precision: float = 2e-3,
@@ -50,7 +52,7 @@ def best_seconds(
         Per chunk; the last one is computed in any case.
     token_bytes : float
         Bytes to load per token.
-    bandwidth, effort : Trace
+    bandwidth, effort : Rate
         The tiers' summed bytes per second, and the rate at which the machine works.
     between : tuple of float
         A lower bound, and a time that can be reached, in seconds.
@@ -69,49 +71,61 @@ def best_seconds(
     ends = [*starts[1:], prompt_tokens]
     work = [shape.seconds(start, end - start) - shape.fixed for start, end in zip(starts, ends, strict=True)]
     held = [chunk < len(stored) and stored[chunk] for chunk in range(chunks - 1)] + [False]
-    chunk_bytes = token_bytes * chunk_tokens
-    low, high = between
-    while high - low > precision * high:
-        middle = (low + high) / 2
-        if _reachable(middle, work, held, shape.fixed, span_chunks, chunk_bytes, bandwidth, effort):
-            high = middle
-        else:
-            low = middle
-    return low
+    walk = _Walk(work, held, shape.fixed, span_chunks, token_bytes * chunk_tokens, bandwidth, effort)
+    return bisected(between, precision, walk.reaches_front)
 
 
-def _reachable(
-    seconds: float,
-    work: Sequence[float],
-    held: Sequence[bool],
-    fixed_s: float,
-    span_chunks: int,
-    chunk_bytes: float,
-    bandwidth: Trace,
-    effort: Trace,
-) -> bool:
-    most = sum(held)
-    left = np.full((span_chunks + 1, most + 1), _NEVER)
-    left[0, most] = effort.done(seconds)
-    rooms = np.broadcast_to(np.arange(most + 1), (span_chunks, most + 1))
-    for chunk in reversed(range(len(work))):
-        computed = np.full_like(left, _NEVER)
-        computed[2:] = left[1:-1]
-        computed[1] = np.maximum(left[0], left[-1]) - fixed_s
-        computed[1:] -= work[chunk]
-        if held[chunk]:
-            computed[0, :-1] = left[0, 1:]
-            open_step = left[1:]
-            alive = open_step >= 0
-            remaining = open_step[alive]
-            due = np.floor(_deliverable(remaining, bandwidth, effort) / chunk_bytes + 1e-9)
-            room = np.minimum(rooms[alive], due).astype(np.int64) - 1
-            np.maximum.at(computed[0], room[room >= 0], remaining[room >= 0])
-        computed[computed < 0] = _NEVER
-        left = computed
-    return bool((left >= 0).any())
+@dataclass(frozen=True)
+class _Walk:
+    """A walk through the prompt from the back.
 
+    Parameters
+    ----------
+    work : sequence of float
+        Per chunk, what computing it takes besides a step's fixed time.
+    held : sequence of bool
+        Per chunk, whether a tier can deliver it.
+    fixed_s : float
+        A step's fixed time.
+    span_chunks : int
+        Chunks in the longest step.
+    chunk_bytes : float
+        Bytes to load for a chunk.
+    bandwidth, effort : Rate
+        As for `best_seconds`.
+    """
 
-def _deliverable(work: NDArray[np.float64], bandwidth: Trace, effort: Trace) -> NDArray[np.float64]:
-    """Bytes the tiers deliver until the machine has done that much work."""
-    return bandwidth.done_many(effort.when_many(work))
+    work: Sequence[float]
+    held: Sequence[bool]
+    fixed_s: float
+    span_chunks: int
+    chunk_bytes: float
+    bandwidth: Rate
+    effort: Rate
+
+    def reaches_front(self, seconds: float) -> bool:
+        """Whether work is left at the front if everything is to end after so many seconds."""
+        most = sum(self.held)
+        left = np.full((self.span_chunks + 1, most + 1), _NEVER)
+        left[0, most] = self.effort.done(seconds)
+        rooms = np.broadcast_to(np.arange(most + 1), (self.span_chunks, most + 1))
+        for chunk in reversed(range(len(self.work))):
+            computed = np.full_like(left, _NEVER)
+            computed[2:] = left[1:-1]
+            computed[1] = np.maximum(left[0], left[-1]) - self.fixed_s
+            computed[1:] -= self.work[chunk]
+            if self.held[chunk]:
+                computed[0, :-1] = left[0, 1:]
+                open_step = left[1:]
+                alive = open_step >= 0
+                remaining = open_step[alive]
+                deliverable = np.floor(self._deliverable(remaining) / self.chunk_bytes + 1e-9)
+                room = np.minimum(rooms[alive], deliverable).astype(np.int64) - 1
+                np.maximum.at(computed[0], room[room >= 0], remaining[room >= 0])
+            computed[computed < 0] = _NEVER
+            left = computed
+        return bool((left >= 0).any())
+
+    def _deliverable(self, work: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bytes the tiers deliver until the machine has done that much work."""
+        return self.bandwidth.done_many(self.effort.when_many(work))

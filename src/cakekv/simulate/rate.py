@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Trace:
+class Rate:
     """A piecewise constant rate; the last one lasts for ever.
 
     Parameters
@@ -23,7 +23,7 @@ class Trace:
 
     def __init__(self, rates: Sequence[float], period_s: float = 1.0) -> None:
         if not rates or min(rates) < 0 or rates[-1] <= 0 or period_s <= 0:
-            raise ValueError("a trace needs rates that are not negative, the last of them and the period positive")
+            raise ValueError("a rate needs values that are not negative, the last of them and the period positive")
         self.rates = tuple(rates)
         self.period_s = period_s
         self._done = [0.0]
@@ -79,10 +79,10 @@ class Trace:
         return self.when(self.done(now) + work)
 
 
-STEADY = Trace([1.0])
+STEADY = Rate([1.0])
 
 
-def pooled(traces: Sequence[Trace]) -> Trace:
+def pooled(rates: Sequence[Rate]) -> Rate:
     """The sum of several rates.
 
     Raises
@@ -90,6 +90,6 @@ def pooled(traces: Sequence[Trace]) -> Trace:
     ValueError
         They do not change at the same times.
     """
-    if len({(trace.period_s, len(trace.rates)) for trace in traces}) != 1:
-        raise ValueError("only traces of one period and length can be added")
-    return Trace([sum(rates) for rates in zip(*(trace.rates for trace in traces), strict=True)], traces[0].period_s)
+    if len({(rate.period_s, len(rate.rates)) for rate in rates}) != 1:
+        raise ValueError("only rates of one period and length can be added")
+    return Rate([sum(step) for step in zip(*(rate.rates for rate in rates), strict=True)], rates[0].period_s)

@@ -1,30 +1,27 @@
-"""What a single request asks of the plug-in, in its `kv_transfer_params`, and what it gets back there."""
+"""The options of a single request, in its `kv_transfer_params`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from reprlib import Repr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from cakekv.quantities import format_bytes
 from cakekv.restore.planner import MODES, Mode
-from cakekv.restore.report import RestoreReport
 from cakekv.vllm.config import VllmOptions
 
 FIELD = "cakekv"
-"""The plug-in's own field in `kv_transfer_params`."""
+"""The plug-in's own field in `kv_transfer_params`, of requests and of responses."""
 
 _LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
-
 
 _BRIEFLY = Repr()
 """What a client sends may be of any length; the log shows its beginning."""
 _BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 100
 
 
-class Asked(NamedTuple):
-    """A request's own settings: `{"kv_transfer_params": {"cakekv": {"mode": "load", "save": false, "report": true}}}`.
+class RequestOptions(NamedTuple):
+    """What a request may set: `{"kv_transfer_params": {"cakekv": {"mode": "load", "save": false, "report": true}}}`.
 
     Attributes
     ----------
@@ -41,15 +38,15 @@ class Asked(NamedTuple):
     report: bool
 
     @classmethod
-    def of(cls, kv_transfer_params: object, options: VllmOptions) -> Asked:
+    def of(cls, kv_transfer_params: object, options: VllmOptions) -> Self:
         """What a request asks for; the rest as the server was told. What cannot be is logged and passed over.
 
         A request that came this far cannot be refused any more, and an error here would end the engine.
         """
-        asked = cls(options.mode, options.save, False)
+        default = cls(options.mode, options.save, False)
         own = kv_transfer_params.get(FIELD) if isinstance(kv_transfer_params, Mapping) else None
         if own is None:
-            return asked
+            return default
         wanted = dict(own) if isinstance(own, Mapping) else {"": own}
         wrong = {
             name: value
@@ -65,25 +62,4 @@ class Asked(NamedTuple):
             )
         right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}
         # A server that was told to save nothing does not save on a request's word.
-        return asked._replace(**right | {"save": options.save and right.get("save", True)})
-
-
-def answer(report: RestoreReport) -> dict[str, Any]:
-    """The `kv_transfer_params` of a response whose request asked for the report."""
-    return {FIELD: report.to_dict()}
-
-
-def log_restore(request_id: str, report: RestoreReport) -> None:
-    """Write a line about a restore into vLLM's log."""
-    reasons = ", ".join(f"{tokens:,} {reason}" for reason, tokens in report.miss_reasons().items())
-    _LOG.info(
-        "cakekv: %s: prompt of %s tokens, %s computed, %s loaded (%s), met at %s, %.3f s until complete%s",
-        request_id,
-        f"{report.prompt_tokens:,}",
-        f"{report.computed_tokens:,}",
-        f"{report.loaded_tokens:,}",
-        ", ".join(f"{format_bytes(size)} from {tier}" for tier, size in report.bytes_by_tier.items()) or "no store",
-        "-" if report.met_at is None else f"{report.met_at:,}",
-        report.ttft_s,
-        f"; missed: {reasons}" if reasons else "",
-    )
+        return default._replace(**right | {"save": options.save and right.get("save", True)})

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from cakekv.errors import BadInput, StoreError
-from cakekv.explain import explain_prompt, prompt_keys
 from cakekv.keys import ChunkKey, Identity, canonical, chunk_keys
 from cakekv.store.base import Removal, Store
 from cakekv.store.disk import DiskStore
+from cakekv.store.maintenance.explain import explain_prompt, prompt_keys
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.wrapper import WrappedStore
