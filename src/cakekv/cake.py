@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
 from threading import Lock, get_ident
@@ -33,7 +34,7 @@ from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
 from cakekv.prompt import Prompt
-from cakekv.quantities import whole
+from cakekv.quantities import real, whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
@@ -212,6 +213,26 @@ class Cake:
     def max_span_tokens(self) -> int:
         """Longest span of prefill, in tokens."""
         return self.options.max_span_tokens
+
+    @property
+    def layered_finish(self) -> bool:
+        """Whether a suffix may be computed while the last chunks before it arrive."""
+        return self.options.layered_finish
+
+    @property
+    def quality_floor(self) -> int:
+        """The fewest parts to read of a chunk."""
+        return self.options.quality_floor
+
+    @property
+    def ttft_target_s(self) -> float:
+        """Seconds in which a prompt should be ready for its first token. Set it at any time, for later requests."""
+        return self.options.ttft_target_s
+
+    @ttft_target_s.setter
+    def ttft_target_s(self, seconds: float) -> None:
+        self.options = replace(self.options, ttft_target_s=real("ttft_target_s", seconds, 0.0))
+        self._arms = replace(self._arms, options=self.options)
 
     @property
     def identity(self) -> Identity:

@@ -8,8 +8,10 @@ import statistics
 import pytest
 
 from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
-from cakekv.restore.planner import Mode, Planner, PlannerOptions, Tier
+from cakekv.restore.options import Mode, PlannerOptions
+from cakekv.restore.planner import Planner
 from cakekv.simulate.cluster.coarse import Machine, Task, ours
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -32,11 +34,11 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
     """Seconds that the planner takes, knowing all costs from the start."""
     size = CHUNK * LLAMA.token_bytes
     rates = (machine.ram_rate, remote_rate, 1e12)
-    sources = []
+    tiers_of_plan = []
     for name, rate in zip(("ram", "remote", "loaded ahead"), rates, strict=True):
-        cost = LoadCost(depth=2)
-        cost.observe(size, 0.0, CHUNK / rate)
-        sources.append(Tier(name, cost, 2))
+        load_cost = LoadCost(depth=2)
+        load_cost.observe(size, 0.0, CHUNK / rate)
+        tiers_of_plan.append(Tier(name, load_cost, 2))
     stored = []
     for start in range(0, task.prefix_tokens, CHUNK):
         source, left = (0, task.ram_left) if start < task.ram_tokens else (1, task.ram_tokens + task.remote_left)
@@ -46,7 +48,7 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
         task.prompt_tokens,
         CHUNK,
         stored,
-        sources,
+        tiers_of_plan,
         cost,
         [Level.whole(size)],
         PlannerOptions(mode=mode, max_span_tokens=512),

@@ -12,7 +12,7 @@ import numpy as np
 
 from cakekv.codec.base import Segment
 from cakekv.errors import BadInput, UnknownRotation
-from cakekv.keys import Identity
+from cakekv.keys import RAW, Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import real, whole
 from cakekv.rotation import Rotation
