@@ -188,7 +188,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
         [Tier(f"tier{tier}", LoadCost(depth), depth) for tier in range(tiers)],
         ComputeCost(),
         [Level(None, chunk * 1000, chunk * 400, groups if layered else None)],
-        PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),
+        PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),  # type: ignore[arg-type]
     )
     driver = Driver(restore, tiers, seed, failing, slow_tier)
     driver.run()
@@ -259,7 +259,7 @@ def test_a_tier_that_never_answers_is_computed_around(seed: int, mode: str) -> N
         [Tier("dead", LoadCost(2), 2)],
         ComputeCost(),
         [Level.whole(1000)],
-        PlannerOptions(mode=mode, deadline_s=5.0),
+        PlannerOptions(mode=mode, deadline_s=5.0),  # type: ignore[arg-type]
     )
     rng = random.Random(seed)
     now = 0.0

@@ -97,7 +97,7 @@ def test_a_list_is_loaded_from_at_once_and_saved_to_each(model: Path, plain: dic
         engine.set(load_deadline=0.3)
         fast.broken = set()
         fast.gate.clear()
-        poll(lambda: all(half._tiers[0]._inner.is_up for half in (engine.half, engine.worker._loads)))
+        poll(lambda: all(half.tiers[0]._inner.is_up for half in (engine.half, engine.worker.loads)))
         assert engine.run(prompt(1000)) == plain[1000]
         engine.settle()
         assert engine.report().loaded_tokens == 896
@@ -142,7 +142,7 @@ def test_memory_disk_and_a_server_that_hangs_and_dies_in_mid_request(
                     assert len(list(first)) == len(list(second)) == CHUNKS
                     first.delete([key for key, chunk in where.items() if chunk > 1])
                     second.delete([key for key, chunk in where.items() if chunk not in (2, 3)])
-                remote = engine.worker._loads._tiers[2]
+                remote = engine.worker.loads.tiers[2]
                 for trouble in (signal.SIGSTOP, signal.SIGKILL):
                     engine.core.reset_prefix_cache()
                     request = engine.add(prompt(1000))

@@ -287,7 +287,7 @@ class TinyEngine:
     def step(self, times: int = 1) -> None:
         """Let the engine work, once the stores have said what they hold, unless a test keeps them from it."""
         for _ in range(times):
-            if hasattr(self, "half") and all(store.answers.is_set() for store in self._scripted(self.half._tiers)):
+            if hasattr(self, "half") and all(store.answers.is_set() for store in self._scripted(self.half.tiers)):
                 poll(lambda: all(self.half.lookup.answer(key) is not None for key in list(self.scheduler.requests)))
             for output in self.llm.llm_engine.step():
                 self.outputs[output.request_id] = output
