@@ -102,7 +102,7 @@ def test_alone_nothing_is_described_and_nobody_is_woken() -> None:
     arbiter = Arbiter(open_policy("marginal_saving"))
     request, prefill = described(arbiter, Kind.PLAIN_PREFILL)
     woken: list[None] = []
-    request.woken.notify_all = lambda: woken.append(None)  # type: ignore[method-assign]
+    request.woken.notify_all = lambda: woken.append(None)
     with arbiter.lock:
         arbiter.open(request, prefill)
         arbiter.take(request)
@@ -125,7 +125,8 @@ def test_requests_are_told_what_they_are_to_each_other() -> None:
         assert prefill.told == []
         arbiter.open(plain, other)
         arbiter.weigh(0.0)
-        assert prefill.told == [Burden(pytest.approx(4.0), {0: 1.0})]
+        (burden,) = prefill.told
+        assert (burden.compute, burden.load) == (pytest.approx(4.0), {0: 1.0})
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
         assert prefill.told[-1] == Burden()

@@ -8,8 +8,10 @@ import statistics
 import pytest
 
 from cakekv.restore.costs import ComputeCost, LoadCost
+from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
-from cakekv.restore.planner import Mode, Planner, PlannerOptions, Tier
+from cakekv.restore.options import Mode, PlannerOptions
+from cakekv.restore.planner import Planner
 from cakekv.simulate.cluster.coarse import Machine, Task, ours
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -41,13 +43,13 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
     for start in range(0, task.prefix_tokens, CHUNK):
         source, left = (0, task.ram_left) if start < task.ram_tokens else (1, task.ram_tokens + task.remote_left)
         stored.append([source] if start < left else [2])
-    cost = ComputeCost(machine.shape, trusted=True)
+    compute = ComputeCost(machine.shape, trusted=True)
     restore = Planner(
         task.prompt_tokens,
         CHUNK,
         stored,
         sources,
-        cost,
+        compute,
         [Level.whole(size)],
         PlannerOptions(mode=mode, max_span_tokens=512),
     )
