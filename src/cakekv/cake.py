@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
 from threading import Lock, get_ident
@@ -34,7 +33,7 @@ from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
 from cakekv.prompt import Prompt
-from cakekv.quantities import real, whole
+from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
@@ -220,19 +219,14 @@ class Cake:
         return self.options.layered_finish
 
     @property
-    def quality_floor(self) -> int:
-        """The fewest parts to read of a chunk."""
-        return self.options.quality_floor
-
-    @property
     def ttft_target_s(self) -> float:
-        """Seconds in which a prompt should be ready for its first token. Set it at any time, for later requests."""
+        """Seconds in which a prompt should be ready for its first token."""
         return self.options.ttft_target_s
 
-    @ttft_target_s.setter
-    def ttft_target_s(self, seconds: float) -> None:
-        self.options = replace(self.options, ttft_target_s=real("ttft_target_s", seconds, 0.0))
-        self._arms = replace(self._arms, options=self.options)
+    @property
+    def quality_floor(self) -> int:
+        """The fewest parts of a chunk that are read."""
+        return self.options.quality_floor
 
     @property
     def identity(self) -> Identity:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 import pytest
 
 from cakekv.embedded.arbiter import Arbiter, Request
 from cakekv.restore.contention import Burden
 from cakekv.restore.priority import Kind, RequestState, open_policy
-
-
-def about(seconds: float) -> Any:
-    """`pytest.approx`, where a number is wanted."""
-    return pytest.approx(seconds)
 
 
 class Described:
@@ -131,7 +125,9 @@ def test_requests_are_told_what_they_are_to_each_other() -> None:
         assert prefill.told == []
         arbiter.open(plain, other)
         arbiter.weigh(0.0)
-        assert prefill.told == [Burden(about(4.0), {0: 1.0})]
+        (burden,) = prefill.told
+        assert burden.compute == pytest.approx(4.0)
+        assert burden.load == {0: 1.0}
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
         assert prefill.told[-1] == Burden()

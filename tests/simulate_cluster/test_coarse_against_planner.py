@@ -43,7 +43,7 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
     for start in range(0, task.prefix_tokens, CHUNK):
         source, left = (0, task.ram_left) if start < task.ram_tokens else (1, task.ram_tokens + task.remote_left)
         stored.append([source] if start < left else [2])
-    cost = ComputeCost(machine.shape, trusted=True)
+    compute = ComputeCost(machine.shape, trusted=True)
     restore = Planner(
         task.prompt_tokens,
         CHUNK,

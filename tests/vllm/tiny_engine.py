@@ -370,7 +370,7 @@ class TinyEngine:
         store.opened.clear()
         store.gate.clear()
         request = self.add(token_ids, **options)
-        keys = self.keys(request)
+        keys = self.shard_keys(request)
         store.let_through = keys[len(keys) - loaded :]
         self.until(lambda: len(store.opened) == loaded + 2)
         return request
