@@ -94,7 +94,7 @@ def test_others_compute_while_one_waits_for_a_slow_disk(watched: Watched) -> Non
     store = Watching()
     written = threading.Event()
     original = store.write
-    store.write = lambda key, data: written.wait(WAIT_S) and original(key, data)  # type: ignore[method-assign]
+    store.write = lambda key, data: written.wait(WAIT_S) and original(key, data)
     with Cake(watched, store=store, chunk_tokens=CHUNK, max_span_tokens=32, save_queue=1) as cake:  # which is one chunk
         held_up = start("saving", lambda: cake.prefill(tokens(13, 300)))
         try:

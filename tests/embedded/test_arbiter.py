@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,11 @@ class Described:
 
     def bear(self, burden: Burden) -> None:
         self.told.append(burden)
+
+
+def about(seconds: float) -> Any:
+    """`pytest.approx`, where a number is wanted."""
+    return pytest.approx(seconds)
 
 
 def described(arbiter: Arbiter, kind: Kind, tokens: int = 1000) -> tuple[Request, Described]:
@@ -102,7 +108,7 @@ def test_alone_nothing_is_described_and_nobody_is_woken() -> None:
     arbiter = Arbiter(open_policy("marginal_saving"))
     request, prefill = described(arbiter, Kind.PLAIN_PREFILL)
     woken: list[None] = []
-    request.woken.notify_all = lambda: woken.append(None)  # type: ignore[method-assign]
+    request.woken.notify_all = lambda: woken.append(None)
     with arbiter.lock:
         arbiter.open(request, prefill)
         arbiter.take(request)
@@ -125,7 +131,7 @@ def test_requests_are_told_what_they_are_to_each_other() -> None:
         assert prefill.told == []
         arbiter.open(plain, other)
         arbiter.weigh(0.0)
-        assert prefill.told == [Burden(pytest.approx(4.0), {0: 1.0})]
+        assert prefill.told == [Burden(about(4.0), {0: 1.0})]
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
         assert prefill.told[-1] == Burden()

@@ -38,7 +38,8 @@ def test_prompts_that_cannot_be(engine: TransformersEngine, tokens: Any, message
 
 def test_prompts_that_can_be(engine: TransformersEngine) -> None:
     engine.check_prompt([3])
-    engine.check_prompt(np.full(CONTEXT, VOCABULARY - 1))
+    array: Any = np.full(CONTEXT, VOCABULARY - 1)
+    engine.check_prompt(array)
 
 
 def test_spans_and_chunks_must_fit(engine: TransformersEngine) -> None:

@@ -234,7 +234,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
             [Level(None, chunk * 1000, chunk * 700, groups)],
             PlannerOptions(
                 window=rng.choice([None, rng.randint(1, 300)]),
-                mode=rng.choice(["auto", "both"]),  # type: ignore[arg-type]
+                mode=rng.choice(["auto", "both"]),
                 max_span_tokens=rng.choice([chunk, 4 * chunk]),
             ),
         )
