@@ -82,12 +82,12 @@ class Comparison:
 
     def __init__(self, engine: TransformersEngine, folder: Path, stack: ExitStack, **options: Any) -> None:
         self.engine = engine
+        self.stack, self.options = stack, options
         self.link = ThrottledStore(stack.enter_context(DiskStore(folder)), math.inf)
         self.cakes = {
             name: stack.enter_context(Cake(engine, None, self.link, codec=f"ladder:read={name[0]}", **options))
             for name in ("1 of 3", "2 of 3", "3 of 3")
         }
-        self._stack, self._options = stack, options
         self.trace: Rate | None = None
 
     def first(self, document: Document) -> dict[str, Any]:
@@ -103,8 +103,8 @@ class Comparison:
                 ttft_s[name].append(self.run(one, document).report.ttft_s)
         best, least = (median(ttft_s[name][1:]) for name in ("3 of 3", "1 of 3"))
         target_s = (best + least) / 2
-        adaptive = Cake(self.engine, None, self.link, codec="ladder", ttft_target_s=target_s, **self._options)
-        self.cakes["adaptive"] = self._stack.enter_context(adaptive)
+        adaptive = Cake(self.engine, None, self.link, codec="ladder", ttft_target_s=target_s, **self.options)
+        self.cakes["adaptive"] = self.stack.enter_context(adaptive)
         for _ in range(3):
             self.run(adaptive, document)
         return {

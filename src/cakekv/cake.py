@@ -214,6 +214,21 @@ class Cake:
         return self.options.max_span_tokens
 
     @property
+    def layered_finish(self) -> bool:
+        """Whether a suffix may be computed while the last chunks before it arrive."""
+        return self.options.layered_finish
+
+    @property
+    def ttft_target_s(self) -> float:
+        """Seconds in which a prompt should be ready for its first token."""
+        return self.options.ttft_target_s
+
+    @property
+    def quality_floor(self) -> int:
+        """The fewest parts of a chunk that are read."""
+        return self.options.quality_floor
+
+    @property
     def identity(self) -> Identity:
         """Whose chunks are loaded and saved: the model's, as it is now."""
         return self._stored.now().identity

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 import pytest
 
@@ -28,11 +27,6 @@ class Described:
 
     def bear(self, burden: Burden) -> None:
         self.told.append(burden)
-
-
-def about(seconds: float) -> Any:
-    """`pytest.approx`, where a number is wanted."""
-    return pytest.approx(seconds)
 
 
 def described(arbiter: Arbiter, kind: Kind, tokens: int = 1000) -> tuple[Request, Described]:
@@ -131,7 +125,9 @@ def test_requests_are_told_what_they_are_to_each_other() -> None:
         assert prefill.told == []
         arbiter.open(plain, other)
         arbiter.weigh(0.0)
-        assert prefill.told == [Burden(about(4.0), {0: 1.0})]
+        (burden,) = prefill.told
+        assert burden.compute == pytest.approx(4.0)
+        assert burden.load == {0: 1.0}
         assert arbiter.load_order(0, 0.0) == [stored]
         arbiter.close(plain)
         assert prefill.told[-1] == Burden()

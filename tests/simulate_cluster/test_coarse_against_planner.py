@@ -10,7 +10,8 @@ import pytest
 from cakekv.restore.costs import ComputeCost, LoadCost
 from cakekv.restore.flights import Tier
 from cakekv.restore.level_choice import Level
-from cakekv.restore.planner import Mode, Planner, PlannerOptions
+from cakekv.restore.options import Mode, PlannerOptions
+from cakekv.restore.planner import Planner
 from cakekv.simulate.cluster.coarse import Machine, Task, ours
 from cakekv.simulate.cluster.hardware import MODELS, compute_shape
 from cakekv.simulate.machine import VirtualTier, constant, run_restore
@@ -35,20 +36,20 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
     rates = (machine.ram_rate, remote_rate, 1e12)
     sources = []
     for name, rate in zip(("ram", "remote", "loaded ahead"), rates, strict=True):
-        load = LoadCost(depth=2)
-        load.observe(size, 0.0, CHUNK / rate)
-        sources.append(Tier(name, load, 2))
+        cost = LoadCost(depth=2)
+        cost.observe(size, 0.0, CHUNK / rate)
+        sources.append(Tier(name, cost, 2))
     stored = []
     for start in range(0, task.prefix_tokens, CHUNK):
         source, left = (0, task.ram_left) if start < task.ram_tokens else (1, task.ram_tokens + task.remote_left)
         stored.append([source] if start < left else [2])
-    cost = ComputeCost(machine.shape, trusted=True)
+    compute = ComputeCost(machine.shape, trusted=True)
     restore = Planner(
         task.prompt_tokens,
         CHUNK,
         stored,
         sources,
-        cost,
+        compute,
         [Level.whole(size)],
         PlannerOptions(mode=mode, max_span_tokens=512),
     )
