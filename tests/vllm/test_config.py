@@ -133,7 +133,7 @@ def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
 ) -> None:
     from types import SimpleNamespace as Some
 
-    from cakekv.vllm.scheduling.identity import _architecture
+    from cakekv.vllm.scheduling.identity import architecture_of
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     common = {
@@ -144,5 +144,5 @@ def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
         "quantization": None,
     }
     models = [Some(max_model_len=length, **common) for length in (4096, 32768)]
-    short, long = (_architecture(model) for model in models)  # type: ignore[arg-type]
+    short, long = (architecture_of(model) for model in models)  # type: ignore[arg-type]
     assert (short != long) == matters
