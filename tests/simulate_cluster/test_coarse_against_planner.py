@@ -49,7 +49,7 @@ def fine(machine: Machine, task: Task, remote_rate: float, mode: Mode = "auto") 
         CHUNK,
         stored,
         tiers_of_plan,
-        cost,
+        compute,
         [Level.whole(size)],
         PlannerOptions(mode=mode, max_span_tokens=512),
     )
