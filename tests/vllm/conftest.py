@@ -1,6 +1,6 @@
 """The plug-in's tests need vLLM, which has an environment of its own: `make test-vllm`.
 
-This folder has no `__init__.py`: with tests/ on the path, it would be found in place of vLLM.
+This folder has no `__init__.py`: as a package called vllm it might be found in place of vLLM.
 """
 
 import importlib.util

@@ -310,7 +310,12 @@ class Watch:
         now, seen = time.monotonic(), {}
         for name, request in self._scheduler.requests.items():
             restoration = self._engine.half.restorations.get(name)
-            state = (request.num_computed_tokens, request.num_tokens, request.status, request.num_preemptions)
+            state: tuple[Any, ...] = (
+                request.num_computed_tokens,
+                request.num_tokens,
+                request.status,
+                request.num_preemptions,
+            )
             loads = None
             if restoration is not None:
                 state = (*state, restoration.planner.report().loaded_tokens, len(restoration.failed_chunks))
@@ -363,7 +368,7 @@ def play(
 
 def right_answers(model: Path, adapters: Path, setup: Setup, what: Sequence[Question]) -> dict[Question, Answer]:
     """Plain vLLM's. Requests with one adapter are never in a step with others: see `repair_lora_operators`."""
-    found = {}
+    found: dict[Question, Answer] = {}
     with closing(TinyEngine(model, **setup.engine)) as engine:
         for adapter in range(ADAPTERS + 1):
             names = {
@@ -426,7 +431,7 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     texts = [prompt(BLOCK * 7 // 8, choose.randrange(10**9)) * 9 for _ in range(2)]  # so that n-grams come again
     texts += [prompt(MODEL_TOKENS, choose.randrange(10**9)) for _ in range(3)]
     played = [asks(choose, questions(choose, texts, requests, setup), setup) for _ in range(rounds)]
-    resets = []
+    resets: list[Any] = []
     for asked in played:
         last = asked[-1].step
         resets.append([(choose.randint(0, last), {}) for _ in range(choose.randint(0, 2))])

@@ -171,7 +171,8 @@ def test_between_two_turns_of_a_conversation_all_others_have_one(tmp_path: Path)
             return list(range(self.begin - length, self.begin))
 
     workload = vllm_client.TINY._replace(conversations=3, turns=3, turn_tokens=100)
-    entries = vllm_client._conversations(workload, demo_model(), Numbers(), seed=0)
+    numbers: Any = Numbers()
+    entries = vllm_client._conversations(workload, demo_model(), numbers, seed=0)
     said = [entry["conversations"][0]["value"] for entry in entries]
     assert len(set(said)) == 9
     for earlier, later in zip(said, said[3:], strict=False):

@@ -47,11 +47,11 @@ def recoded(engine: TinyEngine, blocks: list[bytes], position: int) -> list[byte
     assert chunk is not None
     shape = read_header(chunk, len(chunk)).shape
     found = []
-    for layer, order in enumerate(shard.orders):
-        codes = [segments(shape, chunk)[index] for index in coder.segments_of(shape, [layer])]
-        coder.decode(layer, codes, segments(coder.exact, planes)[layer], position)
-        order.to_blocks(segments(coder.exact, planes)[layer], segments(coder.exact, target)[layer])
-        found.append(bytes(segments(coder.exact, target)[layer]))
+    for number, order in enumerate(shard.orders):
+        codes = [segments(shape, chunk)[index] for index in coder.segments_of(shape, [number])]
+        coder.decode(number, codes, segments(coder.exact, planes)[number], position)
+        order.to_blocks(segments(coder.exact, planes)[number], segments(coder.exact, target)[number])
+        found.append(bytes(segments(coder.exact, target)[number]))
     return found
 
 
@@ -230,7 +230,7 @@ def test_at_every_meeting_point_the_front_is_exact(coded: TinyEngine, let_throug
     found = blocks_of(coded, request)[:met]
     if not torch.cpu._is_avx512_supported() and met == CHUNKS:  # the last chunk may round otherwise there
         for mine, theirs in zip(found.pop(), coded.computed[met - 1], strict=True):
-            np.testing.assert_allclose(*(np.frombuffer(part, np.float32) for part in (mine, theirs)), atol=1e-5)
+            np.testing.assert_allclose(np.frombuffer(mine, np.float32), np.frombuffer(theirs, np.float32), atol=1e-5)
     assert found == coded.computed[: len(found)]
     coded.finish(request)
     coded.settle()

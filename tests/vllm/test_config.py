@@ -136,7 +136,7 @@ def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
     from cakekv.vllm.scheduling.identity import architecture_of
 
     (tmp_path / "config.json").write_text(json.dumps(config))
-    common = {
+    common: dict[str, Any] = {
         "model": str(tmp_path),
         "hf_config_path": None,
         "revision": None,
@@ -144,5 +144,5 @@ def test_the_longest_prompt_names_chunks_where_keys_depend_on_it(
         "quantization": None,
     }
     models = [Some(max_model_len=length, **common) for length in (4096, 32768)]
-    short, long = (architecture_of(model) for model in models)  # type: ignore[arg-type]
+    short, long = (architecture_of(model) for model in models)
     assert (short != long) == matters

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fuzzing import compare, fuzz_alone
 
-SEEDS = (6, 12, 33)
+SEEDS = (6, 33, 39)
 """Those of every run."""
 ROUNDS, REQUESTS = 2, 18
 LONG_SEEDS, LONG_ROUNDS, LONG_REQUESTS = 25, 5, 42

@@ -79,7 +79,7 @@ def test_fields_that_a_library_adds_removes_or_moves_do_not_count(tmp_path: Path
 def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    model: Path = SimpleNamespace(
+    model = SimpleNamespace(
         model=str(tmp_path), hf_config_path=None, revision=None, hf_overrides={}, quantization=None, max_model_len=2048
     )
     texts = []
@@ -89,7 +89,7 @@ def test_fields_that_a_library_adds_to_a_part_do_not_count(tmp_path: Path) -> No
         said["text_config"]["_name_or_path"] = path
         write(tmp_path, said)
         config.text_config.brand_new_default = path
-        texts.append(identity.architecture_of(SimpleNamespace(**vars(model), hf_config=config)))  # type: ignore[arg-type]
+        texts.append(identity.architecture_of(SimpleNamespace(**vars(model), hf_config=config)))
     assert texts[0] == texts[1]
     assert "brand_new_default" not in texts[0]
 
@@ -122,7 +122,7 @@ def test_hashes_that_look_ahead_are_others(tmp_path: Path) -> None:
     plain, ahead = (
         SimpleNamespace(**(vars(config_of(folder)) | {"num_hash_lookahead_tokens": tokens})) for tokens in (0, 1)
     )
-    first, second = (ChunkNames(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))  # type: ignore[arg-type]
+    first, second = (ChunkNames(each, 256, 128, "layout", "", "raw").identity for each in (plain, ahead))
     assert first.root.hex() == root(folder)
     assert first.root != second.root
 
@@ -209,9 +209,9 @@ def test_every_field_of_the_configuration_was_thought_about() -> None:
     def look(owner: type) -> None:
         if owner.__name__ in found:
             return
-        found[owner.__name__] = {field.name for field in fields(owner)}  # type: ignore[arg-type]
+        found[owner.__name__] = {field.name for field in fields(owner)}
         hints = get_type_hints(owner)
-        for field in fields(owner):  # type: ignore[arg-type]
+        for field in fields(owner):
             for part in (hints[field.name], *get_args(hints[field.name])):
                 if isinstance(part, type) and is_dataclass(part):
                     look(part)

@@ -95,7 +95,7 @@ def log_probabilities(outputs: Sequence[Any]) -> list[float]:
     return found
 
 
-CONFIGURATIONS = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "steps of 256 tokens, prefix caching": {"max_num_batched_tokens": 256, "enable_prefix_caching": True},
     "steps of 100 tokens, no prefix caching": {"max_num_batched_tokens": 100, "enable_prefix_caching": False},
     "long steps, few requests at a time": {

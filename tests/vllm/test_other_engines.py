@@ -131,7 +131,7 @@ def test_restores_that_find_no_place_do_not_stop_those_that_have_one(model: Path
         assert engine.internal(last).num_computed_tokens < 2500
         steps = []
         step = engine.step
-        engine.step = lambda times=1: (steps.append(times), step(times))  # type: ignore[method-assign]
+        engine.step = lambda times=1: (steps.append(times), step(times))
         assert engine.finish(*first, last) == expected
         # Nothing is waited for any more: steps of 256 tokens for all that is left of the prompts, and the answers.
         assert len(steps) <= 2500 / 256 + restores * 1104 / 256 + 6 * (restores + 1) + 20

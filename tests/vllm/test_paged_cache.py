@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,12 +86,12 @@ def memory(cache: torch.Tensor) -> np.ndarray:
     return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
 
 
-def addresses(cache: torch.Tensor, block: int) -> np.ndarray:
+def addresses(cache: torch.Tensor, block: int) -> Any:
     """Where a block's bytes are, in order: by the definition of strides."""
     pieces = cache.shape[0] // BLOCKS
     indices = np.indices((pieces, *cache.shape[1:])).reshape(cache.dim(), -1)
     indices[0] += block * pieces
-    elements = cache.storage_offset() + np.array(cache.stride()) @ indices
+    elements: Any = cache.storage_offset() + np.array(cache.stride()) @ indices
     return np.sort((elements[:, None] * cache.itemsize + np.arange(cache.itemsize)).ravel())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 from tiny_engine import ScriptedStore, TinyEngine, prompt, sampling
@@ -28,7 +27,7 @@ class Steps:
 
 
 @pytest.fixture
-def steps(engine: TinyEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
+def steps(engine: TinyEngine, monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(engine, monkeypatch)
 
 

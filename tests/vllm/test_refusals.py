@@ -105,7 +105,7 @@ def test_what_cannot_be_started_here(settings: dict[str, Any], words: str | None
         setattr(getattr(config, part), field, value)
     caches: Any = Some(kv_cache_groups=[Some(kv_cache_spec=spec)])
     if words is None:
-        check_engine(config, caches)  # type: ignore[arg-type]
+        check_engine(config, caches)
         return
     with pytest.raises(UnsupportedEngine, match=words):
-        check_engine(config, caches)  # type: ignore[arg-type]
+        check_engine(config, caches)

@@ -147,7 +147,7 @@ def test_a_load_into_a_block_that_is_being_saved(
     cache.begin_step(loading(2))
     cache.place([2], [memoryview(bytearray(STORED))])
     copied()
-    assert (buffer, layer[2].numpy().tobytes()) == (OLD, STORED)
+    assert (bytes(buffer), layer[2].numpy().tobytes()) == (OLD, STORED)
 
 
 def test_blocks_that_are_zeroed_at_once(device: LazyDevice, layer: torch.Tensor) -> None:

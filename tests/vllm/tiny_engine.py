@@ -353,7 +353,7 @@ class TinyEngine:
         self.half.costs.cost = compute = ComputeCost()
         if compute_s is not None:
             self.half.costs.cost = compute = ComputeCost(ComputeShape(0.01, compute_s / BLOCK, 0.0), trusted=True)
-            compute.observe = lambda *observed: None  # type: ignore[method-assign]
+            compute.observe = lambda *observed: None
         self.half.latest_share, self.half._clock.decode_s = 1.0, 0.0
 
     def internal(self, request_id: str) -> Any:
