@@ -121,9 +121,9 @@ def test_names_of_others_are_no_chunks(shared: Servers) -> None:
 
 def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool: Mooncake) -> None:
     """The calls that were given up end later; what they read then must not get into another's buffer."""
-    with store_in(pool, timeout_s=0.3) as store:
+    with store_in(pool) as patient, store_in(pool, timeout_s=0.3) as store:  # of one client
         for number in range(3):
-            store.write(key_of(number), chunk_of(number))
+            patient.write(key_of(number), chunk_of(number))
         reader = store.open(key_of(0))
         buffer = memoryview(bytearray(b"\xee" * SIZE))
         servers.suspend(pool.master)
@@ -137,12 +137,12 @@ def test_a_master_that_hangs_costs_the_deadline_and_no_bytes(pool: Mooncake) -> 
         finally:
             pool.master.send_signal(signal.SIGCONT)
         for number in (1, 2, 1, 0):
-            assert read(store, key_of(number)) == chunk_of(number)
+            assert read(patient, key_of(number)) == chunk_of(number)
         assert buffer == b"\xee" * SIZE
 
 
 def test_no_more_calls_hang_than_there_may_be(pool: Mooncake) -> None:
-    with store_in(pool, timeout_s=0.05) as store:
+    with store_in(pool), store_in(pool, timeout_s=0.05) as store:  # which is given a client that is open
         servers.suspend(pool.master)
         try:
             for _ in range(2 * mooncake_client.MOST_CALLS):
@@ -177,7 +177,7 @@ def test_stores_share_a_client_until_the_last_is_closed(pool: Mooncake) -> None:
 
 
 def test_a_master_that_died_is_an_error(pool: Mooncake) -> None:
-    with store_in(pool, timeout_s=0.3) as store:
+    with store_in(pool, timeout_s=1.0) as store:
         store.write(key_of(0), chunk_of(0))
         reader = store.open(key_of(0))
         pool.master.kill()

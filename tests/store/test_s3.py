@@ -245,8 +245,8 @@ def test_a_look_up_that_takes_too_long_gives_what_it_knows(
     monkeypatch: pytest.MonkeyPatch, member: Callable[..., Any]
 ) -> None:
     with lying(monkeypatch, lambda request, n: time.sleep(0.05) if b"HEAD" in request else None) as store:
-        tier = member(store, deadline_s=0.5, first_retry_s=100)
-        found = tier.lookup([key_of(number) for number in range(8)] + [key_of(100 + n) for n in range(1000)])
+        tier = member(store, deadline_s=2.0, first_retry_s=100)
+        found = tier.lookup([key_of(number) for number in range(8)] + [key_of(100 + n) for n in range(3000)])
         assert found[:8] == [SIZE] * 8
         assert "did not answer in time" in str(doubt_of(found))
         assert tier.is_up
