@@ -61,7 +61,7 @@ def test_a_version_without_the_cache_classes_is_refused_by_name() -> None:
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", NEWER)
+    monkeypatch.setattr(vars(versions)["transformers"], "__version__", NEWER)
 
 
 @pytest.mark.usefixtures("newer")
