@@ -25,37 +25,35 @@ engine.close()
 """
 
 ENVIRONMENTS: dict[str, dict[str, str]] = {
-    "seed 0, language, user, home": {
-        **{"PYTHONHASHSEED": "0"},
-        **{"LC_ALL": "C", "LANG": "C", "LANGUAGE": "de"},
-        **{"USER": "somebody", "LOGNAME": "somebody", "HOSTNAME": "elsewhere", "VLLM_HOST_IP": "127.0.0.1"},
-        **{
-            "HOME": "/nonexistent",
-            "XDG_CACHE_HOME": "/tmp/cakekv-test-cache",
-            "VLLM_CACHE_ROOT": "/tmp/cakekv-test-cache",
-        },
+    "seed 0": {"PYTHONHASHSEED": "0"},
+    "seed 12345": {"PYTHONHASHSEED": "12345"},
+    "random seed": {"PYTHONHASHSEED": "random"},
+    "language": {"LC_ALL": "C", "LANG": "C", "LANGUAGE": "de"},
+    "encoding": {"PYTHONUTF8": "1", "PYTHONIOENCODING": "latin-1", "LC_CTYPE": "C"},
+    "time zone": {"TZ": "Asia/Tokyo"},
+    "user and machine": {
+        "USER": "somebody",
+        "LOGNAME": "somebody",
+        "HOSTNAME": "elsewhere",
+        "VLLM_HOST_IP": "127.0.0.1",
     },
-    "seed 12345, encoding, time zone, threads, hub": {
-        **{"PYTHONHASHSEED": "12345"},
-        **{"PYTHONUTF8": "1", "PYTHONIOENCODING": "latin-1", "LC_CTYPE": "C"},
-        **{"TZ": "Asia/Tokyo"},
-        **{"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
-        **{"HF_HOME": "/tmp/cakekv-test-hub", "HF_HUB_CACHE": "/tmp/cakekv-test-hub/hub", "TRANSFORMERS_OFFLINE": "1"},
+    "threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+    "home": {
+        "HOME": "/nonexistent",
+        "XDG_CACHE_HOME": "/tmp/cakekv-test-cache",
+        "VLLM_CACHE_ROOT": "/tmp/cakekv-test-cache",
     },
-    "random seed, logging, Python, memory, torch": {
-        **{"PYTHONHASHSEED": "random"},
-        **{"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_LOGGING_PREFIX": "x", "TRANSFORMERS_VERBOSITY": "debug"},
-        **{"PYTHONOPTIMIZE": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore"},
-        **{"VLLM_CPU_KVCACHE_SPACE": "2"},
-        **{
-            "TORCH_LOGS": "+dynamo",
-            "TORCHINDUCTOR_CACHE_DIR": "/tmp/cakekv-test-inductor",
-            "TORCH_SHOW_CPP_STACKTRACES": "1",
-        },
+    "hub": {"HF_HOME": "/tmp/cakekv-test-hub", "HF_HUB_CACHE": "/tmp/cakekv-test-hub/hub", "TRANSFORMERS_OFFLINE": "1"},
+    "logging": {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_LOGGING_PREFIX": "x", "TRANSFORMERS_VERBOSITY": "debug"},
+    "optimised Python": {"PYTHONOPTIMIZE": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore"},
+    "memory": {"VLLM_CPU_KVCACHE_SPACE": "2"},
+    "torch": {
+        "TORCH_LOGS": "+dynamo",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/cakekv-test-inductor",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
     },
 }
-"""What differs from the tests' own environment, in which nothing of it is set: several things at once, since each
-environment costs an engine."""
+"""What differs from the tests' own environment, in which nothing of it is set."""
 
 
 @cache
