@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from time import monotonic
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import pytest
 from cakekv.embedded import executor
 from cakekv.embedded.executor import Cancelled, Executor, check
 from cakekv.errors import BadInput
+from tests.faults.interrupting import at_instruction
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -128,27 +128,6 @@ def test_without_a_thread_to_spare_the_caller_does_it_itself(monkeypatch: pytest
     calls.close(lambda: None)
 
 
-def interrupted(call: Callable[[], Any], number: int) -> int:
-    """Interrupt the call before this instruction of this thread. Returns how many instructions there were."""
-    done, before = 0, sys.gettrace()
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal done
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            done += 1
-            if done == number:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return done
-
-
 def test_an_interrupt_at_any_instruction_of_the_caller_leaves_nothing_half_done() -> None:
     calls, lock, number = Executor(), threading.Lock(), 0
 
@@ -160,7 +139,7 @@ def test_an_interrupt_at_any_instruction_of_the_caller_leaves_nothing_half_done(
     while number < instructions:
         number += 1
         try:
-            instructions = max(instructions, interrupted(lambda: calls.run(work), number))
+            instructions = max(instructions, at_instruction(lambda: calls.run(work), number))
         except KeyboardInterrupt:
             instructions = max(instructions, number + 1)
         assert calls.run(work) == number

@@ -43,7 +43,7 @@ def by_signal(call: Callable[[], Any], after_s: float) -> None:
 
 def at_instruction(call: Callable[[], Any], number: int) -> int:
     """Interrupt the call before this instruction of its thread. Returns how many instructions there were."""
-    done = 0
+    done, before = 0, sys.gettrace()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal done
@@ -58,7 +58,7 @@ def at_instruction(call: Callable[[], Any], number: int) -> int:
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return done
 
 

@@ -127,8 +127,7 @@ class Arbiter:
         if len(self._open) < 2:
             return list(self._open.values())
         states = self._weigh(now)
-        order = [self._open[state.request_id] for state in self._policy.load_order(states, tier, now)]
-        return order
+        return [self._open[state.request_id] for state in self._policy.load_order(states, tier, now)]
 
     def weigh(self, now: float) -> None:
         """Tell the open requests what they are to each other."""
