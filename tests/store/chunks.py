@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from cakekv.chunk import ChunkShape, seal, segments
+from cakekv.chunk import ChunkShape, Form, seal, segments
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
 from cakekv.store.maintenance.walking import walk
@@ -51,6 +51,14 @@ def packable_chunk_of(number: int, position: int = 0) -> memoryview:
     first, _, last = segments(PACKABLE, data)
     first[:], last[:] = numbers[: len(first)], numbers[len(first) :]
     seal(PACKABLE, data, key_of(number), position)
+    return data
+
+
+def coded_chunk_of(number: int) -> memoryview:
+    """As `chunk_of`, of what a codec made."""
+    shape = ChunkShape(16, (300, 100, 20000), Form.CODED)
+    data = memoryview(bytearray(shape.total_bytes))
+    seal(shape, data, key_of(number), 0)
     return data
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cakekv.chunk import Form, is_packed, peek_form, read_header, seal, verify_chunk
+from cakekv.chunk import Form, is_packed, peek_form, verify_chunk
 from cakekv.errors import BadInput
 from cakekv.packed_chunk import pack_chunk, unpack_chunk
 from cakekv.store.base import Store
@@ -22,7 +22,7 @@ from cakekv.store.packed import Pack, PackedStore, PackingChoice, Unpacking, pac
 from cakekv.store.throttled import ThrottledStore
 from cakekv.store.tiered import TieredStore, TierPlan
 
-from .chunks import PACKABLE, SHAPE, SIZE, chunk_of, key_of, opener, packable_chunk_of, part_of, read
+from .chunks import PACKABLE, SHAPE, SIZE, chunk_of, coded_chunk_of, key_of, opener, packable_chunk_of, part_of, read
 from .conftest import Servers
 
 RAW, KEY = packable_chunk_of(0), key_of(0)
@@ -82,11 +82,7 @@ def test_a_store_packs_and_unpacks(kind: str, tmp_path: Path, shared: Servers) -
 @pytest.mark.parametrize("pack", Pack)
 def test_what_is_no_exact_chunk_is_written_as_it_is(pack: Pack) -> None:
     store = PackedStore(MemoryStore(), pack, PackingChoice(packs=True))
-    coded = memoryview(bytearray(1 << 16))
-    shape = read_header(RAW, len(RAW)).shape
-    shape = type(shape)(16, (300, 100, 20000), Form.CODED)
-    seal(shape, coded, KEY, 0)
-    coded = coded[: shape.total_bytes]
+    coded = coded_chunk_of(0)
     for data in (coded, memoryview(b"\x89CAKESEA" + bytes(9000)), memoryview(b"short"), chunk_of(1)):
         assert store.write(KEY, data)
         assert read(store, KEY) == data

@@ -106,9 +106,8 @@ def _repack(packer: PackedStore, migrated: Migrated, on_bytes: OnBytes, dry_run:
         chunks = [chunk for chunk, form in asked if form is Form.EXACT]
     else:
         chunks = [chunk for chunk in chunks if is_packed(chunk.size)]
-    if dry_run:
-        migrated.fates[fate] += len(chunks)
-    else:
+    migrated.fates[fate] += len(chunks) if dry_run else 0
+    if chunks and not dry_run:
         kernels()
         _rewrite(chunks, partial(_reform, inner, fate), inner.parallel_reads, migrated, on_bytes)
 
