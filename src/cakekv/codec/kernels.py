@@ -15,7 +15,9 @@ import numpy as np
 from cakekv.errors import BadInput
 
 try:
-    from numba import njit
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.extending import intrinsic
 except ImportError as error:
     raise BadInput("codecs need numba, which is not installed: pip install 'cakekv[codecs]'") from error
 
@@ -274,3 +276,28 @@ def dequantise(code, bits, per_channel, group, values):  # type: ignore[no-untyp
                     one_scale, one_low = scales[t, a], lows[t, a]
                     for w in range(a * group, min((a + 1) * group, width)):
                         row[w] = row[w] * one_scale + one_low
+
+
+@intrinsic
+def load_word(context, array, at):  # type: ignore[no-untyped-def]
+    """Eight bytes from anywhere, as a number whose highest bits are the first byte."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+        return builder.bswap(builder.load(place, align=1))
+
+    return types.uint64(array, types.int64), build
+
+
+@intrinsic
+def store_word(context, array, at, word):  # type: ignore[no-untyped-def]
+    """Write what `load_word` reads."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+        builder.store(builder.bswap(arguments[2]), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), build
