@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-import sys
 from typing import Any
 
 import numpy as np
@@ -138,11 +137,9 @@ def test_a_cut_segment_is_undecodable() -> None:
     assert fault_of(resealed(layer0=bytes(first[:-200]))) in {ChunkFault.UNDECODABLE, ChunkFault.WRONG_SHAPE}
 
 
-def test_without_numba_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_it_is_said_what_to_install(request: pytest.FixtureRequest) -> None:
     chunk = packed()
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "cakekv.packing")
-    monkeypatch.delattr("cakekv.packing")
+    request.getfixturevalue("without_numba")
     for attempt in (lambda: unpack_chunk(chunk), lambda: pack_chunk(exact())):
         with pytest.raises(CannotUnpack, match=r"pip install 'cakekv\[codecs\]'"):
             attempt()

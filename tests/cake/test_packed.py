@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -205,15 +204,13 @@ def test_layered_finish(engine: TransformersEngine, prompt: list[int], monkeypat
 
 
 def test_without_numba_packed_chunks_are_computed(
-    engine: TransformersEngine, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+    engine: TransformersEngine, prompt: list[int], request: pytest.FixtureRequest
 ) -> None:
     store = PackedStore(MemoryStore(), Pack.YES)
     with cake(engine, store) as one:
         exact = one.prefill(prompt)
         one.wait_saved()
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "cakekv.packing")
-    monkeypatch.delattr("cakekv.packing")
+    request.getfixturevalue("without_numba")
     with cake(engine, store) as other:
         restored = other.prefill(prompt, mode="load", save=False)
     assert restored.report.loaded_tokens == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,6 @@ def unpacking(bandwidth: float) -> Unpacking:
     known = Unpacking()
     known.bandwidth = bandwidth
     return known
-
-
-@pytest.fixture
-def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cakekv import packing  # noqa: F401 - so that there is something to forget
-
-    monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "cakekv.packing")
-    monkeypatch.delattr("cakekv.packing")
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "striped", "redis", "s3", "encrypted"])
