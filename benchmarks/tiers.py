@@ -40,6 +40,7 @@ from cakekv.quantities import parse_bytes
 from cakekv.store.base import Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.folder import Folder
+from cakekv.store.maintenance.walking import unwrapped
 from cakekv.store.opening import open_store
 
 TARGETS = {"disk": 0.90, "redis": 0.85, "s3": 0.85}
@@ -155,7 +156,7 @@ def bucket(url: str, size: int, count: int, repeats: int) -> dict[str, Any]:
 
     from cakekv.store.s3 import ObjectStore
 
-    store = open_store(url)
+    store = unwrapped(open_store(url))
     assert isinstance(store, ObjectStore)
     with store:
         keys = fill(store, size, count)

@@ -16,9 +16,11 @@ from cakekv.chunk import (
     ALIGNMENT,
     FORMAT_VERSION,
     MAGIC,
-    PACKING,
+    TIGHT,
     ChunkShape,
+    Form,
     header_bytes_of,
+    is_packed,
     read_header,
     seal,
     segments,
@@ -94,13 +96,17 @@ def test_the_format_never_changes() -> None:
     assert chunk[112:128] == xxh3_128(binding + chunk[4096 : 4096 + 5000]).digest()
 
 
+def shaped(tokens: int, lengths: Any, form: Form) -> ChunkShape:
+    return ChunkShape(tokens, lengths, form, tuple(3 * n for n in lengths) if form is Form.PACKED else ())
+
+
 shapes = st.builds(
-    ChunkShape,
+    shaped,
     st.integers(1, 1000),
     st.lists(st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097])), min_size=1, max_size=150)
     .filter(any)
     .map(tuple),
-    st.booleans(),
+    st.sampled_from(Form),
 )
 
 
@@ -116,9 +122,10 @@ def test_what_is_sealed_comes_back(shape: Any, key: ChunkKey, position: Any, see
     assert (header.key, header.position, header.tokens) == (key, position, shape.tokens)
     assert (header.offsets, header.lengths) == (shape.offsets, shape.segment_bytes)
     assert header.total_bytes == shape.total_bytes
-    multiple = PACKING if shape.packed else ALIGNMENT
+    multiple = ALIGNMENT if shape.form is Form.EXACT else TIGHT
     assert all(offset % multiple == 0 for offset in header.offsets)
-    assert header.total_bytes % ALIGNMENT == header.offsets[0] % ALIGNMENT == 0
+    assert header.total_bytes % multiple == header.offsets[0] % ALIGNMENT == 0
+    assert is_packed(header.total_bytes) == (shape.form is Form.PACKED)
     assert [bytes(view[a : a + n]) for a, n in zip(header.offsets, header.lengths, strict=True)] == before
     assert header_bytes_of(view[:ALIGNMENT], shape.total_bytes) == shape.header_bytes
 
@@ -147,6 +154,10 @@ def test_sealing_is_repeatable_whatever_the_buffer_held() -> None:
         lambda: ChunkShape(1, (0,) * 70000),
         lambda: ChunkShape(1, (5, -1)),
         lambda: ChunkShape(1, (0, 0)),
+        lambda: ChunkShape(1, (5, 3), Form.PACKED),
+        lambda: ChunkShape(1, (5, 3), Form.PACKED, (9,)),
+        lambda: ChunkShape(1, (5, 3), Form.PACKED, (9, -1)),
+        lambda: ChunkShape(1, (5, 3), Form.CODED, (9, 9)),
         lambda: seal(SHAPE, memoryview(bytearray(SHAPE.total_bytes - 1)), KEY, 0),
         lambda: seal(SHAPE, memoryview(bytearray(SHAPE.total_bytes)), KEY, -1),
         lambda: seal(SHAPE, memoryview(bytearray(SHAPE.total_bytes)), KEY, 2**63),
@@ -171,7 +182,8 @@ def test_what_cannot_be_sealed_is_refused(attempt: Any) -> None:
         (lambda c: b"\x88" + c[1:], ChunkFault.BAD_MAGIC),
         (lambda c: bytearray(len(c)), ChunkFault.BAD_MAGIC),
         (lambda c: bytearray(b"GGUF"), ChunkFault.BAD_MAGIC),
-        (lambda c: change(c, version=3), ChunkFault.UNSUPPORTED_VERSION),
+        (lambda c: change(c, version=4), ChunkFault.UNSUPPORTED_VERSION),
+        (lambda c: change(c, version=3), ChunkFault.SEGMENT_MISPLACED),
         (lambda c: change(c, version=2), ChunkFault.SEGMENT_MISPLACED),
         (lambda c: change(c, layers=0), ChunkFault.HEADER_OUT_OF_RANGE),
         (lambda c: change(c, layers=2**32 - 1), ChunkFault.HEADER_OUT_OF_RANGE),

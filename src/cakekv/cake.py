@@ -42,6 +42,7 @@ from cakekv.restore.report import RestoreReport
 from cakekv.results import Generation, OnProgress, Prefill, Progress
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
+from cakekv.store.packed import warm_up_packing
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -185,6 +186,7 @@ class Cake:
             options.codec, engine.layout, options.chunk_tokens, identity.dtype, engine.rotations
         )
         coder.warm_up()
+        warm_up_packing(self.tiers)
         self._costs = costs = KnownCosts(options, identity, engine.device_name, self.tiers, coder)
         self.compute_cost, self.load_costs = costs.compute, costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)

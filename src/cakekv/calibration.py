@@ -19,6 +19,7 @@ from cakekv.keys import Identity, canonical
 from cakekv.options import CakeOptions
 from cakekv.restore.costs import ComputeCost, ComputeShape, LoadCost, LoadFigures
 from cakekv.store.base import Store
+from cakekv.store.packed import packers
 
 MAX_BYTES = 1 << 20
 """A calibration file is not read beyond this length."""
@@ -173,6 +174,10 @@ class KnownCosts:
         self._tier_keys = [tier_key(tier.url, device, chunk_bytes) if tier.url else None for tier in tiers]
         shape = kept.compute(self._compute_key) if kept else None
         priors = [kept.tier(key) if kept and key else None for key in self._tier_keys]
+        for tier, prior in zip(tiers, priors, strict=True):
+            if prior is not None:
+                for packer in packers(tier):
+                    packer.expect_bandwidth(1.0 / prior.byte_s)
         self.compute = ComputeCost() if shape is None else ComputeCost(shape, trusted=True)
         self.loads = [LoadCost(tier.parallel_reads, prior) for tier, prior in zip(tiers, priors, strict=True)]
 

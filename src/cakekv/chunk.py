@@ -2,20 +2,23 @@
 
     offset 0     magic, format version, layer count, header length, total length, key, first position, tokens,
                  checksum of the header
-    offset 96    per layer: offset, length and checksum of its segment
+    offset 96    per layer: offset, length and checksum of its segment; if that is packed, its length unpacked, too
     ...          zeros up to a multiple of 4096; then the segments, in order, each padded with zeros likewise
 
-All numbers are little-endian. Every segment starts where the one before ended, rounded up, so a chunk has exactly
-one valid form. Segments that a codec made short are *packed*: padded to multiples of 64 only, and the whole to 4096;
-such a chunk has another version number. A segment's checksum covers the chunk's key, position and tokens and the
-segment's index beside the bytes: the right bytes in the wrong place do not pass. The checksums find damage and mix-ups,
-not forgeries.
+All numbers are little-endian. The version number is the chunk's `Form`: the cache's own bytes, a codec's codes, or the
+cache's own bytes with each segment packed without loss (`packed_chunk.py`). Every segment starts where the one before
+ended, rounded up, so that each form of a chunk is valid in one way only. Segments that a codec or packing made short
+are padded to multiples of 64 only. The whole of a chunk is a multiple of 4096; of a packed one it never is, so that a
+size tells whether a chunk is packed. A segment's checksum covers the chunk's key, position and tokens and the segment's
+index beside the bytes, of a packed one its unpacked length, too: the right bytes in the wrong place do not pass. The
+checksums find damage and mix-ups, not forgeries.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import NoReturn
 
@@ -30,7 +33,11 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "ChunkHeader",
     "ChunkShape",
+    "Form",
+    "header_bytes",
     "header_bytes_of",
+    "is_packed",
+    "peek_form",
     "peek_place",
     "read_header",
     "seal",
@@ -40,9 +47,8 @@ __all__ = [
 
 ALIGNMENT = 4096
 """Bytes. What direct I/O wants of offsets and lengths."""
-PACKING = 64
-"""Bytes. What the segments of a packed chunk are rounded up to."""
-PACKED_VERSION = 2
+TIGHT = 64
+"""Bytes. What segments that a codec or packing made short are rounded up to."""
 MAX_CHUNK_BYTES = 4 << 30
 """What is longer is not read as a chunk where nothing else says how long it should be."""
 MAGIC = b"\x89CAKEKV\n"
@@ -55,10 +61,29 @@ _CHECKSUM = struct.Struct("16s")
 PEEK_BYTES = _FIXED.size
 """How much of a chunk `peek_place` wants."""
 _ENTRY = struct.Struct("<QQ16s")
+_PACKED_ENTRY = struct.Struct("<QQ16sQ")
 _TABLE_OFFSET = _FIXED.size + _CHECKSUM.size
 _BINDING = struct.Struct("<32sQQI")
 _ZEROS = bytes(2 * ALIGNMENT)
-_PACKED = {FORMAT_VERSION: False, PACKED_VERSION: True}
+
+
+class Form(IntEnum):
+    """What a chunk's segments hold; its number is the version in the header."""
+
+    EXACT = FORMAT_VERSION
+    """The cache's own bytes."""
+    CODED = 2
+    """What a codec made of them."""
+    PACKED = 3
+    """The cache's own bytes, packed without loss."""
+
+
+_VERSIONS = frozenset(form.value for form in Form)
+
+
+def is_packed(size: int) -> bool:
+    """Whether a chunk of `size` bytes is in the packed form."""
+    return size % ALIGNMENT != 0
 
 
 def _aligned(size: int, multiple: int = ALIGNMENT) -> int:
@@ -75,8 +100,10 @@ class ChunkShape:
         Tokens in the chunk.
     segment_bytes : tuple of int
         Bytes of each layer's segment; 0 for a layer that keeps nothing of its own.
-    packed : bool
-        Whether segments are padded to multiples of 64 bytes only.
+    form : Form
+        What they hold.
+    unpacked_bytes : tuple of int
+        Bytes that each segment has unpacked; only of the packed form.
 
     Raises
     ------
@@ -86,7 +113,8 @@ class ChunkShape:
 
     tokens: int
     segment_bytes: tuple[int, ...]
-    packed: bool = False
+    form: Form = Form.EXACT
+    unpacked_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens < MAX_TOKENS:
@@ -95,18 +123,27 @@ class ChunkShape:
             raise BadInput(f"a chunk has 1 to {MAX_LAYERS} layers, not {len(self.segment_bytes)}")
         if min(self.segment_bytes) < 0 or sum(self.segment_bytes) == 0:
             raise BadInput("a chunk's segments cannot have negative lengths or all be empty")
+        if len(self.unpacked_bytes) != (len(self.segment_bytes) if self.form is Form.PACKED else 0):
+            raise BadInput("a chunk in the packed form, and no other, says how long each segment is unpacked")
+        if min(self.unpacked_bytes, default=0) < 0:
+            raise BadInput("a chunk's segments cannot have negative lengths")
 
     @cached_property
     def header_bytes(self) -> int:
         """Length of the header with its padding: where the first segment starts."""
-        return _header_bytes(len(self.segment_bytes))
+        return header_bytes(len(self.segment_bytes), self.form)
+
+    @property
+    def exact(self) -> ChunkShape:
+        """Of the packed form: what it unpacks to."""
+        return ChunkShape(self.tokens, self.unpacked_bytes)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each segment starts, in bytes from the start of the chunk."""
         offsets = []
         end = self.header_bytes
-        multiple = PACKING if self.packed else ALIGNMENT
+        multiple = ALIGNMENT if self.form is Form.EXACT else TIGHT
         for length in self.segment_bytes:
             offsets.append(end)
             end += _aligned(length, multiple)
@@ -120,7 +157,11 @@ class ChunkShape:
     @cached_property
     def total_bytes(self) -> int:
         """Length of the whole chunk, padding included."""
-        return _aligned(self.offsets[-1] + self.segment_bytes[-1])
+        end = self.offsets[-1] + self.segment_bytes[-1]
+        if self.form is not Form.PACKED:
+            return _aligned(end)
+        end = _aligned(end, TIGHT)
+        return end if is_packed(end) else end + TIGHT
 
 
 @dataclass(frozen=True)
@@ -167,7 +208,7 @@ class ChunkHeader:
 
     def verify(self, layer: int, segment: memoryview) -> None:
         """Raise `CorruptChunk` unless `segment` holds the bytes that were sealed for `layer`."""
-        if _segment_checksum(self.key, self.position, self.tokens, layer, segment) != self.checksums[layer]:
+        if _segment_checksum(self.shape, self.key, self.position, layer, segment) != self.checksums[layer]:
             _fail(ChunkFault.SEGMENT_CHECKSUM, f"layer {layer} of chunk {self.key.short}…")
 
 
@@ -176,10 +217,18 @@ def peek_place(data: bytes | memoryview) -> tuple[int, int]:
 
     (0, 1) if there is no header.
     """
-    if len(data) < _FIXED.size:
+    if peek_form(data) is None:
         return 0, 1
-    magic, version, *_, position, tokens = _FIXED.unpack_from(data)
-    return (position, max(tokens, 1)) if magic == MAGIC and version in _PACKED else (0, 1)
+    *_, position, tokens = _FIXED.unpack_from(data)
+    return position, max(tokens, 1)
+
+
+def peek_form(data: bytes | memoryview) -> Form | None:
+    """The form of the chunk that begins with `data`, unchecked; None if there is no header."""
+    if len(data) < _FIXED.size:
+        return None
+    magic, version, *_ = _FIXED.unpack_from(data)
+    return Form(version) if magic == MAGIC and version in _VERSIONS else None
 
 
 def segments(shape: ChunkShape, buffer: memoryview) -> list[memoryview]:
@@ -213,14 +262,15 @@ def seal(shape: ChunkShape, buffer: memoryview, key: ChunkKey, position: int) ->
     header = buffer[: shape.header_bytes]
     header[:] = bytes(len(header))
     layers = len(shape.segment_bytes)
-    version = PACKED_VERSION if shape.packed else FORMAT_VERSION
-    _FIXED.pack_into(header, 0, MAGIC, version, layers, len(header), shape.total_bytes, key, position, shape.tokens)
+    _FIXED.pack_into(header, 0, MAGIC, shape.form, layers, len(header), shape.total_bytes, key, position, shape.tokens)
+    entry = _entry(shape.form)
     for layer, segment in enumerate(segments(shape, buffer)):
         offset, length = shape.offsets[layer], len(segment)
         padding = shape.ends[layer] - offset - length
         buffer[offset + length : offset + length + padding] = _ZEROS[:padding]
-        checksum = _segment_checksum(key, position, shape.tokens, layer, segment)
-        _ENTRY.pack_into(header, _TABLE_OFFSET + layer * _ENTRY.size, offset, length, checksum)
+        checksum = _segment_checksum(shape, key, position, layer, segment)
+        unpacked = shape.unpacked_bytes[layer : layer + 1]
+        entry.pack_into(header, _TABLE_OFFSET + layer * entry.size, offset, length, checksum, *unpacked)
     _CHECKSUM.pack_into(header, _FIXED.size, _header_checksum(header))
 
 
@@ -244,15 +294,15 @@ def header_bytes_of(first_block: memoryview, size: int) -> int:
         _fail(ChunkFault.BAD_MAGIC, f"it starts with {magic!r}")
     if min(len(first_block), size) < ALIGNMENT:
         _fail(ChunkFault.TRUNCATED, f"it has {size} bytes, and the smallest header {ALIGNMENT}")
-    _, version, layers, header_bytes, *_ = _FIXED.unpack_from(first_block)
-    if version not in _PACKED:
-        readable = " and ".join(map(str, _PACKED))
+    _, version, layers, length, *_ = _FIXED.unpack_from(first_block)
+    if version not in _VERSIONS:
+        readable = ", ".join(str(form.value) for form in Form)
         _fail(ChunkFault.UNSUPPORTED_VERSION, f"version {version}; this cakekv reads versions {readable}")
-    if not 1 <= layers <= MAX_LAYERS or header_bytes != _header_bytes(layers):
-        _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{layers} layers in a header of {header_bytes} bytes")
-    if size < header_bytes:
-        _fail(ChunkFault.TRUNCATED, f"it has {size} bytes, and its header {header_bytes}")
-    return int(header_bytes)
+    if not 1 <= layers <= MAX_LAYERS or length != header_bytes(layers, Form(version)):
+        _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{layers} layers in a header of {length} bytes")
+    if size < length:
+        _fail(ChunkFault.TRUNCATED, f"it has {size} bytes, and its header {length}")
+    return int(length)
 
 
 def read_header(head: memoryview, size: int) -> ChunkHeader:
@@ -279,16 +329,18 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
     _, version, layers, _, total_bytes, key, position, tokens = _FIXED.unpack_from(head)
     if not 1 <= tokens < MAX_TOKENS or position >= MAX_POSITION:
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, f"{tokens} tokens at position {position}")
-    table_end = _TABLE_OFFSET + layers * _ENTRY.size
-    table = list(_ENTRY.iter_unpack(head[_TABLE_OFFSET:table_end]))
-    if not any(length for _, length, _ in table):
+    form = Form(version)
+    entry = _entry(form)
+    table_end = _TABLE_OFFSET + layers * entry.size
+    offsets, lengths, checksums, *unpacked = zip(*entry.iter_unpack(head[_TABLE_OFFSET:table_end]), strict=True)
+    if not any(lengths):
         _fail(ChunkFault.HEADER_OUT_OF_RANGE, "every segment is empty")
-    shape = ChunkShape(tokens, tuple(length for _, length, _ in table), _PACKED[version])
-    for layer, (offset, length, _) in enumerate(table):
+    shape = ChunkShape(tokens, lengths, form, *unpacked)
+    for layer, offset in enumerate(offsets):
         if offset != shape.offsets[layer]:
             _fail(
                 ChunkFault.SEGMENT_MISPLACED,
-                f"layer {layer}: {length} bytes at {offset} instead of {shape.offsets[layer]}",
+                f"layer {layer}: {lengths[layer]} bytes at {offset} instead of {shape.offsets[layer]}",
             )
     if total_bytes != shape.total_bytes:
         _fail(
@@ -300,11 +352,11 @@ def read_header(head: memoryview, size: int) -> ChunkHeader:
     if size != total_bytes:
         fault = ChunkFault.TRUNCATED if size < total_bytes else ChunkFault.OVERLONG
         _fail(fault, f"it has {size} bytes instead of {total_bytes}")
-    return ChunkHeader(ChunkKey(key), position, shape, tuple(checksum for _, _, checksum in table))
+    return ChunkHeader(ChunkKey(key), position, shape, checksums)
 
 
 def verify_chunk(buffer: memoryview) -> ChunkHeader:
-    """Check a whole chunk, every byte of it, with no knowledge of the model.
+    """Check a whole chunk, every byte of it, with no knowledge of the model. What is packed is not unpacked.
 
     Raises
     ------
@@ -321,8 +373,13 @@ def verify_chunk(buffer: memoryview) -> ChunkHeader:
     return header
 
 
-def _header_bytes(layers: int) -> int:
-    return _aligned(_TABLE_OFFSET + layers * _ENTRY.size)
+def header_bytes(layers: int, form: Form) -> int:
+    """Length of the header of a chunk of so many layers, with its padding."""
+    return _aligned(_TABLE_OFFSET + layers * _entry(form).size)
+
+
+def _entry(form: Form) -> struct.Struct:
+    return _PACKED_ENTRY if form is Form.PACKED else _ENTRY
 
 
 def _header_checksum(header: memoryview) -> bytes:
@@ -332,8 +389,10 @@ def _header_checksum(header: memoryview) -> bytes:
     return checksum.digest()
 
 
-def _segment_checksum(key: ChunkKey, position: int, tokens: int, layer: int, segment: memoryview) -> bytes:
-    checksum = xxh3_128(_BINDING.pack(key, position, tokens, layer))
+def _segment_checksum(shape: ChunkShape, key: ChunkKey, position: int, layer: int, segment: memoryview) -> bytes:
+    checksum = xxh3_128(_BINDING.pack(key, position, shape.tokens, layer))
+    if shape.form is Form.PACKED:
+        checksum.update(shape.unpacked_bytes[layer].to_bytes(8, "little"))
     checksum.update(segment)
     return checksum.digest()
 

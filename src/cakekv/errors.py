@@ -93,6 +93,10 @@ class UnknownKey(StoreError):
     """The chunk is sealed with a key that is not in the keyring."""
 
 
+class CannotUnpack(StoreError):
+    """The chunk is packed, and what unpacks it is not installed."""
+
+
 class ReadOnly(StoreError):
     """The tier can be loaded from, but not written to."""
 

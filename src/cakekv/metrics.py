@@ -81,6 +81,12 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        self.packing_saved = Counter(
+            "cakekv:tier_packing_saved_bytes",
+            "Bytes that packing saved of what was written to the tier.",
+            ["tier"],
+            registry=registry,
+        )
         self._tiers = _Tiers()
         registry.register(self._tiers)
 
@@ -97,6 +103,10 @@ class Metrics:
     def add_uncopied(self, tier: str, chunks: int) -> None:
         """Count chunks that could not be copied to a tier."""
         self.uncopied.labels(tier).inc(chunks)
+
+    def add_packed(self, tier: str, saved: int) -> None:
+        """Count bytes that packing saved of what was written to a tier."""
+        self.packing_saved.labels(tier).inc(saved)
 
     def add_restore(self, report: RestoreReport) -> None:
         """Count a restore that has ended."""

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from cakekv.cli.main import app
 from cakekv.store.disk import DiskStore
-from tests.store.chunks import SIZE, chunk_of, key_of
+from cakekv.store.opening import open_store
+from tests.store.chunks import PACKABLE, SIZE, chunk_of, key_of, packable_chunk_of
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -47,10 +48,30 @@ def test_stats(folder: Path) -> None:
         "bytes": 5 * SIZE,
         "capacity": None,
         "identities": {"ab" * 32: {"dtype": "bfloat16"}},
+        "packed": {"chunks": 0, "bytes": 0, "unpacked_bytes": 0},
     }
     _, out, _ = run("stats", folder)
     assert "5 chunks" in out
+    assert "packed" not in out
     assert "bfloat16" in out
+
+
+def test_what_packing_saves(folder: Path) -> None:
+    with open_store(f"{folder}?pack=yes") as store:
+        for number in range(5, 8):
+            store.write(key_of(number), packable_chunk_of(number))
+    stats = run_json("stats", folder)
+    assert stats["chunks"] == 8
+    assert stats["packed"] == {
+        "chunks": 3,
+        "bytes": stats["bytes"] - 5 * SIZE,
+        "unpacked_bytes": 3 * PACKABLE.total_bytes,
+    }
+    assert stats["packed"]["bytes"] < 0.9 * stats["packed"]["unpacked_bytes"]
+    _, out, _ = run("stats", folder)
+    assert "3 of them packed" in out
+    assert "which saves" in out
+    assert run_json("verify", folder)["chunks"] == 8
 
 
 def test_ls(folder: Path) -> None:

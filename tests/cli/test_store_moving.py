@@ -16,9 +16,11 @@ import pytest
 import redis
 
 from cakekv.bench.servers import free_port
+from cakekv.packed_chunk import unpack_chunk
 from cakekv.store.disk import DiskStore
 from cakekv.store.opening import open_store
-from tests.store.chunks import SIZE, chunk_of, key_of, read
+from cakekv.store.redis import RedisStore
+from tests.store.chunks import SIZE, chunk_of, key_of, packable_chunk_of, part_of, read
 from tests.store.conftest import shared
 
 from .test_store import damage, folder, run, run_json
@@ -173,7 +175,7 @@ def redis_url(tmp_path: Path, shared: Any) -> str:
     with open_store(url) as store:
         for number in range(4):
             store.write(key_of(number), chunk_of(number))
-        redis.Redis(port=shared.valkey).rpush(store.name_of(key_of(4)), "a list")  # type: ignore[attr-defined]
+        redis.Redis(port=shared.valkey).rpush(part_of(store, RedisStore).name_of(key_of(4)), "a list")
     return url
 
 
@@ -265,3 +267,33 @@ def test_an_export_without_nameless_files(tmp_path: Path, folder: Path, monkeypa
     assert run("export", folder, target)[0] == 0
     assert [file.name for file in target.parent.iterdir()] == ["kv.tar"]
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_forms_on_the_way(tmp_path: Path) -> None:
+    """Copies, migrations and archives keep the bits, and take the form that the store they go to asks for."""
+    raw = [packable_chunk_of(number) for number in range(3)]
+    with open_store(f"{tmp_path}/raw?pack=no") as store:
+        for number, chunk in enumerate(raw):
+            store.write(key_of(number), chunk)
+
+    def held(folder: str) -> list[bytes]:
+        with DiskStore(tmp_path / folder) as store:
+            return [read(store, key_of(number)) for number in range(3)]
+
+    assert run_json("cp", tmp_path / "raw", f"{tmp_path}/packed?pack=yes")["copied"] == 3
+    assert run_json("stats", tmp_path / "packed")["packed"]["chunks"] == 3
+    assert [unpack_chunk(memoryview(bytearray(chunk))) for chunk in held("packed")] == raw
+    run("export", tmp_path / "packed", tmp_path / "kv.tar")
+    run("import", tmp_path / "kv.tar", f"{tmp_path}/there?pack=yes")
+    assert held("there") == held("packed")
+    run("import", tmp_path / "kv.tar", f"{tmp_path}/elsewhere?pack=no")
+    assert held("elsewhere") == raw
+    assert run_json("cp", tmp_path / "packed", f"{tmp_path}/again?pack=no")["copied"] == 3
+    assert held("again") == raw
+    assert run_json("migrate", f"{tmp_path}/again?pack=yes", "--dry-run")["packed"] == 3
+    assert held("again") == raw
+    code, out, _ = run("migrate", f"{tmp_path}/again?pack=yes")
+    assert (code, "3 packed" in out) == (0, True)
+    assert held("again") == held("packed")
+    assert run_json("migrate", f"{tmp_path}/again?pack=no")["unpacked"] == 3
+    assert held("again") == raw

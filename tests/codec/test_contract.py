@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cakekv.chunk import read_header, segments
+from cakekv.chunk import Form, read_header, segments
 from cakekv.codec import CODECS, codec_named
 from cakekv.codec.base import Codec, DamagedCode, Plane
 from cakekv.codec.coder import ChunkCoder
@@ -182,7 +182,8 @@ def test_chunks_are_sealed_read_and_decoded(codec: Codec) -> None:
     assert len(coded) < coder.exact.total_bytes
     assert not coder.is_exact(len(coded))
     header = read_header(coded, len(coded))
-    assert coder.check(header, KEY, 128)
+    coder.check(header, KEY, 128)
+    assert header.shape.form is Form.CODED
     if codec.fixed:
         assert header.shape == coder.longest == coder.shape_of(len(coded)) == coder.expected([len(coded)])
     else:

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from xxhash import xxh3_128
 
-from cakekv.chunk import ALIGNMENT, ChunkShape, header_bytes_of, peek_place, read_header, seal, verify_chunk
+from cakekv.chunk import ALIGNMENT, ChunkShape, Form, header_bytes_of, peek_place, read_header, seal, verify_chunk
 from cakekv.errors import CorruptChunk
 from cakekv.keys import ChunkKey
 
@@ -18,8 +18,9 @@ INPUTS, LONG_INPUTS = 50_000, 1_000_000
 SHAPES = [
     ChunkShape(1, (1, 1)),
     ChunkShape(16, (500, 0, 4096, 1)),
-    ChunkShape(64, (90, 8, 130), packed=True),
-    ChunkShape(7, (3,) * 130, packed=True),  # a header of two blocks
+    ChunkShape(64, (90, 8, 130), Form.CODED),
+    ChunkShape(7, (3,) * 130, Form.CODED),  # a header of two blocks
+    ChunkShape(16, (90, 0, 130), Form.PACKED, (500, 0, 4096)),
 ]
 EXTREMES = (
     0,

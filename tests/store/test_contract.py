@@ -23,6 +23,7 @@ from cakekv.store.faulty import FaultPlan, FaultyStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.packed import Pack, PackedStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.s3 import open_azure, open_gcs, open_s3
 from cakekv.store.striped import StripedStore
@@ -94,6 +95,7 @@ TIERS = {
         bounded=False,
         seals=True,
     ),
+    "packed": Case(lambda folder, capacity, shared: PackedStore(DiskStore(folder / "store", capacity), Pack.YES)),
     "redis": Case(open_redis, bounded=False, keeps_open=False),
     "mooncake": Case(open_mooncake, bounded=False, keeps_open=False),
     "s3": Case(open_bucket, bounded=False, keeps_open=False),

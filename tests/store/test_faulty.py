@@ -12,7 +12,7 @@ from cakekv.store.faulty import FAULTS, FaultPlan, FaultyStore, parse_faults
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 
-from .chunks import SIZE, chunk_of, key_of, read
+from .chunks import SIZE, chunk_of, key_of, part_of, read
 
 
 def faulty(text: str, chunks: int = 1) -> FaultyStore:
@@ -150,7 +150,7 @@ def test_a_fault_of_another_operation() -> None:
 
 def test_in_a_stores_url() -> None:
     store = open_store("memory://?faults=seed:1,open.error:1&latency=1us")
-    assert isinstance(store, FaultyStore)
+    part_of(store, FaultyStore)
     store.write(key_of(0), chunk_of(0))
     with pytest.raises(StoreError, match="injected"):
         store.open(key_of(0))

@@ -14,25 +14,23 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import check_urls, open_store
 from cakekv.store.throttled import ThrottledStore
 
+from .chunks import part_of
+
 
 def test_memory() -> None:
-    store = open_store("memory://?capacity=2GB")
-    assert isinstance(store, MemoryStore)
+    store = part_of(open_store("memory://?capacity=2GB"), MemoryStore)
     assert store.capacity == 2 * 10**9
     assert open_store("memory://").stats().capacity is None
 
 
 def test_file(tmp_path: Path) -> None:
-    store = open_store(f"file://{tmp_path}/a%20b?capacity=10MiB")
-    assert isinstance(store, DiskStore)
+    store = part_of(open_store(f"file://{tmp_path}/a%20b?capacity=10MiB"), DiskStore)
     assert store.path == tmp_path / "a b"
     assert store.capacity == 10 * 2**20
 
 
 def path_of(url: str) -> Path:
-    store = open_store(url)
-    assert isinstance(store, DiskStore)
-    return store.path
+    return part_of(open_store(url), DiskStore).path
 
 
 def test_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,14 +42,13 @@ def test_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_link() -> None:
-    store = open_store("memory://?bandwidth=50MB/s&latency=2ms&capacity=1GB")
-    assert isinstance(store, ThrottledStore)
+    store = part_of(open_store("memory://?bandwidth=50MB/s&latency=2ms&capacity=1GB"), ThrottledStore)
     assert (store.bandwidth, store.latency_s) == (50e6, 0.002)
     assert store.stats().capacity == 10**9
-    late = open_store("memory://?latency=1s")
-    assert isinstance(late, ThrottledStore)
+    late = part_of(open_store("memory://?latency=1s"), ThrottledStore)
     assert late.bandwidth == float("inf")
-    assert isinstance(open_store("memory://?bandwidth=unlimited"), MemoryStore)
+    with pytest.raises(ValueError, match="unpack"):
+        part_of(open_store("memory://?bandwidth=unlimited"), ThrottledStore)
 
 
 @pytest.mark.parametrize(

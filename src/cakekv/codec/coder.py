@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from cakekv.chunk import PACKING, ChunkHeader, ChunkShape, read_header, seal, segments
+from cakekv.chunk import TIGHT, ChunkHeader, ChunkShape, Form, header_bytes, is_packed, read_header, seal, segments
 from cakekv.codec.base import LARGEST, Code, Codec, DamagedCode, Plane
 from cakekv.errors import BadInput, CannotEncode, ChunkFault, CorruptChunk, UnknownRotation
 from cakekv.keys import ChunkKey
@@ -24,11 +24,12 @@ _LENGTH = np.dtype("<u4")
 class ChunkCoder:
     """A codec at work on the chunks of one model.
 
-    A chunk is stored in one of two forms. The *exact* form is the cache's own bytes; the newest tokens of a prompt have
-    it, and chunks that the codec cannot make smaller. The *coded* form is packed and always smaller, so that a stored
-    chunk's size tells its form. Its segments are the codes of the layers' planes, one behind the other; first the first
-    part of every layer, then the second of every layer. Where codes vary in length, a segment begins with the lengths
-    of all of its codes but the last.
+    A chunk is stored in one of three forms. The *exact* form is the cache's own bytes; the newest tokens of a prompt
+    have it, and chunks that the codec cannot make smaller. The *packed* form is the exact one in fewer bytes; stores
+    make it, and whoever reads it takes it for the exact one. The *coded* form is always smaller than the exact one, so
+    that a stored chunk's size tells its form. Its segments are the codes of the layers' planes, one behind the other;
+    first the first part of every layer, then the second of every layer. Where codes vary in length, a segment begins
+    with the lengths of all of its codes but the last.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ class ChunkCoder:
             for part in self._sizes
             for planes, sizes in zip(self._planes, part, strict=True)
         ]
-        return ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
+        return ChunkShape(self.exact.tokens, tuple(lengths), Form.CODED)
 
     @cached_property
     def _shrinks(self) -> bool:
@@ -117,13 +118,21 @@ class ChunkCoder:
 
     def shape_of(self, size: int) -> ChunkShape | None:
         """The shape of a stored chunk of `size` bytes; None if only its header tells."""
+        if is_packed(size):
+            return None
         if not self._shrinks or size == self.exact.total_bytes:
             return self.exact
         return self.longest if self.codec.fixed else None
 
+    def header_bytes(self, size: int) -> int:
+        """Length of the header of a stored chunk of `size` bytes."""
+        if is_packed(size):
+            return header_bytes(self.layers, Form.PACKED)
+        return (self.shape_of(size) or self.longest).header_bytes
+
     def is_exact(self, size: int) -> bool:
-        """Whether a stored chunk of `size` bytes is in the exact form."""
-        return not self._shrinks or size == self.exact.total_bytes
+        """Whether a stored chunk of `size` bytes has the cache's own bits: it is in the exact form, or packed."""
+        return not self._shrinks or size == self.exact.total_bytes or is_packed(size)
 
     def expected(self, sizes: Sequence[int]) -> ChunkShape:
         """About the shape of the stored chunks of these sizes, to plan with."""
@@ -133,26 +142,37 @@ class ChunkCoder:
             return self.exact
         body = sum(sizes) / len(sizes) - self.longest.header_bytes
         share = min(1.0, max(body, 1.0) / sum(self.exact.segment_bytes))
-        return ChunkShape(self.exact.tokens, tuple(max(1, int(n * share)) for n in self.exact.segment_bytes), True)
+        return ChunkShape(
+            self.exact.tokens, tuple(max(1, int(n * share)) for n in self.exact.segment_bytes), Form.CODED
+        )
 
-    def check(self, header: ChunkHeader, key: ChunkKey, position: int) -> bool:
-        """Whether a chunk is in the coded form; raises `CorruptChunk` unless it is this one in either form."""
-        coded = header.shape.packed and self._shrinks
-        shape = self.longest if coded else self.exact
-        if (
-            coded
-            and not self.codec.fixed
-            and header.tokens == shape.tokens
-            and len(header.lengths) == len(shape.segment_bytes)
-        ):
-            fits = all(length <= most for length, most in zip(header.lengths, shape.segment_bytes, strict=True))
-            shape = header.shape if fits and header.total_bytes < self.exact.total_bytes else shape
+    def share_read(self, sizes: Sequence[int]) -> float:
+        """How many bytes of the stored chunks of these sizes there are to each byte of `expected`: fewer if packed."""
+        if self.encodes or not sizes:
+            return 1.0
+        return sum(sizes) / len(sizes) / self.exact.total_bytes
+
+    def check(self, header: ChunkHeader, key: ChunkKey, position: int) -> None:
+        """Raise `CorruptChunk` unless a chunk is this one, in whichever form."""
+        shape = self.exact
+        if header.shape.form is Form.PACKED:
+            fits = header.shape.exact == self.exact and header.total_bytes < self.exact.total_bytes
+            shape = header.shape if fits else shape
+        elif header.shape.form is Form.CODED and self._shrinks:
+            shape = self._coded(header)
         header.expect(shape, key, position)
-        return coded
+
+    def _coded(self, header: ChunkHeader) -> ChunkShape:
+        """The shape that a coded chunk should have, as far as that is not for its header to say."""
+        longest = self.longest
+        if self.codec.fixed or header.tokens != longest.tokens or len(header.lengths) != len(longest.segment_bytes):
+            return longest
+        fits = all(length <= most for length, most in zip(header.lengths, longest.segment_bytes, strict=True))
+        return header.shape if fits and header.total_bytes < self.exact.total_bytes else longest
 
     def segments_of(self, shape: ChunkShape, layers: Sequence[int], parts: int | None = None) -> Sequence[int]:
         """The segments of a chunk that hold these layers, so many parts of them; None: as many as the codec reads."""
-        if not shape.packed:
+        if shape.form is not Form.CODED:
             return layers
         return [part * self.layers + layer for part in range(parts or self.codec.parts_read) for layer in layers]
 
@@ -214,8 +234,8 @@ class ChunkCoder:
                 if not codec.fixed:
                     coded[begin : begin + self._lengths_bytes(planes)] = np.array(used[:-1], _LENGTH).tobytes()
                 lengths.append(end - begin)
-                begin = -(-end // PACKING) * PACKING
-        shape = ChunkShape(self.exact.tokens, tuple(lengths), packed=True)
+                begin = -(-end // TIGHT) * TIGHT
+        shape = ChunkShape(self.exact.tokens, tuple(lengths), Form.CODED)
         if shape.total_bytes >= self.exact.total_bytes:
             return None
         seal(shape, coded, key, position)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
@@ -275,14 +275,10 @@ class Loader:
 
     def _perform(self, loads: Loads, load: Load) -> None:
         restore, planner = loads.restore, loads.restore.planner
-        decodes = self._coder.encodes
-        to_buffer = decodes and self._decoder is None
         with ExitStack() as buffers:
             progress = Progress()
             try:
-                buffer = buffers.enter_context(self._staging.buffer())
-                decoded = buffers.enter_context(self._staging.buffer()) if to_buffer else None
-                segments = self._read(loads, load, buffer, decoded, progress)
+                segments = self._read(loads, load, lambda: buffers.enter_context(self._staging.buffer()), progress)
             except Abandoned:
                 with self._lock:
                     planner.abandoned(load, progress.bytes, monotonic())
@@ -296,8 +292,7 @@ class Loader:
                     restore.changed()
                 return
             with self._lock:
-                if decodes:
-                    load.size = progress.bytes
+                load.size = progress.bytes  # in another form it is another size than was expected
                 wanted = planner.arrived(load, monotonic())
             if not wanted:
                 return
@@ -316,14 +311,14 @@ class Loader:
             emit(_LOG, logging.DEBUG, "load_failed", tier=tier, chunk=key.short, reason=str(error))
 
     def _read(
-        self, loads: Loads, load: Load, buffer: memoryview, decoded: memoryview | None, progress: Progress
+        self, loads: Loads, load: Load, room: Callable[[], memoryview], progress: Progress
     ) -> list[Segment | None]:
-        """Read, verify and decode what the load needs; the layers it does not need are None."""
-        coder, key = self._coder, loads.restore.keys[load.chunk]
+        """Read, verify and decode what the load needs, in buffers from `room`; layers it does not need are None."""
+        buffer, coder, key = room(), self._coder, loads.restore.keys[load.chunk]
         wanted = Wanted(key, load.start, self._layers(load), load.parts, is_piece=load.group is not None)
         header = read_chunk(self._tiers[load.tier], coder, wanted, buffer, load, progress, loads.headers)
         segments: list[Segment | None] = [None] * coder.layers
-        for layer, segment in decoded_layers(coder, header, wanted, buffer, load, decoded, self._decoder):
+        for layer, segment in decoded_layers(coder, header, wanted, buffer, load, room, self._decoder):
             segments[layer] = segment
         return segments
 

@@ -45,14 +45,17 @@ class Planning:
     """
 
     def __init__(self, arms: Arms[Any, Any], request: Request, prompt_tokens: int, found: Found, mode: Mode) -> None:
-        options, layout, shape = arms.options, arms.engine.layout, arms.coder.expected(found.sizes)
-        levels = levels_of(arms.coder, shape, layout.unwindowed, arms.groups, options.quality_floor)
+        options, layout, coder = arms.options, arms.engine.layout, arms.coder
+        shape = coder.expected([size for sizes in found.sizes for size in sizes])
+        levels = levels_of(coder, shape, layout.unwindowed, arms.groups, options.quality_floor)
         self._arms = arms
         self.request = request
         self.found = found
         self._chunk_bytes = levels[-1].chunk_bytes
         self._compute_cost = SharedCompute(arms.compute_cost)
-        self._load_costs = [SharedLoad(tier.cost) for tier in arms.tiers]
+        shares = [coder.share_read(sizes) for sizes in found.sizes]
+        self._chunk_bytes_read = [round(self._chunk_bytes * share) for share in shares]
+        self._load_costs = [SharedLoad(tier.cost, share) for tier, share in zip(arms.tiers, shares, strict=True)]
         for load_cost in self._load_costs:
             load_cost.doubt(self._chunk_bytes, arms.compute_cost.seconds(0, prompt_tokens))
         self.loads = any(found.holders) and mode != "compute"
@@ -95,7 +98,7 @@ class Planning:
         )
 
     def _token_s(self, tier: int) -> float:
-        return self._arms.tiers[tier].cost.seconds(self._chunk_bytes) / self.planner.chunk_tokens
+        return self._arms.tiers[tier].cost.seconds(self._chunk_bytes_read[tier]) / self.planner.chunk_tokens
 
     def bear(self, burden: Burden) -> None:
         """Plan with what the others leave of either arm."""

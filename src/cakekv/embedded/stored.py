@@ -47,8 +47,8 @@ class Found:
     """Of the prompt's full chunks; none if there is no tier."""
     holders: list[tuple[int, ...]]
     """Per chunk, which tiers hold it in a form that will do."""
-    sizes: list[int]
-    """Bytes of those chunks."""
+    sizes: list[list[int]]
+    """By tier, the bytes of those chunks."""
     exact_from: int
     """The first chunk that must not be lossy, since the codec's window reaches it."""
     lookup_s: float = 0.0
@@ -96,7 +96,7 @@ class StoredPrefixes:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
         keys = chunk_keys(named.identity, token_ids) if self._tiers and not unnamed else []
         exact_from = first_exact_chunk(len(token_ids), self._coder.codec.window, self._coder.exact.tokens)
-        found = Found(self._engine, named, keys, [()] * len(keys), [], exact_from)
+        found = Found(self._engine, named, keys, [()] * len(keys), [[] for _ in self._tiers], exact_from)
         for index, (tier, sizes) in enumerate(zip(self._tiers, self._ask.sizes(keys), strict=True)):
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
@@ -106,7 +106,7 @@ class StoredPrefixes:
             for chunk, size in enumerate(sizes):
                 if size is not None and (chunk < exact_from or self._coder.is_exact(size)):
                     found.holders[chunk] += (index,)
-                    found.sizes.append(size)
+                    found.sizes[index].append(size)
         found.lookup_s = monotonic() - began
         return found
 

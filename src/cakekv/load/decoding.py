@@ -1,14 +1,15 @@
-"""Turns the bytes of a chunk into segments that can be placed: verifies each, and decodes it if it is coded."""
+"""Turns the bytes of a chunk into segments that can be placed: verifies each, and decodes or unpacks it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkHeader, segments
+from cakekv.chunk import ChunkHeader, Form, segments
 from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.load.reading import Abandoned, Cancellable, Wanted
+from cakekv.packed_chunk import unpack_segment
 
 if TYPE_CHECKING:
     from cakekv.codec.on_device import DeviceDecoder
@@ -20,10 +21,10 @@ def decoded_layers(
     wanted: Wanted,
     buffer: memoryview,
     load: Cancellable,
-    decoded: memoryview | None,
+    room: Callable[[], memoryview],
     decoder: DeviceDecoder | None = None,
 ) -> Iterator[tuple[int, Segment]]:
-    """Verify and decode what was read of a chunk.
+    """Verify what was read of a chunk, and decode or unpack it.
 
     Parameters
     ----------
@@ -36,43 +37,48 @@ def decoded_layers(
     buffer : memoryview
         What they were read into. It must stay as it is while segments are used.
     load : Cancellable
-        Asked between two layers, if the model's chunks are decoded.
-    decoded : memoryview or None
-        As long as the longest chunk: holds the layers that are decoded on the CPU. Not needed where there are none.
+        Asked between two layers, if they are decoded or unpacked.
+    room : callable
+        Gives a buffer, as long as the longest chunk, for the layers that the calling thread decodes or unpacks.
     decoder : DeviceDecoder or None
         Decodes coded chunks on the model's device; None: the CPU does it, by the calling thread.
 
     Yields
     ------
     (layer, segment)
-        The segment of the exact form, in `buffer` or in `decoded`; or what the decoder made of it.
+        The segment of the exact form, in `buffer` or in that room; or what the decoder made of it.
 
     Raises
     ------
     CorruptChunk
         A segment is not what was written.
+    CannotUnpack
+        It is packed, and what unpacks it is not installed.
     Abandoned
         The load was cancelled.
     """
-    views, layers = segments(header.shape, buffer), wanted.layers
+    views, layers, form = segments(header.shape, buffer), wanted.layers, header.shape.form
 
     def verified(layer: int) -> list[memoryview]:
-        if load.cancelled and coder.encodes:
+        if load.cancelled and (coder.encodes or form is not Form.EXACT):
             raise Abandoned
         indices = coder.segments_of(header.shape, [layer], wanted.parts)
         for index in indices:
             header.verify(index, views[index])
         return [views[index] for index in indices]
 
-    if not header.shape.packed:
+    if form is Form.EXACT:
         for layer in layers:
             (segment,) = verified(layer)
             yield layer, segment
-    elif decoder is not None:
+    elif form is Form.CODED and decoder is not None:
         yield from zip(layers, decoder.decode(layers, verified), strict=True)
     else:
-        assert decoded is not None
-        targets = segments(coder.exact, decoded)
+        targets = segments(coder.exact, room())
         for layer in layers:
-            coder.decode(layer, verified(layer), targets[layer], header.position)
+            if form is Form.CODED:
+                coder.decode(layer, verified(layer), targets[layer], header.position)
+            else:
+                (packed,) = verified(layer)
+                unpack_segment(layer, packed, targets[layer])
             yield layer, targets[layer]

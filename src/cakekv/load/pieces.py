@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from cakekv.chunk import ALIGNMENT, ChunkShape
+from cakekv.chunk import ALIGNMENT, ChunkShape, Form
 from cakekv.codec.coder import ChunkCoder
 from cakekv.restore.level_choice import LayerGroups, Level
 
@@ -44,7 +44,7 @@ def levels_of(
     """The ways to read chunks of this shape, from `least_parts` parts of what the codec wrote to as many as it says."""
     most = coder.codec.parts_read
     levels = []
-    for parts in range(min(least_parts, most) if shape.packed else most, most + 1):
+    for parts in range(min(least_parts, most) if shape.form is Form.CODED else most, most + 1):
         segments_of = partial(coder.segments_of, shape, parts=parts)
         levels.append(
             Level(

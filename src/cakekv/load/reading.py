@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cakekv.chunk import ChunkHeader, read_header
+from cakekv.chunk import ChunkHeader, Form, is_packed, read_header
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import CorruptChunk, MissingChunk
+from cakekv.errors import CannotUnpack, CorruptChunk, MissingChunk
 from cakekv.keys import ChunkKey
 from cakekv.load.pieces import byte_ranges
+from cakekv.packed_chunk import kernels
 from cakekv.store.base import ChunkReader, Store
 
 
@@ -87,16 +88,18 @@ def read_chunk(
     CorruptChunk
         The header cannot be trusted, or is another chunk's.
     MissingChunk, StoreError
-        The tier does not have it, or failed.
+        The tier does not have it, or failed; or it is packed, and what unpacks it is not installed.
     Abandoned
         The load was cancelled.
     """
     known = headers.get((wanted.key, tier)) if wanted.is_piece else None
     with tier.open(wanted.key) as reader:
+        if is_packed(reader.size):
+            kernels()
         header = _read(reader, coder, wanted, buffer, load, progress, known)
     if wanted.is_piece:
         headers[wanted.key, tier] = header
-    progress.coded = header.shape.packed
+    progress.coded = header.shape.form is Form.CODED
     return header
 
 
@@ -114,12 +117,11 @@ def _read(
     if shape is not None:
         ranges = byte_ranges(shape, coder.segments_of(shape, layers, parts), with_header=header is None)
     else:  # only the header tells where the layers are
-        ranges = [(0, reader.size if len(layers) == coder.layers else coder.longest.header_bytes)]
+        ranges = [(0, reader.size if len(layers) == coder.layers else coder.header_bytes(reader.size))]
     for start, end in ranges:
         fill(reader, buffer, start, end, load, progress)
         if header is None:
-            header_bytes = (shape or coder.longest).header_bytes
-            header = read_header(buffer[: min(header_bytes, reader.size)], reader.size)
+            header = read_header(buffer[: min(coder.header_bytes(reader.size), reader.size)], reader.size)
             coder.check(header, wanted.key, wanted.position)
     assert header is not None
     if shape is None and len(layers) < coder.layers:
@@ -149,4 +151,6 @@ def failure_reason(error: Exception) -> str:
         return f"corrupt: {error.fault.name.lower().replace('_', ' ')}"
     if isinstance(error, MemoryError):
         return f"no memory: {error}"
+    if isinstance(error, CannotUnpack):
+        return f"packed: {error}"
     return "vanished from the store" if isinstance(error, MissingChunk) else f"store failed: {error}"

@@ -108,6 +108,9 @@ class SharedLoad(LoadModel):
     ----------
     cost : LoadModel
         The tier's. Its bandwidth is learned from the completions of all requests' loads.
+    share_read : float
+        Bytes that the tier reads to each byte that the request plans with, which plans with the same for every tier:
+        fewer where chunks are packed. What is learned, it is told in bytes read.
 
     Attributes
     ----------
@@ -117,8 +120,9 @@ class SharedLoad(LoadModel):
         When other requests last used the tier, on the clock of `observe`.
     """
 
-    def __init__(self, cost: LoadModel) -> None:
+    def __init__(self, cost: LoadModel, share_read: float = 1.0) -> None:
         self._cost = cost
+        self._share_read = share_read
         self._doubt = 1.0
         self.burden = 1.0
         self.crowded_s = float("-inf")
@@ -129,7 +133,7 @@ class SharedLoad(LoadModel):
         Otherwise a tier that is believed slow would never be used, and never be found to be fast. `prompt_s` is how
         many seconds computing the whole prompt takes.
         """
-        expected_s = self._cost.seconds(size)
+        expected_s = self._cost.seconds(self._read(size))
         if expected_s > 0 and not self._cost.measured:
             self._doubt = min(1.0, _PROBE_SHARE * prompt_s / expected_s)
 
@@ -150,19 +154,22 @@ class SharedLoad(LoadModel):
         return self._cost.figures
 
     def seconds(self, size: int) -> float:
-        return self._cost.seconds(size) * self._factor
+        return self._cost.seconds(self._read(size)) * self._factor
 
     def duration(self, size: int) -> float:
-        return self._cost.duration(size) * (1.0 if self._cost.measured else self._doubt)
+        return self._cost.duration(self._read(size)) * (1.0 if self._cost.measured else self._doubt)
 
     def is_shared(self, size: int) -> bool:
-        return self._cost.is_shared(size)
+        return self._cost.is_shared(self._read(size))
 
     def useful_loads(self, size: int) -> int:
-        return self._cost.useful_loads(size)
+        return self._cost.useful_loads(self._read(size))
 
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         self._cost.observe(size, began, ended, alone and began > self.crowded_s)
+
+    def _read(self, size: int) -> int:
+        return round(size * self._share_read)
 
     @property
     def _factor(self) -> float:

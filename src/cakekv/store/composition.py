@@ -11,6 +11,7 @@ url = "redis://kv.example:6379"
 write = "back"                              # "through" (default), "back" or "never"
 promote = false                             # true (default): chunks found further behind are copied here on use
 deadline = "200ms"                          # how long a look-up may take; default 1s
+pack = "yes"                                # "auto" (default), "yes" or "no": whether its chunks are packed
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from cakekv.errors import BadInput, StoreError
 from cakekv.quantities import parse_duration
 from cakekv.store.base import Store
 from cakekv.store.member import DEADLINE_S, Member
+from cakekv.store.packed import Pack, parse_pack
 from cakekv.store.tiered import TieredStore, TierPlan, Writing
 
 MAX_BYTES = 64 * 1024
-_KEYS = {"url": str, "write": str, "promote": bool, "deadline": str}
+_KEYS = {"url": str, "write": str, "promote": bool, "deadline": str, "pack": str}
 
 
-def read_composition(file: Path, open_store: Callable[[str], Store]) -> TieredStore:
+def read_composition(file: Path, open_store: Callable[[str, Pack | None], Store]) -> TieredStore:
     """Open the tiered store that a file describes.
 
     Parameters
@@ -40,7 +42,7 @@ def read_composition(file: Path, open_store: Callable[[str], Store]) -> TieredSt
     file : Path
         See the top of this module.
     open_store : callable
-        Opens a tier by its URL.
+        Opens a tier by its URL, and what the file says of packing its chunks.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def read_composition(file: Path, open_store: Callable[[str], Store]) -> TieredSt
         raise
 
 
-def _plan(where: str, tier: Any, open_store: Callable[[str], Store]) -> TierPlan:
+def _plan(where: str, tier: Any, open_store: Callable[[str, Pack | None], Store]) -> TierPlan:
     if not isinstance(tier, dict) or "url" not in tier:
         raise BadInput(f"{where} has no url")
     for name, value in tier.items():
@@ -97,6 +99,12 @@ def _plan(where: str, tier: Any, open_store: Callable[[str], Store]) -> TierPlan
         raise BadInput(f"{where}: deadline: {str(error).replace(repr(tier['deadline']), 'its value')}") from None
     if not deadline_s > 0:
         raise BadInput(f"{where}: a deadline is more than 0 s")
+    try:
+        pack = parse_pack(tier["pack"]) if "pack" in tier else None
+    except BadInput as error:
+        raise BadInput(f"{where}: pack: {error}") from None
+    if pack is not None and re.search(r"[?&]pack=", url):
+        raise BadInput(f"{where} says twice whether its chunks are packed: in its url, and beside it")
     name = url.partition("://")[0] if "://" in url else "disk"  # until it is open
-    member = Member(partial(open_store, url), name, deadline_s=deadline_s)
+    member = Member(partial(open_store, url, pack), name, deadline_s=deadline_s)
     return TierPlan(member, writing, tier.get("promote", True))

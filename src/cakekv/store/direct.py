@@ -23,8 +23,8 @@ class FileReader(ChunkReader):
 
     A chunk that the page cache holds is read from there. Others are read directly (O_DIRECT): the device writes into
     the buffer, which costs no processor time and pushes nothing else out of the cache. Direct reads want addresses,
-    offsets and lengths that are multiples of 4096, as those of chunks and staging buffers are; other reads, and file
-    systems that refuse, are served by way of the cache.
+    offsets and lengths that are multiples of 4096, as those of chunks and staging buffers are; other reads, the odd end
+    of a packed chunk, and file systems that refuse, are served by way of the cache.
 
     Parameters
     ----------
@@ -63,6 +63,8 @@ class FileReader(ChunkReader):
             os.close(descriptor)
 
     def _read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        if self._direct and len(buffer) > ALIGNMENT:
+            buffer = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT]  # the rest comes next
         aligned = self._direct and _is_aligned(buffer, offset)
         try:
             self._set_direct(descriptor, aligned)

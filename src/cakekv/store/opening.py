@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from cakekv.errors import BadInput, StoreError
+from cakekv.errors import BadInput, CannotUnpack, StoreError
 from cakekv.messages import HIDDEN, SHORTEST, is_key, learn
+from cakekv.packed_chunk import kernels
 from cakekv.quantities import parse_bandwidth, parse_bytes, parse_count, parse_duration, parse_switch
 from cakekv.store.base import Store
 from cakekv.store.composition import read_composition
@@ -26,6 +27,7 @@ from cakekv.store.keyring import read_keyring
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.ownership import parse_mode
+from cakekv.store.packed import Pack, PackedStore, PackingChoice, parse_pack
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -45,6 +47,8 @@ class Tier(NamedTuple):
     """Takes what stands between "://" and "?", as it was written, and the options given, by name."""
     options: Options
     """The options it takes, each with what parses its value."""
+    packs: bool | None = False
+    """With pack=auto, whether its chunks are packed until it is known how fast it is read; None: they never are."""
 
 
 def _open_memory(location: str, **options: Any) -> Store:
@@ -67,10 +71,12 @@ def _open_file(location: str, **options: Any) -> Store:
     return StripedStore([DiskStore(folder, **deepcopy(options)) for folder in folders])
 
 
-def _open_tiered(location: str, metrics: Metrics | None = None) -> Store:
+def _open_tiered(location: str, metrics: Metrics | None = None, pack: Pack | None = None) -> Store:
     if not location.startswith("/"):
         raise BadInput("a file behind tiered:// is not absolute: write tiered:///a/file.toml")
-    store = read_composition(Path(unquote(location)), partial(open_store, metrics=metrics))
+    store = read_composition(
+        Path(unquote(location)), lambda url, own: open_store(url, metrics, pack if own is None else own)
+    )
     if metrics is not None:
         metrics.watch(store.members)
         store.on_uncopied = metrics.add_uncopied
@@ -178,17 +184,17 @@ _S3: Options = _BUCKET | {"region": str, "path_style": parse_switch}
 _TLS: Options = {"ca": str, "cert": str, "key": str}
 
 TIERS: dict[str, Tier] = {
-    "memory": Tier(_open_memory, _BOUNDED),
+    "memory": Tier(_open_memory, _BOUNDED, packs=None),
     "file": Tier(_open_file, _BOUNDED | {"direct": parse_switch, "stripe": _parse_folders, "mode": parse_mode}),
-    "redis": Tier(_open_redis, _REDIS),
-    "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
-    "valkey": Tier(_open_redis, _REDIS),
-    "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS),
-    "tiered": Tier(_open_tiered, {}),
-    "mooncake": Tier(_open_mooncake, _MOONCAKE),
-    "s3": Tier(partial(_open_bucket, scheme="s3"), _S3),
-    "gs": Tier(partial(_open_bucket, scheme="gs"), _BUCKET),
-    "az": Tier(partial(_open_bucket, scheme="az"), _BUCKET),
+    "redis": Tier(_open_redis, _REDIS, packs=True),
+    "rediss": Tier(partial(_open_redis, tls=True), _REDIS | _TLS, packs=True),
+    "valkey": Tier(_open_redis, _REDIS, packs=True),
+    "valkeys": Tier(partial(_open_redis, tls=True), _REDIS | _TLS, packs=True),
+    "tiered": Tier(_open_tiered, {}, packs=None),
+    "mooncake": Tier(_open_mooncake, _MOONCAKE, packs=True),
+    "s3": Tier(partial(_open_bucket, scheme="s3"), _S3, packs=True),
+    "gs": Tier(partial(_open_bucket, scheme="gs"), _BUCKET, packs=True),
+    "az": Tier(partial(_open_bucket, scheme="az"), _BUCKET, packs=True),
 }
 COMMON: Options = {
     "bandwidth": parse_bandwidth,
@@ -196,14 +202,16 @@ COMMON: Options = {
     "faults": parse_faults,
     "skip_head": _parse_head,
     "encrypt": str,
+    "pack": parse_pack,
 }
 """Options of every tier: a link to put it behind and what is to go wrong with it, for experiments and tests; tokens at
-the front of a prompt whose chunks it shall not keep; and where the keys are that seal chunks."""
+the front of a prompt whose chunks it shall not keep; where the keys are that seal chunks; and whether chunks are packed
+without loss."""
 _NAME = re.compile("[a-z_]{1,24}")
 _EVERY_OPTION = frozenset(COMMON).union(*(tier.options for tier in TIERS.values()))
 
 
-def open_store(url: str, metrics: Metrics | None = None) -> Store:
+def open_store(url: str, metrics: Metrics | None = None, pack: Pack | None = None) -> Store:
     """Open a store.
 
     Parameters
@@ -213,6 +221,8 @@ def open_store(url: str, metrics: Metrics | None = None) -> Store:
         A plain path, absolute or not, is a file store's.
     metrics : cakekv.metrics.Metrics or None
         What counts and times its operations; of a tiered store, those of each of its tiers.
+    pack : Pack or None
+        Whether its chunks are packed, unless its URL says so.
 
     Raises
     ------
@@ -225,28 +235,43 @@ def open_store(url: str, metrics: Metrics | None = None) -> Store:
     bandwidth, latency = options.pop("bandwidth", None), options.pop("latency", 0.0)
     faults = options.pop("faults", None)
     skip_head, keys = options.pop("skip_head", 0), options.pop("encrypt", None)
+    pack = options.pop("pack", pack) or Pack.AUTO
+    if pack is Pack.YES:
+        _check_packing(url)
     if keys is not None:
         with _extra("encryption"):
             from cakekv.store.encrypted import EncryptedStore
         keyring = read_keyring(keys)
     if scheme == "tiered":
-        options["metrics"], metrics = metrics, None
+        options |= {"metrics": metrics, "pack": pack}
     store = TIERS[scheme].open(location, **options)
     if keys is not None:
         store = EncryptedStore(store, keyring)
-    if skip_head == "auto":
-        store = UnreadHeadsStore(store)
-    elif skip_head:
-        store = TailOnlyStore(store, skip_head)
     if bandwidth is not None or latency:
         store = ThrottledStore(store, math.inf if bandwidth is None else bandwidth, latency)
     if faults is not None:
         store = FaultyStore(store, faults)
-    if metrics is not None:
+    if metrics is not None and scheme != "tiered":
         store = metrics.meter(store)
+    if scheme != "tiered" or keys is not None:  # else each of its tiers packs for itself
+        first = TIERS[scheme].packs
+        store = packed = PackedStore(store, pack, None if first is None else PackingChoice(first, bandwidth))
+        if metrics is not None:
+            packed.on_packed = metrics.add_packed
+    if skip_head == "auto":
+        store = UnreadHeadsStore(store)
+    elif skip_head:
+        store = TailOnlyStore(store, skip_head)
     place = unquote(location) if scheme == "file" else location.rpartition("@")[2]  # a folder's name may hold an "@"
     store.url = f"{scheme}://{place}?bandwidth={bandwidth}&latency={latency}"
     return store
+
+
+def _check_packing(url: str) -> None:
+    try:
+        kernels()
+    except CannotUnpack as error:
+        raise BadInput(f"option 'pack' in {shown(url)!r}: {error}") from error
 
 
 def open_stores(urls: Sequence[str]) -> Store:

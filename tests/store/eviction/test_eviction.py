@@ -26,7 +26,7 @@ from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 from cakekv.store.striped import StripedStore
 
-from ..chunks import SIZE, chunk_of, key_of, read
+from ..chunks import SIZE, chunk_of, key_of, part_of, read
 from ..disk_folder import file_of
 
 NOW = 1e9
@@ -325,11 +325,10 @@ def test_the_price_is_that_of_the_cost_model() -> None:
 
 
 def test_policies_by_url(tmp_path: Path) -> None:
-    store: Any = open_store("memory://?capacity=1MB&evict=keep_the_tail")
+    store = part_of(open_store("memory://?capacity=1MB&evict=keep_the_tail"), MemoryStore)
     assert isinstance(store.policy, KeepTheTail)
-    with open_store(f"file://{tmp_path}/store?capacity=1MB&evict=keep_the_tail&stripe={tmp_path}/more") as store:
-        assert isinstance(store, StripedStore)
-        parts: Any = store._stores
+    with open_store(f"file://{tmp_path}/store?capacity=1MB&evict=keep_the_tail&stripe={tmp_path}/more") as opened:
+        parts: Any = part_of(opened, StripedStore)._stores
         one, other = (part._policy for part in parts)
         assert isinstance(one, KeepTheTail)
         assert isinstance(other, KeepTheTail)

@@ -9,17 +9,20 @@ import pytest
 
 from cakekv.errors import MissingChunk, UnknownKey
 from cakekv.keys import ChunkKey
+from cakekv.packed_chunk import pack_chunk, unpack_chunk
 from cakekv.store.base import ChunkReader, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.maintenance.migrate import migrate
+from cakekv.store.maintenance.reading import read_chunk
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
+from cakekv.store.packed import Pack, PackedStore
 from cakekv.store.redis import RedisStore
 from cakekv.store.striped import StripedStore
 from cakekv.store.tiered import TieredStore, TierPlan
-from tests.store.chunks import SIZE, chunk_of, key_of, read
+from tests.store.chunks import SIZE, chunk_of, coded_chunk_of, key_of, opener, packable_chunk_of, read
 from tests.store.conftest import Servers
 
 OLD, NEW, LOST = (bytes([number]) * 32 for number in range(3))
@@ -160,3 +163,59 @@ def test_a_chunk_that_vanishes_is_counted() -> None:
     inner = Vanishing()
     inner.write(key_of(0), chunk_of(0))
     assert migrate(sealed(inner, NEW)).fates == {"vanished": 1}
+
+
+@pytest.mark.parametrize("seals", [False, True])
+def test_chunks_are_packed_and_unpacked(seals: bool) -> None:
+    bottom = MemoryStore()
+    inner = sealed(bottom, NEW) if seals else bottom
+    raw = [packable_chunk_of(number) for number in range(4)]
+    coded = coded_chunk_of(9)
+    for number, chunk in enumerate(raw):
+        inner.write(key_of(number), chunk)
+    inner.write(key_of(8), chunk_of(8))  # does not become smaller
+    inner.write(key_of(9), coded)
+    packing, unpacking, either = (PackedStore(inner, pack) for pack in (Pack.YES, Pack.NO, Pack.AUTO))
+    before = bottom.stats().bytes
+    assert migrate(either).fates == {}
+    assert migrate(packing, dry_run=True).fates["packed"] == 5
+    assert bottom.stats().bytes == before
+    seen: list[Any] = []
+    migrated = migrate(packing, seen.append)
+    assert (migrated.fates.total(), migrated.corrupt, migrated.failed) == (migrated.fates["packed"], {}, {})
+    assert migrated.fates["packed"] == 4
+    assert sum(seen) >= sum(map(len, raw))
+    assert bottom.stats().bytes < 0.9 * before
+    assert [unpack_chunk(read_chunk(inner, key_of(number))) for number in range(4)] == raw
+    assert migrate(packing).fates.total() == 0
+    assert +migrate(unpacking).fates == {"unpacked": 4}
+    assert [read(inner, key_of(number)) for number in (*range(4), 8, 9)] == [*raw, chunk_of(8), coded]
+    assert bottom.stats().bytes == before
+
+
+def test_damaged_chunks_keep_their_form() -> None:
+    inner = MemoryStore()
+    for number in range(2):
+        data = packable_chunk_of(number)
+        data[6000] ^= number
+        inner.write(key_of(number), data)
+    migrated = migrate(PackedStore(inner, Pack.YES))
+    assert migrated.fates == {"packed": 1}
+    assert list(migrated.corrupt) == [key_of(1)]
+
+
+def test_each_tier_is_brought_into_its_own_form() -> None:
+    front, back = MemoryStore(), MemoryStore()
+    with TieredStore(
+        [
+            TierPlan(Member(opener(PackedStore(store, pack)), "memory"))
+            for store, pack in ((front, Pack.NO), (back, Pack.YES))
+        ]
+    ) as store:
+        packed = pack_chunk(packable_chunk_of(0))
+        assert packed is not None
+        front.write(key_of(0), packed)
+        back.write(key_of(0), packable_chunk_of(0))
+        assert migrate(store).fates == {"packed": 1, "unpacked": 1}
+    assert read(front, key_of(0)) == packable_chunk_of(0)
+    assert read(back, key_of(0)) == packed

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from cakekv.chunk import MAX_CHUNK_BYTES
+from cakekv.chunk import MAX_CHUNK_BYTES, seal, segments, verify_chunk
 from cakekv.errors import CorruptChunk, NoAnswer, StoreError
 from cakekv.keys import ChunkKey
+from cakekv.packed_chunk import pack_chunk
 from cakekv.store.base import ChunkReader, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.encrypted import EncryptedStore
@@ -23,7 +24,7 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tiered import TieredStore, TierPlan
 from cakekv.store.wrapper import WrappedStore
-from tests.store.chunks import SIZE, chunk_of, key_of, opener, read
+from tests.store.chunks import SIZE, chunk_of, coded_chunk_of, key_of, opener, packable_chunk_of, read
 
 KEYS = [bytes([number]) * 32 for number in range(2)]
 
@@ -188,3 +189,24 @@ def test_no_threads_are_left_when_one_fails(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         verify(FailingOnce(store))
     assert threading.active_count() == before
+
+
+def test_packed_chunks_are_unpacked() -> None:
+    """One of them has sound checksums and does not unpack."""
+    store = MemoryStore()
+    packed = pack_chunk(packable_chunk_of(0))
+    assert packed is not None
+    shape = verify_chunk(packed).shape
+    store.write(key_of(0), packed)
+    store.write(key_of(1), coded_chunk_of(1))
+    hostile = memoryview(bytearray(packed))
+    segment = segments(shape, hostile)[0]
+    segment[:] = b"\xff" * len(segment)
+    seal(shape, hostile, key_of(2), 0)
+    store.write(key_of(2), hostile)
+    [found] = verify(store)
+    assert found.chunks == 3
+    assert list(found.corrupt) == [key_of(2)]
+    [repaired] = repair(store)
+    assert repaired.deleted == 1
+    assert store.lookup([key_of(0), key_of(2)]) == [len(packed), None]

@@ -42,7 +42,8 @@ def cp(
 
     What is there already is passed over, so an interrupted copy can be repeated. Of what does not fit the other store's
     capacity, or the limit, the chunks used last are copied. Encryption is each store's own: with ?encrypt= at one of
-    the two, chunks are opened or sealed on the way. Exit code 1 if chunks were corrupt, or could not be opened, read or
+    the two, chunks are opened or sealed on the way. So is packing: the other store has them packed or not as its
+    ?pack= says. Exit code 1 if chunks were corrupt, or could not be opened, read or
     written.
 
     Examples:
@@ -74,18 +75,20 @@ def cp(
 
 
 def migrate(store: Url, dry_run: DryRun = False, as_json: Json = False) -> None:
-    """Rewrite what a store holds under former options: older encryption keys, none at all, fewer folders.
+    """Rewrite what a store holds under former options: older encryption keys, none at all, fewer folders, not packed.
 
     With ?encrypt=, chunks that are sealed with another key than the newest, or lie in the open, are sealed anew; once
     nothing is left to do, the older keys may go from the file. With ?stripe=, chunks are moved to the folders in which
-    they are looked for, after a folder was added at the end. Both versions of the chunk format are current, so there
-    is nothing to do about those. Exit code 1 if chunks were corrupt, or could not be opened, read or written.
+    they are looked for, after a folder was added at the end. With ?pack=yes, chunks are packed without loss that were
+    not, and with ?pack=no unpacked. Exit code 1 if chunks were corrupt, or could not be opened, read or written.
 
     Examples:
 
         cakekv store migrate "/var/cache/kv?encrypt=kv.keys" --dry-run
 
         cakekv store migrate "/a/kv?stripe=/b/kv,/c/kv"
+
+        cakekv store migrate "redis://kv.example?pack=yes"
     """
     with opened(store) as found, bar("migrating", None) as on_bytes:
         migrated = migrate_store(found, on_bytes, dry_run=dry_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +15,11 @@ from cakekv.errors import StoreError
 from cakekv.quantities import format_bytes, format_time
 from cakekv.store.base import StoredChunk, StoreStats
 from cakekv.store.maintenance.listing import down, listing
+from cakekv.store.maintenance.packing import Packing, packing
 
 
 def stats(store: Url, as_json: Json = False) -> None:
-    """Show how many chunks and bytes a store holds, and whose they are.
+    """Show how many chunks and bytes a store holds, how much packing saves of that, and whose they are.
 
     Exit code 1 if something could not be counted, or bears the name of a chunk and is none; that is named.
 
@@ -33,18 +35,25 @@ def stats(store: Url, as_json: Json = False) -> None:
             identities = found.identities()
         except StoreError as error:
             troubles.append(str(error))
+        packed = Packing(0, 0, 0)
+        with suppress(StoreError):  # which is among the troubles
+            packed = packing(found, listing(found).chunks)
     if as_json:
         plain = {"chunks": held.chunks, "bytes": held.bytes, "capacity": held.capacity, "identities": identities}
+        plain["packed"] = packed._asdict()
         print_json(plain | ({"uncounted": troubles} if troubles else {}))
     else:
-        _show(held, identities)
+        _show(held, packed, identities)
     if say_left_out(troubles):
         raise typer.Exit(EXIT_FAILED)
 
 
-def _show(held: StoreStats, identities: Mapping[str, Mapping[str, str]]) -> None:
+def _show(held: StoreStats, packed: Packing, identities: Mapping[str, Mapping[str, str]]) -> None:
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
     RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
+    if packed.chunks:
+        saved = format_bytes(packed.unpacked_bytes - packed.bytes)
+        RESULTS.print(f"{packed.chunks:,} of them packed, {format_bytes(packed.bytes)}, which saves {saved}")
     for root, fields in identities.items():
         table = Table("model and settings", root[:12], title_justify="left")
         for name, value in fields.items():

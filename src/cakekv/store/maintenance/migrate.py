@@ -1,7 +1,7 @@
-"""Rewrites chunks stored in an older arrangement: under older encryption keys, unencrypted, in other folders.
+"""Rewrites chunks stored in an older arrangement: under older encryption keys, unencrypted, in other folders, or in
+another form than `pack=yes` or `pack=no` asks for.
 
-There is nothing to rewrite between versions of the chunk format: both that exist, aligned and packed, are current, and
-the version is part of every key, so that chunks of another one would be asked for by nobody.
+There is nothing else to rewrite between versions of the chunk format: all that exist are forms, and current.
 """
 
 from __future__ import annotations
@@ -12,18 +12,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cakekv.chunk import PEEK_BYTES, Form, is_packed, peek_form
 from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError, StoreFull, UnknownKey
 from cakekv.keys import ChunkKey
+from cakekv.packed_chunk import kernels, pack_chunk, unpack_chunk
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_chunk
 from cakekv.store.maintenance.walking import OnBytes, ignore, in_order, walk
+from cakekv.store.packed import Pack, PackedStore, packers
 from cakekv.store.striped import StripedStore
 
 if TYPE_CHECKING:
     from cakekv.store.encrypted import EncryptedStore
 
-MOVED, RESEALED, DECLINED, VANISHED = "moved", "resealed", "declined", "vanished"
+MOVED, RESEALED, PACKED, UNPACKED, DECLINED, VANISHED = (
+    "moved",
+    "resealed",
+    "packed",
+    "unpacked",
+    "declined",
+    "vanished",
+)
+_AS_IT_IS = ""
 
 
 @dataclass
@@ -31,8 +42,8 @@ class Migrated:
     """What became of the chunks that were not as they should be."""
 
     fates: Counter[str] = field(default_factory=Counter)
-    """How many were `moved` from a folder in which nobody looks for them; `resealed` with the newest key; `declined`,
-    because they do not fit where they should go; `vanished`, evicted or deleted meanwhile."""
+    """How many were `moved` from a folder in which nobody looks for them; `resealed` with the newest key; `packed` or
+    `unpacked`; `declined`, because they do not fit where they should go; `vanished`, evicted or deleted meanwhile."""
     corrupt: dict[ChunkKey, str] = field(default_factory=dict)
     """Those that stay as they were, because they cannot be trusted, or not be opened."""
     failed: dict[ChunkKey, str] = field(default_factory=dict)
@@ -45,8 +56,9 @@ def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) 
     """Bring all chunks into the arrangement that the store's options ask for.
 
     A striped store moves chunks into the folders in which it looks for them, after one was added. An encrypted one
-    seals anew what is sealed with another key than the newest, and what is not sealed. The oldest are rewritten first,
-    which keeps their order of use, but for the few that are written at once.
+    seals anew what is sealed with another key than the newest, and what is not sealed. One with pack=yes packs what
+    becomes smaller by it, and one with pack=no unpacks; with pack=auto, chunks stay in the form that they have. The
+    oldest are rewritten first, which keeps their order of use, but for the few that are written at once.
 
     Parameters
     ----------
@@ -55,7 +67,7 @@ def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) 
     on_bytes : callable
         Told of progress.
     dry_run : bool
-        Whether to count only what would be moved and resealed.
+        Whether to count only what would be rewritten; of what would be packed, some may turn out not to become smaller.
 
     Raises
     ------
@@ -78,7 +90,46 @@ def migrate(store: Store, on_bytes: OnBytes = ignore, *, dry_run: bool = False) 
             migrated.fates[RESEALED] += len(outdated)
         else:
             _rewrite(outdated, partial(_reseal, encrypted, inner), inner.parallel_reads, migrated, on_bytes)
+    for packer in packers(store):
+        if packer.pack is not Pack.AUTO:
+            _repack(packer, migrated, on_bytes, dry_run)
     return migrated
+
+
+def _repack(packer: PackedStore, migrated: Migrated, on_bytes: OnBytes, dry_run: bool) -> None:
+    [inner] = packer.parts
+    fate = PACKED if packer.packs else UNPACKED
+    chunks = [chunk for chunk in _listed(inner, migrated) if not chunk.fault]
+    if packer.packs:
+        # Whether a codec made it, its size does not tell.
+        asked = in_order(partial(_form_of, inner), [one for one in chunks if not is_packed(one.size)], 4)
+        chunks = [chunk for chunk, form in asked if form is Form.EXACT]
+    else:
+        chunks = [chunk for chunk in chunks if is_packed(chunk.size)]
+    migrated.fates[fate] += len(chunks) if dry_run else 0
+    if chunks and not dry_run:
+        kernels()
+        _rewrite(chunks, partial(_reform, inner, fate), inner.parallel_reads, migrated, on_bytes)
+
+
+def _form_of(inner: Store, chunk: StoredChunk) -> Form | None:
+    head = memoryview(bytearray(PEEK_BYTES))
+    try:
+        with inner.open(chunk.key) as reader:
+            reader.read_into(head, 0)
+    except NoAnswer:
+        raise
+    except (StoreError, CorruptChunk):
+        return Form.EXACT  # which rewriting it will tell more of
+    return peek_form(head)
+
+
+def _reform(inner: Store, fate: str, key: ChunkKey) -> str:
+    data = read_chunk(inner, key)
+    formed = unpack_chunk(data) if fate == UNPACKED else pack_chunk(data)
+    if formed is None:
+        return _AS_IT_IS
+    return fate if inner.write(key, formed) else DECLINED
 
 
 def _encrypted(store: Store) -> list[EncryptedStore]:
@@ -116,6 +167,8 @@ def _rewrite(
             migrated.failed[chunk.key] = str(outcome)
             continue
         patience.went_well()
+        if outcome == _AS_IT_IS:
+            continue
         if isinstance(outcome, str):
             migrated.fates[outcome] += 1
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cakekv.chunk import ALIGNMENT, MAX_CHUNK_BYTES, header_bytes_of, read_header, verify_chunk
+from cakekv.chunk import ALIGNMENT, MAX_CHUNK_BYTES, ChunkHeader, header_bytes_of, read_header, verify_chunk
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import ChunkReader, Store
@@ -54,11 +54,16 @@ def check_chunk(key: ChunkKey, data: memoryview) -> None:
         raise CorruptChunk(ChunkFault.WRONG_KEY, f"it says {header.key.short}…")
 
 
-def _check_beginning(reader: ChunkReader) -> None:
-    if reader.size > MAX_CHUNK_BYTES:
-        raise CorruptChunk(ChunkFault.OVERLONG, f"it has {reader.size} bytes, more than any chunk")
+def header_of(reader: ChunkReader) -> ChunkHeader:
+    """The header of a chunk, checked in itself; raises `CorruptChunk` if it cannot be trusted."""
     block = memoryview(bytearray(ALIGNMENT))
     reader.read_into(block, 0)
     head = memoryview(bytearray(header_bytes_of(block, reader.size)))
     reader.read_into(head, 0)
-    read_header(head, reader.size)
+    return read_header(head, reader.size)
+
+
+def _check_beginning(reader: ChunkReader) -> None:
+    if reader.size > MAX_CHUNK_BYTES:
+        raise CorruptChunk(ChunkFault.OVERLONG, f"it has {reader.size} bytes, more than any chunk")
+    header_of(reader)

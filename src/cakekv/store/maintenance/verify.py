@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cakekv.chunk import is_packed
 from cakekv.errors import CorruptChunk, MissingChunk, NotDeleted, StoreError, UnknownKey
 from cakekv.keys import ChunkKey
+from cakekv.packed_chunk import unpack_chunk
 from cakekv.store.base import Store, StoredChunk
 from cakekv.store.maintenance.listing import Patience, listing
 from cakekv.store.maintenance.reading import read_chunk
@@ -45,7 +47,7 @@ class Repair:
 
 
 def verify(store: Store, on_bytes: OnBytes = ignore) -> list[Condition]:
-    """Read every chunk of every tier, and check every byte.
+    """Read every chunk of every tier, and check every byte; what is packed is unpacked, too.
 
     Parameters
     ----------
@@ -140,7 +142,9 @@ def _verify(tier: Store, on_bytes: OnBytes, *, alone: bool) -> Condition:
 
 def _trouble(tier: Store, chunk: StoredChunk) -> CorruptChunk | StoreError | None:
     try:
-        read_chunk(tier, chunk.key)
+        data = read_chunk(tier, chunk.key)
+        if is_packed(len(data)):
+            unpack_chunk(data)
     except (CorruptChunk, StoreError) as error:
         return error
     return None

@@ -205,10 +205,12 @@ class SchedulerHalf:
         assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs, self.latest_share)
-        load_costs = [SharedLoad(tier.cost) for tier in self.loads.tiers]
-        found_bytes = self.lookup.chunk_bytes(request.request_id)
-        if found_bytes is not None and not self._codec.fixed:
-            self.loads.chunk_bytes = found_bytes * self._copies
+        found = [None if size is None else size * self._copies for size in self.lookup.chunk_bytes(request.request_id)]
+        self.loads.found(found, self._codec)
+        load_costs = [
+            SharedLoad(tier.cost, read / self.loads.chunk_bytes)
+            for tier, read in zip(self.loads.tiers, self.loads.bytes_read, strict=True)
+        ]
         planner = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from time import monotonic, time
 
+from cakekv.codec.base import Codec
 from cakekv.restore.flights import Load, Tier
 from cakekv.restore.priority import Policy, RequestState
 from cakekv.vllm.messages import StepOrders, WorkerReport
@@ -31,13 +32,19 @@ class LoadDispatcher:
     workers : int
         How many workers make each load.
     chunk_bytes : int
-        To read for a chunk, of all workers together.
+        To read for a chunk, of all workers together, as restores plan with it.
+
+    Attributes
+    ----------
+    bytes_read : list of int
+        Per tier, what it really reads for one, as the last request has found it: less if chunks are packed.
     """
 
     def __init__(self, tiers: Sequence[Tier], policy: Policy, workers: int, chunk_bytes: int) -> None:
         self.tiers = tiers
         self.workers = workers
         self.chunk_bytes = chunk_bytes
+        self.bytes_read = [chunk_bytes] * len(tiers)
         self._policy = policy
         self._number = 0
         self._outstanding = [0] * len(tiers)
@@ -61,7 +68,18 @@ class LoadDispatcher:
 
     def seconds_per_token(self, tokens: int) -> dict[int, float]:
         """Per tier, what a token of a chunk of `tokens` takes of its time."""
-        return {number: tier.cost.seconds(self.chunk_bytes) / tokens for number, tier in enumerate(self.tiers)}
+        return {number: tier.cost.seconds(self.bytes_read[number]) / tokens for number, tier in enumerate(self.tiers)}
+
+    def found(self, sizes: Sequence[int | None], codec: Codec) -> None:
+        """Per tier, how large the chunks are that a request has found there, on average; None if there are none."""
+        stored = [size for size in sizes if size is not None]
+        if not codec.encodes:
+            self.bytes_read = [
+                read if size is None else size for size, read in zip(sizes, self.bytes_read, strict=True)
+            ]
+        elif not codec.fixed and stored:
+            self.chunk_bytes = sum(stored) // len(stored)
+            self.bytes_read = [self.chunk_bytes] * len(self.tiers)
 
     def adopt(self, restoration: Restoration) -> None:
         """A restore is over: see that what it left behind is stopped."""
@@ -91,9 +109,9 @@ class LoadDispatcher:
         in_pieces = any(restoration.planner.in_pieces for restoration in restorations.values())
         late = self._late()
         for number, tier in enumerate(self.tiers):
-            useful = tier.depth if in_pieces else tier.useful_depth(self.chunk_bytes)
+            useful = tier.depth if in_pieces else tier.useful_depth(self.bytes_read[number])
             orders.at_a_time.append(useful)
-            load_s = tier.cost.seconds(self.chunk_bytes)
+            load_s = tier.cost.seconds(self.bytes_read[number])
             ahead = min(_MOST_AHEAD, ceil(step_s / load_s)) if load_s > 0 else tier.depth
             for state in self._policy.load_order(states, number, time()):
                 if not in_pieces and self._outstanding[number] - late[number] >= useful + ahead:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+from cakekv.chunk import is_packed
 from cakekv.errors import CakeError
 from cakekv.keys import ChunkKey
 from cakekv.store.base import Store
@@ -23,8 +24,8 @@ class _Question:
     exact_from: int
     """From this chunk on, only exact ones will do."""
     asked_at: float
-    sizes: list[int] = field(default_factory=list)
-    """Bytes of the chunks found."""
+    sizes: dict[int, list[int]] = field(default_factory=dict)
+    """By tier, the bytes of the chunks found."""
     answers: dict[int, list[bool]] = field(default_factory=dict)
     """By tier, as far as they have answered."""
     known: float | None = None
@@ -45,7 +46,7 @@ class BackgroundLookup:
     shards : sequence of callable
         From a chunk's key to those of its shards; it is stored if all of them are.
     exact_bytes : int
-        Of a shard that is stored exactly; encoded ones are smaller.
+        Of a shard in the exact form; coded ones are smaller.
     patience_s : float
         A tier that has not answered after so many seconds is taken to hold nothing; as long as it owes that answer,
         nobody waits for it.
@@ -124,10 +125,11 @@ class BackgroundLookup:
         question = self._questions.get(request_id)
         return 0.0 if question is None or question.known is None else question.known - question.asked_at
 
-    def chunk_bytes(self, request_id: str) -> int | None:
-        """Bytes of the request's stored chunks, on average; None if there are none."""
+    def chunk_bytes(self, request_id: str) -> list[int | None]:
+        """By tier, bytes of the request's chunks that it holds, on average; None if there are none."""
         question = self._questions.get(request_id)
-        return sum(question.sizes) // len(question.sizes) if question is not None and question.sizes else None
+        found = [[] if question is None else question.sizes.get(tier, []) for tier in range(len(self._tiers))]
+        return [sum(sizes) // len(sizes) if sizes else None for sizes in found]
 
     def forget(self, request_id: str) -> None:
         """The request is gone."""
@@ -177,7 +179,7 @@ class BackgroundLookup:
             with self._changed:
                 self._busy_since[tier] = None
                 for question, (held, sizes) in zip(batch, answers, strict=True):
-                    question.sizes += sizes
+                    question.sizes[tier] = sizes
                     question.answers[tier] = held
 
     def _held(self, question: _Question, found: Sequence[int | None], first: int) -> tuple[list[bool], list[int]]:
@@ -190,7 +192,8 @@ class BackgroundLookup:
             sizes = found[first + chunk * shards : first + (chunk + 1) * shards]
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
-            held.append(whole and (chunk < question.exact_from or min(stored) >= self._exact_bytes))
+            exact = all(size >= self._exact_bytes or is_packed(size) for size in stored)
+            held.append(whole and (exact or chunk < question.exact_from))
             if held[-1]:
                 found_bytes.append(sum(stored))
         return held, found_bytes

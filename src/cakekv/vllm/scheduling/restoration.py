@@ -311,8 +311,7 @@ class Restoration:
         load.began = now - max(result.began_ago_s for result in results.values())
         at = now - min(result.ended_ago_s for result in results.values())
         coded = any(result.coded for result in results.values())
-        if self._lossy.codec.encodes:  # encoded or not, it may have another size than was expected
-            load.size = sum(result.size for result in results.values())
+        load.size = sum(result.size for result in results.values())  # in another form it is another size
         if not all(result.placed for result in results.values()):
             self.planner.abandoned(load, sum(result.size for result in results.values()), at)
         elif self.planner.arrived(load, at):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cakekv.errors import UnsupportedEngine
 from cakekv.load.pieces import group_bytes, layer_groups, load_bytes
+from cakekv.store.packed import warm_up_packing
 from cakekv.vllm.config import VllmOptions
 from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription, WorkerReport
 from cakekv.vllm.metrics import CakeStats
@@ -92,6 +93,7 @@ class WorkerHalf:
             tuple(len(shards) * size for size in sizes),
         )
         self._store, tiers = open_tiers(self._options)
+        warm_up_packing(tiers)
         threads = [self._options.load_threads or tier.parallel_reads for tier in tiers]
         self.loads = LoadPool(tiers, threads, shards, groups)
         if self._options.save and self._rank % replicas == 0:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkHeader, seal, segments
+from cakekv.chunk import ChunkHeader, Form, seal, segments
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec, Segment
 from cakekv.codec.coder import ChunkCoder
@@ -119,11 +119,11 @@ class Shard:
     def _decode(
         self, header: ChunkHeader, wanted: Wanted, buffer: memoryview, load: Cancellable, stack: ExitStack
     ) -> list[Segment | None]:
-        coder, decoder = self.coder, self.decoder if header.shape.packed else None
-        decodes = header.shape.packed and decoder is None
-        decoded = stack.enter_context(self._scratch.buffer()) if decodes else None
+        coder, decoder = self.coder, self.decoder if header.shape.form is Form.CODED else None
+        # Without orders, what is unpacked is placed from where it is.
+        pool = self._scratch if self.orders else self.staging
         parts: list[Segment | None] = [None] * coder.layers
-        found = decoded_layers(coder, header, wanted, buffer, load, decoded, decoder)
+        found = decoded_layers(coder, header, wanted, buffer, load, lambda: stack.enter_context(pool.buffer()), decoder)
         if not self.orders or decoder is not None:
             for layer, segment in found:
                 parts[layer] = segment
