@@ -137,6 +137,30 @@ def test_a_cut_segment_is_undecodable() -> None:
     assert fault_of(resealed(layer0=bytes(first[:-200]))) in {ChunkFault.UNDECODABLE, ChunkFault.WRONG_SHAPE}
 
 
+def test_mutated_segments_are_named_or_unpack() -> None:
+    """Whoever knows the format can make all sums right: then unpacking finds the fault, or fills the segment."""
+    choose = random.Random(random.randrange(10**6))
+    chunk = packed()
+    original = bytes(segments(verify_chunk(chunk).shape, chunk)[0])
+    faults = set()
+    for _ in range(300):
+        body = bytearray(original)
+        for _ in range(choose.randint(1, 4)):
+            body[choose.randrange(len(body) if choose.random() < 0.3 else 64)] = choose.randrange(256)
+        if choose.random() < 0.2:
+            del body[choose.randrange(len(body)) :]
+        made = resealed(layer0=bytes(body))
+        try:
+            unpacked = unpack_chunk(made)
+        except CorruptChunk as error:
+            faults.add(error.fault)
+        else:
+            assert verify_chunk(unpacked).shape == SHAPE
+            assert segments(SHAPE, unpacked)[2] == segments(SHAPE, exact())[2]
+    assert ChunkFault.UNDECODABLE in faults
+    assert faults <= {ChunkFault.UNDECODABLE, ChunkFault.WRONG_SHAPE}
+
+
 def test_without_numba_it_is_said_what_to_install(request: pytest.FixtureRequest) -> None:
     chunk = packed()
     request.getfixturevalue("without_numba")

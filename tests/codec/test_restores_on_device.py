@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cakekv.cake import Cake
+from cakekv.chunk import is_packed
 from cakekv.codec import CODECS, codec_named
 from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.on_device import DeviceDecoder
@@ -19,7 +20,9 @@ from cakekv.engine.transfer import transfer_for
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import ChunkFault, CorruptChunk
 from cakekv.load import pieces as cutting
+from cakekv.store.base import Store
 from cakekv.store.memory import MemoryStore
+from cakekv.store.packed import Pack, PackedStore
 from tests.engine.decoding import Decoding, OnCores
 from tests.threads import single_thread
 
@@ -57,7 +60,7 @@ def prompt() -> list[int]:
     return [rng.randrange(211) for _ in range(10 * CHUNK + 5)]
 
 
-def cake(engine: TransformersEngine, store: MemoryStore, codec: str, **options: Any) -> Cake:
+def cake(engine: TransformersEngine, store: Store, codec: str, **options: Any) -> Cake:
     return Cake(engine, store=store, chunk_tokens=CHUNK, max_span_tokens=2 * CHUNK, codec=codec, **options)
 
 
@@ -87,6 +90,25 @@ def test_a_restore_is_the_same_wherever_it_is_decoded(model: Any, prompt: list[i
         assert same_caches(found.cache, on_cores.cache, 10 * CHUNK)
         assert torch.equal(found.logits, on_cores.logits)
         assert other.generate(prompt, max_new_tokens=8, mode="load", save=False).token_ids == expected
+
+
+@pytest.mark.parametrize("recipe", ["raw", "kivi:bits=4"])
+def test_packed_chunks_are_unpacked_by_cores(small: Any, prompt: list[int], recipe: str) -> None:
+    """Also those beside codes that the device decodes."""
+    store, plain = PackedStore(MemoryStore(), Pack.YES), MemoryStore()
+    for place in (store, plain):
+        with cake(OnCores(small), place, recipe) as one:
+            one.prefill(prompt)
+            one.wait_saved()
+            expected = one.prefill(prompt, mode="load", save=False)
+    assert any(is_packed(chunk.size) for chunk in store)
+    engine = Decoding(small)
+    with cake(engine, store, recipe) as other:
+        found = other.prefill(prompt, mode="load", save=False)
+    assert found.report.loaded_tokens == 10 * CHUNK
+    assert len(engine.decoded) == len(engine.layout.layers) * found.report.lossy_tokens // CHUNK
+    assert same_caches(found.cache, expected.cache, 10 * CHUNK)
+    assert torch.equal(found.logits, expected.logits)
 
 
 @pytest.mark.parametrize("recipe", ["raw", "nuq3", "think", "cachegen"])

@@ -78,7 +78,7 @@ def test_direct_reading_can_be_switched_off(opened: Any) -> None:
     assert opened.log == [False]
 
 
-@pytest.mark.parametrize(("shift", "offset", "length"), [(1, 0, 4096), (0, 100, 4096), (0, 0, 100), (0, 4096, 4097)])
+@pytest.mark.parametrize(("shift", "offset", "length"), [(1, 0, 4096), (0, 100, 4096), (0, 0, 100), (1, 4096, 4097)])
 def test_reads_that_are_not_aligned_go_through_the_cache(opened: Any, shift: int, offset: int, length: int) -> None:
     with opened() as reader:
         buffer = staging()[shift : shift + length]
@@ -89,6 +89,15 @@ def test_reads_that_are_not_aligned_go_through_the_cache(opened: Any, shift: int
         assert reader.read_into(whole, 0) == SIZE
         assert whole == DATA
         assert opened.log == [False, True]
+
+
+def test_an_odd_end_goes_through_the_cache(opened: Any) -> None:
+    """As that of a packed chunk."""
+    with opened() as reader:
+        buffer = staging()[:8300]
+        assert reader.read_into(buffer, 4096) == 8300
+        assert buffer == DATA[4096 : 4096 + 8300]
+        assert opened.log == [True, False]
 
 
 def test_without_a_descriptor_to_spare_the_cache_is_read(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:

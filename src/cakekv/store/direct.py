@@ -63,9 +63,9 @@ class FileReader(ChunkReader):
             os.close(descriptor)
 
     def _read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        if self._direct and len(buffer) > ALIGNMENT:
-            buffer = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT]  # the rest comes next
-        aligned = self._direct and _is_aligned(buffer, offset)
+        whole = buffer[: len(buffer) // ALIGNMENT * ALIGNMENT]
+        aligned = self._direct and len(whole) > 0 and _is_aligned(whole, offset)
+        buffer = whole if aligned else buffer  # what is left of it comes next
         try:
             self._set_direct(descriptor, aligned)
             return os.preadv(descriptor, [buffer], offset)
@@ -83,7 +83,7 @@ class FileReader(ChunkReader):
 
 
 def _is_aligned(buffer: memoryview, offset: int) -> bool:
-    return not (_address(buffer) % ALIGNMENT or offset % ALIGNMENT or len(buffer) % ALIGNMENT)
+    return not (_address(buffer) % ALIGNMENT or offset % ALIGNMENT)
 
 
 def _is_cached(descriptor: int, size: int) -> bool:

@@ -26,12 +26,12 @@ _LOG = logging.getLogger(__name__)
 
 _USUAL_SHARE = 0.3
 """Of a chunk's bytes, what packing saves of a bfloat16 cache."""
-_QUICKEST = 4e9
-"""Bytes per second: faster than anything unpacks. A tier that is slower is worth a look at how fast that is here."""
+_USUAL_UNPACKING = 2e9
+"""Bytes per second that come out where it was not timed yet. It is, at the first chunk that is packed."""
 _HOLD = 1.3
 """How much faster or slower than where packing pays a tier must be found for it to change its form."""
-_LEAST_BYTES = 4 << 20
-"""So much must have been read before a tier's bandwidth is known."""
+_LEAST_BYTES, _LEAST_S = 4 << 20, 0.5
+"""So much must have been read, or for so long, before a tier's bandwidth is known."""
 _MEMORY_S = 2.0
 """Seconds of reading after which half of what was seen is forgotten."""
 
@@ -78,8 +78,7 @@ class ReadBandwidth:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._readers = 0
-        self._since = 0.0
+        self._last_ended = 0.0
         self._bytes = 0.0
         self._busy_s = 0.0
         self._expected: float | None = None
@@ -87,9 +86,9 @@ class ReadBandwidth:
     @property
     def value(self) -> float | None:
         """Bytes per second; None while it is not known."""
-        if self._bytes < _LEAST_BYTES or not self._busy_s:
+        if self._bytes < _LEAST_BYTES and self._busy_s < _LEAST_S:
             return self._expected
-        return self._bytes / self._busy_s
+        return self._bytes / max(self._busy_s, 1e-9)
 
     @property
     def is_locked(self) -> bool:
@@ -100,21 +99,13 @@ class ReadBandwidth:
         """It was this much some other time."""
         self._expected = bandwidth
 
-    def begins(self) -> None:
-        """Somebody begins to read."""
-        with self._lock:
-            if not self._readers:
-                self._since = perf_counter()
-            self._readers += 1
-
-    def ends(self, size: int) -> None:
-        """Somebody has read so many bytes."""
+    def read(self, size: int, began: float) -> None:
+        """Somebody who began to read then has read so many bytes. Reads beside each other take their time once."""
         with self._lock:
             now = perf_counter()
-            self._readers -= 1
             self._bytes += size
-            self._busy_s += now - self._since
-            self._since = now
+            self._busy_s += now - max(began, self._last_ended)
+            self._last_ended = now
             if self._busy_s > _MEMORY_S:
                 self._bytes, self._busy_s = self._bytes / 2, self._busy_s / 2
 
@@ -150,7 +141,7 @@ class PackingChoice:
         if bandwidth is not None:
             unpacking = self._unpacking.bandwidth
             # Reading the bytes saved takes as long as unpacking, at this bandwidth.
-            even = self._share * (unpacking or _QUICKEST)
+            even = self._share * (unpacking or _USUAL_UNPACKING)
             if bandwidth < even / _HOLD:
                 self._packs = True
             elif bandwidth > even * _HOLD:
@@ -248,12 +239,9 @@ class _WatchedReader(WrappedReader):
         self._reads = reads
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        count = 0
-        self._reads.begins()
-        try:
-            count = self._inner.read_into(buffer, offset)
-        finally:
-            self._reads.ends(count)
+        began = perf_counter()
+        count = self._inner.read_into(buffer, offset)
+        self._reads.read(count, began)
         return count
 
 

@@ -62,7 +62,7 @@ def import_(
     """Write the chunks of an exported file to a store.
 
     The file need not be trusted: nothing in it but chunks and notes is accepted, names must be keys, lengths are
-    bounded, every byte is checked, and nothing is unpacked anywhere. Checksums find damage, not forgery: import from
+    bounded, every byte is checked, and nothing is written but chunks. Checksums find damage, not forgery: import from
     people whom you would let write to the store. Exit code 1 if chunks were corrupt or could not be written, 2 if there
     is something else in the file.
 
