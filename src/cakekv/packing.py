@@ -8,11 +8,11 @@ A segment is cut into an even number of blocks of equal size, so that keys and v
 into different ones. Each block has a Huffman code of its own for 15 exponents in a row and for all others together
 (the escape), with words of at most `LONGEST` bits, so that one look into a table finds two symbols. Four lanes are
 decoded side by side, which keeps a CPU core busy. It does not suit a GPU's threads, for which each lane would have to
-be thousands of times shorter: packed segments are decoded on CPU cores.
+be hundreds of times shorter: packed segments are decoded on CPU cores.
 
     packed   0   form: 0 kept, 1 bfloat16, 2 float16, 3 float32; a kept segment's bytes follow
              1   bytes of the segment                                                                7 bytes
-             8   blocks of n elements, n a multiple of 64, then what is left of the segment as it is
+             8   blocks of n elements, n a multiple of 64; then what is left of the segment, as it is
     block    0   lengths of the 16 symbols' words, the lower half of a byte first; all 0: no code   8 bytes
              8   bytes of the four lanes                                                             4 x 2 bytes
              16  escapes                                                                             2 bytes
@@ -320,7 +320,7 @@ def _form_of(source):  # type: ignore[no-untyped-def]
     """By a sample: the form that makes a segment smallest."""
     counts = np.zeros((4, 256), np.int64)
     words = source[: source.size // 4 * 4].view(np.uint32)
-    step = max(1, 2 * words.size // SAMPLE)
+    step = 2 * words.size // SAMPLE | 1  # odd, so that it meets all channels
     seen = 0
     for i in range(0, words.size, step):
         word = words[i]
