@@ -89,14 +89,19 @@ def unpack_chunk(chunk: memoryview) -> memoryview:
     exact = header.shape.exact
     if exact.total_bytes > MAX_CHUNK_BYTES:
         raise CorruptChunk(ChunkFault.OVERLONG, f"unpacked it has {exact.total_bytes} bytes, more than any chunk")
-    kernels()
-    verify_chunk(chunk)
     buffer = memoryview(bytearray(exact.total_bytes))
-    pairs = zip(segments(header.shape, chunk), segments(exact, buffer), strict=True)
-    for layer, (packed, segment) in enumerate(pairs):
-        unpack_segment(layer, packed, segment)
+    unpack_segments(chunk, buffer)
     seal(exact, buffer, header.key, header.position)
     return buffer
+
+
+def unpack_segments(chunk: memoryview, buffer: memoryview) -> None:
+    """Verify and unpack the segments of a packed chunk to where the exact form has them; raises as `unpack_chunk`."""
+    kernels()
+    shape = verify_chunk(chunk).shape
+    pairs = zip(segments(shape, chunk), segments(shape.exact, buffer), strict=True)
+    for layer, (packed, segment) in enumerate(pairs):
+        unpack_segment(layer, packed, segment)
 
 
 def unpack_segment(layer: int, packed: memoryview, segment: memoryview) -> None:

@@ -134,3 +134,16 @@ def test_a_burden_is_one_requests_own() -> None:
     assert burdened[0].shape.seconds(0, 64) == pytest.approx(3 * other[0].shape.seconds(0, 64))
     assert burdened[1].seconds(500) == pytest.approx(3 * other[1].seconds(500))
     assert burdened[1].duration(500) == other[1].duration(500)
+
+
+def test_a_tier_that_has_fewer_bytes_to_read_is_expected_to_be_done_sooner() -> None:
+    """Plans reckon with the same bytes for all tiers; what a tier is found to cost is per byte that it reads."""
+    cost = LoadCost(1, LoadFigures(1e-6, 0.064, CHUNK_BYTES, 0.0))
+    packed = SharedLoad(cost, share_read=0.625)
+    assert packed.seconds(CHUNK_BYTES) == pytest.approx(0.625 * SharedLoad(cost).seconds(CHUNK_BYTES))
+    assert packed.duration(CHUNK_BYTES) == pytest.approx(0.625 * SharedLoad(cost).duration(CHUNK_BYTES))
+    before = packed.seconds(CHUNK_BYTES)
+    for number in range(20):
+        began = 10.0 * number
+        packed.observe(round(0.625 * CHUNK_BYTES), began, began + before)
+    assert packed.seconds(CHUNK_BYTES) == pytest.approx(before, rel=0.01)

@@ -20,7 +20,7 @@ from cakekv.store.base import StoreStats
 from cakekv.store.memory import MemoryStore
 from cakekv.store.opening import open_store
 
-from .chunks import SIZE, chunk_of, key_of, read
+from .chunks import SIZE, chunk_of, key_of, packable_chunk_of, part_of, read
 from .servers import free_port, valkey
 
 
@@ -105,8 +105,8 @@ def test_what_a_tier_does_is_counted(scraped: Scraped, tmp_path: Path) -> None:
     ],
 )
 def test_failures_are_counted_by_reason(scraped: Scraped, faults: str, operation: str, reason: str) -> None:
-    store: Any = open_store(f"memory://?faults=seed:1,{faults}", scraped.metrics)
-    store._inner._inner.write(key_of(0), chunk_of(0))
+    store = open_store(f"memory://?faults=seed:1,{faults}", scraped.metrics)
+    part_of(store, MemoryStore).write(key_of(0), chunk_of(0))
     with pytest.raises(StoreError):
         {
             "write": lambda: store.write(key_of(1), chunk_of(1)),
@@ -231,3 +231,14 @@ def test_restores_and_saves_are_counted(scraped: Scraped) -> None:
     assert scraped("saved_bytes_total") == 100
     assert scraped("save_seconds_sum") == 0.5
     assert scraped("unsaved_chunks_total", reason="declined") == 1
+
+
+def test_what_packing_saves_is_counted(scraped: Scraped) -> None:
+    raw = packable_chunk_of(0)
+    with open_store("memory://?pack=yes", scraped.metrics) as store:
+        store.write(key_of(0), raw)
+        store.write(key_of(1), chunk_of(1))
+        [size] = store.lookup([key_of(0)])
+    assert size is not None
+    assert scraped("tier_packing_saved_bytes_total", tier="memory") == len(raw) - size
+    assert scraped("tier_bytes_total", tier="memory", operation="write") == size + SIZE

@@ -15,6 +15,7 @@ import pytest
 from cakekv.bench.servers import S3_SECRET, S3_USER
 from cakekv.errors import BadInput, MissingChunk, NotDeleted, StoreError
 from cakekv.store import s3
+from cakekv.store.maintenance.walking import unwrapped
 from cakekv.store.opening import open_store
 from cakekv.store.s3 import open_s3
 from cakekv.store.sizes import doubt_of
@@ -53,7 +54,7 @@ def test_a_store_by_url(shared: Servers) -> None:
     with open_store(url) as store:
         store.write(key_of(0), chunk_of(0))
         assert read(store, key_of(0)) == chunk_of(0)
-        backend: Any = vars(store)["_backend"]
+        backend: Any = vars(unwrapped(store))["_backend"]
         (batch,) = obstore.list(backend)
         assert [meta["path"] for meta in batch] == [f"chunks/{key_of(0).hex()}"]
     with open_store(f"s3://bucket/by?endpoint={shared.s3}&http=true") as store:

@@ -36,7 +36,7 @@ class SaveReport:
     Attributes
     ----------
     saved_chunks, saved_bytes : int
-        Written.
+        Written; the bytes are those before a store packs them.
     declined_chunks : int
         The tier chose not to keep them.
     failed_chunks : int
