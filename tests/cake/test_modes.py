@@ -13,10 +13,13 @@ import torch
 
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
+from cakekv.keys import chunk_keys
 from cakekv.restore.planner import MODES
 from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from tests.cake.poisoned import Poisoned
+from tests.matrix.models import build
+from tests.matrix.restoring import prompt as windowed_prompt
 
 CHUNK = 16
 
@@ -98,13 +101,72 @@ def test_a_shared_prefix_is_found_by_another_prompt(engine: TransformersEngine, 
     assert answer.report.prefix_tokens == 8 * CHUNK
 
 
-def test_a_prompt_of_whole_chunks_still_computes_its_last_token(engine: TransformersEngine, prompt: list[int]) -> None:
-    whole = prompt[: 10 * CHUNK]
-    store = filled(engine, whole)
-    expected = Cake(engine, chunk_tokens=CHUNK).prefill(whole).logits
-    prefill = Cake(engine, store=store, chunk_tokens=CHUNK).prefill(whole, mode="load")
-    assert prefill.report.loaded_tokens == 9 * CHUNK
-    torch.testing.assert_close(prefill.logits, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("more", "loaded"), [(-1, 9 * CHUNK), (0, 10 * CHUNK - 1), (1, 10 * CHUNK)])
+def test_where_a_chunk_ends_all_is_loaded_but_the_last_token(
+    engine: TransformersEngine, prompt: list[int], more: int, loaded: int
+) -> None:
+    ids = prompt[: 10 * CHUNK + more]
+    store = filled(engine, prompt)
+    expected = Cake(engine, chunk_tokens=CHUNK).generate(ids, max_new_tokens=12)
+    with Cake(Poisoned(engine.model), store=store, chunk_tokens=CHUNK, max_span_tokens=64) as cake:
+        for mode in MODES:
+            answer = cake.generate(ids, max_new_tokens=12, mode=mode)
+            assert answer.token_ids == expected.token_ids
+            assert answer.report.computed_tokens + answer.report.loaded_tokens == len(ids)
+            assert answer.report.prefix_tokens == loaded
+            assert answer.report.loaded_tokens == loaded or mode != "load"
+        assert cake.wait_saved().saved_chunks == 0
+
+
+def test_a_last_chunk_that_cannot_be_had_is_computed_in_one_span_and_saved_once(
+    engine: TransformersEngine, prompt: list[int]
+) -> None:
+    ids = prompt[: 10 * CHUNK]
+    store = filled(engine, ids)
+    expected = Cake(engine, chunk_tokens=CHUNK).generate(ids, max_new_tokens=4)
+    key = chunk_keys(Cake(engine, chunk_tokens=CHUNK).identity, ids)[9]
+    with store.open(key) as reader:
+        data = bytearray(reader.size)
+        reader.read_into(memoryview(data), 0)
+    data[-1] ^= 1
+    store.write(key, memoryview(data))
+    with Cake(Poisoned(engine.model), store=store, chunk_tokens=CHUNK) as cake:
+        report = cake.prefill(ids, mode="load").report
+        assert (report.loaded_tokens, report.recomputed_tokens) == (9 * CHUNK, CHUNK - 1)
+        assert [(span.start, span.tokens) for span in report.spans] == [(9 * CHUNK, CHUNK)]
+        assert cake.wait_saved().saved_chunks == 1
+        answer = cake.generate(ids, max_new_tokens=4, mode="load")
+        assert answer.token_ids == expected.token_ids
+        assert answer.report.computed_tokens == 1
+
+
+@pytest.mark.parametrize(("codec", "lossy"), [("int8", 10 * CHUNK - 1), (f"kivi:bits=4,window={2 * CHUNK}", 8 * CHUNK)])
+def test_lossy_tokens_are_counted_without_the_last_one(
+    engine: TransformersEngine, prompt: list[int], codec: str, lossy: int
+) -> None:
+    """The newest tokens that a codec's window keeps exact are loaded so; and nothing is saved twice."""
+    ids, store = prompt[: 10 * CHUNK], MemoryStore()
+    with Cake(engine, store=store, chunk_tokens=CHUNK, codec=codec) as cake:
+        cake.prefill(ids)
+        assert cake.wait_saved().saved_chunks == 10
+        report = cake.prefill(ids, mode="load").report
+        assert (report.computed_tokens, report.lossy_tokens, report.after_lossy_tokens) == (1, lossy, 1)
+        assert sum(report.level_tokens.values()) == 10 * CHUNK - 1
+        assert cake.wait_saved().saved_chunks == 10
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "llama4"])
+def test_windows_reach_back_from_the_last_token(name: str) -> None:
+    torch.manual_seed(0)
+    engine, ids = TransformersEngine(build(name)), windowed_prompt()[:72]
+    expected = Cake(engine, chunk_tokens=8).generate(ids, max_new_tokens=8)
+    with Cake(Poisoned(engine.model), store=MemoryStore(), chunk_tokens=8, max_span_tokens=16) as cake:
+        cake.prefill(ids)
+        cake.wait_saved()
+        for mode in MODES:
+            answer = cake.generate(ids, max_new_tokens=8, mode=mode)
+            assert answer.token_ids == expected.token_ids
+            assert answer.report.computed_tokens == 1 or mode != "load"
 
 
 def test_chunks_survive_a_restart(engine: TransformersEngine, prompt: list[int], tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def poisoned_cache(engine: TransformersEngine) -> TwoEndedCache:
 
 
 def prefill(engine: TransformersEngine, tokens: list[int], cuts: Sequence[int]) -> tuple[TwoEndedCache, torch.Tensor]:
-    """Compute a whole prompt in spans that begin at `cuts`."""
+    """Compute a whole prompt in spans that begin at `cuts`, as far as they lie within it."""
     cache = poisoned_cache(engine)
-    for start, end in pairwise([*cuts, len(tokens)]):
+    for start, end in pairwise([*(cut for cut in cuts if cut < len(tokens)), len(tokens)]):
         logits = engine.compute(cache, tokens[start:end], start)
     return cache, logits
 

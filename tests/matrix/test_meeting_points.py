@@ -99,6 +99,17 @@ def test_every_meeting_point(expected: Reference) -> None:
         assert finish(expected, restored) <= expected.tolerance, f"met at {meeting_point}"
 
 
+def test_the_last_token_over_the_chunk_that_it_completes(expected: Reference) -> None:
+    engine, tokens = expected.engine, expected.prompt[:PREFIX]
+    _, whole = prefill(engine, tokens, [0])
+    restored = poisoned_cache(engine)
+    for start in range(0, PREFIX, CHUNK):
+        load(engine, restored, expected.cache, start, read_at=PREFIX - 1)
+    logits = engine.compute(restored, tokens[-1:], PREFIX - 1)
+    assert float((logits - whole).abs().max()) <= NOISE_FACTOR * noise(engine, tokens, whole)
+    assert finish(expected, restored) <= expected.tolerance
+
+
 def test_a_hole_between_loaded_chunks(expected: Reference) -> None:
     for hole, hole_end in ((8, 16), (32, 56), (64, 72)):
         restored = poisoned_cache(expected.engine)

@@ -113,7 +113,7 @@ def test_a_known_future_is_used() -> None:
 
 def test_runs() -> None:
     assert runs_of(10, 4, [True, True, True]) == [Run(0, 8, True), Run(8, 10, False)]
-    assert runs_of(8, 4, [True, True]) == [Run(0, 4, True), Run(4, 8, False)]
+    assert runs_of(8, 4, [True, True]) == [Run(0, 7, True), Run(7, 8, False)]
     assert runs_of(12, 4, [False, True]) == [Run(0, 4, False), Run(4, 8, True), Run(8, 12, False)]
 
 

@@ -24,6 +24,15 @@ def test_what_is_computed_behind_lossy_blocks_is_lossy_and_in_front_is_not() -> 
     assert [lossy.any_of([block]) for block in OWN] == [False] * 4 + [True] * 3 + [False] * 3
 
 
+def test_the_last_token_of_a_block_that_was_loaded_behind_lossy_ones_is_lossy() -> None:
+    lossy = lossy_blocks()
+    lossy.loaded(OWN[:3], coded=True)
+    lossy.loaded(OWN[3:4], coded=False)
+    assert lossy.concerns("r", 63, 64)
+    assert lossy.computed("r", OWN, 63, 64)
+    assert lossy.any_of(OWN[3:4])
+
+
 def test_another_request_that_shares_lossy_blocks_inherits_that() -> None:
     lossy = lossy_blocks()
     lossy.loaded(OWN[:1], coded=True)

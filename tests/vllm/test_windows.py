@@ -97,6 +97,17 @@ def test_all_is_loaded(windowed: Windowed) -> None:
     assert engine.report().loaded_tokens == 2 * BLOCK
 
 
+def test_the_last_chunk_is_loaded_but_for_its_last_token(windowed: Windowed) -> None:
+    engine, ids = windowed.engine, prompt(1000)[: 7 * BLOCK]
+    engine.set(mode="compute")
+    expected = engine.run(ids)
+    engine.settle()
+    assert engine.core.reset_prefix_cache()
+    engine.set(mode="load")
+    assert engine.run(ids) == expected
+    assert engine.report().computed_tokens == 1
+
+
 def test_the_output_depends_on_what_is_loaded(windowed: Windowed, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     windowed.engine.fill_cache(0)

@@ -271,6 +271,7 @@ class TinyEngine:
         token_ids: Sequence[int],
         params: SamplingParams | None = None,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
         **options: Any,
     ) -> str:
         """Send a request; returns its id."""
@@ -281,6 +282,7 @@ class TinyEngine:
             {"prompt_token_ids": list(token_ids), **options},
             params or sampling(),
             lora_request=lora_request,
+            priority=priority,
         )
         return request_id
 

@@ -18,6 +18,7 @@ from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
 from cakekv.engine.base import Cache, Logits
 from cakekv.keys import ChunkKey
+from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
 from cakekv.restore.report import RestoreReport
@@ -132,10 +133,12 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._loads.join(timeout_s=_LAST_LOADS_S)
             report = self.planner.report()
             report.placed_bytes = self._placed_bytes
-            chunks = Counter(self._parts.values())
-            report.lossy_tokens = (chunks.total() - chunks[0]) * self._chunk_tokens if codec.lossy else 0
-            names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(chunks)}
-            report.level_tokens = {name: chunks[parts] * self._chunk_tokens for parts, name in names.items()}
+            tokens = Counter[int]()
+            for chunk, parts in self._parts.items():
+                tokens[parts] += self.planner.coverage.tokens_of(chunk)
+            report.lossy_tokens = tokens.total() - tokens[0] if codec.lossy else 0
+            names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(tokens)}
+            report.level_tokens = {name: tokens[parts] for parts, name in names.items()}
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
         report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._planning.found.lookup_s, codec.name
         report.notes += self.request.notes
@@ -173,7 +176,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         with self._arbiter.lock:
             self.planner.computed(span, monotonic(), self._waited_s)
             for chunk in chunks:
-                self._parts.pop(chunk, None)
+                if self.planner.coverage.state[chunk] is State.COMPUTED:
+                    self._parts.pop(chunk, None)
             self.changed()
             self._arms.loader.wake()
         check()  # who was interrupted may have changed the model since

@@ -25,18 +25,22 @@ _COVERED = (State.LOADED, State.COMPUTED)
 class Coverage:
     """The chunks of one prompt.
 
+    The prompt's last token is always computed, since its logits are needed. If the chunk that it completes is stored,
+    the token is a chunk of its own here: it is computed once that chunk is loaded, and its row written again.
+
     Parameters
     ----------
     prompt_tokens, chunk_tokens : int
         Lengths; the last chunk may be shorter.
     stored : sequence of sequences of int
-        Per chunk, from the first, the tiers that hold it. The chunk with the last token counts as not stored: it is
-        always computed, since its logits are needed.
+        Per chunk, from the first, the tiers that hold it. A chunk that the prompt does not fill counts as not stored.
     window : int or None
         Widest sliding window of the model, in tokens.
 
     Attributes
     ----------
+    last_alone : bool
+        Whether the last token is a chunk of its own.
     state : list of State
         Per chunk.
     holders : list of tuple of int
@@ -56,8 +60,11 @@ class Coverage:
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        self.chunks = -(-prompt_tokens // chunk_tokens)
-        loadable = min(len(stored), (prompt_tokens - 1) // chunk_tokens)
+        filled = prompt_tokens // chunk_tokens if chunk_tokens > 1 else prompt_tokens - 1
+        loadable = min(len(stored), filled)
+        self.last_alone = loadable * chunk_tokens == prompt_tokens and len(stored[loadable - 1]) > 0
+        self.chunks = -(-prompt_tokens // chunk_tokens) + self.last_alone
+        self._last_start = prompt_tokens - 1 if self.last_alone else (self.chunks - 1) * chunk_tokens
         self.holders = [tuple(stored[chunk]) if chunk < loadable else () for chunk in range(self.chunks)]
         self._tiers = len({tier for held in self.holders for tier in held})
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
@@ -72,7 +79,17 @@ class Coverage:
 
     def start_of(self, chunk: int) -> int:
         """First position of a chunk, in tokens; of the chunk after the last: the prompt's end."""
-        return min(chunk * self.chunk_tokens, self.prompt_tokens)
+        return min(chunk * self.chunk_tokens, self._last_start) if chunk < self.chunks else self.prompt_tokens
+
+    def chunk_at(self, position: int) -> int:
+        """The chunk with this position; behind the last one, the prompt's end."""
+        if position < self._last_start:
+            return position // self.chunk_tokens
+        return self.chunks - (position < self.prompt_tokens)
+
+    def tokens_of(self, chunk: int) -> int:
+        """Positions that a chunk covers."""
+        return self.start_of(chunk + 1) - self.start_of(chunk)
 
     def bands(self) -> list[tuple[int, int, str]]:
         """Runs of positions in the same state, as (start, end, state's name in lower case), covering the prompt."""
@@ -88,7 +105,7 @@ class Coverage:
     def holes(self) -> list[tuple[int, int]]:
         """(start, tokens) of every chunk that no tier could deliver, or none in time."""
         return [
-            (self.start_of(chunk), self.start_of(chunk + 1) - self.start_of(chunk))
+            (self.start_of(chunk), self.tokens_of(chunk))
             for chunk, held in enumerate(self.holders)
             if not held or (chunk in self.late and self.state[chunk] is State.COMPUTED)
         ]
@@ -166,24 +183,24 @@ class Coverage:
         """Whether compute starts, or will, at a position whose window reaches back into `chunk`."""
         if self._window is None or chunk in self._want_window:
             return True
-        reach = (self.start_of(chunk + 1) + self._window - 2) // self.chunk_tokens
-        behind = range(chunk + 1, min(reach, self.chunks - 1) + 1)
+        reach = self.chunk_at(min(self.start_of(chunk + 1) + self._window - 2, self.prompt_tokens - 1))
+        behind = range(chunk + 1, reach + 1)
         return any(self.state[other] in (State.MISSING, State.COMPUTING) for other in behind)
 
-    def take_back_unwindowed(self, first: int) -> int:
+    def take_back_unwindowed(self, first: int) -> list[int]:
         """Give back the chunks that a span at chunk `first` sees and that came without their windowed part.
 
-        Returns how many; they will be loaded whole, or computed.
+        Returns which; they will be loaded whole, or computed.
         """
         if self._window is None:
-            return 0
+            return []
         lowest = max(0, self.start_of(first) - self._window + 1) // self.chunk_tokens
         lacking = [chunk for chunk in range(lowest, first) if chunk in self._unwindowed]
         for chunk in lacking:
             self._unwindowed.discard(chunk)
             self._want_window.add(chunk)
             self.give_back(chunk)
-        return len(lacking)
+        return lacking
 
     def _advance(self) -> None:
         while self.front < self.chunks and self.state[self.front] in _COVERED:

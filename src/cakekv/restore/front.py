@@ -40,7 +40,8 @@ class Front:
         self._compute = situation.compute
         self.span: Span | None = None
         self._began = 0.0
-        covered_chunks, self.inside = divmod(covered_tokens, coverage.chunk_tokens)
+        covered_chunks = coverage.chunk_at(covered_tokens)
+        self.inside = covered_tokens - coverage.start_of(covered_chunks)
         coverage.computing(0, covered_chunks + (self.inside > 0))
         coverage.computed(0, covered_chunks)
 
@@ -89,9 +90,11 @@ class Front:
         busy_s = 0.0
         if self.span is not None:
             busy_s = max(0.0, self._began + self._compute.seconds(self.span.start, self.span.tokens) - now)
-        position = self.position
-        rest = min(-position % self._coverage.chunk_tokens, self._coverage.prompt_tokens - position)
-        return busy_s + self._compute.seconds(position, rest) if rest else busy_s
+        coverage, position = self._coverage, self.position
+        chunk = coverage.chunk_at(position)
+        if position == coverage.start_of(chunk):
+            return busy_s
+        return busy_s + self._compute.seconds(position, coverage.start_of(chunk + 1) - position)
 
     def _end(self, span: Span) -> float:
         assert self.span is not None, "no span was claimed"
@@ -101,6 +104,4 @@ class Front:
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
         """First chunk of the span, and the one behind the last that it completes."""
-        coverage, end = self._coverage, span.start + span.tokens
-        behind = coverage.chunks if end == coverage.prompt_tokens else end // coverage.chunk_tokens
-        return span.start // coverage.chunk_tokens, behind
+        return self._coverage.chunk_at(span.start), self._coverage.chunk_at(span.start + span.tokens)

@@ -92,6 +92,7 @@ class Planner:
         self._record.frontier(now, 0, self.prefix_tokens)
         can_wait = (
             self.mode in ("auto", "both")
+            and not self.coverage.last_alone  # a load could overwrite the last token's row, and it takes no time
             and not self._schedule.chooses_level  # of pieces it could not be changed any more
             and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
         )
@@ -138,11 +139,11 @@ class Planner:
                 return Wait(self._flights.next_look(now))
             taken_back = self.coverage.take_back_unwindowed(first)
             if not taken_back:
-                span = self._front.begin_chunks(first, self._schedule.span_chunks(count), now)
+                span = self._front.begin_chunks(first, self._schedule.span_chunks(first, count), now)
                 self._finish.begin(now)
                 return span
-            size = taken_back * self._schedule.level.unwindowed_chunk_bytes
-            self._record.taken_back(taken_back * self.chunk_tokens, size)
+            size = len(taken_back) * self._schedule.level.unwindowed_chunk_bytes
+            self._record.taken_back(sum(map(self.coverage.tokens_of, taken_back)), size)
             self._schedule.invalidate()
         return None
 
@@ -262,7 +263,7 @@ class Planner:
             self.coverage.placing(load.chunk)
         if complete:
             self.coverage.loaded(load.chunk, load.windowed)
-        self._note(load, load.size, now, "placed", load.tokens if complete else 0)
+        self._note(load, load.size, now, "placed", self.coverage.tokens_of(load.chunk) if complete else 0)
 
     def abandoned(self, load: Load, size: int, now: float) -> None:
         """A cancelled load was given up after `size` bytes."""

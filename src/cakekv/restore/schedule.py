@@ -123,10 +123,16 @@ class Schedule:
             return min(end - first, max(1, _PROBE_TOKENS // coverage.chunk_tokens, first))
         return end - first
 
-    def span_chunks(self, count: int) -> int:
-        """Chunks of the next span, of `count` to compute; what two spans can cover is shared evenly between them."""
+    def span_chunks(self, first: int, count: int) -> int:
+        """Chunks of the next span, of `count` from `first` on; what two spans can cover is shared evenly between them.
+
+        A last token that is a chunk of its own goes with the chunk that it completes.
+        """
         longest = self._longest
-        return count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
+        with_last = self._coverage.last_alone and count > 1 and first + count == self._coverage.chunks
+        count -= with_last
+        chunks = count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
+        return chunks + (with_last and chunks == count)
 
     def next_chunk(self, tier: int, may_queue: bool) -> int | None:
         """The chunk that `tier` should load now; if it is planned, it is taken off the plan's queue."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from cakekv.restore.coverage import Coverage
 from cakekv.simulate.hardware import ComputeCurve
 from cakekv.simulate.rate import STEADY, Rate
 
@@ -32,11 +33,11 @@ class Run(NamedTuple):
 
 
 def runs_of(prompt_tokens: int, chunk_tokens: int, stored: Sequence[bool]) -> list[Run]:
-    """The runs of a prompt of which chunk i is stored if `stored[i]`; the last chunk is never loaded as a whole."""
+    """The runs of a prompt of which chunk i is stored if `stored[i]`; its last token is always computed."""
+    coverage = Coverage(prompt_tokens, chunk_tokens, [(0,) if held else () for held in stored], None)
     runs: list[Run] = []
-    for chunk in range(-(-prompt_tokens // chunk_tokens)):
-        start, end = chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, prompt_tokens)
-        held = chunk < len(stored) and stored[chunk] and end < prompt_tokens
+    for chunk, holders in enumerate(coverage.holders):
+        start, end, held = coverage.start_of(chunk), coverage.start_of(chunk + 1), bool(holders)
         if runs and runs[-1].stored == held:
             start = runs.pop().start
         runs.append(Run(start, end, held))

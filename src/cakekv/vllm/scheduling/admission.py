@@ -136,7 +136,7 @@ class Admission:
         """Remember what others that lack the same wait for."""
         if not self._shares_blocks:
             return
-        last = restoration.planner.prefix_tokens // self.options.chunk_tokens - 1
+        last = -(-restoration.planner.prefix_tokens // self.options.chunk_tokens) - 1
         chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
         if 0 <= chunk < len(restoration.keys):
             self._fronts.setdefault(chunk, {}).setdefault(restoration.keys[chunk], restoration)
@@ -209,11 +209,12 @@ class Admission:
         return request.request_id in self._readable
 
     def _prefix_tokens(self, request: Request, stored: list[tuple[int, ...]], local_tokens: int) -> int:
-        """End of the last chunk worth loading: behind what vLLM has, before the last token."""
+        """End of the last chunk worth loading, behind what vLLM has; or the last token, which is computed over it."""
         tokens = self.options.chunk_tokens
         first = -(-local_tokens // tokens)
-        last = min(len(stored), (request.num_tokens - 1) // tokens)
-        return max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
+        last = min(len(stored), request.num_tokens // tokens)
+        end = max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
+        return min(end, request.num_tokens - 1)
 
     def _twin(self, request: Request, local_tokens: int, restorations: Collection[Restoration]) -> bool:
         """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""

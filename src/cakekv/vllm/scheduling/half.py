@@ -214,7 +214,7 @@ class SchedulerHalf:
         planner = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,
-            stored[: prefix // self.options.chunk_tokens],
+            stored[: -(-prefix // self.options.chunk_tokens)],
             [tier._replace(cost=shared) for tier, shared in zip(self.loads.tiers, load_costs, strict=True)],
             cost,
             [Level.whole(self.loads.chunk_bytes, self._groups_for(request, prefix))],
@@ -254,7 +254,7 @@ class SchedulerHalf:
         """
         restoration = self.restorations.get(request.request_id)
         parked = restoration is not None and restoration.parked  # vLLM itself waits for the end of the loads then
-        if self.drop(request):
+        if self.drop(request) or parked:
             self.parked_blocks.park(request)
         report = self.outcomes.take_report(request.request_id)
         self._forget(request)

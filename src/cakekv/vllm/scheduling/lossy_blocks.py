@@ -37,7 +37,8 @@ class LossyBlocks:
         if not self._blocks:
             return False
         within = start % self.block_tokens and -(-end // self.block_tokens) == -(-start // self.block_tokens)
-        return not (within and request_id in self._seen)
+        looked, _ = self._seen.get(request_id, (-1, False))
+        return not (within and looked >= start // self.block_tokens)
 
     def computed(self, request_id: str, block_ids: Sequence[int], start: int, end: int, wrong: bool = False) -> bool:
         """A request computes its tokens from `start` to `end`. Returns whether they attend to lossy ones.

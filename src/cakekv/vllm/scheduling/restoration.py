@@ -325,8 +325,9 @@ class Restoration:
         report, state = self.planner.report(), self.planner.coverage.state
         report.ttft_s = monotonic() - self.began
         report.codec = self._lossy.codec.name
-        lossy = sum(state[chunk] is State.LOADED for chunk in self._lossy_chunks)
-        report.lossy_tokens, report.after_lossy_tokens = lossy * self.planner.chunk_tokens, self.after_lossy_tokens
+        lossy = (chunk for chunk in self._lossy_chunks if state[chunk] is State.LOADED)
+        report.lossy_tokens = sum(map(self.planner.coverage.tokens_of, lossy))
+        report.after_lossy_tokens = self.after_lossy_tokens
         return report
 
     def give_up(self) -> None:

@@ -310,6 +310,10 @@ class CakeSchedulerMixin(Scheduler):
         self._half.parked_blocks.park(request)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        # With priorities, vLLM may take back tokens that it gave the request in this very step. It has already hashed
+        # the blocks that they would have filled, and would share them, though nothing is in them.
+        blocks = self.kv_cache_manager.get_block_ids(request.request_id)[0]
+        self.kv_cache_manager.evict_blocks(set(blocks[request.num_computed_tokens // self.block_size :]))
         super()._preempt_request(request, timestamp, drop_stale_output)
         self._half.arrived(request)
 
