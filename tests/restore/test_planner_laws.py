@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections import Counter
 
 import pytest
@@ -18,6 +19,14 @@ from cakekv.restore.planner import MODES, Planner, PlannerOptions, Span, Wait
 
 GROUPS = 3
 """The second consists of windowed layers."""
+
+
+def random_starts(rng: random.Random, prompt_tokens: int, chunk_tokens: int) -> list[int]:
+    """Chunks of any lengths, many of them short."""
+    starts = [0]
+    while starts[-1] < prompt_tokens:
+        starts.append(starts[-1] + rng.choice([1, chunk_tokens, rng.randint(1, chunk_tokens)]))
+    return starts[:-1]
 
 
 class Driver:
@@ -37,6 +46,7 @@ class Driver:
         self.span: Span | None = None
         self.layer = 0
         self.pieces: dict[int, set[int]] = {}
+        self.starts = [restore.coverage.start_of(chunk) for chunk in range(restore.coverage.chunks)]
 
     def run(self) -> None:
         for _ in range(200_000):
@@ -70,7 +80,7 @@ class Driver:
         while span.layered and self.layer < GROUPS and self.restore.layer_ready(self.layer):
             window = self.restore.coverage._window if self.layer == 1 else None
             seen_from = 0 if window is None else max(0, span.start - window + 1)
-            for chunk in range(seen_from // self.restore.chunk_tokens, span.start // self.restore.chunk_tokens):
+            for chunk in range(self.chunk_at(seen_from), self.chunk_at(span.start)):
                 covered = chunk in self.computed or chunk in self.placed or self.layer in self.pieces.get(chunk, ())
                 assert covered, f"layer {self.layer} of {span} reads chunk {chunk}, which is not there"
             self.layer += 1
@@ -81,14 +91,18 @@ class Driver:
         return True
 
     def chunks_of(self, span: Span) -> range:
-        size = self.restore.chunk_tokens
-        assert span.start % size == 0
-        return range(span.start // size, -(-(span.start + span.tokens) // size))
+        first, end = self.chunk_at(span.start), span.start + span.tokens
+        assert span.start == self.starts[first]
+        assert end in (*self.starts, self.restore.prompt_tokens)
+        return range(first, self.chunk_at(end - 1) + 1)
+
+    def chunk_at(self, position: int) -> int:
+        return bisect_right(self.starts, position) - 1
 
     def begin(self, span: Span) -> None:
         assert span.tokens > 0
         self.layer = 0
-        for chunk in range(0 if span.layered else span.start // self.restore.chunk_tokens):
+        for chunk in range(0 if span.layered else self.chunk_at(span.start)):
             assert chunk in self.computed or chunk in self.placed, f"{span} reads chunk {chunk}, which is not covered"
         for chunk in self.chunks_of(span):
             assert chunk not in self.computed
@@ -101,8 +115,8 @@ class Driver:
         window = self.restore.coverage._window
         if window is not None:
             for position in range(max(0, span.start - window + 1), span.start):
-                chunk = position // self.restore.chunk_tokens
-                assert self.placed.get(chunk, True), f"{span} sees position {position}, loaded without its window"
+                placed = self.placed.get(self.chunk_at(position), True)
+                assert placed, f"{span} sees position {position}, loaded without its window"
 
     def load(self) -> None:
         tier = self.random.randrange(self.tiers)
@@ -146,6 +160,9 @@ def check_laws(restore: Planner, driver: Driver) -> None:
     report = restore.report()
     assert report.computed_tokens + report.loaded_tokens == restore.prompt_tokens
     assert sum(span.tokens for span in report.spans) == report.computed_tokens
+    longest = max(restore.chunk_tokens, restore._situation.options.max_span_tokens)
+    layered = 4 * longest  # a suffix that loads are waited for in
+    assert all(span.tokens <= (longest if span.start < restore.prefix_tokens else layered) for span in report.spans)
 
 
 @settings(max_examples=400, deadline=None)
@@ -161,6 +178,7 @@ def check_laws(restore: Planner, driver: Driver) -> None:
     window=st.one_of(st.none(), st.integers(1, 300)),
     depth=st.integers(1, 4),
     layered=st.booleans(),
+    irregular=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_every_position_is_covered_exactly_once_whatever_happens(
@@ -175,11 +193,13 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     window: int | None,
     depth: int,
     layered: bool,
+    irregular: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    chunks = -(-prompt // chunk)
-    stored = [tuple(tier for tier in range(tiers) if rng.random() < stored_share) for _ in range(prompt // chunk)]
+    starts = random_starts(rng, prompt, chunk) if irregular else None
+    chunks = -(-prompt // chunk) if starts is None else len(starts)
+    stored = [tuple(tier for tier in range(tiers) if rng.random() < stored_share) for _ in range(chunks)]
     groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200))
     restore = Planner(
         prompt,
@@ -189,6 +209,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
         ComputeCost(),
         [Level(None, chunk * 1000, chunk * 400, groups if layered else None)],
         PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),  # type: ignore[arg-type]
+        starts=starts,
     )
     driver = Driver(restore, tiers, seed, failing, slow_tier)
     driver.run()
@@ -225,8 +246,12 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         for cost in costs:
             cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
         groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400))
+        prompt, starts = prefix * chunk + rng.randint(1, 3 * chunk), None
+        if seed % 2:
+            starts = random_starts(rng, prompt, chunk)
+            prefix = bisect_right(starts, prefix * chunk) - 1
         restore = Planner(
-            prefix * chunk + rng.randint(1, 3 * chunk),
+            prompt,
             chunk,
             [tuple(range(tiers))] * prefix,
             [Tier(f"tier{tier}", cost, depth) for tier, cost in enumerate(costs)],
@@ -237,6 +262,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
                 mode=rng.choice(["auto", "both"]),
                 max_span_tokens=rng.choice([chunk, 4 * chunk]),
             ),
+            starts=starts,
         )
         driver = Driver(restore, tiers, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_tier=False)
         driver.run()
@@ -247,6 +273,12 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         seen["some of them whole"] += bool(pieces) and any(load.start > max(pieces) for load in loads)
     assert min(seen.values()) > 10, seen
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("starts", [[], [1, 5], [0, 5, 5], [0, 11], [0, 5, 25]])
+def test_chunks_that_cannot_begin_there(starts: list[int]) -> None:
+    with pytest.raises(ValueError, match="cannot begin at"):
+        Planner(20, 10, [], [], ComputeCost(), [Level.whole(1)], starts=starts)
 
 
 @settings(max_examples=100, deadline=None)

@@ -40,7 +40,8 @@ class Front:
         self._compute = situation.compute
         self.span: Span | None = None
         self._began = 0.0
-        covered_chunks, self.inside = divmod(covered_tokens, coverage.chunk_tokens)
+        covered_chunks = coverage.chunk_at(covered_tokens)
+        self.inside = covered_tokens - coverage.start_of(covered_chunks)
         coverage.computing(0, covered_chunks + (self.inside > 0))
         coverage.computed(0, covered_chunks)
 
@@ -90,7 +91,7 @@ class Front:
         if self.span is not None:
             busy_s = max(0.0, self._began + self._compute.seconds(self.span.start, self.span.tokens) - now)
         position = self.position
-        rest = min(-position % self._coverage.chunk_tokens, self._coverage.prompt_tokens - position)
+        rest = self._coverage.start_of(self._coverage.first_from(position)) - position
         return busy_s + self._compute.seconds(position, rest) if rest else busy_s
 
     def _end(self, span: Span) -> float:
@@ -101,6 +102,5 @@ class Front:
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
         """First chunk of the span, and the one behind the last that it completes."""
-        coverage, end = self._coverage, span.start + span.tokens
-        behind = coverage.chunks if end == coverage.prompt_tokens else end // coverage.chunk_tokens
-        return span.start // coverage.chunk_tokens, behind
+        chunk_at = self._coverage.chunk_at
+        return chunk_at(span.start), chunk_at(span.start + span.tokens)

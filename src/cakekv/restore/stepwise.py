@@ -30,15 +30,15 @@ class StepwisePlanner(Planner):
         count = self._computable(first, now)
         if not count and not self._front.inside:
             self._finish.begin(now)
-        return self.coverage.start_of(first + self._schedule.span_chunks(count)) - self.position
+        return self.coverage.start_of(first + self._schedule.span_chunks(first, count)) - self.position
 
     def take(self, tokens: int, now: float) -> Span:
         """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
         start = self.position
         first = self.coverage.front + (self._front.inside > 0)
-        self._front.claim(first, -(-(start + tokens) // self.chunk_tokens) - first)
+        self._front.claim(first, self.coverage.first_from(start + tokens) - first)
         span = self._front.begin(Span(start, tokens), now)
-        if not self.position % self.chunk_tokens:
+        if self.position == self.coverage.start_of(self.coverage.chunk_at(self.position)):
             self._finish.begin(now)
         return span
 
