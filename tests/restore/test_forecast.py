@@ -19,6 +19,7 @@ def forecast(
     in_flight: dict[int, tuple[int, float]] | None = None,
     busy_s: float = 0.0,
     finish_s: float = 0.0,
+    tokens: list[int] | None = None,
 ) -> Forecast:
     """One chunk per letter: L is stored at every tier, h is a hole."""
     load_s = dict(enumerate(each_s))
@@ -27,9 +28,10 @@ def forecast(
     ]
     return Forecast(
         candidates,
+        tokens or [1] * len(stored),
         fixed_s,
         longest,
-        [Pace(seconds, depth, shared) for seconds in each_s],
+        [Pace(depth, shared)] * len(each_s),
         in_flight or {},
         Moment(0.0, busy_s, finish_s),
     )
@@ -54,6 +56,13 @@ def test_every_span_has_its_fixed_cost() -> None:
     # 5 chunks in spans of at most 2: three spans. With a load in the middle 0,1 | 3,4: two spans.
     assert forecast("LLLLh", fixed_s=10.0, longest=2).seconds(labels("ccccc")) == 35.0
     assert forecast("LLLLh", fixed_s=10.0, longest=2).seconds(labels("cc0cc")) == 24.0
+
+
+def test_spans_are_as_long_as_their_tokens() -> None:
+    # Chunks of 1, 3, 2 and 2 tokens in spans of at most 4: two spans, and one without the last chunk.
+    found = forecast("LLLh", fixed_s=10.0, longest=4, tokens=[1, 3, 2, 2])
+    assert found.seconds(labels("cccc")) == 24.0
+    assert found.seconds(labels("cc0c")) == 23.0
 
 
 def test_loads_in_flight_end_together_where_they_share_a_tier() -> None:

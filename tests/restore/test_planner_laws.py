@@ -21,15 +21,19 @@ GROUPS = 3
 """The second consists of windowed layers."""
 
 
+def random_starts(rng: random.Random, prompt_tokens: int, chunk_tokens: int) -> list[int]:
+    """Chunks of any lengths, many of them short."""
+    starts = [0]
+    while starts[-1] < prompt_tokens:
+        starts.append(starts[-1] + rng.choice([1, chunk_tokens, rng.randint(1, chunk_tokens)]))
+    return starts[:-1]
+
+
 class Driver:
     """Plays engine and loader in a random order and keeps its own record of who covered what."""
 
     def __init__(self, restore: Planner, tiers: int, seed: int, failing: float, slow_tier: bool) -> None:
         self.restore = restore
-        prompt, size = restore.prompt_tokens, restore.chunk_tokens
-        self.starts = list(range(0, prompt, size))
-        if size > 1 and prompt % size == 0 and restore.coverage.holders[prompt // size - 1]:
-            self.starts.append(prompt - 1)  # it is computed, though the chunk that it completes may be loaded
         self.tiers = tiers
         self.random = random.Random(seed)
         self.failing = failing
@@ -42,6 +46,7 @@ class Driver:
         self.span: Span | None = None
         self.layer = 0
         self.pieces: dict[int, set[int]] = {}
+        self.starts = [restore.coverage.start_of(chunk) for chunk in range(restore.coverage.chunks)]
 
     def run(self) -> None:
         for _ in range(200_000):
@@ -86,8 +91,10 @@ class Driver:
         return True
 
     def chunks_of(self, span: Span) -> range:
-        assert span.start in self.starts
-        return range(self.chunk_at(span.start), self.chunk_at(span.start + span.tokens - 1) + 1)
+        first, end = self.chunk_at(span.start), span.start + span.tokens
+        assert span.start == self.starts[first]
+        assert end in (*self.starts, self.restore.prompt_tokens)
+        return range(first, self.chunk_at(end - 1) + 1)
 
     def chunk_at(self, position: int) -> int:
         return bisect_right(self.starts, position) - 1
@@ -108,8 +115,8 @@ class Driver:
         window = self.restore.coverage._window
         if window is not None:
             for position in range(max(0, span.start - window + 1), span.start):
-                chunk = self.chunk_at(position)
-                assert self.placed.get(chunk, True), f"{span} sees position {position}, loaded without its window"
+                placed = self.placed.get(self.chunk_at(position), True)
+                assert placed, f"{span} sees position {position}, loaded without its window"
 
     def load(self) -> None:
         tier = self.random.randrange(self.tiers)
@@ -153,6 +160,9 @@ def check_laws(restore: Planner, driver: Driver) -> None:
     report = restore.report()
     assert report.computed_tokens + report.loaded_tokens == restore.prompt_tokens
     assert sum(span.tokens for span in report.spans) == report.computed_tokens
+    longest = max(restore.chunk_tokens, restore._situation.options.max_span_tokens)
+    layered = 4 * longest  # a suffix that loads are waited for in
+    assert all(span.tokens <= (longest if span.start < restore.prefix_tokens else layered) for span in report.spans)
 
 
 @settings(max_examples=400, deadline=None)
@@ -169,6 +179,7 @@ def check_laws(restore: Planner, driver: Driver) -> None:
     depth=st.integers(1, 4),
     layered=st.booleans(),
     whole=st.booleans(),
+    irregular=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_every_position_is_covered_exactly_once_whatever_happens(
@@ -184,11 +195,14 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
     depth: int,
     layered: bool,
     whole: bool,
+    irregular: bool,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
     prompt -= prompt % chunk if whole and prompt > chunk else 0
-    stored = [tuple(tier for tier in range(tiers) if rng.random() < stored_share) for _ in range(prompt // chunk)]
+    starts = random_starts(rng, prompt, chunk) if irregular else None
+    chunks = prompt // chunk if starts is None else len(starts)
+    stored = [tuple(tier for tier in range(tiers) if rng.random() < stored_share) for _ in range(chunks)]
     groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 200, 0, chunk * 200))
     restore = Planner(
         prompt,
@@ -198,6 +212,7 @@ def test_every_position_is_covered_exactly_once_whatever_happens(
         ComputeCost(),
         [Level(None, chunk * 1000, chunk * 400, groups if layered else None)],
         PlannerOptions(mode=mode, max_span_tokens=max_span, window=window),  # type: ignore[arg-type]
+        starts=starts,
     )
     driver = Driver(restore, tiers, seed, failing, slow_tier)
     driver.run()
@@ -235,8 +250,12 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         for cost in costs:
             cost.observe(chunk * 1000, -1.0, -1.0 + rng.uniform(0.05, 0.5))
         groups = LayerGroups((chunk * 300, chunk * 300, chunk * 400), (chunk * 300, 0, chunk * 400))
+        prompt, starts = prefix * chunk + rng.randint(1, 3 * chunk), None
+        if seed % 2:
+            starts = random_starts(rng, prompt, chunk)
+            prefix = bisect_right(starts, prefix * chunk) - 1
         restore = Planner(
-            prefix * chunk + rng.randint(1, 3 * chunk),
+            prompt,
             chunk,
             [tuple(range(tiers))] * prefix,
             [Tier(f"tier{tier}", cost, depth) for tier, cost in enumerate(costs)],
@@ -247,6 +266,7 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
                 mode=rng.choice(["auto", "both"]),
                 max_span_tokens=rng.choice([chunk, 4 * chunk]),
             ),
+            starts=starts,
         )
         driver = Driver(restore, tiers, seed, failing=rng.choice([0.0, 0.05, 0.3]), slow_tier=False)
         driver.run()
@@ -257,6 +277,12 @@ def test_layered_finishes_keep_the_laws_and_go_back_to_whole_chunks_when_a_load_
         seen["some of them whole"] += bool(pieces) and any(load.start > max(pieces) for load in loads)
     assert min(seen.values()) > 10, seen
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("starts", [[], [1, 5], [0, 5, 5], [0, 11], [0, 5, 25]])
+def test_chunks_that_cannot_begin_there(starts: list[int]) -> None:
+    with pytest.raises(ValueError, match="cannot begin at"):
+        Planner(20, 10, [], [], ComputeCost(), [Level.whole(1)], starts=starts)
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,6 +13,7 @@ from cakekv.restore.flights import Flights, Load, Tier
 from cakekv.restore.level_choice import LayerGroups, Level
 from cakekv.restore.planner import MODES, PlannerOptions
 from cakekv.restore.stepwise import StepwisePlanner
+from tests.restore.test_planner_laws import random_starts
 
 
 @settings(max_examples=150, deadline=None)
@@ -24,15 +25,25 @@ from cakekv.restore.stepwise import StepwisePlanner
     st.floats(0, 0.3),
     st.floats(0, 1),
     st.booleans(),
+    st.booleans(),
 )
 def test_every_position_is_covered_once(
-    prompt_tokens: int, chunk_tokens: int, mode: str, seed: int, failing: float, covered_share: float, whole: bool
+    prompt_tokens: int,
+    chunk_tokens: int,
+    mode: str,
+    seed: int,
+    failing: float,
+    covered_share: float,
+    whole: bool,
+    irregular: bool,
 ) -> None:
     """Steps of any size, loads that end in any order, late, failed or overtaken."""
     chance = random.Random(seed)
     prompt_tokens -= prompt_tokens % chunk_tokens if whole and prompt_tokens > chunk_tokens else 0
     covered = int(covered_share * (prompt_tokens - 1))
-    stored = [(0,) if chance.random() < 0.8 else () for _ in range(prompt_tokens // chunk_tokens)]
+    starts = random_starts(chance, prompt_tokens, chunk_tokens) if irregular else None
+    chunks = prompt_tokens // chunk_tokens if starts is None else len(starts)
+    stored = [(0,) if chance.random() < 0.8 else () for _ in range(chunks)]
     tier = Tier("tier", LoadCost(2), 2)
     restore = StepwisePlanner(
         prompt_tokens,
@@ -43,6 +54,7 @@ def test_every_position_is_covered_once(
         [Level.whole(1000)],
         PlannerOptions(mode=mode, max_span_tokens=256),  # type: ignore[arg-type]
         covered_tokens=covered,
+        starts=starts,
     )
     owners = ["before"] * covered + [""] * (prompt_tokens - covered)
     now, flying = 0.0, list[Load]()

@@ -83,11 +83,10 @@ class Planning:
     def state(self) -> RequestState:
         """As `OpenPrefill.state`."""
         planner, coverage = self.planner, self.planner.coverage
-        tokens = min(len(coverage.uncovered) * coverage.chunk_tokens, planner.prompt_tokens)
         return RequestState.prefill(
             self.request.id,
             self.request.arrived_s,
-            tokens,
+            coverage.uncovered_tokens,
             stored=self.loads,
             shape=self._arms.compute_cost.shape,
             span_tokens=self._arms.options.max_span_tokens,

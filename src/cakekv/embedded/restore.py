@@ -135,7 +135,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             report.placed_bytes = self._placed_bytes
             tokens = Counter[int]()
             for chunk, parts in self._parts.items():
-                tokens[parts] += self.planner.coverage.tokens_of(chunk)
+                tokens[parts] += self.planner.coverage.tokens[chunk]
             report.lossy_tokens = tokens.total() - tokens[0] if codec.lossy else 0
             names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(tokens)}
             report.level_tokens = {name: tokens[parts] for parts, name in names.items()}

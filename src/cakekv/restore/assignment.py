@@ -124,7 +124,7 @@ def complete_landing(
     assigned: dict[int, int],
     lag_s: Sequence[float],
     most: int,
-    span_s: Callable[[int, int], float],
+    span_s: Callable[[Sequence[int]], float],
 ) -> None:
     """Load the last chunks before the arms meet, too, if a span of their own would end later than that.
 
@@ -139,7 +139,7 @@ def complete_landing(
     most : int
         Chunks in the longest span: more than that are not worth a look.
     span_s : callable
-        (first chunk, chunks) to the seconds until a span of them would end.
+        (chunks) to the seconds until a span of them would end.
     """
     busy_s = [0.0] * len(lag_s)
     short: list[tuple[int, int]] = []
@@ -155,5 +155,5 @@ def complete_landing(
             tier = min(load_s, key=lambda tier: busy_s[tier] + load_s[tier])
             short.append((chunk, tier))
         busy_s[tier] += load_s[tier]
-    if short and max(busy_s) < span_s(short[0][0], len(short)):
+    if short and max(busy_s) < span_s([chunk for chunk, _ in short]):
         assigned.update(short)

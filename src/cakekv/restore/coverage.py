@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 
 
 class State(IntEnum):
@@ -36,39 +37,67 @@ class Coverage:
         Per chunk, from the first, the tiers that hold it. A chunk that the prompt does not fill counts as not stored.
     window : int or None
         Widest sliding window of the model, in tokens.
+    starts : sequence of int or None
+        First position of every chunk, ascending from 0, none longer than `chunk_tokens`; None: its multiples.
 
     Attributes
     ----------
     last_alone : bool
         Whether the last token is a chunk of its own.
+    starts : list of int
+        First position of every chunk, and the prompt's end.
+    tokens : list of int
+        Every chunk's length.
     state : list of State
         Per chunk.
     holders : list of tuple of int
         Per chunk, the tiers that can deliver it.
     uncovered : list of int
         Chunks that are missing, stored or loading, ascending.
+    uncovered_tokens : int
+        Tokens of those.
     front : int
         First chunk that is neither covered nor being computed.
     suffix : int
         First chunk behind the last one that was stored; 0 if none was.
     late : set of int
         Chunks of which a load was given up as late.
+
+    Raises
+    ------
+    ValueError
+        Chunks cannot begin at these positions.
     """
 
     def __init__(
-        self, prompt_tokens: int, chunk_tokens: int, stored: Sequence[Sequence[int]], window: int | None
+        self,
+        prompt_tokens: int,
+        chunk_tokens: int,
+        stored: Sequence[Sequence[int]],
+        window: int | None,
+        starts: Sequence[int] | None = None,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
-        filled = prompt_tokens // chunk_tokens if chunk_tokens > 1 else prompt_tokens - 1
-        loadable = min(len(stored), filled)
-        self.last_alone = loadable * chunk_tokens == prompt_tokens and len(stored[loadable - 1]) > 0
-        self.chunks = -(-prompt_tokens // chunk_tokens) + self.last_alone
-        self._last_start = prompt_tokens - 1 if self.last_alone else (self.chunks - 1) * chunk_tokens
+        self.starts = list(range(0, prompt_tokens, chunk_tokens) if starts is None else starts)
+        if starts is not None:
+            lengths = [end - start for start, end in pairwise([*self.starts, prompt_tokens])]
+            if self.starts[:1] != [0] or not all(0 < tokens <= chunk_tokens for tokens in lengths):
+                raise ValueError(f"chunks of at most {chunk_tokens} tokens of {prompt_tokens} cannot begin at {starts}")
+        last, last_tokens = len(self.starts) - 1, prompt_tokens - self.starts[-1]
+        filled = starts is not None or last_tokens == chunk_tokens
+        self.last_alone = len(stored) > last and len(stored[last]) > 0 and filled and last_tokens > 1
+        if self.last_alone:
+            self.starts.append(prompt_tokens - 1)
+        self.chunks = len(self.starts)
+        self.starts.append(prompt_tokens)
+        self.tokens = [end - start for start, end in pairwise(self.starts)]
+        loadable = min(len(stored), self.chunk_at(prompt_tokens - 1))
         self.holders = [tuple(stored[chunk]) if chunk < loadable else () for chunk in range(self.chunks)]
         self._tiers = len({tier for held in self.holders for tier in held})
         self.state: list[State] = [State.STORED if held else State.MISSING for held in self.holders]
         self.uncovered = list(range(self.chunks))
+        self.uncovered_tokens = prompt_tokens
         self.front = 0
         self.suffix = max((chunk + 1 for chunk, held in enumerate(self.holders) if held), default=0)
         self.late: set[int] = set()
@@ -79,17 +108,24 @@ class Coverage:
 
     def start_of(self, chunk: int) -> int:
         """First position of a chunk, in tokens; of the chunk after the last: the prompt's end."""
-        return min(chunk * self.chunk_tokens, self._last_start) if chunk < self.chunks else self.prompt_tokens
+        return self.starts[chunk]
 
     def chunk_at(self, position: int) -> int:
-        """The chunk with this position; behind the last one, the prompt's end."""
-        if position < self._last_start:
-            return position // self.chunk_tokens
-        return self.chunks - (position < self.prompt_tokens)
+        """The chunk that a position is in; behind the prompt's last one: how many chunks there are."""
+        return bisect_right(self.starts, position) - 1
 
-    def tokens_of(self, chunk: int) -> int:
-        """Positions that a chunk covers."""
-        return self.start_of(chunk + 1) - self.start_of(chunk)
+    def first_from(self, position: int) -> int:
+        """The first chunk that begins at a position or behind it; behind the last one: how many chunks there are."""
+        return min(bisect_left(self.starts, position), self.chunks)
+
+    def load_tokens(self, chunk: int) -> int:
+        """Tokens that loading a chunk brings: the prompt's last one, too, if it completes the chunk."""
+        return self.tokens[chunk] + (self.last_alone and chunk == self.chunks - 2)
+
+    def share_of(self, size: int, chunk: int) -> int:
+        """Of so many bytes, which a chunk of the usual length has, what loading this one takes."""
+        tokens = self.load_tokens(chunk)
+        return size if tokens == self.chunk_tokens else -(-size * tokens // self.chunk_tokens)
 
     def bands(self) -> list[tuple[int, int, str]]:
         """Runs of positions in the same state, as (start, end, state's name in lower case), covering the prompt."""
@@ -105,7 +141,7 @@ class Coverage:
     def holes(self) -> list[tuple[int, int]]:
         """(start, tokens) of every chunk that no tier could deliver, or none in time."""
         return [
-            (self.start_of(chunk), self.tokens_of(chunk))
+            (self.start_of(chunk), self.tokens[chunk])
             for chunk, held in enumerate(self.holders)
             if not held or (chunk in self.late and self.state[chunk] is State.COMPUTED)
         ]
@@ -176,6 +212,7 @@ class Coverage:
         """The chunk is uncovered again."""
         if self.state[chunk] > State.LOADING:
             insort(self.uncovered, chunk)
+            self.uncovered_tokens += self.tokens[chunk]
         self.state[chunk] = State.STORED if self.holders[chunk] else State.MISSING
         self.front = min(self.front, chunk)
 
@@ -183,8 +220,8 @@ class Coverage:
         """Whether compute starts, or will, at a position whose window reaches back into `chunk`."""
         if self._window is None or chunk in self._want_window:
             return True
-        reach = self.chunk_at(min(self.start_of(chunk + 1) + self._window - 2, self.prompt_tokens - 1))
-        behind = range(chunk + 1, reach + 1)
+        reach = self.chunk_at(self.start_of(chunk + 1) + self._window - 2)
+        behind = range(chunk + 1, min(reach, self.chunks - 1) + 1)
         return any(self.state[other] in (State.MISSING, State.COMPUTING) for other in behind)
 
     def take_back_unwindowed(self, first: int) -> list[int]:
@@ -194,7 +231,7 @@ class Coverage:
         """
         if self._window is None:
             return []
-        lowest = max(0, self.start_of(first) - self._window + 1) // self.chunk_tokens
+        lowest = self.chunk_at(max(0, self.start_of(first) - self._window + 1))
         lacking = [chunk for chunk in range(lowest, first) if chunk in self._unwindowed]
         for chunk in lacking:
             self._unwindowed.discard(chunk)
@@ -208,3 +245,4 @@ class Coverage:
 
     def _remove(self, first: int, end: int) -> None:
         del self.uncovered[bisect_left(self.uncovered, first) : bisect_left(self.uncovered, end)]
+        self.uncovered_tokens -= self.starts[end] - self.starts[first]

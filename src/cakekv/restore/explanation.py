@@ -37,7 +37,7 @@ def planned_runs(situation: Situation, assigned: Mapping[int, int], chunk_bytes:
     assigned : mapping of int to int
         Chunk to tier, for the chunks to load.
     chunk_bytes : int
-        Bytes to read for a chunk.
+        Bytes to read for a chunk of the usual length.
     """
     coverage, tiers, compute = situation.coverage, situation.tiers, situation.compute
     groups: list[tuple[int, int, int, bool]] = []
@@ -56,6 +56,7 @@ def planned_runs(situation: Situation, assigned: Mapping[int, int], chunk_bytes:
             why = "not stored" if missing else "sooner than loading it"
             runs.append(PlannedRun(start, tokens, "compute", why, compute.seconds(start, tokens)))
         else:
-            seconds = tiers[tier].cost.seconds((end - first) * chunk_bytes)
+            size = -(-chunk_bytes * tokens // coverage.chunk_tokens)
+            seconds = tiers[tier].cost.seconds(size)
             runs.append(PlannedRun(start, tokens, tiers[tier].name, "", seconds))
     return runs

@@ -23,8 +23,6 @@ _BETTER = 0.998
 class Pace(NamedTuple):
     """How a tier delivers chunks."""
 
-    chunk_s: float
-    """Seconds that a chunk keeps it busy."""
     depth: int
     """Loads in flight; they share it evenly."""
     shared: bool
@@ -38,10 +36,12 @@ class Forecast:
     ----------
     candidates : sequence of Candidate
         As for `cakekv.restore.assignment.assign_loads`; the cost of a chunk without any share of a span's fixed cost.
+    tokens : sequence of int
+        Their lengths.
     fixed_s : float
         Seconds that a span costs besides its chunks.
-    max_span_chunks : int
-        Chunks in the longest span.
+    max_span_tokens : int
+        Tokens in the longest span.
     paces : sequence of Pace
         Per tier, how it delivers.
     in_flight : mapping of int to (int, float)
@@ -53,19 +53,21 @@ class Forecast:
     def __init__(
         self,
         candidates: Sequence[Candidate],
+        tokens: Sequence[int],
         fixed_s: float,
-        max_span_chunks: int,
+        max_span_tokens: int,
         paces: Sequence[Pace],
         in_flight: Mapping[int, tuple[int, float]],
         moment: Moment,
     ) -> None:
         self._chunks = [candidate[0] for candidate in candidates]
         self._costs = [candidate[1] for candidate in candidates]
-        self._holders = [tuple(candidate[2]) for candidate in candidates]
+        self._load_s = [candidate[2] for candidate in candidates]
+        self._holders = [tuple(load_s) for load_s in self._load_s]
+        self._tokens = tokens
         self._fixed_s = fixed_s
-        self._longest = max_span_chunks
+        self._longest = max_span_tokens
         self._paces = paces
-        self._each_s = [pace.chunk_s for pace in paces]
         self._busy_s = moment.busy_s
         self._finish_s = moment.finish_s
         stored = [index for index, holders in enumerate(self._holders) if holders]
@@ -86,7 +88,7 @@ class Forecast:
     def seconds(self, labels: Sequence[int]) -> float:
         """Seconds until everything is covered."""
         done = self._loads(labels)
-        longest, fixed_s, costs, chunks = self._longest, self._fixed_s, self._costs, self._chunks
+        longest, fixed_s, costs, chunks, tokens = self._longest, self._fixed_s, self._costs, self._chunks, self._tokens
         now, ready, begins, run, run_s, last = self._busy_s, 0.0, 0.0, 0, 0.0, -2
         for index, label in enumerate(labels):
             if label != _COMPUTE:
@@ -97,7 +99,7 @@ class Forecast:
                 now = max(now, begins) - (-run // longest) * fixed_s + run_s
                 run, run_s = 0, 0.0
                 begins = ready if index < self._suffix else ready - self._finish_s
-            run += 1
+            run += tokens[index]
             run_s += costs[index]
             last = chunk
         return max(now, begins) - (-run // longest) * fixed_s + run_s
@@ -116,8 +118,8 @@ class Forecast:
     def _loads(self, labels: Sequence[int]) -> list[float]:
         """Seconds until each load is through."""
         done = [0.0] * len(labels)
-        queues: list[list[tuple[int, int]]] = [[] for _ in self._each_s]
-        flying: list[list[tuple[float, int, int]]] = [[] for _ in self._each_s]
+        queues: list[list[tuple[int, int]]] = [[] for _ in self._paces]
+        flying: list[list[tuple[float, int, int]]] = [[] for _ in self._paces]
         for group, indices in enumerate(self._order(labels)):
             for index in indices:
                 tier = labels[index]
@@ -128,14 +130,14 @@ class Forecast:
         for tier, queue in enumerate(queues):
             flows = flying[tier]
             heapify(flows)
-            each_s, depth, shared = self._paces[tier]
+            depth, shared = self._paces[tier]
             taken, now, served = 0, 0.0, 0.0
             while flows or taken < len(queue):
                 while len(flows) < depth and taken < len(queue):
                     group, index = queue[taken]
                     if shared and any(flow[1] < group for flow in flows):
                         break
-                    heappush(flows, (served + each_s, group, index))
+                    heappush(flows, (served + self._load_s[index][tier], group, index))
                     taken += 1
                 flowing = len(flows)
                 ends, _, index = heappop(flows)
@@ -146,7 +148,7 @@ class Forecast:
 
     def balanced(self, labels: Sequence[int]) -> list[int]:
         """The same loads, each given to the tier that is through with it first."""
-        busy_s = [0.0] * len(self._each_s)
+        busy_s = [0.0] * len(self._paces)
         result = list(labels)
         for indices in self._order(labels):
             for index in indices:
@@ -154,8 +156,9 @@ class Forecast:
                     tier, left_s = self._flying[index]
                     busy_s[tier] += left_s
                 else:
-                    tier = min(self._holders[index], key=lambda holder: busy_s[holder] + self._each_s[holder])
-                    busy_s[tier] += self._each_s[tier]
+                    load_s = self._load_s[index]
+                    tier = min(load_s, key=lambda holder: busy_s[holder] + load_s[holder])
+                    busy_s[tier] += load_s[tier]
                 result[index] = tier
         return result
 
@@ -199,7 +202,7 @@ class Forecast:
                     changed = self._flipped(labels, indices)
                     if changed is not None:
                         yield changed
-        if len(self._each_s) > 1:
+        if len(self._paces) > 1:
             yield from self._moved(labels)
 
     def _flipped(self, labels: Sequence[int], indices: range) -> list[int] | None:
@@ -223,6 +226,7 @@ class Forecast:
 
     def _least_busy(self, labels: Sequence[int], index: int) -> int:
         def busy_s(tier: int) -> float:
-            return (labels.count(tier) + 1) * self._each_s[tier]
+            return (labels.count(tier) + 1) * load_s[tier]
 
-        return min(self._holders[index], key=busy_s)
+        load_s = self._load_s[index]
+        return min(load_s, key=busy_s)

@@ -90,11 +90,9 @@ class Front:
         busy_s = 0.0
         if self.span is not None:
             busy_s = max(0.0, self._began + self._compute.seconds(self.span.start, self.span.tokens) - now)
-        coverage, position = self._coverage, self.position
-        chunk = coverage.chunk_at(position)
-        if position == coverage.start_of(chunk):
-            return busy_s
-        return busy_s + self._compute.seconds(position, coverage.start_of(chunk + 1) - position)
+        position = self.position
+        rest = self._coverage.start_of(self._coverage.first_from(position)) - position
+        return busy_s + self._compute.seconds(position, rest) if rest else busy_s
 
     def _end(self, span: Span) -> float:
         assert self.span is not None, "no span was claimed"
@@ -104,4 +102,5 @@ class Front:
 
     def _chunks_of(self, span: Span) -> tuple[int, int]:
         """First chunk of the span, and the one behind the last that it completes."""
-        return self._coverage.chunk_at(span.start), self._coverage.chunk_at(span.start + span.tokens)
+        chunk_at = self._coverage.chunk_at
+        return chunk_at(span.start), chunk_at(span.start + span.tokens)

@@ -307,7 +307,8 @@ def cut_into_pieces(
         tier = tiers[chunk]
         if left[tier] > 0:
             left[tier] -= 1
-            pieces[chunk] = (tier, groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes)
+            sizes = groups.bytes if coverage.needs_window(chunk) else groups.unwindowed_bytes
+            pieces[chunk] = (tier, tuple(coverage.share_of(size, chunk) for size in sizes))
         else:
             whole[chunk] = tier
         coverage.loading(chunk)

@@ -15,7 +15,7 @@ RESERVE = 0.1
 
 
 class LayerGroups(NamedTuple):
-    """How a chunk is cut for a layered finish: bytes to read per group of layers, in the order of the layers."""
+    """How a chunk of the usual length is cut for a layered finish: bytes to read per group of layers, in order."""
 
     bytes: tuple[int, ...]
     """With the windowed layers."""
@@ -31,7 +31,7 @@ class Level(NamedTuple):
     parts : int or None
         How many parts of a chunk are read; None: as many as the codec says.
     chunk_bytes, unwindowed_chunk_bytes : int
-        Bytes to read for a chunk, and for its part of the layers without a sliding window.
+        Bytes to read for a chunk of the usual length, and for its part of the layers without a sliding window.
     groups : LayerGroups or None
         How a chunk is cut for a layered finish (see `layered_finish`); None: the suffix waits for whole chunks.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from cakekv.restore.assignment import Candidate, assign_loads, charge_spans, complete_landing
@@ -40,6 +40,7 @@ class PlanSearch:
         self._tiers = situation.tiers
         self._compute = situation.compute
         self._max_span_chunks = situation.max_span_chunks
+        self._max_span_tokens = situation.max_span_tokens
         self._mode = situation.options.mode
         self._reserved = reserved
 
@@ -51,7 +52,7 @@ class PlanSearch:
         moment : Moment
             For which to plan.
         chunk_bytes : int
-            Bytes to read for a chunk.
+            Bytes to read for a chunk of the usual length.
         before : mapping of int to int
             Chunk to tier, by the plan so far.
         """
@@ -70,9 +71,9 @@ class PlanSearch:
         assigned = assign_loads(candidates, tiers, moment.busy_s, moment.finish_s, ends_s, lag_s)
         if self._mode == "auto" and self._compute.known:
 
-            def span_s(first: int, chunks: int) -> float:
-                seconds = self._compute.seconds(coverage.start_of(first), chunks * coverage.chunk_tokens)
-                return moment.busy_s + seconds
+            def span_s(chunks: Sequence[int]) -> float:
+                tokens = sum(coverage.tokens[chunk] for chunk in chunks)
+                return moment.busy_s + self._compute.seconds(coverage.start_of(chunks[0]), tokens)
 
             complete_landing(candidates, assigned, lag_s, self._max_span_chunks, span_s)
             if self.forecasts:
@@ -109,24 +110,22 @@ class PlanSearch:
 
     def _forecast(self, candidates: list[Candidate], moment: Moment, chunk_bytes: int) -> Forecast:
         compute, now = self._compute, moment.now
-        shared_s = compute.shape.fixed / self._max_span_chunks
-        paces = [
-            Pace(
-                self._flights.busy_seconds(index, chunk_bytes, 0.0, now),
-                tier.useful_depth(chunk_bytes),
-                tier.cost.is_shared(chunk_bytes),
-            )
-            for index, tier in enumerate(self._tiers)
-        ]
+        shared_s = compute.shape.fixed / self._max_span_tokens
+        paces = [Pace(tier.useful_depth(chunk_bytes), tier.cost.is_shared(chunk_bytes)) for tier in self._tiers]
+        tokens = [self._coverage.tokens[candidate[0]] for candidate in candidates]
         in_flight = {}
         for chunk, left_s in self._flights.remaining_seconds(0.0, now)[0].items():
             load = self._flights.of_chunk(chunk)
             if load is not None and not load.queued:
                 in_flight[chunk] = (load.tier, left_s)
         return Forecast(
-            [(chunk, compute_s - shared_s, load_s) for chunk, compute_s, load_s in candidates],
+            [
+                (chunk, compute_s - shared_s * length, load_s)
+                for length, (chunk, compute_s, load_s) in zip(tokens, candidates, strict=True)
+            ],
+            tokens,
             compute.shape.fixed,
-            self._max_span_chunks,
+            self._max_span_tokens,
             paces,
             in_flight,
             moment,
@@ -164,24 +163,32 @@ class PlanSearch:
         Where chunks are only to be loaded, computing is taken to be very dear, unless `as_it_is`.
         """
         coverage, shape = self._coverage, self._compute.shape
-        tokens = coverage.chunk_tokens
-        fixed = shape.fixed / self._max_span_chunks + tokens * (shape.linear + 0.5 * tokens * shape.quadratic)
-        slope = tokens * shape.quadratic * tokens
-        unknown_s = self._compute.seconds(0, tokens)
+        usual = coverage.chunk_tokens
+        linear, quadratic = shape.fixed / self._max_span_tokens + shape.linear, shape.quadratic
+        unknown_s = self._compute.seconds(0, usual)
         pending_s = [self._flights.busy_seconds(tier, chunk_bytes, unknown_s, now) for tier in range(len(self._tiers))]
         if self._mode == "load" and not as_it_is:
-            fixed, slope = _LAST_RESORT_S, 0.0
+            linear, quadratic = _LAST_RESORT_S / usual, 0.0
             pending_s = [min(seconds, 1.0) for seconds in pending_s]
+        fixed, slope = usual * (linear + 0.5 * usual * quadratic), usual * quadratic
         by_holders: dict[tuple[int, ...], Mapping[int, float]] = {(): {}}
+        """By the tiers that hold a chunk and, behind them, what it lacks of the usual length, if it does."""
+        starts, lengths, holders, reserved = coverage.starts, coverage.tokens, coverage.holders, self._reserved
         remaining, ends_s = self._flights.remaining_seconds(unknown_s, now)
         candidates: list[Candidate] = []
         for chunk in coverage.uncovered:
-            held = coverage.holders[chunk] if chunk != self._reserved else ()
-            load_s = by_holders.get(held)
+            kind = held = holders[chunk] if chunk != reserved else ()
+            length = lengths[chunk]
+            if length == usual:
+                compute_s = fixed + slope * starts[chunk]
+            else:
+                compute_s = length * (linear + quadratic * (starts[chunk] + 0.5 * length))
+                kind = held and (*held, length - usual)
+            load_s = by_holders.get(kind)
             if load_s is None:
                 usable = (tier for tier in held if not self._flights.stalled(tier))
-                load_s = by_holders[held] = {tier: pending_s[tier] for tier in usable}
-            candidates.append((chunk, fixed + slope * chunk, load_s))
+                load_s = by_holders[kind] = {tier: pending_s[tier] * length / usual for tier in usable}
+            candidates.append((chunk, compute_s, load_s))
         forecasts = self.forecasts
         for chunk, left_s in remaining.items():
             load = self._flights.of_chunk(chunk)

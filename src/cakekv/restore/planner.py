@@ -52,8 +52,15 @@ class Planner:
         What it may do, and until when.
     covered_tokens : int
         Positions at the front that are in the cache already.
+    starts : sequence of int or None
+        First position of every chunk, if they are not the multiples of `chunk_tokens`; none is longer than that.
     now : float
         Seconds on the driver's clock.
+
+    Raises
+    ------
+    ValueError
+        Lengths or positions contradict each other.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Planner:
         options: PlannerOptions = _DEFAULT,
         *,
         covered_tokens: int = 0,
+        starts: Sequence[int] | None = None,
         now: float = 0.0,
     ) -> None:
         if not 0 <= covered_tokens < prompt_tokens:
@@ -78,11 +86,10 @@ class Planner:
         self.prompt_tokens = prompt_tokens
         self.chunk_tokens = chunk_tokens
         self.mode = options.mode
-        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window)
+        self.coverage = Coverage(prompt_tokens, chunk_tokens, stored, options.window, starts)
         tiers = tuple(tiers)
         self._flights = Flights(tiers, options.deadline_s)
         self._situation = Situation(self.coverage, self._flights, tiers, compute, options)
-        self._max_span_chunks = self._situation.max_span_chunks
         self._front = Front(self._situation, covered_tokens)
         self._schedule = Schedule(self._situation, levels, now + options.ttft_target_s * (1 - RESERVE))
         self._suffix = self._back = self.coverage.suffix
@@ -94,7 +101,7 @@ class Planner:
             self.mode in ("auto", "both")
             and not self.coverage.last_alone  # a load could overwrite the last token's row, and it takes no time
             and not self._schedule.chooses_level  # of pieces it could not be changed any more
-            and 0 < self.coverage.chunks - self._suffix <= _LONGEST_SUFFIX_SPANS * self._max_span_chunks
+            and 0 < prompt_tokens - self.prefix_tokens <= _LONGEST_SUFFIX_SPANS * self._situation.max_span_tokens
         )
         groups = levels[-1].groups if can_wait else None
         self._finish = LayeredFinish(self._situation, self._schedule, self._front, self._record, groups)
@@ -142,8 +149,9 @@ class Planner:
                 span = self._front.begin_chunks(first, self._schedule.span_chunks(first, count), now)
                 self._finish.begin(now)
                 return span
-            size = len(taken_back) * self._schedule.level.unwindowed_chunk_bytes
-            self._record.taken_back(sum(map(self.coverage.tokens_of, taken_back)), size)
+            level, coverage = self._schedule.level, self.coverage
+            size = sum(coverage.share_of(level.unwindowed_chunk_bytes, chunk) for chunk in taken_back)
+            self._record.taken_back(sum(coverage.tokens[chunk] for chunk in taken_back), size)
             self._schedule.invalidate()
         return None
 
@@ -156,17 +164,17 @@ class Planner:
         """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
         if span.layered:
             self._finish.end()
-        began = self._front.covered(span)
+        began, end = self._front.covered(span), span.start + span.tokens
         self._situation.compute.observe(span.start, span.tokens, now - began - waited_s)
-        self._schedule.changed_hands(span.tokens // self.chunk_tokens + 1)
+        self._schedule.changed_hands(self.coverage.chunk_at(end) - self.coverage.chunk_at(span.start) + 1)
         self._record.span(span.start, span.tokens, began, now)
-        self._record.frontier(now, span.start + span.tokens, self.coverage.start_of(self._back))
+        self._record.frontier(now, end, self.coverage.start_of(self._back))
 
     def _computable(self, first: int, now: float) -> int:
         """How many chunks from `first` on compute should take, by a plan that is good for so many."""
         count = self._schedule.computable(first)
         waits = count == 0 and now < self._schedule.made_at + _PLANNED_EVERY_S
-        if self._schedule.stale or (count < 2 * self._max_span_chunks and not waits):
+        if self._schedule.stale or not (self._schedule.fills_two_spans(first, count) or waits):
             self._replan(now)
             count = self._schedule.computable(first)
         return count
@@ -231,10 +239,11 @@ class Planner:
     def _begin_load(self, piece: Piece, tier: int, now: float, ahead: int) -> Load:
         chunk, group, size = piece
         windowed = self.coverage.needs_window(chunk)
-        start, level = self.coverage.start_of(chunk), self._schedule.level
+        coverage, level = self.coverage, self._schedule.level
         if size is None:
-            size = level.chunk_bytes if windowed else level.unwindowed_chunk_bytes
-        load = Load(chunk, start, self.chunk_tokens, tier, windowed, size, now, group, level.parts)
+            size = coverage.share_of(level.chunk_bytes if windowed else level.unwindowed_chunk_bytes, chunk)
+        start, tokens = coverage.start_of(chunk), coverage.load_tokens(chunk)
+        load = Load(chunk, start, tokens, tier, windowed, size, now, group, level.parts)
         self._flights.begin(load, may_queue=ahead > 0)
         self._schedule.changed_hands(1)
         return load
@@ -263,7 +272,7 @@ class Planner:
             self.coverage.placing(load.chunk)
         if complete:
             self.coverage.loaded(load.chunk, load.windowed)
-        self._note(load, load.size, now, "placed", self.coverage.tokens_of(load.chunk) if complete else 0)
+        self._note(load, load.size, now, "placed", self.coverage.tokens[load.chunk] if complete else 0)
 
     def abandoned(self, load: Load, size: int, now: float) -> None:
         """A cancelled load was given up after `size` bytes."""

@@ -70,7 +70,7 @@ class RestoreReport:
     prompt_tokens, prefix_tokens : int
         Tokens of the prompt, and of the part of it that had stored chunks (up to the end of the last one).
     chunk_tokens : int
-        Tokens per chunk.
+        Tokens per chunk of the usual length.
     ttft_s : float
         Seconds from the call until the first token's logits.
     lookup_s : float

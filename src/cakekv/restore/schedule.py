@@ -45,6 +45,7 @@ class Schedule:
         self._compute = situation.compute
         self._mode = situation.options.mode
         self._longest = situation.max_span_chunks
+        self._longest_tokens = situation.max_span_tokens
         self._levels = levels if target_at < math.inf else levels[-1:]
         self._target_at = target_at
         loadable = [chunk for chunk in coverage.uncovered if coverage.holders[chunk]]
@@ -115,24 +116,31 @@ class Schedule:
     def computable(self, first: int) -> int:
         """How many chunks from `first` on compute should take, as far as that matters for the next span."""
         coverage, assigned, end = self._coverage, self.plan.assigned, first
-        limit = min(coverage.chunks, first + 2 * self._longest)
+        start = coverage.start_of(first)
+        limit = coverage.first_from(start + 2 * self._longest_tokens)
         while end < limit and end not in assigned and coverage.state[end] <= State.LOADING:
             end += 1
         unsure = assigned and any(not tier.cost.known for tier in self._tiers)
         if unsure or not self._compute.known:
-            return min(end - first, max(1, _PROBE_TOKENS // coverage.chunk_tokens, first))
+            probed = coverage.chunk_at(start + max(_PROBE_TOKENS, start))
+            return min(end - first, max(1, probed - first))
         return end - first
 
-    def span_chunks(self, first: int, count: int) -> int:
-        """Chunks of the next span, of `count` from `first` on; what two spans can cover is shared evenly between them.
+    def fills_two_spans(self, first: int, count: int) -> bool:
+        """Whether so many chunks from `first` on are more than the next span and the one behind it can cover."""
+        return self._tokens(first, count) >= 2 * self._longest_tokens
 
-        A last token that is a chunk of its own goes with the chunk that it completes.
-        """
-        longest = self._longest
-        with_last = self._coverage.last_alone and count > 1 and first + count == self._coverage.chunks
-        count -= with_last
-        chunks = count if count <= longest else longest if count >= 2 * longest else -(-count // 2)
-        return chunks + (with_last and chunks == count)
+    def span_chunks(self, first: int, count: int) -> int:
+        """Chunks of the next span, of `count` from `first` on; what two can cover is shared evenly between them."""
+        tokens, longest, coverage = self._tokens(first, count), self._longest_tokens, self._coverage
+        if tokens <= longest:
+            return count
+        start = coverage.start_of(first)
+        most = coverage.chunk_at(start + longest) - first
+        return most if tokens >= 2 * longest else min(most, coverage.first_from(start + -(-tokens // 2)) - first)
+
+    def _tokens(self, first: int, count: int) -> int:
+        return self._coverage.start_of(first + count) - self._coverage.start_of(first)
 
     def next_chunk(self, tier: int, may_queue: bool) -> int | None:
         """The chunk that `tier` should load now; if it is planned, it is taken off the plan's queue."""
@@ -165,7 +173,7 @@ class Schedule:
         if any(other in assigned or state[other] > State.LOADING for other in (chunk - 1, chunk, chunk + 1)):
             return False
         shape = self._compute.shape
-        return shape.seconds(self._coverage.start_of(chunk), self._coverage.chunk_tokens) < 2 * shape.fixed
+        return shape.seconds(self._coverage.start_of(chunk), self._coverage.tokens[chunk]) < 2 * shape.fixed
 
     def loading_seconds(self, end: int, now: float) -> float:
         """Seconds until the tier that takes longest is through with what is to be loaded before chunk `end`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from cakekv.restore.costs import ComputeModel
@@ -35,10 +36,15 @@ class Situation:
     compute: ComputeModel
     options: PlannerOptions
 
-    @property
+    @cached_property
     def max_span_chunks(self) -> int:
-        """Chunks in the longest span."""
+        """Chunks of the usual length in the longest span."""
         return max(1, self.options.max_span_tokens // self.coverage.chunk_tokens)
+
+    @cached_property
+    def max_span_tokens(self) -> int:
+        """Tokens in the longest span."""
+        return self.max_span_chunks * self.coverage.chunk_tokens
 
 
 class Moment(NamedTuple):

@@ -36,9 +36,9 @@ class StepwisePlanner(Planner):
         """Claim the next `tokens` tokens, of those that are computable, wherever in a chunk that ends."""
         start = self.position
         first = self.coverage.front + (self._front.inside > 0)
-        self._front.claim(first, self.coverage.chunk_at(start + tokens - 1) + 1 - first)
+        self._front.claim(first, self.coverage.first_from(start + tokens) - first)
         span = self._front.begin(Span(start, tokens), now)
-        if not self.position % self.chunk_tokens:
+        if self.position == self.coverage.start_of(self.coverage.chunk_at(self.position)):
             self._finish.begin(now)
         return span
 

@@ -326,7 +326,7 @@ class Restoration:
         report.ttft_s = monotonic() - self.began
         report.codec = self._lossy.codec.name
         lossy = (chunk for chunk in self._lossy_chunks if state[chunk] is State.LOADED)
-        report.lossy_tokens = sum(map(self.planner.coverage.tokens_of, lossy))
+        report.lossy_tokens = sum(self.planner.coverage.tokens[chunk] for chunk in lossy)
         report.after_lossy_tokens = self.after_lossy_tokens
         return report
 
