@@ -1,9 +1,10 @@
-"""Blocks that a preempted request leaves behind hold what their hashes say."""
+"""What preempted requests leave behind: blocks that hold what their hashes say, and that do not stand in the way."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tiny_engine import BLOCK, PATIENCE_S, TinyEngine, closing, prompt, sampling, scripted
 
 
@@ -32,4 +33,24 @@ def test_tokens_that_a_preemption_takes_back_are_neither_shared_nor_saved(model:
         assert engine.run(low, three) == expected[0]
         engine.settle()
         assert engine.report().loaded_tokens == 896
+        engine.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("stored", [0, 1000])
+def test_reset_while_a_step_that_was_scheduled_ahead_is_on_its_way(
+    model: Path, plain: dict[int, list[int]], stored: int
+) -> None:
+    options = {"store": f"scripted://on its way {stored}", "mode": "both", "load_deadline": PATIENCE_S}
+    with closing(TinyEngine(model, options, scheduler_cls="cakekv.vllm.CakeAsyncScheduler")) as engine:
+        engine.schedule_ahead()
+        if stored:
+            engine.run(prompt(stored))
+            engine.settle()
+            assert engine.core.reset_prefix_cache()
+        request = engine.add(prompt(1000))
+        engine.until(lambda: engine.internal(request).num_computed_tokens)
+        assert engine.core.batch_queue, "a step is on its way"
+        assert engine.core.reset_prefix_cache(reset_running_requests=True)
+        assert engine.finish(request) == [plain[1000]]
+        engine.settle()
         engine.assert_nothing_leaked()

@@ -144,6 +144,19 @@ def test_reset_while_all_is_parked(
     assert engine.finish(request) == [plain[1000]]
 
 
+def test_reset_when_one_was_aborted_that_had_loaded_everything(
+    engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
+) -> None:
+    engine.set(mode="load")
+    engine.loads_first = True
+    request = engine.add(stored)
+    engine.until(lambda: engine.restoration(request) and not engine.restoration(request).loading)
+    assert engine.restoration(request).parked
+    engine.llm.llm_engine.abort_request([request])
+    assert engine.core.reset_prefix_cache(reset_running_requests=True)
+    assert engine.run(stored) == plain[1000]
+
+
 def test_after_a_reset_of_the_connector_nothing_old_is_loaded(
     engine: TinyEngine, store: ScriptedStore, stored: list[int], plain: dict[int, list[int]]
 ) -> None:

@@ -214,7 +214,7 @@ class Admission:
         first = -(-local_tokens // tokens)
         last = min(len(stored), request.num_tokens // tokens)
         end = max((chunk + 1 for chunk in range(first, last) if stored[chunk]), default=0) * tokens
-        return min(end, request.num_tokens - 1)
+        return min(end, int(request.num_tokens) - 1)
 
     def _twin(self, request: Request, local_tokens: int, restorations: Collection[Restoration]) -> bool:
         """Whether another request is just restoring what this one lacks, and vLLM will share it when that is done."""

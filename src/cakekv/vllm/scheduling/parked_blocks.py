@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -62,13 +62,13 @@ class ParkedBlocks:
             self._fences.popleft()[1]()
 
     @contextmanager
-    def passed_over(self) -> Iterator[None]:
-        """Meanwhile, the blocks count as free."""
-        pool = self._kv_cache_manager.block_pool
-        for blocks in self._blocks:
+    def passed_over(self, others: Iterable[list[KVCacheBlock]]) -> Iterator[None]:
+        """Meanwhile, these blocks and those `others` count as free."""
+        pool, held = self._kv_cache_manager.block_pool, [*self._blocks, *others]
+        for blocks in held:
             pool.free_blocks(reversed(blocks))
         try:
             yield
         finally:
-            for blocks in self._blocks:
+            for blocks in held:
                 pool.touch(blocks)

@@ -357,7 +357,11 @@ class CakeSchedulerMixin(Scheduler):
         self._half.arrived(request)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """As vLLM's. Restores count as running requests; blocks that workers may still write into are passed over."""
+        """As vLLM's. Restores count as running requests; blocks that workers may still write into are passed over.
+
+        Those are the ones of loads that were given up and, with steps scheduled ahead, of the steps on their way: vLLM
+        itself would raise an error because of them.
+        """
         if reset_running_requests:
             timestamp = monotonic()
             while self.running:
@@ -365,7 +369,7 @@ class CakeSchedulerMixin(Scheduler):
             self.prev_step_scheduled_req_ids.clear()
             for restoration in list(self._half.restorations.values()):
                 self._send_back(restoration.request)
-        with self._half.parked_blocks.passed_over():
+        with self._half.parked_blocks.passed_over(blocks for _, blocks in self.deferred_frees):
             return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
 
