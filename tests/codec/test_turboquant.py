@@ -62,7 +62,7 @@ def test_every_level_is_the_mean_of_what_is_nearest_to_it(bits: int, width: int)
 @pytest.mark.parametrize("width", [96, 256])
 def test_the_square_error_is_the_papers(bits: int, error: float, width: int) -> None:
     plane, values = Plane("keys", 0, 1, 2, 64, width), normal(2, 64, width)
-    values[..., 3] *= 40  # an outlier makes no difference
+    values[..., :8] *= 5  # outliers make no difference
     away = there_and_back(f"turboquant:center=no,keys={bits}", plane, values) - values
     assert (away**2).sum() / (values**2).sum() == pytest.approx(error, rel=0.15)
 
@@ -84,7 +84,7 @@ def test_every_machine_has_the_same_tables() -> None:
     tables = [_levels(bits, width) for bits in (2, 3, 4, 5) for width in WIDTHS]
     tables += [table for width in WIDTHS for table in _rotation(width)]
     digest = blake3(b"".join(table.astype("<f4").tobytes() for table in tables)).hexdigest(8)
-    assert digest == "DIGEST", "chunks stored elsewhere would be decoded wrongly: set `version` up"
+    assert digest == "c5c0ed2ca3a5f7bd", "chunks stored elsewhere would be decoded wrongly: set `version` up"
 
 
 @pytest.mark.parametrize("width", [9, 64, 80, 96, 128, 256])

@@ -42,7 +42,7 @@ _ROUNDS = 2000
 
 @dataclass(frozen=True)
 class TurboQuant(Codec):
-    """At 5 and 4 bits fewer bytes than `k5v4`, and half of its divergence; below 4 bits, `cachegen` is nearer.
+    """At 5 and 4 bits fewer bytes than `k5v4`, and half of its divergence; with 2, `cachegen` is nearer.
 
     Parameters
     ----------
