@@ -39,7 +39,7 @@ class Document:
     kind : str
         One of `KINDS`, or "text".
     context : list of int
-        The tokens whose keys and values are encoded.
+        The tokens whose keys and values are encoded, BOS first where the tokenizer puts it first.
     continuation : list of int
         The tokens that follow.
     needles : list of Needle
@@ -83,19 +83,20 @@ def make_documents(
     if context_tokens < 256:
         raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
     sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
+    bos = _before_every_text(tokenizer)
     rng = random.Random(20240)
     documents = []
     for number in range(count):
         kind = list(sources)[number % len(sources)]
         wanted = context_tokens + continuation_tokens
-        tokens: list[int] = []
+        tokens = list(bos)
         while len(tokens) < wanted:
             piece = next(sources[kind], None)
             if piece is None:
                 raise BadInput(
                     f"there is not enough text of the kind {kind!r} for {count} documents of {wanted} tokens"
                 )
-            tokens += tokenizer(piece + "\n\n", add_special_tokens=False)["input_ids"]
+            tokens += _ids(tokenizer, piece + "\n\n")
         documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng))
     return documents
 
@@ -104,17 +105,13 @@ def _document(
     tokenizer: Any, kind: str, tokens: list[int], context_tokens: int, continuation_tokens: int, rng: random.Random
 ) -> Document:
     """Put needles into a text, at three depths."""
-
-    def encode(text: str) -> list[int]:
-        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
     needles, facts = [], []
     for name in rng.sample(_NAMES, NEEDLES):
         code = str(rng.randrange(10000, 100000))
-        facts.append(encode(f"\nThe secret code of {name} is {code}.\n"))
+        facts.append(_ids(tokenizer, f"\nThe secret code of {name} is {code}.\n"))
         question = f"\n\nAs said above, the secret code of {name} is"
-        whole = encode(f"{question} {code}")
-        begin = len(encode(question))
+        whole = _ids(tokenizer, f"{question} {code}")
+        begin = len(_ids(tokenizer, question))
         needles.append(Needle(tuple(whole[:begin]), tuple(whole[begin:])))
     room = context_tokens - sum(map(len, facts))
     context: list[int] = []
@@ -123,6 +120,18 @@ def _document(
         context += tokens[begin:end] + fact
     context += tokens[room * NEEDLES // (NEEDLES + 1) : room]
     return Document(kind, context, tokens[room : room + continuation_tokens], needles)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens alone."""
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _before_every_text(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts first, such as BOS, without which some models hardly understand a text."""
+    text = "a"
+    whole = [int(token) for token in tokenizer(text)["input_ids"]]
+    return whole[: whole.index(_ids(tokenizer, text)[0])]
 
 
 def _texts(kind: str, folder: Path | None) -> Iterator[str]:
