@@ -129,12 +129,13 @@ class WordsBehindBos(Words):
 
 
 def test_documents_begin_as_the_tokenizer_begins_texts() -> None:
-    for document, without in zip(make_documents(WordsBehindBos(), 3, 600, 50), make_documents(Words(), 3, 600, 50)):
+    with_bos, without = (make_documents(tokenizer, 3, 600, 50) for tokenizer in (WordsBehindBos(), Words()))
+    assert [document.needles for document in with_bos] == [document.needles for document in without]
+    for document in with_bos:
         assert document.context[0] == 300
         assert {300, 301}.isdisjoint([*document.context[1:], *document.tail])
         assert len(document.context) == 600
         assert len(document.continuation) == 50
-        assert document.needles == without.needles
 
 
 def test_intervals() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def earlier(
     stale |= {recipe for (recipe, _), ones in judged.items() if len(ones) != documents}
     if lost := sorted(stale - set(again)):
         raise BadInput(
-            f"cannot add to {file}: it has {lost[0]} with another version of the codec or not on {documents} documents; "
-            f"judge it again with --recipe {lost[0]}"
+            f"cannot add to {file}: {lost[0]} was judged with another version of the codec, or not on "
+            f"{documents} documents; judge it again with --recipe {lost[0]}"
         )
     return command, {variant: ones for variant, ones in judged.items() if variant[0] not in stale}
 
