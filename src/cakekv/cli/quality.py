@@ -78,8 +78,7 @@ def quality(
         if json_file is None:
             raise BadInput("--add needs the file that it adds to: --json FILE")
         if json_file.exists():
-            command, judged = earlier(json_file, settings, documents, recipe)
-            settings["command"] = f"{command}; then {settings['command']}"
+            settings["command"], judged = earlier(json_file, settings, documents, recipe)
     kept = next(iter(judged.values()), None)
     codecs = {one: codec_named(one) for one in (*(name for name, _ in judged), *recipe)}
     missing = [one for one in dict.fromkeys(recipe) if any((one, share) not in judged for share in shares)]

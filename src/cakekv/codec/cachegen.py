@@ -29,7 +29,7 @@ _WIDTHS = 16
 _LEAST = 1 << 16
 _LANES = 4
 _REACH = 16.0
-"""How far a channel may reach, in multiples of what the middle one does on average. Most models' keys stay within it."""
+"""How far a channel may reach, in multiples of the middle channel's RMS. Most models' keys stay within it."""
 _FACTORS = (2.0 ** (0.5 * np.arange(16))).astype(np.float32)
 """By which a channel can be made smaller."""
 
@@ -108,6 +108,12 @@ _FREQUENCIES = _frequencies()
 _STARTS = (np.cumsum(_FREQUENCIES, axis=1, dtype=np.uint32) - _FREQUENCIES).astype(np.uint16)
 _COSTS = (_BITS - np.log2(_FREQUENCIES)).astype(np.float32)
 _LOOKUP = np.stack([np.repeat(np.arange(_SYMBOLS, dtype=np.uint8), counts) for counts in _FREQUENCIES])
+
+
+def shrunk(values: Values) -> Values:
+    """With channels that reach too far made smaller, as they are rounded."""
+    factors = _FACTORS[_shrinking(values, _REACH, _FACTORS)]
+    return values / factors.reshape(len(values), 1, -1)
 
 
 @compiled

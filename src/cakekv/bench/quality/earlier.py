@@ -19,7 +19,7 @@ _SAME = ("model", "dtype", "context_tokens", "continuation_tokens", "chunk_token
 def earlier(
     file: Path, settings: Mapping[str, Any], documents: int, again: Collection[str]
 ) -> tuple[str, dict[tuple[str, float], list[Judgement]]]:
-    """The command that made a file of results, and its judgements by recipe and share computed.
+    """How a file of results with more in it will have been made, and its judgements by recipe and share computed.
 
     Recipes of which some documents are missing, or whose codec has changed since, are left out.
 
@@ -41,7 +41,7 @@ def earlier(
     """
     try:
         data = json.loads(file.read_text())
-        command, figures = str(data["command"]), data.get("recipes") or [data]
+        command, machine, figures = str(data["command"]), dict(data["machine"]), data.get("recipes") or [data]
         judged = {
             (str(one["recipe"]), float(one["computed"])): [_judgement(document) for document in one["documents"]]
             for one in figures
@@ -61,7 +61,11 @@ def earlier(
             f"cannot add to {file}: {lost[0]} was judged with another version of the codec, or not on "
             f"{documents} documents; judge it again with --recipe {lost[0]}"
         )
-    return command, {variant: ones for variant, ones in judged.items() if variant[0] not in stale}
+    processor = settings["machine"]["processor"]
+    elsewhere = "" if machine.get("processor") == processor else " on another machine,"
+    return f"{command}; then{elsewhere} {settings['command']}", {
+        variant: ones for variant, ones in judged.items() if variant[0] not in stale
+    }
 
 
 def check_same(file: Path, before: Judgement, now: Judgement) -> None:
