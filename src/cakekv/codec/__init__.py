@@ -19,6 +19,7 @@ CODECS = {
     "ladder": "cakekv.codec.ladder:Ladder",
     "think": "cakekv.codec.think:Think",
     "nuq3": "cakekv.codec.nuq3:Nuq3",
+    "turboquant": "cakekv.codec.turboquant:TurboQuant",
     "cachegen": "cakekv.codec.cachegen:CacheGen",
 }
 """Module and class by name; imported when named, because most need numba."""
