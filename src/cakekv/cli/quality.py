@@ -57,9 +57,10 @@ def quality(
     from cakekv.codec import codec_named
 
     recipe = list(dict.fromkeys(recipe))
-    codecs = [codec_named(one) for one in recipe]
+    named = [codec_named(one) for one in recipe]
     shares = list(dict.fromkeys(computed or [0.0]))
     cake = load_cake(model, None, dtype=dtype)
+    codecs = [codec.for_model(cake.engine.weights_names()) for codec in named]
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     judge = Judge(cake.engine, chunk_tokens)  # type: ignore[arg-type]  # load_cake makes transformers engines
     settings = {

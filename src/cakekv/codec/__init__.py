@@ -20,6 +20,7 @@ CODECS = {
     "think": "cakekv.codec.think:Think",
     "nuq3": "cakekv.codec.nuq3:Nuq3",
     "cachegen": "cakekv.codec.cachegen:CacheGen",
+    "kvtc": "cakekv.codec.kvtc:Kvtc",
 }
 """Module and class by name; imported when named, because most need numba."""
 
