@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
 from threading import Lock, get_ident
@@ -171,7 +172,6 @@ class Cake:
         )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
-        self.options = options
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
@@ -180,6 +180,8 @@ class Cake:
         self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
         self.last_report: RestoreReport | None = None
+        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
+        self.options = options
         identity = engine.identity(options.chunk_tokens, tenant, options.codec.fingerprint)
         self._coder = coder = ChunkCoder(
             options.codec, engine.layout, options.chunk_tokens, identity.dtype, engine.rotations

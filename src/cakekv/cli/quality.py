@@ -63,8 +63,15 @@ def quality(
     from cakekv.bench.quality.judge import Judge, Judgement, paired, summary
     from cakekv.cli.model import load_cake
     from cakekv.codec import codec_named
+    from cakekv.codec.base import Codec
 
+    recipe = list(dict.fromkeys(recipe))
+    for one in recipe:
+        codec_named(one)  # that it is none is said before a model is loaded
     shares = list(dict.fromkeys(computed or [0.0]))
+    if add and json_file is None:
+        raise BadInput("--add needs the file that it adds to: --json FILE")
+    cake = load_cake(model, None, dtype=dtype)
     settings = {
         **describe_run(),
         "model": model,
@@ -73,20 +80,20 @@ def quality(
         "continuation_tokens": continuation,
         "chunk_tokens": chunk_tokens,
     }
+
+    def codec_of(name: str) -> Codec:
+        return codec_named(name).for_model(cake.engine.weights_names())
+
     judged: dict[tuple[str, float], list[Judgement]] = {}
-    if add:
-        if json_file is None:
-            raise BadInput("--add needs the file that it adds to: --json FILE")
-        if json_file.exists():
-            settings["command"], judged = earlier(json_file, settings, documents, recipe)
+    if add and json_file is not None and json_file.exists():
+        settings["command"], judged = earlier(json_file, settings, documents, recipe, codec_of)
     kept = next(iter(judged.values()), None)
-    codecs = {one: codec_named(one) for one in (*(name for name, _ in judged), *recipe)}
-    missing = [one for one in dict.fromkeys(recipe) if any((one, share) not in judged for share in shares)]
+    missing = [one for one in recipe if any((one, share) not in judged for share in shares)]
     if not missing:
         raise BadInput(f"{json_file} has all of these recipes already")
+    codecs = {one: codec_of(one) for one in (*(name for name, _ in judged), *recipe)}
     judged |= {(one, share): [] for share in shares for one in missing}
     variants = [f"{one}, {share:g} computed" if share else one for one, share in judged]
-    cake = load_cake(model, None, dtype=dtype)
     judge = Judge(cake.engine, chunk_tokens)  # type: ignore[arg-type]  # load_cake makes transformers engines
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     figures: list[dict[str, Any]] = []

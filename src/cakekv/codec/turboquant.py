@@ -91,7 +91,9 @@ class TurboQuant(Codec):
             means, rest = (piece.view(np.int8).reshape(heads, width) for piece in pieces[4:])
         fields = (scales, norms, shortest, means, rest)
         levels = _levels(self._bits(plane), width)
-        _decode(codes[0][ends[-1] :], self._bits(plane), self.center, levels, _GRADES, *_rotation(width), *fields, values)
+        _decode(
+            codes[0][ends[-1] :], self._bits(plane), self.center, levels, _GRADES, *_rotation(width), *fields, values
+        )
 
     def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
         import torch

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cakekv.bench.quality.judge import Judgement
-from cakekv.codec import codec_named
+from cakekv.codec.base import Codec
 from cakekv.errors import BadInput
 
 _SAME = ("model", "dtype", "context_tokens", "continuation_tokens", "chunk_tokens")
 
 
 def earlier(
-    file: Path, settings: Mapping[str, Any], documents: int, again: Collection[str]
+    file: Path, settings: Mapping[str, Any], documents: int, again: Collection[str], codec_of: Callable[[str], Codec]
 ) -> tuple[str, dict[tuple[str, float], list[Judgement]]]:
     """How a file of results with more in it will have been made, and its judgements by recipe and share computed.
 
@@ -33,6 +33,8 @@ def earlier(
         How many there should be.
     again : collection of str
         Recipes that can be judged again.
+    codec_of : callable
+        Takes a recipe and gives its codec, with what it has learned of the model.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def earlier(
             raise BadInput(
                 f"cannot add to {file}: it was measured with {name} {data.get(name)}, and this is {settings[name]}"
             )
-    stale = {recipe for recipe, before in fingerprints.items() if codec_named(recipe).fingerprint != before}
+    stale = {recipe for recipe, before in fingerprints.items() if codec_of(recipe).fingerprint != before}
     stale |= {recipe for (recipe, _), ones in judged.items() if len(ones) != documents}
     if lost := sorted(stale - set(again)):
         raise BadInput(
