@@ -240,77 +240,81 @@ def _orthogonal(rows):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _hadamard(source, target):  # type: ignore[no-untyped-def]
-    """A row times the Hadamard matrix, unscaled; returns which of the two holds it.
+def _pairs(source, target):  # type: ignore[no-untyped-def]
+    half = source.size // 2
+    for w in range(half):
+        one, other = source[w], source[w + half]
+        target[2 * w] = one + other
+        target[2 * w + 1] = one - other
 
-    Every step pairs what lies half a row apart and puts both side by side, so that the loops are long. After as many
-    steps as the row's size has bits, everything is in its place again.
+
+@compiled
+def _hadamard(row, room):  # type: ignore[no-untyped-def]
+    """A row times the Hadamard matrix, unscaled, in place.
+
+    Every step pairs what lies half a row apart and puts both side by side, so that loops are long. After as many steps
+    as the row's size has bits, everything is in its place again.
     """
-    half, step = source.size // 2, 1
-    while step <= half:
-        for w in range(half):
-            one, other = source[w], source[w + half]
-            target[2 * w] = one + other
-            target[2 * w + 1] = one - other
-        source, target = target, source
-        step *= 2
-    return source
+    left = row.size
+    while left >= 4:
+        _pairs(row, room)
+        _pairs(room, row)
+        left //= 4
+    if left == 2:
+        _pairs(row, room)
+        row[:] = room
 
 
 @compiled
 def _turn(row, signs, mix, room):  # type: ignore[no-untyped-def]
-    """Rotate a row in place; `room` is two rows."""
+    """Rotate a row in place."""
     odd = len(mix)
     block = row.size // odd
-    if odd == 1:
-        for w in range(row.size):
-            room[0, w] = row[w] * signs[w]
-        row[:] = _hadamard(room[0], room[1])
-        return
-    for j in range(odd):
-        part = slice(j * block, (j + 1) * block)
-        for w in range(block):
-            row[j * block + w] *= signs[j * block + w]
-        room[0, part] = _hadamard(row[part], room[1, part])
-    for j in range(odd):
-        target = row[j * block : (j + 1) * block]
-        target[:] = 0
-        for k in range(odd):
-            source = room[0, k * block : (k + 1) * block]
-            for w in range(block):
-                target[w] += mix[j, k] * source[w]
+    for w in range(row.size):
+        row[w] *= signs[w]
+    for begin in range(0, row.size, block):
+        _hadamard(row[begin : begin + block], room[:block])
+    if odd > 1:
+        room[:] = row
+        row[:] = 0
+        for j in range(odd):
+            target = row[j * block : (j + 1) * block]
+            for k in range(odd):
+                source = room[k * block : (k + 1) * block]
+                for w in range(block):
+                    target[w] += mix[j, k] * source[w]
 
 
 @compiled
 def _turn_back(row, mix, room):  # type: ignore[no-untyped-def]
-    """The reverse, but for the signs, in the order of `_turned_back`; returns where it is: in the row or in `room`."""
+    """The reverse, but for the signs, in the order of `_turned_back`."""
     odd = len(mix)
-    if odd == 1:
-        return _hadamard(row, room[0])
     block = row.size // odd
-    for k in range(odd):
-        target = room[0, k * block : (k + 1) * block]
-        for j in range(odd):
-            source = row[j * block : (j + 1) * block]
-            if j == 0:
-                for w in range(block):
-                    target[w] = source[w] * mix[0, k]
-            else:
+    if odd > 1:
+        room[:] = row
+        for k in range(odd):
+            target = row[k * block : (k + 1) * block]
+            for w in range(block):
+                target[w] = room[w] * mix[0, k]
+            for j in range(1, odd):
+                source = room[j * block : (j + 1) * block]
                 for w in range(block):
                     target[w] += source[w] * mix[j, k]
-    for k in range(odd):
-        part = slice(k * block, (k + 1) * block)
-        row[part] = _hadamard(room[0, part], room[1, part])
-    return row
+    for begin in range(0, row.size, block):
+        _hadamard(row[begin : begin + block], room[:block])
 
 
 @compiled
-def _nearest(row, scale, borders, found):  # type: ignore[no-untyped-def]
+def _nearest(row, scale, borders, room, found):  # type: ignore[no-untyped-def]
     """How many borders lie below each element of a row, scaled."""
-    found[:] = 0
+    count = np.zeros(row.size, np.int32)
+    for w in range(row.size):
+        room[w] = row[w] * scale
     for border in borders:
         for w in range(row.size):
-            found[w] += np.uint8(row[w] * scale > border)
+            count[w] += np.int32(room[w] > border)
+    for w in range(row.size):
+        found[w] = np.uint8(count[w])
 
 
 @compiled
@@ -335,7 +339,7 @@ def _encode(values, bits, center, levels, grades, signs, mix, scales, norms, sho
     between = np.sqrt(grades[1:] * grades[:-1])
     rows = code.size // heads
     code[:] = 0
-    mean, room = np.zeros(width, np.float32), np.empty((2, width), np.float32)
+    mean, room = np.zeros(width, np.float32), np.empty(width, np.float32)
     turned, codes = np.empty((tokens, width), np.float32), np.empty((tokens, width), np.uint8)
     factors = np.empty(tokens, np.float32)
     for h in range(heads):
@@ -365,7 +369,7 @@ def _encode(values, bits, center, levels, grades, signs, mix, scales, norms, sho
                 row[:] = values[h, t]
                 size = whole
             _turn(row, signs, mix, room)
-            _nearest(row, _inverse(np.float32(np.sqrt(size))), borders, codes[t])
+            _nearest(row, _inverse(np.float32(np.sqrt(size))), borders, room, codes[t])
             along, squares = 0.0, 0.0
             for w in range(width):
                 level = np.float64(levels[codes[t, w]])
@@ -378,37 +382,38 @@ def _encode(values, bits, center, levels, grades, signs, mix, scales, norms, sho
             while grade < between.size and share < between[grade]:
                 grade += 1
             norms[h, t] |= np.uint8(grade)
-            _nearest(turned[t], _inverse(grades[grade] * scales[0, h]), borders, codes[t])
+            _nearest(turned[t], _inverse(grades[grade] * scales[0, h]), borders, room, codes[t])
         put_codes(codes, bits, code, h * rows)
         if center:
             t = shortest[h]
             factor = grades[norms[h, t] & 127] * scales[0, h]
             for w in range(width):
-                room[0, w] = turned[t, w] - levels[codes[t, w]] * factor
-            scales[2, h] = _in_bytes(room[0], rest[h])
+                room[w] = turned[t, w] - levels[codes[t, w]] * factor
+            scales[2, h] = _in_bytes(room, rest[h])
 
 
 @compiled
 def _decode(code, bits, center, levels, grades, signs, mix, scales, norms, shortest, means, rest, values):  # type: ignore[no-untyped-def]
     heads, tokens, width = values.shape
     rows = code.size // heads
-    room, turned, mean = np.empty((2, width), np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    room, mean = np.empty(width, np.float32), np.empty(width, np.float32)
     for h in range(heads):
         for w in range(width):
             mean[w] = np.float32(means[h, w]) * scales[1, h]
         for t in range(tokens):
             row, norm = values[h, t], norms[h, t]
-            unpack_row(code, h * rows, bits, t, turned)
+            unpack_row(code, h * rows, bits, t, row)
             factor = grades[norm & 127] * scales[0, h]
             for w in range(width):
-                turned[w] = levels[np.uint8(turned[w])] * factor
+                row[w] = levels[np.uint8(row[w])] * factor
             if center and t == shortest[h]:
                 for w in range(width):
-                    turned[w] += np.float32(rest[h, w]) * scales[2, h]
-            back, kept = _turn_back(turned, mix, room), np.float32(norm < 128)
+                    row[w] += np.float32(rest[h, w]) * scales[2, h]
+            _turn_back(row, mix, room)
+            kept = np.float32(norm < 128)
             if center:
                 for w in range(width):
-                    row[w] = back[w] * signs[w] + mean[w] * kept
+                    row[w] = row[w] * signs[w] + mean[w] * kept
             else:
                 for w in range(width):
-                    row[w] = back[w] * signs[w]
+                    row[w] *= signs[w]
