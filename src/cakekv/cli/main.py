@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from cakekv import __version__, logs
-from cakekv.cli import ask, bench, codec, demo, quality, simulate, simulate_cluster, simulate_retention, store, vllm_args
+from cakekv.cli import (
+    ask,
+    bench,
+    codec,
+    demo,
+    quality,
+    simulate,
+    simulate_cluster,
+    simulate_retention,
+    store,
+    vllm_args,
+)
 from cakekv.cli.console import EXIT_FAILED, Commands
 from cakekv.messages import inert, without_secrets
 

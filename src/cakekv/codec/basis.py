@@ -136,7 +136,7 @@ class Basis:
         if not (
             steps.ndim == rates.ndim == 1
             and 2 <= steps.size == rates.size <= 1000
-            and (1e-30 < steps).all()
+            and (steps > 1e-30).all()
             and (steps < _LARGEST).all()
             and (np.diff(steps) < 0).all()
             and np.isfinite(rates).all()
