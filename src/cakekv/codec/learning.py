@@ -21,7 +21,7 @@ from cakekv.codec.kvtc import LEAST, costs_of, tables_for
 
 WIDEST = 256
 """Heads are taken together up to so many elements: what more of them would save, decoding would lose."""
-_EVENNESS = 0.05
+_EVENNESS = 0.2
 """The share of a plane's sensitivity that is spread evenly, because few texts do not show all that may matter."""
 _EVERY = 4
 """Of the tokens, so many are looked at once for how large coefficients are."""
