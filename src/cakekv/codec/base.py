@@ -157,7 +157,7 @@ class Codec(ABC):
         """
         return self
 
-    def check_plane(self, plane: Plane) -> None:
+    def check_plane(self, plane: Plane) -> None:  # noqa: B027  # most encode any
         """Raise `BadInput` if it cannot encode such planes, whatever they hold."""
 
     @abstractmethod

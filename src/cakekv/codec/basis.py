@@ -60,8 +60,20 @@ class PlaneBasis:
 
     @cached_property
     def inverse(self) -> Array:
-        """(blocks, p, p): turns what is above the mean into coefficients, as a product from the right."""
-        return np.linalg.inv((self.rows * self.scale[..., None]).astype(np.float64)).astype(np.float32)
+        """(blocks, p, p): turns what is above the mean into coefficients, as a product from the right.
+
+        Raises
+        ------
+        BadInput
+            There is none.
+        """
+        try:
+            inverse = np.linalg.inv((self.rows * self.scale[..., None]).astype(np.float64)).astype(np.float32)
+        except np.linalg.LinAlgError:
+            inverse = np.full_like(self.rows, np.nan)
+        if not np.isfinite(inverse).all():
+            raise BadInput("the basis cannot be used: its rows are no axes; run cakekv codec learn")
+        return inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +148,7 @@ class Basis:
         if not (
             steps.ndim == rates.ndim == 1
             and 2 <= steps.size == rates.size <= 1000
-            and (1e-30 < steps).all()
+            and (steps > 1e-30).all()
             and (steps < _LARGEST).all()
             and (np.diff(steps) < 0).all()
             and np.isfinite(rates).all()

@@ -2,9 +2,10 @@
 
 As in the paper, keys (before RoPE) and values become coefficients along axes learned once per model, few of which take
 any bits, and the prompt's first tokens stay exact. Unlike the paper's, axes span one layer (at most 256 elements of
-it), so that any layer can be read alone. They are chosen, and bits shared out, not by how much coefficients vary but by
-how much an error in them changes what the model says (`cakekv.codec.learning`). One step for all coefficients shares
-out bits as reverse water-filling does; each is entropy coded (rANS, arXiv 1402.3392) by a distribution of its own width.
+it), so that any layer can be read alone; and they are chosen, and bits shared out, not by how much coefficients vary
+but by how much an error in them changes what the model says (`cakekv.codec.learning`). One step for all coefficients
+shares out bits as reverse water-filling does. Each is entropy coded (rANS, arXiv 1402.3392) by a distribution of its
+own width.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ _SYMBOLS = 128
 _MIDDLE = 64
 _ESCAPE = 0
 """Stands for a number that its table has no symbol for, which follows in 26 bits."""
-_LEAST, _MOST = 0.02, 8.0
-"""Mean sizes of a coefficient, in steps: below the first it is not coded, above the last its low bits are as they are."""
+LEAST, _MOST = 0.02, 8.0
+"""Mean sizes of a coefficient, in steps: below the first it is not coded; above the last its low bits are not modelled.
+"""
 _GROWTH = 1.25
 _FARTHEST = float(1 << 24)
 _LANES = 2
@@ -101,7 +103,7 @@ class Kvtc(Codec):
         numbers = transform.numbers(back)
         exact = ~(np.abs(numbers).max(1, initial=0) < _FARTHEST)
         exact[: max(0, SINKS - plane.start)] = True
-        coded = np.where(exact[:, None], 0, np.rint(numbers)).astype(np.int32)[~exact]
+        coded = np.ascontiguousarray(np.rint(numbers[~exact]).astype(np.int32).T)
         room = (self.size(plane) - _HEAD) // 2
         words = np.empty(room, np.uint16)
         states = np.empty(_LANES, np.uint32)
@@ -135,12 +137,12 @@ class Kvtc(Codec):
         raw = np.frombuffer(data, np.uint8, kept, at + count * kind.itemsize).copy()
         exact = from_elements(raw, plane.dtype, (plane.heads, count, plane.width))
         words = np.frombuffer(data, "<u2", offset=body).astype(np.uint16)
-        numbers = np.empty((plane.tokens - count, transform.tables.size), np.float32)
+        numbers = np.empty((transform.tables.size, plane.tokens - count), np.float32)
         if not _decode(words, states, transform.tables, transform.shifts, *_CODING, numbers):
             raise DamagedCode("a stream that does not end as it should")
-        others = np.delete(np.arange(plane.tokens), index)
-        values[:, others] = transform.values(numbers, plane)
+        others = np.delete(np.arange(plane.tokens), index) if count else slice(None)
         values[:, index] = 0
+        values[:, others] = transform.values(numbers.T, plane)
         (cosine, sine), interleaved = _turns(plane)
         turn(values, cosine, sine, interleaved)
         values[:, index] = exact
@@ -187,7 +189,7 @@ class _Transform:
         self._basis, self._step = basis, np.float32(step)
         self.elements = basis.elements
         sizes = basis.spread / step
-        self._coded = [int(np.flatnonzero(block >= _LEAST).max(initial=-1)) + 1 for block in sizes]
+        self._coded = [int(np.flatnonzero(block >= LEAST).max(initial=-1)) + 1 for block in sizes]
         used = np.concatenate([block[:coded] for block, coded in zip(sizes, self._coded, strict=True)])
         self.tables, self.shifts = tables_for(used)
         self._rows = [
@@ -219,8 +221,8 @@ class _Transform:
 def tables_for(sizes: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Which table, and how many low bits apart, for coefficients of these mean sizes in steps."""
     shifts = np.clip(np.ceil(np.log2(np.maximum(sizes, _MOST) / _MOST)), 0, _BITS).astype(np.int64)
-    within = np.clip(sizes / 2.0**shifts, _LEAST, _MOST)
-    return np.rint(np.log(within / _LEAST) / np.log(_GROWTH)).astype(np.int64), shifts
+    within = np.clip(sizes / 2.0**shifts, LEAST, _MOST)
+    return np.rint(np.log(within / LEAST) / np.log(_GROWTH)).astype(np.int64), shifts
 
 
 def costs_of(numbers: npt.NDArray[np.float32], tables: npt.NDArray[np.int64], shifts: npt.NDArray[np.int64]) -> float:
@@ -254,13 +256,13 @@ class _Coding(NamedTuple):
 
 def _coding() -> _Coding:
     """Two-sided exponentials with a wider foot, a quarter wider from table to table."""
-    count = round(np.log(_MOST / _LEAST) / np.log(_GROWTH)) + 1
+    count = round(np.log(_MOST / LEAST) / np.log(_GROWTH)) + 1
     distance = np.abs(np.arange(_SYMBOLS) - _MIDDLE)
     frequencies = np.zeros((count, _SYMBOLS), np.uint16)
     for table in range(count):
         shares = np.zeros(_SYMBOLS)
         for share, wider in ((0.92, 0.9), (0.08, 2.15)):
-            mean = _LEAST * _GROWTH**table * wider
+            mean = LEAST * _GROWTH**table * wider
             # the geometric distribution of this mean size: P(k) = P(0) * ratio ** abs(k)
             ratio = (np.sqrt(1 + mean * mean) - 1) / mean
             shares += share * (1 - ratio) / (1 + ratio) * ratio**distance
@@ -295,13 +297,13 @@ def _push(states, lane, start, frequency, words, at):  # type: ignore[no-untyped
 @compiled
 def _encode(numbers, tables, shifts, last, words, frequencies, starts, lookup):  # type: ignore[no-untyped-def]
     """Fill `words` from its end and `last` with the coder's states; returns where words begin, -1 if they are full."""
-    tokens, coefficients = numbers.shape
+    coefficients, tokens = numbers.shape
     states = np.full(2, 1 << 16, np.uint64)
     at = words.size
     for c in range(coefficients - 1, -1, -1):
         table, shift = tables[c], shifts[c]
         for t in range(tokens - 1, -1, -1):
-            number, lane = np.int64(numbers[t, c]), t & 1
+            number, lane = np.int64(numbers[c, t]), t & 1
             high = number >> shift
             symbol = high + 64
             if symbol <= 0 or symbol >= 128 or frequencies[table, symbol] == 0:
@@ -335,18 +337,21 @@ def _renewed(state, words, at):  # type: ignore[no-untyped-def]
 @compiled
 def _decode(words, states, tables, shifts, frequencies, starts, lookup, numbers):  # type: ignore[no-untyped-def]
     """The reverse of `_encode`; whether the stream ended as it began. Any content will do."""
-    tokens, coefficients = numbers.shape
-    mask, at = np.uint32((1 << 13) - 1), 0
+    coefficients, tokens = numbers.shape
+    mask, least, at = np.uint32((1 << 13) - 1), np.uint32(1 << 16), 0
     for c in range(coefficients):
-        table, shift = tables[c], shifts[c]
+        shift, row = shifts[c], numbers[c]
+        symbols, counts, below = lookup[tables[c]], frequencies[tables[c]], starts[tables[c]]
         for t in range(tokens):
             state = states[t & 1]
             slot = state & mask
-            symbol = lookup[table, slot]
-            state = np.uint32(frequencies[table, symbol]) * (state >> np.uint32(13)) + slot
-            state, at = _renewed(np.uint32(state - np.uint32(starts[table, symbol])), words, at)
-            if at < 0:
-                return False
+            symbol = symbols[slot]
+            state = np.uint32(counts[symbol]) * (state >> np.uint32(13)) + slot - np.uint32(below[symbol])
+            if state < least:
+                if at == words.size:
+                    return False
+                state = (state << np.uint32(16)) | np.uint32(words[at])
+                at += 1
             if symbol == 0:
                 whole = np.int64(0)
                 for _ in range(2):
@@ -354,7 +359,7 @@ def _decode(words, states, tables, shifts, frequencies, starts, lookup, numbers)
                     state, at = _renewed(np.uint32(state >> np.uint32(13)), words, at)
                     if at < 0:
                         return False
-                numbers[t, c] = np.float32(whole - (1 << 25))
+                row[t] = np.float32(whole - (1 << 25))
             else:
                 number = np.int64(symbol) - 64
                 if shift > 0:
@@ -366,6 +371,6 @@ def _decode(words, states, tables, shifts, frequencies, starts, lookup, numbers)
                     if at < 0:
                         return False
                     number = (number << shift) | low
-                numbers[t, c] = np.float32(number)
+                row[t] = np.float32(number)
             states[t & 1] = state
     return at == words.size and states[0] == 1 << 16 and states[1] == 1 << 16

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cakekv.codec.basis import Array, Basis, PlaneBasis
-from cakekv.codec.kvtc import costs_of, tables_for
+from cakekv.codec.kvtc import LEAST, costs_of, tables_for
 
 WIDEST = 256
 """Heads are taken together up to so many elements: what more of them would save, decoding would lose."""
-_EVENNESS = 0.05
+_EVENNESS = 0.2
 """The share of a plane's sensitivity that is spread evenly, because few texts do not show all that may matter."""
 _EVERY = 4
 """Of the tokens, so many are looked at once for how large coefficients are."""
@@ -82,13 +83,14 @@ class Learner:
         Basis
             Without its digest, which it has once it is read from a file.
         """
-        planes, samples = {}, {}
+        planes: dict[tuple[str, int], PlaneBasis] = {}
+        samples: dict[tuple[str, int], Array] = {}
         for key, one in sorted(self._moments.items()):
             fitted = [_fitted(*block, one.count) for block in zip(one.total, one.squares, one.sensitivity, strict=True)]
             mean, rows, scale = (np.stack(column).astype(np.float32) for column in zip(*fitted, strict=True))
             rows = rows.astype(np.float16).astype(np.float32)  # as it is kept
             plane = PlaneBasis(mean, rows, scale, np.zeros_like(mean))
-            sample = (np.concatenate(one.sample, 1) - mean[:, None]) @ plane.inverse
+            sample: Array = (np.concatenate(one.sample, 1) - mean[:, None]) @ plane.inverse
             spread = np.maximum(np.abs(sample).mean(1), 1e-30)
             planes[key] = PlaneBasis(mean, rows, scale, spread)
             samples[key] = sample[:, :: max(1, sample.shape[1] // 256)]
@@ -128,17 +130,17 @@ def _rates(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Steps, and how many bits an element takes with each."""
     largest = max(float(plane.spread.max()) for plane in planes.values())
-    steps = largest * 8 * _GROWTH ** np.arange(_STEPS)
+    steps = np.array([largest * 8 * _GROWTH**step for step in range(_STEPS)])
     elements = sum(sample.size for sample in samples.values())
     rates = []
     for step in steps:
         bits = 0.0
         for key, plane in planes.items():
             for sizes, sample in zip(plane.spread / step, samples[key], strict=True):
-                coded = sizes >= 0.02
+                coded = sizes >= LEAST
                 bits += costs_of(sample[:, coded] / step, *tables_for(sizes[coded]))
         rates.append(bits / elements)
-    return steps, np.maximum.accumulate(np.array(rates))
+    return steps, np.array(list(accumulate(rates, max)))
 
 
 def learn(texts: Iterable[Iterable[tuple[str, int, Seen]]]) -> Basis:

@@ -15,8 +15,8 @@ from typing import Any
 from cakekv.errors import BadInput, CakeError
 
 _NAMES = ("Zoe", "Yuri", "Xaver", "Wanda", "Viktor", "Ursula", "Tilda", "Sven")
-_PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing")
-_PACKAGES += ("sqlite3", "unittest", "urllib", "wsgiref", "xml", "zipfile")
+_PACKAGES = ["asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing"]
+_PACKAGES += ["sqlite3", "unittest", "urllib", "wsgiref", "xml", "zipfile"]
 
 
 def learning_texts(tokenizer: Any, count: int, tokens: int, folder: Path | None = None) -> Iterator[list[int]]:
