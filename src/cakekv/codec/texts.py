@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cakekv.errors import BadInput, CakeError
+from cakekv.prompt import ids_before_every_text, ids_of
 
 _NAMES = ("Zoe", "Yuri", "Xaver", "Wanda", "Viktor", "Ursula", "Tilda", "Sven")
 _PACKAGES = ["asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing"]
@@ -41,13 +42,14 @@ def learning_texts(tokenizer: Any, count: int, tokens: int, folder: Path | None 
     kinds = [_topics(), _modules(), _records()]
     if folder is not None:
         kinds.append(file.read_text("utf-8", "replace") for file in sorted(folder.rglob("*.txt")))
+    bos = ids_before_every_text(tokenizer)
     for number in range(count):
-        kind, text = kinds[number % len(kinds)], list[int]()
+        kind, text = kinds[number % len(kinds)], list(bos)
         while len(text) < tokens:
             piece = next(kind, None)
             if piece is None:
                 raise BadInput(f"there is not enough text for {count} documents of {tokens} tokens: ask for fewer")
-            text += (int(token) for token in tokenizer(piece + "\n\n", add_special_tokens=False)["input_ids"])
+            text += ids_of(tokenizer, piece + "\n\n")
         yield text[:tokens]
 
 

@@ -98,7 +98,7 @@ class TurboQuant(Codec):
     def decode_tensors(self, plane: Plane, codes: list[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        from cakekv.codec.tensors import numbers, unpacked
+        from cakekv.codec.tensors import unpacked
 
         code, (heads, tokens, width) = codes[0], plane.shape
         tables = (_levels(self._bits(plane), width), _GRADES, *_rotation(width))

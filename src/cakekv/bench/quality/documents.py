@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cakekv.errors import BadInput, CakeError
+from cakekv.prompt import ids_before_every_text, ids_of
 
 KINDS = ("reference", "source", "records")
 NEEDLES = 3
@@ -83,7 +84,7 @@ def make_documents(
     if context_tokens < 256:
         raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
     sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
-    bos = _before_every_text(tokenizer)
+    bos = ids_before_every_text(tokenizer)
     rng = random.Random(20240)
     documents = []
     for number in range(count):
@@ -96,7 +97,7 @@ def make_documents(
                 raise BadInput(
                     f"there is not enough text of the kind {kind!r} for {count} documents of {wanted} tokens"
                 )
-            tokens += _ids(tokenizer, piece + "\n\n")
+            tokens += ids_of(tokenizer, piece + "\n\n")
         documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng))
     return documents
 
@@ -108,10 +109,10 @@ def _document(
     needles, facts = [], []
     for name in rng.sample(_NAMES, NEEDLES):
         code = str(rng.randrange(10000, 100000))
-        facts.append(_ids(tokenizer, f"\nThe secret code of {name} is {code}.\n"))
+        facts.append(ids_of(tokenizer, f"\nThe secret code of {name} is {code}.\n"))
         question = f"\n\nAs said above, the secret code of {name} is"
-        whole = _ids(tokenizer, f"{question} {code}")
-        begin = len(_ids(tokenizer, question))
+        whole = ids_of(tokenizer, f"{question} {code}")
+        begin = len(ids_of(tokenizer, question))
         needles.append(Needle(tuple(whole[:begin]), tuple(whole[begin:])))
     room = context_tokens - sum(map(len, facts))
     context: list[int] = []
@@ -120,18 +121,6 @@ def _document(
         context += tokens[begin:end] + fact
     context += tokens[room * NEEDLES // (NEEDLES + 1) : room]
     return Document(kind, context, tokens[room : room + continuation_tokens], needles)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens alone."""
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _before_every_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts first, such as BOS, without which some models hardly understand a text."""
-    text = "a"
-    whole = [int(token) for token in tokenizer(text)["input_ids"]]
-    return whole[: whole.index(_ids(tokenizer, text)[0])]
 
 
 def _texts(kind: str, folder: Path | None) -> Iterator[str]:
