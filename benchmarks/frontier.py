@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from cakekv.bench.quality.picture import Measured, beaten, quality_picture
+from cakekv.bench.quality.picture import Measured, beaten_by, quality_picture
 
 HERE = Path(__file__).resolve().parent
 MODELS = {
@@ -37,9 +37,12 @@ def main() -> None:
     """Write frontier.png."""
     models = {title: measured(*files) for title, files in MODELS.items()}
     quality_picture(models, HERE / "frontier.png")
-    for recipe in next(iter(models.values())):
-        if all(recipe in one and beaten(recipe, one) for one in models.values()):
-            typer.echo(f"{recipe}: beaten on every model")
+    for recipe in dict.fromkeys(recipe for one in models.values() for recipe in one):
+        better = [set(beaten_by(recipe, one)) for one in models.values() if recipe in one]
+        if len(better) == len(models) and (everywhere := set.intersection(*better)):
+            typer.echo(f"{recipe}: beaten on every model by {', '.join(sorted(everywhere))}")
+        elif len(better) == len(models) and all(better):
+            typer.echo(f"{recipe}: beaten on every model, by different recipes")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.image import imread
 
 from benchmarks.frontier import MODELS, measured
-from cakekv.bench.quality.picture import Measured, beaten, frontier, quality_picture
+from cakekv.bench.quality.picture import Measured, beaten_by, frontier, quality_picture
 
 ONE = {
     "best": Measured(100, 0.99, 0.001),
@@ -20,7 +20,10 @@ ONE = {
 
 
 def test_what_is_beaten_lies_inside_the_frontier() -> None:
-    assert [recipe for recipe in ONE if beaten(recipe, ONE)] == ["worse", "large"]
+    better = {recipe: beaten_by(recipe, ONE) for recipe in ONE}
+    assert better.pop("worse") == ["small", "twin"]
+    assert better.pop("large") == ["best"]
+    assert not any(better.values())
     assert frontier([(one.bytes_per_token, one.kl) for one in ONE.values()]) == [(50, 0.1), (100, 0.001)]
     assert frontier([]) == []
 

@@ -101,8 +101,8 @@ def quality(
         new = judge.judge(document, [codecs[one] for one in missing], shares)
         if kept is not None and json_file is not None:
             check_same(json_file, kept[number], new[0])
-        for variant, one in zip(product(shares, missing), new, strict=True):
-            judged[variant[::-1]].append(one)
+        for (share, name), judgement in zip(product(shares, missing), new, strict=True):
+            judged[name, share].append(judgement)
         figures = [summary(name, codecs[name], ones, share) for (name, share), ones in judged.items()]
         if json_file is not None:  # so that an interrupted run leaves what it has
             several = {"recipes": figures, "paired": paired(dict(zip(variants, judged.values(), strict=True)))}

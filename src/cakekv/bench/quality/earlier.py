@@ -77,5 +77,5 @@ def check_same(file: Path, before: Judgement, now: Judgement) -> None:
 
 
 def _judgement(document: Mapping[str, Any]) -> Judgement:
-    values = {field.name: document[field.name] for field in fields(Judgement)}
+    values: dict[str, Any] = {field.name: document[field.name] for field in fields(Judgement)}
     return Judgement(**{name: math.nan if value is None else value for name, value in values.items()})

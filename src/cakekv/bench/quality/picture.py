@@ -22,14 +22,14 @@ class Measured(NamedTuple):
     kl: float
 
 
-def beaten(recipe: str, measured: Mapping[str, Measured]) -> bool:
-    """Whether another recipe takes no more bytes, and is nearer to the exact cache in agreement and divergence."""
+def beaten_by(recipe: str, measured: Mapping[str, Measured]) -> list[str]:
+    """The recipes that take no more bytes, and are nearer to the exact cache in agreement and divergence."""
     mine = measured[recipe]
-    return any(
-        other.bytes_per_token <= mine.bytes_per_token and other.kl < mine.kl and other.agreement >= mine.agreement
+    return [
+        name
         for name, other in measured.items()
-        if name != recipe
-    )
+        if other.bytes_per_token <= mine.bytes_per_token and other.kl < mine.kl and other.agreement >= mine.agreement
+    ]
 
 
 def frontier(points: Collection[tuple[float, float]]) -> list[tuple[float, float]]:
