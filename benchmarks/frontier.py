@@ -15,8 +15,8 @@ from cakekv.bench.quality.picture import Measured, beaten_by, quality_picture
 
 HERE = Path(__file__).resolve().parent
 MODELS = {
-    "SmolLM2-135M-Instruct: 3 KV heads of width 64": ("quality_float32.json", "quality.json"),
-    "Gemma-3-270M: one KV head of width 256": ("quality_gemma.json", "quality_gemma_bfloat16.json"),
+    "SmolLM2-135M-Instruct: 3 KV heads of width 64": ("quality_float32.json", "quality_bytes.json"),
+    "Gemma-3-270M: one KV head of width 256": ("quality_gemma.json", "quality_gemma_bytes.json"),
 }
 """By title: the files with the answers and with the bytes."""
 

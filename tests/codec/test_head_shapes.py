@@ -12,6 +12,7 @@ import pytest
 from cakekv.chunk import segments
 from cakekv.codec import CODECS, codec_named
 from cakekv.codec.base import Codec, Plane
+from cakekv.codec.cachegen import shrunk
 from cakekv.codec.coder import ChunkCoder
 from cakekv.demo.document import read_document
 from cakekv.demo.model import demo_model
@@ -96,6 +97,19 @@ def test_a_few_wide_channels_do_not_hide_the_others(recipe: str) -> None:
             plane = Plane("values", 2, 4, heads, CHUNK, width, "float32")
         values = unlike_channels(plane)
         assert lost(values, through(codec, plane, values)) <= most(recipe, plane), (role, heads, width)
+
+
+def test_cachegen_makes_only_far_channels_smaller() -> None:
+    rng = np.random.default_rng(3)
+    values = (rng.standard_normal((2, CHUNK, 64)) * rng.uniform(0.5, 2, (2, 1, 64))).astype(np.float32)
+    values[1, :, 7] += 10
+    assert np.array_equal(shrunk(values), values)
+    values[0, :, 5] *= 100
+    smaller = shrunk(values)
+    assert np.array_equal(np.delete(smaller[0], 5, 1), np.delete(values[0], 5, 1))
+    assert np.array_equal(smaller[1], values[1])
+    middle = np.median(np.sqrt((values**2).mean(1)))
+    assert 16 * middle / 2**0.5 < np.abs(smaller[0, :, 5]).max() <= 16 * middle * 1.0001
 
 
 @pytest.fixture(scope="module")
