@@ -24,7 +24,7 @@ from tests.bases import planes_of, ready
 
 KEY = ChunkKey(bytes(range(32)))
 MORE = ["cachegen:level=1", "kivi:bits=3", "kivi:bits=4", "int4:group=7", "int4:keys=token", "think:pairwise=yes"]
-MORE += ["k5v4:group=7", "nuq3:rope=after"]
+MORE += ["k5v4:group=7", "nuq3:rope=after", "turboquant:keys=3,values=2"]
 RECIPES = [*CODECS, *MORE]
 SHAPES = [(1, 1, 1), (2, 5, 3), (1, 33, 8), (3, 16, 64), (2, 64, 32), (2, 40, 80)]
 TYPES = ["bfloat16", "float16", "float32"]
@@ -43,7 +43,7 @@ PLANES = [
     *(Plane("values", 3, 4, *shape, dtype) for shape, dtype in product(SHAPES, TYPES)),
 ]
 ERROR = {"raw": 0.0, "int8": 0.008, "fp8": 0.07, "two_plane": 0.008, "int4": 0.08, "kivi": 0.35, "think": 1.0}
-ERROR |= {"kvtc": 0.5, "k5v4": 0.08, "cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008}
+ERROR |= {"kvtc": 0.5, "k5v4": 0.08, "cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008, "turboquant": 0.3}
 """Largest error of an element, as a share of the largest magnitude in its plane."""
 
 
@@ -146,6 +146,8 @@ def test_every_parameter_is_in_the_fingerprint(codec: Codec) -> None:
     others |= {"level": 3, "outliers": 0.03, "rope": "after"}
     if codec.name == "ladder":
         others["read"] = 1
+    if codec.name == "turboquant":
+        others |= {"keys": 4, "values": 2, "center": not codec.center}
     if codec.name == "kivi" and codec.fingerprint.count('"bits":3'):
         others["bits"] = 4
     if codec.name == "raw":

@@ -24,6 +24,7 @@ from tests.codec.test_contract import KEY, LAYOUT, PLANES, chunk, encoded, sampl
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RECIPES = ["fp8", "int8", "int4", "kivi", "kivi:bits=3", "kivi:bits=4", "k5v4", "k5v4:group=7", "two_plane", "ladder"]
+RECIPES += ["turboquant", "turboquant:center=no,keys=2,values=3"]
 MORE = ["int8:group=1", "int4:group=7", "int4:keys=token", "kivi:bits=3,group=2147483647", "ladder:group=5,keys=token"]
 
 
