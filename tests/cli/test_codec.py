@@ -35,7 +35,7 @@ def test_its_help() -> None:
 
 
 def test_too_few_texts(tiny_model: Path, tmp_path: Path) -> None:
-    run = CliRunner().invoke(
-        app, ["codec", "learn", "--model", str(tiny_model), "--tokens", "8000", "--documents", "900"]
-    )
+    learn = ["codec", "learn", "--model", str(tiny_model), "--texts", str(tmp_path), "--documents", "4"]
+    run = CliRunner().invoke(app, learn)
     assert run.exit_code != 0
+    assert "not enough text" in run.output

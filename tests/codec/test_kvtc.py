@@ -103,12 +103,12 @@ def test_more_bits_come_closer(engine: TransformersEngine) -> None:
         with Cake(engine, store=store, chunk_tokens=32, codec=f"kvtc:bits={bits}") as other:
             restored = other.prefill(prompt, mode="load")
         assert restored.report.lossy_tokens == 320
-        away.append(float((restored.logits - exact.logits).abs().max()))
+        away.append(float((restored.logits - exact.logits).abs().mean()))
         for mine, theirs in zip(restored.cache.stored, exact.cache.stored, strict=True):
             for region, expected in zip(mine.regions, theirs.regions, strict=True):
                 assert torch.equal(region[:, :SINKS], expected[:, :SINKS])
     assert sizes == sorted(sizes)
-    assert away[0] > 2 * away[1] > 4 * away[2]
+    assert away[0] > 1.2 * away[1] > 5 * away[2]
 
 
 def test_tokens_that_are_far_out_stay_exact() -> None:
@@ -142,8 +142,10 @@ def test_what_matters_gets_the_bits() -> None:
 
 
 def test_bits_beyond_what_was_learned_are_refused(learned: bytes) -> None:
-    with pytest.raises(BadInput, match="bits is 12"):
-        Kvtc(bits=12).with_basis(Basis.from_bytes(learned))
+    coarse = Basis.from_bytes(tampered(learned, "rates", lambda table: np.linspace(0.5, 3, table.size)))
+    for bits in (0.25, 6):
+        with pytest.raises(BadInput, match=f"bits is {bits}, .* from 0.5 to 3"):
+            Kvtc(bits=bits).with_basis(coarse)
     with pytest.raises(BadInput, match="must be from"):
         Kvtc(bits=0)
 

@@ -208,13 +208,13 @@ class _Transform:
         flat = values.transpose(1, 0, 2).reshape(tokens, len(self._rows), -1)
         blocks = enumerate(zip(self._basis.mean, self._columns, strict=True))
         with np.errstate(over="ignore", invalid="ignore"):  # a token that is too far out stays exact
-            return np.concatenate([(flat[:, block] - mean) @ columns for block, (mean, columns) in blocks], 1)
+            return np.concatenate([_product(flat[:, block] - mean, columns) for block, (mean, columns) in blocks], 1)
 
     def values(self, numbers: npt.NDArray[np.float32], plane: Plane) -> Values:
         """The reverse: (heads, tokens, width)."""
         ends = np.cumsum(self._coded)[:-1]
         pieces = zip(np.split(numbers, ends, 1), self._rows, self._basis.mean, strict=True)
-        flat = np.concatenate([piece @ rows + mean for piece, rows, mean in pieces], 1)
+        flat = np.concatenate([_product(piece, rows) + mean for piece, rows, mean in pieces], 1)
         return flat.reshape(-1, plane.heads, plane.width).transpose(1, 0, 2)
 
 
@@ -277,6 +277,20 @@ def _coding() -> _Coding:
 
 
 _CODING = _coding()
+
+
+@compiled
+def _product(left, right):  # type: ignore[no-untyped-def]
+    """Of two matrices. Loader threads would wait for each other in a BLAS with threads of its own."""
+    product = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for i in range(left.shape[0]):
+        row = product[i]
+        for j in range(left.shape[1]):
+            factor = left[i, j]
+            if factor != 0:  # as many coefficients are
+                for k in range(row.size):
+                    row[k] += factor * right[j, k]
+    return product
 
 
 @compiled
