@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from cakekv.codec.base import Codec, Plane
 from cakekv.codec.basis import Basis, basis_file, write_basis
 from cakekv.codec.kvtc import Kvtc
 from cakekv.codec.learning import Learner, Seen
-from cakekv.engine.transformers import TransformersEngine
 from cakekv.layout import KVLayout
+
+if TYPE_CHECKING:
+    from cakekv.engine.transformers import TransformersEngine
 
 
 def ready(codec: Codec, planes: Iterable[Plane]) -> Codec:

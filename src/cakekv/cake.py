@@ -172,6 +172,8 @@ class Cake:
         )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
+        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
+        self.options = options
         self.engine = engine
         self.tokenizer = tokenizer
         self._tokenizing = Tokenizing(tokenizer)
@@ -180,8 +182,6 @@ class Cake:
         self._own = [store for store, one in zip(stores, given, strict=True) if not isinstance(one, Store)]
         self.tiers = [tier for given in stores for tier in given.tiers]
         self.last_report: RestoreReport | None = None
-        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
-        self.options = options
         identity = engine.identity(options.chunk_tokens, tenant, options.codec.fingerprint)
         self._coder = coder = ChunkCoder(
             options.codec, engine.layout, options.chunk_tokens, identity.dtype, engine.rotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,19 +57,24 @@ class Kvtc(Codec):
     name: ClassVar[str] = "kvtc"
     fixed: ClassVar[bool] = False
     bits: float = 2.0
+    if TYPE_CHECKING:
+        _basis: ClassVar[Basis | None]  # of an instance, in truth, but no parameter
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("bits", 0.02 <= self.bits <= 12, "from 0.02 to 12")
-        object.__setattr__(self, "_basis", None)
+        self._bind(None)
+
+    def _bind(self, basis: Basis | None) -> None:
+        object.__setattr__(self, "_basis", basis)
 
     def for_model(self, weights: Iterable[str]) -> Kvtc:
-        return self.with_basis(find_basis(weights))
+        return self if self._basis else self.with_basis(find_basis(weights))
 
     def with_basis(self, basis: Basis) -> Kvtc:
         """The same codec, with this basis."""
         bound = replace(self)
-        object.__setattr__(bound, "_basis", basis)
+        bound._bind(basis)
         _ = bound._step
         return bound
 
@@ -80,8 +85,8 @@ class Kvtc(Codec):
     @property
     def fingerprint(self) -> str:
         """With the digest of the basis, once it has one."""
-        basis: Basis | None = self._basis  # type: ignore[attr-defined]
-        return canonical({"base": super().fingerprint, "basis": basis.digest}) if basis else super().fingerprint
+        base = super().fingerprint
+        return canonical({"base": base, "basis": self._basis.digest}) if self._basis else base
 
     def check_plane(self, plane: Plane) -> None:
         basis = self._learned.planes.get((plane.role, plane.layer))
@@ -153,8 +158,7 @@ class Kvtc(Codec):
 
     @property
     def _learned(self) -> Basis:
-        basis: Basis | None = self._basis  # type: ignore[attr-defined]
-        return basis or find_basis(())
+        return self._basis or find_basis(())
 
     @cached_property
     def _step(self) -> float:

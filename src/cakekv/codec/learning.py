@@ -90,7 +90,7 @@ class Learner:
             mean, rows, scale = (np.stack(column).astype(np.float32) for column in zip(*fitted, strict=True))
             rows = rows.astype(np.float16).astype(np.float32)  # as it is kept
             plane = PlaneBasis(mean, rows, scale, np.zeros_like(mean))
-            sample: Array = (np.concatenate(one.sample, 1) - mean[:, None]) @ plane.inverse
+            sample = ((np.concatenate(one.sample, 1) - mean[:, None]) @ plane.inverse).astype(np.float32)
             spread = np.maximum(np.abs(sample).mean(1), 1e-30)
             planes[key] = PlaneBasis(mean, rows, scale, spread)
             samples[key] = sample[:, :: max(1, sample.shape[1] // 256)]
