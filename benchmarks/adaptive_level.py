@@ -29,7 +29,7 @@ import typer
 from cakekv.bench.bound import compute_curve
 from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import Document, make_documents
-from cakekv.bench.quality.judge import divergence, follow
+from cakekv.bench.quality.judge import Reference, follow
 from cakekv.cake import Cake
 from cakekv.cli.console import write_json
 from cakekv.cli.model import load_cake
@@ -136,11 +136,11 @@ class Comparison:
         """One document through every variant."""
         self.store(document)
         exact = self.cakes["3 of 3"].prefill(prompt_of(document), mode="compute", save=False)
-        reference = follow(self.engine, exact.cache, document)
+        reference = Reference(follow(self.engine, exact.cache, document))
         result: dict[str, Any] = {"kind": document.kind, "compute_s": exact.report.ttft_s}
         for name, cake in self.cakes.items():
             run = self.run(cake, document)
-            kl, agreement = divergence(reference, follow(self.engine, run.cache, document))
+            kl, agreement, _ = reference.compare(follow(self.engine, run.cache, document))
             report = run.report
             result[name] = {
                 "ttft_s": report.ttft_s,

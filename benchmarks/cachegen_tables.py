@@ -19,7 +19,7 @@ from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import Document, make_documents
 from cakekv.cli.console import write_json
 from cakekv.codec.base import Plane, Values
-from cakekv.codec.cachegen import STEPS, CacheGen
+from cakekv.codec.cachegen import STEPS, CacheGen, shrunk
 from cakekv.demo.model import demo_model
 from cakekv.engine.transformers import TransformersEngine, load_tokenizer
 
@@ -85,7 +85,7 @@ def plane_of(values: Values, index: int, layer: int, layers: int) -> Plane:
 
 def symbols(codec: CacheGen, plane: Plane, values: Values) -> npt.NDArray[np.int64]:
     """What is coded of each element, from 0 on: (channels, tokens)."""
-    steps = codec.steps(plane)
+    steps, values = codec.steps(plane), shrunk(values)
     scale = np.abs(values).max(axis=(0, 2), keepdims=True) / steps
     levels: npt.NDArray[np.int64] = np.rint(values / np.maximum(scale, 1e-30)).astype(np.int64) + _SYMBOLS // 2
     return levels.transpose(0, 2, 1).reshape(-1, plane.tokens)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from cakekv.codec import CODECS
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -217,9 +219,10 @@ def judged(data: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
         interval = f" ({low:{form}}–{high:{form}})" if name in ("agreement", "kl", "retrieval") else ""
         return f"{one[name]:{form}}{interval}"
 
-    rows = [
-        [f"`{one['recipe']}`", *(cell(one, name, form) for name, form in columns.values())] for one in data["recipes"]
-    ]
+    # Recipes that were added later stand beside their like.
+    order = list(CODECS)
+    recipes = sorted(data["recipes"], key=lambda one: order.index(one["recipe"].partition(":")[0]))
+    rows = [[f"`{one['recipe']}`", *(cell(one, name, form) for name, form in columns.values())] for one in recipes]
     documents = f"; {len(data['recipes'][0]['documents'])} documents of {data['context_tokens']:,} tokens"
     return markdown(["recipe", *columns], rows) + measured(data, documents)
 
@@ -285,6 +288,8 @@ TABLES = {
     "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),
     "quality_float32": Table("docs/codecs.md", quality_float32),
+    "quality_gemma": Table("docs/codecs.md", quality_float32),
+    "quality_4k": Table("docs/codecs.md", quality_float32),
     "table6": Table("docs/codecs.md", table6),
     "adaptive_level": Table("docs/codecs.md", adaptive_level),
 }

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
 from threading import Lock, get_ident
@@ -172,6 +173,7 @@ class Cake:
         )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
+        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
         self.options = options
         self.engine = engine
         self.tokenizer = tokenizer

@@ -26,6 +26,18 @@ _BESIDE = {"attention_mask", "token_type_ids", "special_tokens_mask", "offset_ma
 """What a tokenizer may return beside the token ids without changing what a causal model computes."""
 
 
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens alone, without what the tokenizer puts around texts."""
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def ids_before_every_text(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts first, such as BOS, without which some models hardly understand a text."""
+    text = "a"
+    whole = [int(token) for token in tokenizer(text)["input_ids"]]
+    return whole[: whole.index(ids_of(tokenizer, text)[0])]
+
+
 def check_text(text: str, name: str) -> None:
     """Refuse a text that cannot be written as UTF-8, and that no tokenizer can read.
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -34,6 +35,43 @@ def test_figures_and_their_intervals_are_written(tiny_model: Path, tmp_path: Pat
     data = json.loads(file.read_text())
     assert [one["computed"] for one in data["recipes"]] == [0.0, 0.5]
     assert data["paired"][0]["b"] == "int8, 0.5 computed"
+
+
+def test_more_recipes_are_added_to_a_file(tiny_model: Path, tmp_path: Path) -> None:
+    def judge(file: Path, *arguments: object) -> Any:
+        command = ["quality", "--model", tiny_model, "--tokens", 256, "--continuation", 16, "--json", file, *arguments]
+        return CliRunner().invoke(app, [str(one) for one in command])
+
+    def answers(file: Path) -> Any:
+        """Without what depends on the moment."""
+        data = json.loads(file.read_text())
+        for one in data["recipes"]:
+            for figures in (one, one["intervals"], *one["documents"]):
+                del figures["encode_gbps"], figures["decode_gbps"]
+        return data["recipes"], data["paired"]
+
+    at_once, one_by_one, three = tmp_path / "at-once.json", tmp_path / "one-by-one.json", ("--documents", 3)
+    assert judge(at_once, *three, "--recipe", "int8", "--recipe", "int4", "--recipe", "fp8").exit_code == 0
+    for more in (["--recipe", "int8"], ["--recipe", "int8", "--recipe", "int4"], ["--recipe", "fp8"]):
+        result = judge(one_by_one, *three, "--add", *more)
+        assert result.exit_code == 0, result.stderr
+    assert answers(one_by_one) == answers(at_once)
+    assert json.loads(one_by_one.read_text())["command"].count("; then ") == 2
+
+    before = one_by_one.read_text()
+    for arguments, complaint in (
+        (["--recipe", "int8"], "all of these recipes"),
+        (["--recipe", "raw", "--dtype", "float32"], "dtype"),
+        (["--recipe", "raw", "--documents", 2], "2 documents"),
+    ):
+        result = judge(one_by_one, *three, "--add", *arguments)
+        assert result.exit_code == 2
+        assert complaint in result.stderr
+    one_by_one.write_text(before.replace('"asked": ', '"asked": 1'))
+    assert "its documents are not those" in judge(one_by_one, *three, "--add", "--recipe", "raw").stderr
+    one_by_one.write_text(before.replace('\\"codec\\":\\"int4\\"', '\\"codec\\":\\"int5\\"'))
+    assert "judge it again with --recipe int4" in judge(one_by_one, *three, "--add", "--recipe", "raw").stderr
+    assert judge(one_by_one, *three, "--add", "--recipe", "int4").exit_code == 0
 
 
 def test_bad_input_is_refused(tiny_model: Path) -> None:

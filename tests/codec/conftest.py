@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cakekv.codec import basis
 from cakekv.engine.transformers import TransformersEngine
+from tests.bases import learn_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bases_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bases that tests learn stay out of the user's own cache."""
+    folder = tmp_path_factory.mktemp("bases")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(basis, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")
-def make_engine() -> Callable[[str], TransformersEngine]:
+def make_engine(bases_folder: None) -> Callable[[str], TransformersEngine]:
     """Takes the name of the dtype."""
     return _engine
 
@@ -29,4 +40,6 @@ def _engine(dtype: str) -> TransformersEngine:
         max_position_embeddings=1024,
         initializer_range=0.2,
     )
-    return TransformersEngine(LlamaForCausalLM(config).to(getattr(torch, dtype)))
+    engine = TransformersEngine(LlamaForCausalLM(config).to(getattr(torch, dtype)))
+    learn_model(engine)
+    return engine

@@ -20,6 +20,7 @@ from cakekv.errors import CannotEncode, CorruptChunk
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.rotation import Rotation
+from tests.bases import planes_of, ready
 
 KEY = ChunkKey(bytes(range(32)))
 MORE = ["cachegen:level=1", "kivi:bits=3", "kivi:bits=4", "int4:group=7", "int4:keys=token", "think:pairwise=yes"]
@@ -42,7 +43,7 @@ PLANES = [
     *(Plane("values", 3, 4, *shape, dtype) for shape, dtype in product(SHAPES, TYPES)),
 ]
 ERROR = {"raw": 0.0, "int8": 0.008, "fp8": 0.07, "two_plane": 0.008, "int4": 0.08, "kivi": 0.35, "think": 1.0}
-ERROR |= {"k5v4": 0.08, "cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008, "turboquant": 0.3}
+ERROR |= {"kvtc": 0.5, "k5v4": 0.08, "cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008, "turboquant": 0.3}
 """Largest error of an element, as a share of the largest magnitude in its plane."""
 
 
@@ -58,7 +59,7 @@ def sample(plane: Plane, seed: int = 0) -> Any:
 
 
 def encoded(codec: Codec, plane: Plane, values: Any) -> list[Any]:
-    codes = []
+    codec, codes = ready(codec, [plane]), []
     for part in range(codec.parts):
         code = np.full(codec.size(plane, part) + 16, 0xA5, np.uint8)
         used = codec.encode(plane, values, code[:-16], part)
@@ -70,7 +71,7 @@ def encoded(codec: Codec, plane: Plane, values: Any) -> list[Any]:
 
 def decoded(codec: Codec, plane: Plane, codes: list[Any]) -> Any:
     room = np.full((plane.heads + 2, *plane.shape[1:]), np.nan, np.float32)
-    codec.decode(plane, codes, room[1:-1])
+    ready(codec, [plane]).decode(plane, codes, room[1:-1])
     assert np.isnan(room[[0, -1]]).all()
     return room[1:-1].copy()
 
@@ -97,6 +98,9 @@ def test_planes_of_one_value(codec: Codec, value: float) -> None:
     for plane in (Plane("keys", 0, 1, 2, 20, 16, "float32", unturned), Plane("values", 0, 1, 2, 20, 16, "float32")):
         values = np.full(plane.shape, value, np.float32)
         back = decoded(codec, plane, encoded(codec, plane, values))
+        if codec.name == "kvtc":  # its steps are the model's, not the plane's
+            assert np.isfinite(back).all()
+            continue
         kept = back if codec.name != "think" or plane.role == "values" else back[back != 0]
         assert np.allclose(kept, value, rtol=0.01, atol=1e-36)
 
@@ -171,6 +175,7 @@ def chunk(coder: ChunkCoder, seed: int = 0) -> tuple[bytearray, memoryview | Non
 
 
 def coder_of(codec: Codec) -> ChunkCoder:
+    codec = ready(codec, planes_of(LAYOUT))
     return ChunkCoder(codec, LAYOUT, 64, "bfloat16", lambda: [rotation(32)] * 5)
 
 

@@ -120,6 +120,24 @@ def test_documents_are_the_same_every_time() -> None:
         make_documents(Words(), 1, 100, 10)
 
 
+class WordsBehindBos(Words):
+    """Puts a token first unless told otherwise, and one last."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        plain = super().__call__(text)["input_ids"]
+        return {"input_ids": [300, *plain, 301] if add_special_tokens else plain}
+
+
+def test_documents_begin_as_the_tokenizer_begins_texts() -> None:
+    with_bos, without = (make_documents(tokenizer, 3, 600, 50) for tokenizer in (WordsBehindBos(), Words()))
+    assert [document.needles for document in with_bos] == [document.needles for document in without]
+    for document in with_bos:
+        assert document.context[0] == 300
+        assert {300, 301}.isdisjoint([*document.context[1:], *document.tail])
+        assert len(document.context) == 600
+        assert len(document.continuation) == 50
+
+
 def test_intervals() -> None:
     assert interval([(2.0, 1.0)] * 5) == (2.0, 2.0, 2.0)
     mean, low, high = interval([(float(i), 1.0) for i in range(20)])

@@ -19,6 +19,7 @@ from cakekv.rotation import Rotation
 from cakekv.store.encrypted import EncryptedStore
 from cakekv.store.keyring import Keyring
 from cakekv.store.memory import MemoryStore
+from tests.bases import planes_of, ready
 from tests.store.chunks import read
 
 DAMAGES, LONG_DAMAGES = 4_000, 10_000
@@ -55,7 +56,7 @@ def forms() -> Iterator[tuple[str, bytes]]:
     yield "many layers", bytes(many)
     yield "encrypted many layers", encrypted(bytes(many))  # several blocks, and tags of more than one
     for name in CODECS.keys() - {"raw"}:
-        coder = ChunkCoder(codec_named(name), LAYOUT, 32, "float32", lambda: [ROTATION] * 3)
+        coder = ChunkCoder(ready(codec_named(name), planes_of(LAYOUT)), LAYOUT, 32, "float32", lambda: [ROTATION] * 3)
         coded = coder.encode(memoryview(chunk), memoryview(bytearray(exact.total_bytes)), KEY, POSITION)
         assert coded is not None
         yield name, bytes(coded)

@@ -19,7 +19,7 @@ from cakekv.chunk import read_header, segments
 from cakekv.keys import ChunkKey
 
 CHUNKS = 7
-CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS}
+CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS, "kvtc": CHUNKS}
 """How many of a prompt's seven chunks are stored encoded: the newest 128 tokens of "kivi" are not."""
 
 
@@ -126,8 +126,38 @@ def coded_engine(
         engine.assert_nothing_leaked()
 
 
+@pytest.fixture(scope="module")
+def basis(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The digest of a basis of made-up planes, kept for the model as `cakekv codec learn` would."""
+    from cakekv.codec.basis import Basis, basis_file, write_basis
+    from cakekv.codec.learning import Learner, Seen
+    from cakekv.keys import fingerprint_files
+
+    rng, learner = np.random.default_rng(3), Learner()
+    for layer in range(3):
+        for role in ("keys", "values"):
+            learner.see(role, layer, Seen(*rng.standard_normal((2, 2, 300, 32)).astype(np.float32)))
+    data = learner.basis().to_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAKEKV_CACHE", str(tmp_path_factory.mktemp("bases")))
+        write_basis(data, [basis_file(fingerprint_files(model))])
+        yield Basis.from_bytes(data).digest
+
+
+def test_what_was_not_learned_is_refused(model: Path) -> None:
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    from cakekv.errors import BadOption
+
+    try:
+        with pytest.raises(BadOption, match=r"option codec is 'kvtc'.*cakekv codec learn"):
+            TinyEngine(model, {"store": "scripted://refused", "codec": "kvtc"})
+    finally:
+        ensure_kv_transfer_shutdown()
+
+
 @pytest.fixture(scope="module", params=CODECS)
-def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]]) -> Iterator[TinyEngine]:
+def coded(request: pytest.FixtureRequest, model: Path, plain: dict[int, list[int]], basis: str) -> Iterator[TinyEngine]:
     """An engine per codec."""
     with coded_engine(request.param, CODECS[request.param], model, plain) as engine:
         yield engine
@@ -156,6 +186,11 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
             for plane, whole in zip(found, (layers[layer].keys, layers[layer].values), strict=True):
                 expected = whole[0, :, chunk * BLOCK : (chunk + 1) * BLOCK].numpy()
                 np.testing.assert_allclose(plane, expected, atol=2e-3)
+
+
+def test_what_was_learned_is_part_of_every_key(coded: TinyEngine, basis: str) -> None:
+    layout = coded.half.chunk_names.identity.layout
+    assert (basis in layout) == (coded.worker.shards[0].coder.codec.name == "kvtc")
 
 
 def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:

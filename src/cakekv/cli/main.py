@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from cakekv import __version__, logs
-from cakekv.cli import ask, bench, demo, quality, simulate, simulate_cluster, simulate_retention, store, vllm_args
+from cakekv.cli import (
+    ask,
+    bench,
+    codec,
+    demo,
+    quality,
+    simulate,
+    simulate_cluster,
+    simulate_retention,
+    store,
+    vllm_args,
+)
 from cakekv.cli.console import EXIT_FAILED, Commands
 from cakekv.messages import inert, without_secrets
 
@@ -26,6 +37,7 @@ app.command()(ask.ask)
 app.command()(bench.bench)
 app.command()(quality.quality)
 app.command()(vllm_args.vllm_args)
+app.add_typer(codec.app, name="codec")
 app.add_typer(store.app, name="store")
 simulate.app.command()(simulate_cluster.cluster)
 simulate.app.command()(simulate_retention.retention)

@@ -21,6 +21,7 @@ CODECS = {
     "nuq3": "cakekv.codec.nuq3:Nuq3",
     "turboquant": "cakekv.codec.turboquant:TurboQuant",
     "cachegen": "cakekv.codec.cachegen:CacheGen",
+    "kvtc": "cakekv.codec.kvtc:Kvtc",
 }
 """Module and class by name; imported when named, because most need numba."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
@@ -140,6 +141,24 @@ class Codec(ABC):
     def parts_read(self) -> int:
         """How many of the parts loads should read."""
         return self.parts
+
+    def for_model(self, weights: Iterable[str]) -> Codec:
+        """The same codec with all that it has learned of a model, which enters into its fingerprint.
+
+        Parameters
+        ----------
+        weights : iterable of str
+            Fingerprints of the model's weights, under which something may have been kept.
+
+        Raises
+        ------
+        BadInput
+            It needs to have learned something, and there is nothing for this model.
+        """
+        return self
+
+    def check_plane(self, plane: Plane) -> None:  # noqa: B027  # most encode any
+        """Raise `BadInput` if it cannot encode such planes, whatever they hold."""
 
     @abstractmethod
     def size(self, plane: Plane, part: int = 0) -> int:

@@ -1,8 +1,9 @@
 """CacheGen: finer steps in early layers, and entropy coding with distributions known in advance (arXiv 2310.07240).
 
-Every token is scaled by its greatest element and rounded to a few steps, as in CacheGen's published code. The steps of
-a channel are coded by interleaved rANS (arXiv 1402.3392) with one of 64 distributions, which are not sent: a channel
-sends its mean, in quarters of a step, and which of 16 widths, two bytes in all.
+Every token is scaled by its greatest element and rounded to a few steps, as in CacheGen's published code. A channel
+that would take nearly all of the steps, as some do on wide heads with normalised keys, is made smaller beforehand.
+The steps of a channel are coded by interleaved rANS (arXiv 1402.3392) with one of 64 distributions, which are not sent:
+a channel sends its mean, in quarters of a step, which of 16 widths, and how much it was made smaller, two bytes in all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _SYMBOLS = 128
 _WIDTHS = 16
 _LEAST = 1 << 16
 _LANES = 4
+_REACH = 16.0
+"""How far a channel may reach, in multiples of the middle channel's RMS. Most models' keys stay within it."""
+_FACTORS = (2.0 ** (0.5 * np.arange(16))).astype(np.float32)
+"""By which a channel can be made smaller."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class CacheGen(Codec):
     """
 
     name: ClassVar[str] = "cachegen"
+    version: ClassVar[int] = 2
     fixed: ClassVar[bool] = False
     level: int = 2
 
@@ -64,7 +70,7 @@ class CacheGen(Codec):
     def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
         words = np.empty(plane.elements * _BITS // 16 + 2, np.uint16)
         head = _head_bytes(plane)
-        begin = _encode(values, self.steps(plane), code[:head], words, _FREQUENCIES, _STARTS, _COSTS)
+        begin = _encode(values, self.steps(plane), code[:head], words, _FREQUENCIES, _STARTS, _COSTS, _FACTORS, _REACH)
         body = words[begin:].astype("<u2").view(np.uint8)
         code[head : head + body.size] = body
         return head + int(body.size)
@@ -74,12 +80,12 @@ class CacheGen(Codec):
         if len(code) < head or (len(code) - head) % 2:
             raise DamagedCode(f"a stream of {len(code)} bytes")
         words = np.frombuffer(code[head:].tobytes(), "<u2").astype(np.uint16)
-        if not _decode(code[:head], words, _FREQUENCIES, _STARTS, _LOOKUP, values):
+        if not _decode(code[:head], words, _FREQUENCIES, _STARTS, _LOOKUP, _FACTORS, values):
             raise DamagedCode("a stream that does not end as it should")
 
 
 def _head_bytes(plane: Plane) -> int:
-    """A scale per token, mean and width per channel, the coder's last states."""
+    """A scale per token; mean, and width and factor, per channel; the coder's last states."""
     return 2 * plane.tokens + 2 * plane.heads * plane.width + 4 * _LANES
 
 
@@ -104,10 +110,38 @@ _COSTS = (_BITS - np.log2(_FREQUENCIES)).astype(np.float32)
 _LOOKUP = np.stack([np.repeat(np.arange(_SYMBOLS, dtype=np.uint8), counts) for counts in _FREQUENCIES])
 
 
+def shrunk(values: Values) -> Values:
+    """With channels that reach too far made smaller, as they are rounded."""
+    factors = _FACTORS[_shrinking(values, _REACH, _FACTORS)]
+    return values / factors.reshape(len(values), 1, -1)
+
+
 @compiled
-def _encode(values, steps, head, words, frequencies, starts, costs):  # type: ignore[no-untyped-def]
+def _shrinking(values, reach, factors):  # type: ignore[no-untyped-def]
+    """Per channel, the factor (its index) that keeps it within the reach of the middle channel."""
+    heads, tokens, width = values.shape
+    chosen = np.zeros(heads * width, np.int64)
+    most, middle = np.zeros(heads * width), np.zeros(heads * width)
+    for h in range(heads):
+        for t in range(tokens):
+            for w in range(width):
+                value = abs(np.float64(values[h, t, w]))
+                most[h * width + w] = max(most[h * width + w], value)
+                middle[h * width + w] += value * value
+    limit = reach * np.sqrt(np.median(middle) / tokens)
+    if limit > 0:
+        for c in range(heads * width):
+            while chosen[c] < factors.size - 1 and most[c] > limit * factors[chosen[c]]:
+                chosen[c] += 1
+    return chosen
+
+
+@compiled
+def _encode(values, steps, head, words, frequencies, starts, costs, factors, reach):  # type: ignore[no-untyped-def]
     """Fill `head`, and `words` from its end; returns where they begin."""
     heads, tokens, width = values.shape
+    shrinking = _shrinking(values, reach, factors)
+    smaller = np.float32(1) / factors[shrinking]
     levels = np.empty((heads * width, tokens), np.int32)
     scale = np.empty(1, np.float32)
     bits = scale.view(np.uint32)
@@ -115,7 +149,7 @@ def _encode(values, steps, head, words, frequencies, starts, costs):  # type: ig
         most = np.float32(0)
         for h in range(heads):
             for w in range(width):
-                most = max(most, abs(values[h, t, w]))
+                most = max(most, abs(values[h, t, w]) * smaller[h * width + w])
         scale[0] = most / np.float32(steps)
         half = bits[0] >> np.uint32(16)
         if (bits[0] & np.uint32(0xFFFF)) != 0:
@@ -125,7 +159,7 @@ def _encode(values, steps, head, words, frequencies, starts, costs):  # type: ig
         inverse = np.float32(1) / scale[0] if scale[0] > 1e-37 else np.float32(0)
         for h in range(heads):
             for w in range(width):
-                levels[h * width + w, t] = np.int32(np.rint(values[h, t, w] * inverse))
+                levels[h * width + w, t] = np.int32(np.rint(values[h, t, w] * smaller[h * width + w] * inverse))
     tables = np.empty(heads * width, np.int64)
     bases = np.empty(heads * width, np.int64)
     for c in range(heads * width):
@@ -147,7 +181,8 @@ def _encode(values, steps, head, words, frequencies, starts, costs):  # type: ig
             if cost < best_cost:
                 best, best_cost = candidate, cost
         tables[c], bases[c] = (quarters & 3) * 16 + best, base
-        head[2 * tokens + 2 * c], head[2 * tokens + 2 * c + 1] = np.uint8(quarters & 0xFF), np.uint8(best)
+        head[2 * tokens + 2 * c] = np.uint8(quarters & 0xFF)
+        head[2 * tokens + 2 * c + 1] = np.uint8(best | shrinking[c] << 4)
     states = np.full(4, 1 << 16, np.uint64)
     at = words.size
     for c in range(heads * width - 1, -1, -1):
@@ -171,7 +206,7 @@ def _encode(values, steps, head, words, frequencies, starts, costs):  # type: ig
 
 
 @compiled
-def _decode(head, words, frequencies, starts, lookup, values):  # type: ignore[no-untyped-def]
+def _decode(head, words, frequencies, starts, lookup, factors, values):  # type: ignore[no-untyped-def]
     """The reverse of `_encode`; whether the stream ended as it began. Any content will do."""
     heads, tokens, width = values.shape
     scales = np.empty(tokens, np.float32)
@@ -184,6 +219,7 @@ def _decode(head, words, frequencies, starts, lookup, values):  # type: ignore[n
         for byte in range(4):
             states[lane] |= np.uint32(head[place + 4 * lane + byte]) << np.uint32(8 * byte)
     levels = np.empty((width, tokens), np.float32)
+    larger = np.empty(width, np.float32)
     mask, least = np.uint32((1 << 13) - 1), np.uint32(1 << 16)
     at, end = 0, words.size
     for h in range(heads):
@@ -191,6 +227,7 @@ def _decode(head, words, frequencies, starts, lookup, values):  # type: ignore[n
             where = 2 * tokens + 2 * (h * width + w)
             quarters = np.int64(np.int8(head[where]))
             table = (quarters & 3) * 16 + np.int64(head[where + 1] & 15)
+            larger[w] = factors[head[where + 1] >> 4]
             base = (quarters >> 2) - 64
             symbols, counts, below = lookup[table], frequencies[table], starts[table]
             for t in range(tokens):
@@ -207,7 +244,7 @@ def _decode(head, words, frequencies, starts, lookup, values):  # type: ignore[n
                 levels[w, t] = np.float32(np.int64(symbol) + base)
         for t in range(tokens):
             for w in range(width):
-                values[h, t, w] = levels[w, t] * scales[t]
+                values[h, t, w] = levels[w, t] * scales[t] * larger[w]
     for lane in range(4):
         if states[lane] != least:
             return False

@@ -74,6 +74,9 @@ class ChunkCoder:
             ]
             for layer, kept in enumerate(layout.layers)
         ]
+        for planes in self._planes:
+            for plane in planes:
+                codec.check_plane(plane)
         if codec.turns_back:
             known = _known(codec, rotations)
             self._planes = [
@@ -318,7 +321,8 @@ def _known(codec: Codec, rotations: Callable[[], Sequence[Rotation]] | None) -> 
             raise UnknownRotation("this engine does not tell")
         return rotations()
     except UnknownRotation as error:
+        advice = f"{codec.name}:rope=after" if hasattr(codec, "rope") else "another codec"
         raise BadInput(
             f"codec {codec.name} takes keys back to before RoPE, and how this model turns them is not known: {error}. "
-            f"Take {codec.name}:rope=after"
+            f"Take {advice}"
         ) from error

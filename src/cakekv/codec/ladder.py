@@ -22,7 +22,8 @@ _BITS = (2, 2, 4)
 class Ladder(Affine):
     """The codes of `int8`, cut into bits: 4 levels, 16 or 256 per group, by how many parts are read.
 
-    What is not read is taken to be in the middle.
+    What is not read is taken to be in the middle. So one or two parts diverge more than `kivi` and `int4`, of as many
+    bits, on both models of `docs/codecs.md`: what it has for that is the choice when chunks are read.
 
     Parameters
     ----------

@@ -18,6 +18,8 @@ class Think(Codec):
     ThinK weighs a channel's keys with its last queries. A chunk is stored for questions that nobody has asked yet, so
     here keys alone decide, chunk by chunk.
 
+    Inside the frontier on both models of `docs/codecs.md`: `int8` takes fewer bytes and is nearer to the exact cache.
+
     Parameters
     ----------
     drop : float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -72,6 +72,10 @@ class Engine(ABC, Generic[Cache, Logits]):
     @abstractmethod
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
         """Everything that decides whether a stored chunk is this model's, as the model is now."""
+
+    def weights_names(self) -> Iterator[str]:
+        """Fingerprints under which something learned of the model may be kept, the most particular first."""
+        yield self.identity(1).weights
 
     def state(self) -> EngineState:
         """What computes now, in the calling thread; asked for before and after every span, so it has to be cheap.

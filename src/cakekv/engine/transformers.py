@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -29,7 +29,7 @@ from cakekv.engine.transfer import transfer_for
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.forks import on_fork
-from cakekv.keys import RAW, Identity
+from cakekv.keys import RAW, Identity, fingerprint_files
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
 from cakekv.rotation import Rotation
@@ -87,6 +87,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self._live = LiveModel(bare)
         self._form = self._live.form
         self._refusal = ""
+        self._read_from = ""
         self._stop_tokens: frozenset[int] | None = None
         self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
         self._cache_argument = cache_argument(bare)
@@ -168,7 +169,9 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])
             raise BadInput(f"the model {source!r} is incomplete: it lacks {len(missing)} tensors, such as {missing[0]}")
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        engine = cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        engine._read_from = source
+        return engine
 
     def rotations(self) -> list[Rotation]:
         """As `Engine.rotations`."""
@@ -188,6 +191,18 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 tenant=tenant,
                 recipe=recipe,
             )
+
+    def weights_names(self) -> Iterator[str]:
+        """As `Engine.weights_names`; then that of the files it was read from, whatever it computes in."""
+        yield from super().weights_names()
+        if self._read_from:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(self._read_from)
+            with suppress(BadInput, OSError, ValueError):  # it is no more than another name
+                if not folder.is_dir():
+                    folder = Path(snapshot_download(self._read_from, local_files_only=True))
+                yield fingerprint_files(folder)
 
     def state(self) -> EngineState:
         """As `Engine.state`.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cakekv.errors import BadInput, CakeError
+from cakekv.prompt import ids_before_every_text, ids_of
 
 KINDS = ("reference", "source", "records")
 NEEDLES = 3
@@ -39,7 +40,7 @@ class Document:
     kind : str
         One of `KINDS`, or "text".
     context : list of int
-        The tokens whose keys and values are encoded.
+        The tokens whose keys and values are encoded, BOS first where the tokenizer puts it first.
     continuation : list of int
         The tokens that follow.
     needles : list of Needle
@@ -83,19 +84,20 @@ def make_documents(
     if context_tokens < 256:
         raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
     sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
+    bos = ids_before_every_text(tokenizer)
     rng = random.Random(20240)
     documents = []
     for number in range(count):
         kind = list(sources)[number % len(sources)]
         wanted = context_tokens + continuation_tokens
-        tokens: list[int] = []
+        tokens = list(bos)
         while len(tokens) < wanted:
             piece = next(sources[kind], None)
             if piece is None:
                 raise BadInput(
                     f"there is not enough text of the kind {kind!r} for {count} documents of {wanted} tokens"
                 )
-            tokens += tokenizer(piece + "\n\n", add_special_tokens=False)["input_ids"]
+            tokens += ids_of(tokenizer, piece + "\n\n")
         documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng))
     return documents
 
@@ -104,17 +106,13 @@ def _document(
     tokenizer: Any, kind: str, tokens: list[int], context_tokens: int, continuation_tokens: int, rng: random.Random
 ) -> Document:
     """Put needles into a text, at three depths."""
-
-    def encode(text: str) -> list[int]:
-        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-
     needles, facts = [], []
     for name in rng.sample(_NAMES, NEEDLES):
         code = str(rng.randrange(10000, 100000))
-        facts.append(encode(f"\nThe secret code of {name} is {code}.\n"))
+        facts.append(ids_of(tokenizer, f"\nThe secret code of {name} is {code}.\n"))
         question = f"\n\nAs said above, the secret code of {name} is"
-        whole = encode(f"{question} {code}")
-        begin = len(encode(question))
+        whole = ids_of(tokenizer, f"{question} {code}")
+        begin = len(ids_of(tokenizer, question))
         needles.append(Needle(tuple(whole[:begin]), tuple(whole[begin:])))
     room = context_tokens - sum(map(len, facts))
     context: list[int] = []

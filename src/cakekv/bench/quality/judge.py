@@ -76,6 +76,49 @@ class _Stored(NamedTuple):
     decode_gbps: float
 
 
+class Compared(NamedTuple):
+    """How a codec's model differs from the exact cache's: see `Reference.compare`."""
+
+    kl: float
+    agreement: float
+    likeliest: torch.Tensor
+
+
+class Reference:
+    """What the model says over the exact cache, worked out once for all codecs.
+
+    Parameters
+    ----------
+    logits : Tensor
+        As from `follow`: (tokens, vocabulary).
+    predicted : int or None
+        So many of the tokens, from the first on, are compared; None: all.
+    """
+
+    def __init__(self, logits: torch.Tensor, predicted: int | None = None) -> None:
+        self.likeliest = logits.argmax(-1)
+        self._expected = torch.log_softmax(logits[:predicted], -1)
+        self._shares = self._expected.exp()
+
+    def compare(self, logits: torch.Tensor) -> Compared:
+        """Mean KL divergence from the exact distributions, in nats, and the share with the same likeliest token.
+
+        Parameters
+        ----------
+        logits : Tensor
+            Over another cache: (tokens, vocabulary).
+
+        Returns
+        -------
+        Compared
+            With the likeliest token behind each token: (tokens,).
+        """
+        predicted, likeliest = len(self._expected), logits.argmax(-1)
+        kl = (self._shares * (self._expected - torch.log_softmax(logits[:predicted], -1))).sum(-1)
+        same = self.likeliest[:predicted] == likeliest[:predicted]
+        return Compared(float(kl.mean()), float(same.float().mean()), likeliest)
+
+
 class Judge:
     """Judges codecs on one model.
 
@@ -91,6 +134,7 @@ class Judge:
         self._engine = engine
         self._chunk_tokens = chunk_tokens
         self._dtype = engine.identity(chunk_tokens).dtype
+        self._coders: dict[Codec, ChunkCoder] = {}
 
     def judge(self, document: Document, codecs: Sequence[Codec], computed: Sequence[float] = (0.0,)) -> list[Judgement]:
         """Judge codecs on a document, whose context is computed once for all.
@@ -116,7 +160,7 @@ class Judge:
         exact, cache = (engine.new_cache(len(context) + len(document.tail)) for _ in range(2))
         for start in range(0, len(context), _SPAN):
             engine.compute(exact, context[start : start + _SPAN], start)
-        reference = follow(engine, exact, document)
+        reference = Reference(follow(engine, exact, document), len(document.continuation))
         return [
             self._one(document, codec, share, exact, cache, reference) for share, codec in product(computed, codecs)
         ]
@@ -128,24 +172,29 @@ class Judge:
         computed: float,
         exact: TwoEndedCache,
         cache: TwoEndedCache,
-        reference: torch.Tensor,
+        reference: Reference,
     ) -> Judgement:
-        end, predicted = len(document.context), len(document.continuation)
+        end = len(document.context)
         for theirs, ours in zip(exact.stored, cache.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, :end] = source[:, :end]
         stored = self._transcode(cache, int(computed * end) // self._chunk_tokens * self._chunk_tokens, end, codec)
-        logits = follow(self._engine, cache, document)
-        kl, agreement = divergence(reference[:predicted], logits[:predicted])
-        asked = _answers(document, reference.argmax(-1))
-        found = [one for one, known in zip(_answers(document, logits.argmax(-1)), asked, strict=True) if known]
+        kl, agreement, likeliest = reference.compare(follow(self._engine, cache, document))
+        asked = _answers(document, reference.likeliest)
+        found = [one for one, known in zip(_answers(document, likeliest), asked, strict=True) if known]
         return Judgement(document.kind, kl, agreement, len(found), sum(found), *stored)
+
+    def _coder(self, codec: Codec) -> ChunkCoder:
+        """Made and compiled once per codec."""
+        if codec not in self._coders:
+            coder = ChunkCoder(codec, self._engine.layout, self._chunk_tokens, self._dtype, self._engine.rotations)
+            coder.warm_up()
+            self._coders[codec] = coder
+        return self._coders[codec]
 
     def _transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> _Stored:
         """Encode and decode the context's chunks from `first` on in place, as saving and loading them would."""
-        engine, tokens = self._engine, self._chunk_tokens
-        coder = ChunkCoder(codec, engine.layout, tokens, self._dtype, engine.rotations)
-        coder.warm_up()
+        engine, tokens, coder = self._engine, self._chunk_tokens, self._coder(codec)
         decoder = engine.decoder(coder)
         stored = coded = coded_tokens = count = 0
         speeds = []
@@ -191,13 +240,6 @@ def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document)
     return logits
 
 
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
-    """Mean KL divergence from the reference's distributions, in nats, and the share with the same likeliest token."""
-    expected = torch.log_softmax(reference, -1)
-    kl = (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
-    return float(kl.mean()), float((reference.argmax(-1) == logits.argmax(-1)).float().mean())
-
-
 def _answers(document: Document, said: torch.Tensor) -> list[bool]:
     """Which needles are found by a model that says so behind each token of the tail."""
     found, at = [], len(document.continuation)
@@ -239,7 +281,7 @@ def paired(judged: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
     Parameters
     ----------
     judged : mapping of str to sequence of Judgement
-        By recipe; the same documents, in the same order.
+        By recipe; the same documents, in the same order. Those that not all have count for nothing.
 
     Returns
     -------
@@ -249,7 +291,7 @@ def paired(judged: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
     """
     pairs = []
     for (a, ones), (b, others) in combinations(judged.items(), 2):
-        both = list(zip(ones, others, strict=True))
+        both = list(zip(ones, others, strict=False))
         columns = {
             "kl": [(x.kl - y.kl, 1.0) for x, y in both],
             "kl_ratio": [(x.kl / y.kl if y.kl else 0.0, y.kl) for x, y in both],

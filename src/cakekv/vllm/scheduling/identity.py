@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -199,6 +199,11 @@ class ChunkNames:
             adapter = "" if folder is None else _adapter(folder)
             self._roots[name] = replace(self.identity, adapter=adapter).root + self._epoch
         return self._roots[name]
+
+
+def weights_names(vllm_config: VllmConfig) -> Iterator[str]:
+    """As `Engine.weights_names`, of the model's files."""
+    yield _weights(vllm_config.model_config, vllm_config.load_config.load_format)
 
 
 def _weights(model: ModelConfig, load_format: str) -> str:

@@ -23,6 +23,7 @@ from cakekv.load.reading import Cancellable, Headers, Progress, Wanted, read_chu
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.scheduling.identity import weights_names
 from cakekv.vllm.shard_key import shard_key
 from cakekv.vllm.working.paged_cache import PagedCache, open_paged_cache
 from cakekv.vllm.working.rotation import rotations
@@ -275,11 +276,15 @@ class _Opener:
         layout = KVLayout(tuple(LayerLayout(planes) for _ in cache.segment_bytes_per_block))
         try:
             turned = partial(rotations, self._vllm_config, len(layout.layers))
-            coder = ChunkCoder(self._codec, layout, tokens, dtype, turned)
+            codec = self._codec.for_model(weights_names(self._vllm_config))
+            coder = ChunkCoder(codec, layout, tokens, dtype, turned)
         except BadInput as error:
             raise BadOption(f"option codec is {self._options.codec!r}: {error}") from error
         coder.warm_up()
-        return Shard(tag, canonical({"planes": self._planes()}), cache, coder, self._orders(cache, first, last))
+        order: dict[str, object] = {"planes": self._planes()}
+        if codec.fingerprint != self._codec.fingerprint:  # it has learned something, of which only workers know
+            order["learned"] = codec.fingerprint
+        return Shard(tag, canonical(order), cache, coder, self._orders(cache, first, last))
 
     def _planes(self) -> list[tuple[int, int]]:
         """(heads, width) of a shard's keys and values."""
