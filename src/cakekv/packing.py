@@ -20,7 +20,8 @@ be hundreds of times shorter: packed segments are decoded on CPU cores.
              20  signs and mantissas, the lanes, the escaped exponents
 
 A lane holds a quarter of the symbols, two and two: that of element i before that of element i + n/2, for i from 0 to
-n/2. All bits come from the highest of each byte on. Numbers are little-endian.
+n/2; its words' bits fill each byte from the highest on. Escaped exponents come in the same order. Numbers are
+little-endian.
 """
 
 from __future__ import annotations
