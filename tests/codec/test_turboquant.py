@@ -92,7 +92,7 @@ def test_every_machine_has_the_same_tables() -> None:
 def test_all_widths_come_back_and_devices_agree(width: int, center: str) -> None:
     recipe = f"turboquant:center={center}"
     for role in ("keys", "values"):
-        plane, values = Plane(role, 0, 1, 3, 64, width), normal(3, 64, width)  # type: ignore[arg-type]
+        plane, values = Plane(role, 0, 1, 3, 64, width), normal(3, 64, width)
         back = there_and_back(recipe, plane, values)
         assert ((back - values) ** 2).mean() < (0.004 if role == "keys" else 0.012) * (values**2).mean()
         code = torch.from_numpy(coded(recipe, plane, values))[None]
