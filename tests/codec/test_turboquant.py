@@ -62,7 +62,7 @@ def test_every_level_is_the_mean_of_what_is_nearest_to_it(bits: int, width: int)
 @pytest.mark.parametrize("width", [96, 256])
 def test_the_square_error_is_the_papers(bits: int, error: float, width: int) -> None:
     plane, values = Plane("keys", 0, 1, 2, 64, width), normal(2, 64, width)
-    values[..., 3] *= 40  # an outlier makes no difference
+    values[..., :8] *= 5  # outliers make no difference
     away = there_and_back(f"turboquant:center=no,keys={bits}", plane, values) - values
     assert (away**2).sum() / (values**2).sum() == pytest.approx(error, rel=0.15)
 
@@ -84,7 +84,7 @@ def test_every_machine_has_the_same_tables() -> None:
     tables = [_levels(bits, width) for bits in (2, 3, 4, 5) for width in WIDTHS]
     tables += [table for width in WIDTHS for table in _rotation(width)]
     digest = blake3(b"".join(table.astype("<f4").tobytes() for table in tables)).hexdigest(8)
-    assert digest == "DIGEST", "chunks stored elsewhere would be decoded wrongly: set `version` up"
+    assert digest == "c5c0ed2ca3a5f7bd", "chunks stored elsewhere would be decoded wrongly: set `version` up"
 
 
 @pytest.mark.parametrize("width", [9, 64, 80, 96, 128, 256])
@@ -92,7 +92,7 @@ def test_every_machine_has_the_same_tables() -> None:
 def test_all_widths_come_back_and_devices_agree(width: int, center: str) -> None:
     recipe = f"turboquant:center={center}"
     for role in ("keys", "values"):
-        plane, values = Plane(role, 0, 1, 3, 64, width), normal(3, 64, width)  # type: ignore[arg-type]
+        plane, values = Plane(role, 0, 1, 3, 64, width), normal(3, 64, width)
         back = there_and_back(recipe, plane, values)
         assert ((back - values) ** 2).mean() < (0.004 if role == "keys" else 0.012) * (values**2).mean()
         code = torch.from_numpy(coded(recipe, plane, values))[None]

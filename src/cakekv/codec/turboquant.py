@@ -142,14 +142,14 @@ def _turned_back(values: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
 
     shape, odd = values.shape, len(mix)
     if odd > 1:
-        blocks = values.unflatten(-1, (odd, -1))
+        blocks = values.view(*shape[:-1], odd, -1)
         mixed = blocks[..., :1, :] * mix[0, :, None]
         for j in range(1, odd):
             mixed.add_(blocks[..., j : j + 1, :] * mix[j, :, None])
         values = mixed.flatten(-2)
     step = shape[-1] // odd // 2
     while step:
-        one, other = values.unflatten(-1, (-1, 2, step)).unbind(-2)
+        one, other = values.view(*shape[:-1], -1, 2, step).unbind(-2)
         values = torch.stack((one + other, one - other), -2).view(shape)
         step //= 2
     return values
@@ -201,10 +201,9 @@ def _rotation(width: int) -> tuple[Values, Values]:
     mix = np.ones((1, 1))
     if odd > 1:
         uniform = (_random(~width, 12 * odd * odd) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        mix = uniform.reshape(12, odd, odd)
-        normal = mix[0] - 6
-        for one in mix[1:]:
-            normal = normal + one  # about so: the sum of twelve
+        normal = np.zeros((odd, odd))
+        for one in uniform.reshape(12, odd, odd):
+            normal += one - 0.5  # the sum of twelve is normal enough
         mix = np.array(_orthogonal(normal))
     return signs.astype(np.float32), mix.astype(np.float32)
 
