@@ -24,6 +24,9 @@ class K5V4(Affine):
     """32 levels for each channel's keys, 16 for each token's values: as many bytes as `int4`, less what values save.
 
     That its groups are larger than those of `int4` costs less than a bit more for keys gains.
+
+    Inside the frontier on both models of `docs/codecs.md`: `kvtc:bits=3` takes fewer bytes and is nearer to the exact
+    cache, but has to learn a model first, and decodes many times more slowly.
     """
 
     name: ClassVar[str] = "k5v4"

@@ -29,6 +29,9 @@ _MOST = {"bfloat16": 3e38, "float16": 65504.0, "float32": 3e38}
 class Nuq3(Codec):
     """Keys are scaled per channel, values per token; all of a plane shares eight levels.
 
+    Inside the frontier on both models of `docs/codecs.md`: `kvtc:bits=3` takes fewer bytes and is nearer to the exact
+    cache, but has to learn a model first, and decodes many times more slowly.
+
     Parameters
     ----------
     outliers : float

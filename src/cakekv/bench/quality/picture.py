@@ -11,7 +11,7 @@ from cakekv.report.picture import TEXT, new_figure, save_figure
 
 # Okabe and Ito's colours, which most people tell apart; every codec has a marker of its own besides.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "os^vDP<>Xph*d8"
+_MARKERS = "os^vDP<>Xp*h8"
 
 
 class Measured(NamedTuple):
@@ -81,7 +81,7 @@ def _panel(ax: Any, measured: Mapping[str, Measured], column: str, codecs: Seque
     for recipe, one in measured.items():
         at = codecs.index(_codec(recipe))
         style = {"color": _COLOURS[at % len(_COLOURS)], "marker": _MARKERS[at % len(_MARKERS)]}
-        ax.plot(one.bytes_per_token, getattr(one, column), **style, markersize=6, markeredgecolor="white", zorder=3)
+        ax.plot(one.bytes_per_token, getattr(one, column), **style, markersize=7, markeredgecolor="white", zorder=3)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.margins(x=0.12, y=0.12)
