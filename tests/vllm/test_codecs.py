@@ -19,7 +19,7 @@ from cakekv.chunk import read_header, segments
 from cakekv.keys import ChunkKey
 
 CHUNKS = 7
-CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS, "kvtc": CHUNKS}
+CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS, "kvtc:bits=4": CHUNKS}
 """How many of a prompt's seven chunks are stored encoded: the newest 128 tokens of "kivi" are not."""
 
 
