@@ -116,7 +116,8 @@ _LOOKUP = np.stack([np.repeat(np.arange(_SYMBOLS, dtype=np.uint8), counts) for c
 def shrunk(values: Values) -> Values:
     """With channels that reach too far made smaller, as they are rounded."""
     factors = _FACTORS[_shrinking(values, _REACH, _FACTORS)]
-    return values / factors.reshape(len(values), 1, -1)
+    smaller: Values = values / factors.reshape(len(values), 1, -1)
+    return smaller
 
 
 @compiled

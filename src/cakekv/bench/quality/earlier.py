@@ -78,4 +78,5 @@ def check_same(file: Path, before: Judgement, now: Judgement) -> None:
 
 def _judgement(document: Mapping[str, Any]) -> Judgement:
     values: dict[str, Any] = {field.name: document[field.name] for field in fields(Judgement)}
-    return Judgement(**{name: math.nan if value is None else value for name, value in values.items()})
+    values |= {name: math.nan for name, value in values.items() if value is None}
+    return Judgement(**values)

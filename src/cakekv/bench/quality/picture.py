@@ -81,7 +81,15 @@ def _panel(ax: Any, measured: Mapping[str, Measured], column: str, codecs: Seque
     for recipe, one in measured.items():
         at = codecs.index(_codec(recipe))
         style = {"color": _COLOURS[at % len(_COLOURS)], "marker": _MARKERS[at % len(_MARKERS)]}
-        ax.plot(one.bytes_per_token, getattr(one, column), **style, markersize=7, markeredgecolor="white", zorder=3)
+        ax.plot(
+            one.bytes_per_token,
+            getattr(one, column),
+            **style,
+            markersize=7,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            zorder=3,
+        )
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.margins(x=0.12, y=0.12)
