@@ -43,7 +43,7 @@ class Document:
     bos: bool = True
 
 
-Prompt = PlainPrompt | Document | Sequence[PlainPrompt | Document]
+Prompt = PlainPrompt | Document | Sequence[Any]
 """A plain prompt; or its parts, some of which are documents. They follow one another without anything between them."""
 
 

@@ -192,7 +192,7 @@ def test_what_keeps_prefixes_apart_keeps_documents_apart(engine: Any, store: Any
     assert (report.loaded_tokens, report.exact) == (0, True)
 
 
-@pytest.mark.parametrize("codec", ["int8", "kivi:bits=2,window=32", "cachegen", "ladder"])
+@pytest.mark.parametrize("codec", ["int8", "int8:window=32", "cachegen", "ladder"])
 def test_codecs(engine: Any, codec: str) -> None:
     parts: Any = [SYSTEM, Document(LONG), Document(OTHER), QUESTION]
     store = MemoryStore()

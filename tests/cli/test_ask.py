@@ -59,13 +59,11 @@ def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Pa
     code, out, err = run("store", "learn", store, "--document", document, "--model", tiny_model)
     assert code == 0, err
     assert "of them computed" in out
-    both = [*ask, "--model", tiny_model, "--store", store, "--document", other, "--document", document]
-    plain = run_json(*both)["report"]
-    reused = run_json(
-        *both[:-4], "--document", document, "--document", other, "--reuse", "epic:link=8", "--mode", "load"
-    )
+    common = [*ask, "--model", tiny_model, "--store", store]
+    plain = run_json(*common, "--document", document, "--document", other)["report"]
     assert plain["reused_tokens"] == 0  # type: ignore[index]
-    report = reused["report"]
+    both = [*common, "--document", other, "--document", document]
+    report = run_json(*both, "--reuse", "epic:link=8", "--mode", "load")["report"]
     assert report["reused_tokens"] > 1000  # type: ignore[index]
     _, _, err = run(*both, "--reuse", "naive", "--mode", "load")
     assert "Not exact" in err
