@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
-from cakekv.keys import ChunkKey, Identity, canonical, chunk_keys, fingerprint_files, fingerprint_tensors
+from cakekv.keys import (
+    ChunkKey,
+    Identity,
+    canonical,
+    chunk_keys,
+    document_keys,
+    fingerprint_files,
+    fingerprint_tensors,
+)
 
 IDENTITY = Identity(weights="w", architecture="a", dtype="float32", layout="l", chunk_tokens=4)
 
@@ -27,6 +35,19 @@ def test_keys_never_change() -> None:
         "f3928e24f7810655e656ed8f854de212b04f233e29e0644e47a705e496feead0",
         "854987ce18255945239f1f33fb7728c31238c6a3af9a66bc5ce6cea9a19ab196",
     ]
+
+
+def test_keys_of_documents_never_change() -> None:
+    assert [key.short for key in document_keys(IDENTITY, range(6))] == ["9ea121bd8ba0", "1d14e1bc75a2"]
+
+
+@given(tokens, tokens)
+def test_documents_have_keys_of_their_own(one: list[int], other: list[int]) -> None:
+    keys = document_keys(IDENTITY, one)
+    assert len(keys) == -(-len(one) // 4)
+    assert set(keys).isdisjoint(chunk_keys(IDENTITY, one))
+    assert (keys == document_keys(IDENTITY, other)) is (one == other)
+    assert keys[: len(one) // 4] == document_keys(IDENTITY, one[: len(one) // 4 * 4]), "a tail changes nothing before"
 
 
 def test_keys_are_the_same_in_another_process() -> None:

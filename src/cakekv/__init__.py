@@ -21,6 +21,7 @@ __all__ = [
     "Codec",
     "CorruptChunk",
     "DamagedCode",
+    "Document",
     "Engine",
     "Eviction",
     "Generation",
@@ -61,6 +62,7 @@ _HOMES = {
     "ChunkReader": "store.base",
     "Codec": "codec.base",
     "DamagedCode": "codec.base",
+    "Document": "prompt",
     "Engine": "engine.base",
     "Eviction": "store.eviction.base",
     "Generation": "cake",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     )
     from cakekv.keys import ChunkKey
     from cakekv.metrics import Metrics
+    from cakekv.prompt import Document
     from cakekv.restore.priority import Policy, RequestState
     from cakekv.restore.report import RestoreReport
     from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats

@@ -20,7 +20,9 @@ from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.coders import Coders
 from cakekv.embedded.executor import Executor, check
+from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
@@ -33,7 +35,7 @@ from cakekv.keys import Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
-from cakekv.prompt import Prompt
+from cakekv.prompt import Document, PlainPrompt, Prompt, Tokenized
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
@@ -41,6 +43,7 @@ from cakekv.restore.options import Mode
 from cakekv.restore.priority import Policy
 from cakekv.restore.report import RestoreReport
 from cakekv.results import Generation, OnProgress, Prefill, Progress
+from cakekv.reuse.base import Reuse
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 from cakekv.store.packed import warm_up_packing
@@ -125,6 +128,11 @@ class Cake:
         target, as few as help with 0.0. The report's `level_tokens` says what was read.
     quality_floor : int
         The fewest parts to read, whatever the target.
+    reuse : str, Reuse or None
+        How documents of prompts are reused that were computed elsewhere, such as "epic:link=16" (see `docs/reuse.md`).
+        Answers are not exact then, and their reports say so. None: what no stored prefix has is computed.
+    learn : bool
+        Whether documents that are met for the first time are computed by themselves, in the background, and saved.
     calibration : path or None
         A file in which `close` keeps what this model costs on this machine, and what the stores cost that were opened
         by URL or path; the next process begins with that.
@@ -154,6 +162,8 @@ class Cake:
         save_queue: int | str = 1_000_000_000,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
+        reuse: str | Reuse | None = None,
+        learn: bool = True,
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
@@ -168,6 +178,8 @@ class Cake:
             save_queue=save_queue,
             ttft_target_s=ttft_target_s,
             quality_floor=quality_floor,
+            reuse=reuse,
+            learn=learn,
             calibration=calibration,
             metrics=metrics,
         )
@@ -192,9 +204,10 @@ class Cake:
         self._costs = costs = KnownCosts(options, identity, engine.device_name, self.tiers, coder)
         self.compute_cost, self.load_costs = costs.compute, costs.loads
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
-        self._saver = Saver(stores[0], coder, staging, options) if stores else None
+        self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
         self._stored = StoredPrefixes(self._arms, self.tiers)
+        self._learner = Learner(lambda: self._arms.arbiter.is_idle)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
         self._stale = False
@@ -282,8 +295,9 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, or mapping
-            Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`.
+        prompt : str, sequence of int, array, tensor, mapping, Document, or list of parts
+            Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
+            a list of such, at least one of them in a `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
@@ -300,9 +314,34 @@ class Cake:
         """
         request = self._arms.arbiter.request(monotonic())
         asked = PrefillOptions(mode=mode, save=save, on_progress=on_progress)
-        token_ids = self._tokens(prompt, request.notes)
-        capacity = len(token_ids) + whole("room", room, 0)
-        return self._restore(request, token_ids, capacity, asked)[0]
+        tokenized = self._tokens(prompt, request.notes)
+        capacity = len(tokenized.token_ids) + whole("room", room, 0)
+        return self._restore(request, tokenized, capacity, asked)[0]
+
+    @_handed_over
+    def learn(self, document: Document | PlainPrompt) -> RestoreReport:
+        """Compute a document by itself and save it, so that prompts can reuse it (see `reuse`), wherever it stands.
+
+        Parameters
+        ----------
+        document : Document, str, sequence of int, array, tensor, or mapping
+            As it will stand in prompts.
+
+        Returns
+        -------
+        RestoreReport
+            How it was computed. Of a document that is stored already, nothing is.
+
+        Raises
+        ------
+        BadInput
+            It is empty, or as for `prefill`; or there is nothing to save it to.
+        """
+        if self._saver is None:
+            raise BadInput("there is no store to learn a document for: give one to Cake")
+        token_ids = self._tokenizing.document(document if isinstance(document, Document) else Document(document))
+        self.engine.check_prompt(token_ids)
+        return self._learn(token_ids)
 
     @_handed_over
     def generate(
@@ -404,10 +443,10 @@ class Cake:
         """
         request = self._arms.arbiter.request(monotonic())
         asked = PrefillOptions(mode=mode)
-        token_ids = self._tokens(prompt, request.notes)
-        found = self._stored.lookup(token_ids, request.notes)
+        tokenized = self._tokens(prompt, request.notes)
+        found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
-            return Planning(self._arms, request, len(token_ids), found, asked.mode).runs()
+            return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
 
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """The former name of `plan`."""
@@ -415,15 +454,23 @@ class Cake:
         return self.plan(prompt, mode=mode)
 
     def wait_saved(self) -> SaveReport:
-        """Block until everything computed so far is stored; returns the totals of this `Cake`, also of a closed one."""
+        """Block until everything computed so far is stored, and documents are learned; also of a closed `Cake`.
+
+        Returns
+        -------
+        SaveReport
+            The totals of this `Cake`.
+        """
         if self._saver is None or self._stale:
             return SaveReport()
         self._check_caller()
+        self._executor.run(self._learner.wait, though_closed=True)
         return self._executor.run(self._saver.wait, though_closed=True)
 
     def close(self) -> None:
         """Finish what other threads have asked for, and saving; refuse what is asked for later.
 
+        Documents that are not learned yet are left for later: `wait_saved` waits for them.
         Stores that were given as objects stay open: they belong to the caller. May be called again; if it was
         interrupted, it goes on.
 
@@ -436,6 +483,7 @@ class Cake:
             self._executor.closed = True
         elif not self._is_finished:
             self._check_caller()
+            self._learner.close()
             self._executor.close(self._finish)
 
     def _finish(self) -> None:
@@ -531,9 +579,9 @@ class Cake:
         """A prompt's prefill, and the tokens of its answer, to be computed one by one."""
         request = self._arms.arbiter.request(monotonic())
         choose = self.engine.sampler(asked.temperature, asked.top_k, asked.top_p, asked.seed)
-        token_ids = self._tokens(prompt, request.notes)
-        capacity = min(len(token_ids) + asked.max_new_tokens, self.engine.max_context)
-        prefill, found = self._restore(request, token_ids, capacity, asked)
+        tokenized = self._tokens(prompt, request.notes)
+        capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
+        prefill, found = self._restore(request, tokenized, capacity, asked)
         return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity)
 
     def _decode(
@@ -560,22 +608,35 @@ class Cake:
         if not found.changed and not found.still():
             prefill.report.notes.append(CHANGED)
 
-    def _tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
-        token_ids = self._tokenizing.tokens(prompt, notes)
-        self.engine.check_prompt(token_ids)
-        return token_ids
+    def _tokens(self, prompt: Prompt, notes: list[str]) -> Tokenized:
+        tokenized = self._tokenizing.prompt(prompt, notes)
+        self.engine.check_prompt(tokenized.token_ids)
+        return tokenized
 
     def _restore(
-        self, request: Request, token_ids: list[int], capacity: int, asked: PrefillOptions
+        self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions
     ) -> tuple[Prefill, Found]:
-        arms, notes = self._arms, request.notes
+        notes = request.notes
         notes += self._why_no_stores
         said = len(notes)
-        found = self._stored.lookup(token_ids, notes)
+        found = self._stored.lookup(prompt, notes)
         has_saved = self._saver is not None and self._saver.knows(found.named.identity)
         if not any(found.holders) and not has_saved and len(notes) == said:
             notes += self._stored.why_nothing(found)
-        cache = self.engine.new_cache(capacity)
+        prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
+        self.last_report = prefill.report
+        log_restore(prefill.report)
+        if self.options.metrics is not None:
+            self.options.metrics.add_restore(prefill.report)
+        if self.options.learn and asked.save:
+            for place in {*found.unknown, *found.damaged}:
+                self._learn_later(prompt.token_ids[place.start : place.end], again=place in found.damaged)
+        return prefill, found
+
+    def _restore_found(
+        self, request: Request, found: Found, token_ids: list[int], capacity: int, asked: PrefillOptions
+    ) -> Prefill:
+        arms, cache = self._arms, self.engine.new_cache(capacity)
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
         saver = None
         if asked.save and self._saver is not None and found.keys:
@@ -584,11 +645,31 @@ class Cake:
         logits = restore.run()
         report = restore.report()
         restore.release()
-        self.last_report = report
-        log_restore(report)
-        if self.options.metrics is not None:
-            self.options.metrics.add_restore(report)
-        return Prefill(token_ids, cache, logits, report), found
+        return Prefill(token_ids, cache, logits, report)
+
+    def _learn(self, token_ids: list[int], on_progress: OnProgress | None = None, again: bool = False) -> RestoreReport:
+        """Compute a document by itself, unless it is stored, and save it; `again`: what is stored may be damaged."""
+        request = self._arms.arbiter.request(monotonic())
+        request.background = on_progress is not None
+        found = self._stored.lookup_document(token_ids, request.notes)
+        if found.keys and all(found.holders) and not again:
+            report = RestoreReport("auto", len(token_ids), self.chunk_tokens, prefix_tokens=len(token_ids))
+            report.notes += request.notes
+            return report
+        asked = PrefillOptions(mode="load" if again else "auto", on_progress=on_progress)
+        return self._restore_found(request, found, token_ids, len(token_ids), asked).report
+
+    def _learn_later(self, token_ids: list[int], again: bool) -> None:
+        """Have a document learned once nothing else computes."""
+
+        def stop(progress: Progress) -> None:
+            self._learner.check()
+
+        def learn() -> None:
+            self._learn(token_ids, stop, again)
+
+        carried, executor = self.engine.carry(learn), self._executor
+        self._learner.offer(token_ids, lambda: executor.run(carried))
 
 
 def _listed(store: Stores) -> list[Store | str | os.PathLike[str]]:

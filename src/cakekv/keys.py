@@ -144,10 +144,37 @@ def chunk_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.int
     return chained_keys(identity.root, identity.chunk_tokens, token_ids)
 
 
+def document_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[ChunkKey]:
+    """One key per chunk of a document that is computed by itself, wherever it stands; the last chunk may be shorter.
+
+    They are never those of a prompt that begins with the same tokens.
+
+    Parameters
+    ----------
+    identity : Identity
+        Whose chunks.
+    token_ids : sequence of int
+        The document from its first token on.
+
+    Raises
+    ------
+    BadInput
+        As for `chunk_keys`.
+    """
+    root = blake3(identity.root, derive_key_context="cakekv document").digest()
+    return chained_keys(root, identity.chunk_tokens, token_ids, with_tail=True)
+
+
 def chained_keys(
-    root: bytes, chunk_tokens: int, token_ids: Sequence[int] | npt.NDArray[np.integer[Any]]
+    root: bytes,
+    chunk_tokens: int,
+    token_ids: Sequence[int] | npt.NDArray[np.integer[Any]],
+    with_tail: bool = False,
 ) -> list[ChunkKey]:
-    """As `chunk_keys`, of an identity of which only the root and the tokens per chunk are known."""
+    """As `chunk_keys`, of an identity of which only the root and the tokens per chunk are known.
+
+    `with_tail`: a last chunk that is not full has a key, too.
+    """
     tokens = np.asarray(token_ids)
     if not tokens.size:
         return []
@@ -160,8 +187,8 @@ def chained_keys(
     step = chunk_tokens * tokens.itemsize
     keys = []
     parent = root
-    for end in range(step, len(data) + 1, step):
-        parent = ChunkKey(blake3(parent + data[end - step : end]).digest())
+    for start in range(0, len(data) if with_tail else len(data) - step + 1, step):
+        parent = ChunkKey(blake3(parent + data[start : start + step]).digest())
         keys.append(parent)
     return keys
 

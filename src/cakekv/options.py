@@ -16,6 +16,8 @@ from cakekv.quantities import parse_bytes, real, whole
 from cakekv.restore.options import MODES, Mode
 from cakekv.restore.priority import Policy, open_policy
 from cakekv.results import OnProgress
+from cakekv.reuse import reuse_named
+from cakekv.reuse.base import Reuse
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
@@ -39,6 +41,8 @@ class CakeKeywords(TypedDict, total=False):
     save_queue: int | str
     ttft_target_s: float
     quality_floor: int
+    reuse: str | Reuse | None
+    learn: bool
     calibration: str | os.PathLike[str] | None
     metrics: Metrics | None
 
@@ -58,6 +62,8 @@ class CakeOptions:
     """In bytes."""
     ttft_target_s: float
     quality_floor: int
+    reuse: Reuse | None
+    learn: bool
     calibration: str | os.PathLike[str] | None
     metrics: Metrics | None
 
@@ -71,7 +77,7 @@ class CakeOptions:
             One is of another kind than it must be, or out of range.
         """
         _check_kinds(given)
-        codec, policy = given["codec"], given["policy"]
+        codec, policy, reuse = given["codec"], given["policy"], given["reuse"]
         return cls(
             chunk_tokens=whole("chunk_tokens", given["chunk_tokens"], 1, MOST_TOKENS),
             max_span_tokens=whole("max_span_tokens", given["max_span_tokens"], 1, MOST_TOKENS),
@@ -83,6 +89,8 @@ class CakeOptions:
             save_queue=_queue_bytes(given["save_queue"]),
             ttft_target_s=real("ttft_target_s", given["ttft_target_s"], 0.0),
             quality_floor=whole("quality_floor", given["quality_floor"], 1),
+            reuse=reuse_named(reuse) if isinstance(reuse, str) else reuse,
+            learn=given["learn"],
             calibration=given["calibration"],
             metrics=given["metrics"],
         )
@@ -149,6 +157,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "codec": ((str, Codec), 'a name, such as "raw", or a Codec'),
     "policy": ((str, Policy), 'a name, such as "fcfs", or a Policy'),
     "layered_finish": ((bool,), "True or False"),
+    "reuse": ((str, Reuse, NoneType), 'a name, such as "epic:link=16", a Reuse, or None'),
+    "learn": ((bool,), "True or False"),
     "calibration": ((str, os.PathLike, NoneType), "a file's path, or None"),
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,8 +19,61 @@ class Array(Protocol):
         """Its elements, in lists."""
 
 
-Prompt = str | Sequence[int] | Mapping[str, Any] | Array
+PlainPrompt = str | Sequence[int] | Mapping[str, Any] | Array
 """A text, token ids, or what a tokenizer returns for one text; padding does not count."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A part of a prompt that is stored by itself, to be used in other prompts too, wherever it stands in them.
+
+    Parameters
+    ----------
+    content : str, sequence of int, array, tensor, or mapping
+        Its text, or its token ids, which are taken as they are.
+    bos : bool
+        Whether a text begins with the token that the tokenizer puts in front of texts, if it does.
+
+    Examples
+    --------
+    >>> cake.generate(["Answer briefly.", Document(contract), Document(letter), "Who owes what?"])  # doctest: +SKIP
+    """
+
+    content: PlainPrompt
+    bos: bool = True
+
+
+Prompt = PlainPrompt | Document | Sequence[Any]
+"""A plain prompt; or its parts, some of which are documents. They follow one another without anything between them."""
+
+
+class Place(NamedTuple):
+    """Where a document stands in a prompt."""
+
+    start: int
+    tokens: int
+
+    @property
+    def end(self) -> int:
+        """The first position behind it."""
+        return self.start + self.tokens
+
+
+class Tokenized(NamedTuple):
+    """A prompt's token ids, and where its documents stand."""
+
+    token_ids: list[int]
+    documents: Sequence[Place] = ()
+
+
+def parts_of(prompt: Any) -> Sequence[Any] | None:
+    """The parts of a prompt that has documents; None of a plain one."""
+    if isinstance(prompt, Document):
+        return [prompt]
+    if isinstance(prompt, list | tuple) and any(isinstance(part, Document) for part in prompt):
+        return prompt
+    return None
+
 
 _INT64 = np.iinfo(np.int64)
 _BESIDE = {"attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
@@ -136,6 +190,6 @@ def _no_token(value: Any, position: int, length: int) -> str:
         return f"the prompt is a batch of {length}, or nested: give one sequence of token ids at a time"
     if isinstance(value, Mapping):
         return f"the prompt is a mapping with {', '.join(map(repr, value)):.60}: it must have 'input_ids'"
-    texts = "; a text is given by itself, not in a list" if isinstance(value, str) else ""
+    texts = "; a text is given by itself, and in a list only beside a Document" if isinstance(value, str) else ""
     kind = type(value).__name__
     return f"the prompt's element {position} is {value!r:.40} of type {kind}: token ids are integers{texts}"

@@ -89,7 +89,7 @@ def test_prefill_and_stream(cake: Cake) -> None:
 def test_errors_come_through(cake: Cake, engine: TransformersEngine) -> None:
     async def main() -> None:
         with pytest.raises(BadInput, match="token ids are integers"):
-            await cake.agenerate([1.5])  # type: ignore[list-item]
+            await cake.agenerate([1.5])
         with pytest.raises(BadInput, match="needs a tokenizer"):
             async for _ in Cake(engine).astream([3]):
                 pass

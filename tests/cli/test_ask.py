@@ -52,6 +52,26 @@ def test_a_lossy_codec_is_told_of(tiny_model: Path, document: Path, tmp_path: Pa
     assert (code, "int9" in err) == (2, True)
 
 
+def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Something else. " * 40)
+    store = tmp_path / "store"
+    code, out, err = run("store", "learn", store, "--document", document, "--model", tiny_model)
+    assert code == 0, err
+    assert "of them computed" in out
+    common = [*ask, "--model", tiny_model, "--store", store]
+    plain = run_json(*common, "--document", document, "--document", other)["report"]
+    assert plain["reused_tokens"] == 0  # type: ignore[index]
+    both = [*common, "--document", other, "--document", document]
+    report = run_json(*both, "--reuse", "epic:link=8", "--mode", "load")["report"]
+    assert report["reused_tokens"] > 1000  # type: ignore[index]
+    _, _, err = run(*both, "--reuse", "naive", "--mode", "load")
+    assert "Not exact" in err
+    assert "were reused" in err
+    code, _, err = run(*both, "--reuse", "blend")
+    assert (code, "blend" in err) == (2, True)
+
+
 def test_the_answer_alone_goes_to_standard_output(tiny_model: Path, document: Path, tmp_path: Path) -> None:
     common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
     answer = run_json(*common)["answer"]

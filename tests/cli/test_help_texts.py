@@ -11,6 +11,7 @@ import pytest
 
 from cakekv.codec import CODECS
 from cakekv.restore.priority import POLICIES as PRIORITIES
+from cakekv.reuse import WAYS
 from cakekv.simulate.cluster.hardware import PEAK_FLOPS
 from cakekv.store.eviction import POLICIES as EVICTIONS
 from cakekv.store.opening import TIERS
@@ -24,7 +25,8 @@ from cakekv.restore.priority import POLICIES as PRIORITIES
 from cakekv.simulate.cluster.hardware import PEAK_FLOPS
 from cakekv.store.eviction import POLICIES as EVICTIONS
 from cakekv.store.opening import TIERS
-for registry in (CODECS, PRIORITIES, PEAK_FLOPS, EVICTIONS, TIERS):
+from cakekv.reuse import WAYS
+for registry in (CODECS, PRIORITIES, PEAK_FLOPS, EVICTIONS, TIERS, WAYS):
     registry["newcomer"] = next(iter(registry.values()))
 from cakekv.cli.main import app
 app(sys.argv[1:])
@@ -37,6 +39,7 @@ app(sys.argv[1:])
         ("store stats", [f"{name}://" for name in TIERS]),
         ("store gc", EVICTIONS),
         ("ask", CODECS),
+        ("ask", WAYS),
         ("quality", CODECS),
         ("vllm-args", CODECS),
         ("simulate cluster", [*PRIORITIES, *PEAK_FLOPS]),
@@ -60,6 +63,10 @@ def first_column(page: str, heading: str) -> set[str]:
 def test_the_page_on_codecs_names_them_all() -> None:
     recipes = first_column("codecs.md", "recipe")
     assert {recipe.partition(":")[0] for recipe in recipes if not recipe.isdigit()} == set(CODECS)
+
+
+def test_the_page_on_reuse_names_all_ways() -> None:
+    assert {recipe.partition(":")[0] for recipe in first_column("reuse.md", "way")} == set(WAYS)
 
 
 def test_the_page_on_stores_names_all_tiers() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.errors import BadInput
+from cakekv.prompt import Document
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "hi": 4, ":": 5}
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -98,3 +99,36 @@ def test_pieces_are_whole_characters_as_soon_as_they_are_there() -> None:
 
     pieces = [(piece, len(given)) for piece in Tokenizing(Bytes()).pieces(answer())]
     assert pieces == [("a", 1), ("€", 4), ("b", 5)]
+
+
+@pytest.mark.parametrize(
+    ("template", "own"), [("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A", []), (None, [])], ids=lambda value: str(value)
+)
+def test_documents_are_cut_into_tokens_by_themselves(template: str | None, own: list[int]) -> None:
+    tokenizing = Tokenizing(tokenizer(template))
+    assert tokenizing.document(Document("hi user")) == [*own, 4, 3]
+    assert tokenizing.document(Document("hi user", bos=False)) == [4, 3]
+    assert tokenizing.document(Document("<s> hi")) == [1, 4], "the text has one"
+    assert tokenizing.document(Document("")) == []
+    assert tokenizing.document(Document([5, 4])) == [5, 4], "token ids are taken as they are"
+    notes: list[str] = []
+    prompt = tokenizing.prompt(["hi", Document("hi user"), Document(""), "user :", Document([5, 4]), [4]], notes)
+    begins = tokenizing.tokens("hi", notes)
+    assert prompt.token_ids == [*begins, *own, 4, 3, 3, 5, 5, 4, 4]
+    assert [(place.start, place.tokens) for place in prompt.documents] == [
+        (len(begins), len(own) + 2),
+        (len(begins) + len(own) + 4, 2),
+    ]
+    assert tokenizing.prompt(Document("hi"), notes).token_ids == [*own, 4]
+    assert not notes
+
+
+def test_a_list_without_a_document_is_a_plain_prompt() -> None:
+    tokenizing = Tokenizing(None)
+    assert tokenizing.prompt([3, 4], []) == ([3, 4], ())
+    with pytest.raises(BadInput, match="given by itself"):
+        tokenizing.prompt(["hi", "user"], [])
+    with pytest.raises(BadInput, match="no tokenizer"):
+        tokenizing.prompt([[3], Document("hi")], [])
+    with pytest.raises(BadInput, match="element 0"):
+        tokenizing.prompt([Document([3]), [Document([4])]], [])

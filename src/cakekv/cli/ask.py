@@ -13,11 +13,13 @@ import typer
 from cakekv.calibration import cache_folder
 from cakekv.cli.console import NEWS, one_of, print_json, write_text
 from cakekv.codec import CODECS
-from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, read_document
+from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, prompt_parts, read_document
 from cakekv.errors import BadInput
 from cakekv.messages import inert
+from cakekv.prompt import Prompt
 from cakekv.quantities import parse_bandwidth
 from cakekv.restore.options import Mode
+from cakekv.reuse import WAYS
 from cakekv.store.opening import open_store
 from cakekv.store.throttled import ThrottledStore
 
@@ -30,7 +32,12 @@ DEFAULT_CAPACITY = "5GB"
 
 def ask(
     question: Annotated[str | None, typer.Option(help="What to ask; for demo there is a question.")] = None,
-    document: Annotated[str, typer.Option(help="A text file, or demo for Python's language reference.")] = "demo",
+    document: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text file, or demo for Python's language reference; may be given several times. [default: demo]"
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -55,6 +62,13 @@ def ask(
             help=f'How chunks are encoded: {one_of(CODECS)}; with parameters "kivi:bits=2,window=128" (docs/codecs.md).'
         ),
     ] = "raw",
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Reuse documents wherever they stand: {one_of(WAYS)}; with parameters epic:link=16 (docs/reuse.md). "
+            "Answers are not exact then."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -84,21 +98,31 @@ def ask(
         cakekv ask --document notes.txt --question "Who was there?" --store /var/cache/kv
 
         cakekv ask --mode both --bandwidth 10MB/s --picture restore.png
+
+        cakekv ask --document a.txt --document b.txt --reuse epic:link=16 --question "Who owes what?"
     """
     from cakekv.cli.model import load_cake
     from cakekv.report.picture import frontier_picture
     from cakekv.report.trace import trace_json
 
+    documents = document or ["demo"]
     if question is None:
-        if document != "demo":
-            raise BadInput(f"what is to be asked about {document}? Give --question")
+        if documents != ["demo"]:
+            raise BadInput(f"what is to be asked about {' and '.join(documents)}? Give --question")
         question = QUESTION
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
     with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
-        with load_cake(model, tier, tenant, codec) as cake:
-            limit = DEMO_TOKENS if tokens is None and document == "demo" else tokens
-            prompt = document_prompt(cake.tokenizer, read_document(document, cake.tokenizer, limit), question)
+        with load_cake(model, tier, tenant, codec, reuse=reuse) as cake:
+            texts = [
+                read_document(name, cake.tokenizer, DEMO_TOKENS if tokens is None and name == "demo" else tokens)
+                for name in documents
+            ]
+            prompt: Prompt = (
+                document_prompt(cake.tokenizer, texts[0], question)
+                if len(texts) == 1 and reuse is None
+                else prompt_parts(cake.tokenizer, texts, question)
+            )
             if plan:
                 for run in cake.plan(prompt, mode=mode):
                     NEWS.print(str(run))
@@ -165,7 +189,12 @@ def _summarize(report: RestoreReport) -> None:
             f"The prompt is shorter than a chunk of {report.chunk_tokens:,} tokens: nothing of it is stored.",
             style="yellow",
         )
-    if not report.exact:
+    if report.reused_tokens:
+        NEWS.print(
+            f"Not exact: {report.reused_tokens:,} tokens of documents were reused as they were computed by themselves "
+            f"({report.reuse}), and {report.after_lossy_tokens:,} were computed behind those, which is not saved.",
+        )
+    elif not report.exact:
         NEWS.print(
             f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
             "them; what was computed behind those is not saved.",

@@ -19,6 +19,7 @@ def load_cake(
     codec: str = "raw",
     chunk_tokens: int | None = None,
     dtype: str = "auto",
+    reuse: str | None = None,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -42,7 +43,12 @@ def load_cake(
             if dtype == "auto" and not computes_bfloat16():
                 dtype = "float32"
         status.update("Loading the model …")
-        options: CakeKeywords = {"tenant": tenant, "codec": codec, "calibration": cache_folder() / "calibration.json"}
+        options: CakeKeywords = {
+            "tenant": tenant,
+            "codec": codec,
+            "reuse": reuse,
+            "calibration": cache_folder() / "calibration.json",
+        }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens
         return Cake.from_pretrained(model, store, dtype=dtype, **options)

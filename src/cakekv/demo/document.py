@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cakekv.errors import BadInput, CakeError
+from cakekv.prompt import Document
 
 TOPICS = (
     "objects",
@@ -28,6 +30,7 @@ CLOSING_TOPIC = "with"
 QUESTION = 'According to the language reference above, what is the "with" statement used for? Answer in one sentence.'
 DEMO_TOKENS = 7000
 SEPARATOR = "\n\n\n"
+_HERE = "[cakekv: here are the documents]"
 
 
 def read_document(name: str, tokenizer: Any, tokens: int | None = None) -> str:
@@ -112,3 +115,30 @@ def document_prompt(tokenizer: Any, document: str, question: str) -> list[int]:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     return [int(token) for token in tokenizer(f"{text}\n")["input_ids"]]
+
+
+def prompt_parts(tokenizer: Any, documents: Sequence[str], question: str) -> list[Any]:
+    """A prompt's parts: documents that can be reused, and the question last.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        Its chat template is used if it has one.
+    documents : sequence of str
+        Their texts.
+    question : str
+        About them.
+    """
+    parts: list[Any] = [as_part(document) for document in documents]
+    if not tokenizer.chat_template:
+        return [*parts, f"{question}\n"]
+    turns = [{"role": "user", "content": f"{_HERE}{question}"}]
+    head, _, tail = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).partition(_HERE)
+    plain = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (head, tail))  # the template has a BOS
+    before, behind = ([int(token) for token in tokens] for tokens in plain)
+    return [before, *parts, behind]
+
+
+def as_part(document: str) -> Document:
+    """A document as it stands in prompts, and is learned."""
+    return Document(f"{document}\n\n")

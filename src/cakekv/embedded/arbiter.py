@@ -36,6 +36,8 @@ class Request:
         Notified when it may be its turn, or something it waits for has happened; of the arbiter's lock.
     prefill : OpenPrefill or None
         Its prefill, from `Arbiter.open` to `Arbiter.close`; before and after that, it decodes.
+    background : bool
+        Whether it computes only while no other prefill is open.
     notes : list of str
         What a person should know about it, in sentences; they go into its report.
     """
@@ -45,6 +47,7 @@ class Request:
         self.arrived_s = arrived_s
         self.woken = threading.Condition(lock)
         self.prefill: OpenPrefill | None = None
+        self.background = False
         self.notes: list[str] = []
 
     def state(self) -> RequestState:
@@ -75,6 +78,11 @@ class Arbiter:
         self._numbers = 0
         self.teller: int | None = None
         """The thread that runs a caller's callback with the lock held."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody computes, or wants to."""
+        return not self._open and not self._asking
 
     def request(self, arrived_s: float) -> Request:
         """A new request."""
@@ -166,9 +174,15 @@ class Arbiter:
         """Whose turn it is; None if the arm is in use or not wanted."""
         if self._turns.holder is not None or not self._asking:
             return None
-        if len(self._asking) == 1:
-            return next(iter(self._asking.values()))
-        states = [request.state() for request in self._asking.values()]
+        asking = list(self._asking.values())
+        if any(request.background for request in asking):
+            others = [request for request in asking if not request.background]
+            if not others and not all(request.background for request in self._open.values()):
+                return None
+            asking = others or asking
+        if len(asking) == 1:
+            return asking[0]
+        states = [request.state() for request in asking]
         first = self._turns.next(states, monotonic())
         return None if first is None else self._asking[first]
 

@@ -9,13 +9,16 @@ from typing import Generic, Self
 from cakekv.calibration import KnownCosts
 from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Arbiter
+from cakekv.embedded.coders import Coders
 from cakekv.embedded.loader import Loader
 from cakekv.engine.base import Cache, Engine, Logits
+from cakekv.errors import BadInput, UnknownRotation
 from cakekv.load.pieces import layer_groups
 from cakekv.load.staging import StagingPool
 from cakekv.options import CakeOptions
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.flights import Tier
+from cakekv.rotation import Rotation
 from cakekv.store.base import Store, distinct_names
 
 
@@ -37,6 +40,8 @@ class Arms(Generic[Cache, Logits]):
         Loads from the tiers.
     groups : list of range
         The layers of each group of a layered finish; at most one for none.
+    rotations : sequence of Rotation or None
+        How each layer's keys are turned, if documents are reused that way.
     compute_cost : ComputeCost
         What spans cost; learns.
     tiers : list of Tier
@@ -49,6 +54,7 @@ class Arms(Generic[Cache, Logits]):
     arbiter: Arbiter
     loader: Loader
     groups: list[range]
+    rotations: Sequence[Rotation] | None
     compute_cost: ComputeCost
     tiers: list[Tier]
 
@@ -65,14 +71,28 @@ class Arms(Generic[Cache, Logits]):
         """Make what is missing. Each of `stores` is a tier, with its `costs`; `staging` has buffers for chunks."""
         arbiter = Arbiter(options.policy)
         groups = layer_groups(coder.expected([]), coder.layers) if options.layered_finish else []
-        loader = Loader(arbiter, stores, coder, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
+        coders = Coders(coder, engine.layout)
+        loader = Loader(arbiter, stores, coders, engine.layout.unwindowed, groups, staging, engine.decoder(coder))
         tiers = [
             Tier(name, cost, store.parallel_reads)
             for name, store, cost in zip(distinct_names(stores), stores, costs.loads, strict=True)
         ]
-        return cls(options, engine, coder, arbiter, loader, groups, costs.compute, tiers)
+        return cls(options, engine, coder, arbiter, loader, groups, _rotations(options, engine), costs.compute, tiers)
 
     def hangs(self, tier: int) -> bool:
         """Whether a tier does not answer any more."""
         with self.arbiter.lock:
             return self.loader.hangs(tier)
+
+
+def _rotations(options: CakeOptions, engine: Engine[Cache, Logits]) -> Sequence[Rotation] | None:
+    """How a model's keys are turned, if documents are reused that way; raises `BadInput` if it cannot be told."""
+    if options.reuse is None or not options.reuse.turns:
+        return None
+    try:
+        return engine.turnable()
+    except UnknownRotation as error:
+        raise BadInput(
+            f"reuse {options.reuse.name} turns keys to where documents stand, and this model's cannot be: {error}. "
+            "Give no reuse: prompts are computed, and their prefixes restored"
+        ) from error

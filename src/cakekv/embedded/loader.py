@@ -11,8 +11,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from cakekv.codec.base import Segment
-from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Arbiter, Request
+from cakekv.embedded.coders import Coders
 from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.decoding import decoded_layers
@@ -21,6 +21,7 @@ from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Planner
+from cakekv.reuse.serving import Serving
 from cakekv.store.base import Store
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Restoring(Protocol):
     """Whose it is; woken whenever a load has ended."""
     planner: Planner
     """Says what to load, and is told what became of it."""
-    keys: Sequence[ChunkKey]
-    """Of the prompt's chunks."""
+    servings: Sequence[Serving | None]
+    """Per chunk of the planner's, the stored chunk that serves it."""
 
     def place(self, load: Load, segments: Sequence[Segment | None]) -> int:
         """Copy a chunk's layers into the cache, None for those that are not needed; returns the bytes copied."""
@@ -110,14 +111,14 @@ class Loader:
         Orders the restores; its lock guards everything here.
     tiers : sequence of Store
         One per tier of the restores.
-    coder : ChunkCoder
-        What a chunk of this model looks like, and how the thread that read it decodes it.
+    coders : Coders
+        What chunks of this model look like, and how the thread that read one decodes it.
     unwindowed : sequence of int
         The layers that every load needs; the others only where a sliding window can see the chunk.
     groups : sequence of range
         The layers of each group of a layered finish.
     staging : StagingPool
-        Buffers of at least `coder.exact.total_bytes`.
+        Buffers as long as the longest chunk.
     decoder : DeviceDecoder or None
         Decodes instead where the caches are. A load ends when it is decoded there, too.
     """
@@ -126,7 +127,7 @@ class Loader:
         self,
         arbiter: Arbiter,
         tiers: Sequence[Store],
-        coder: ChunkCoder,
+        coders: Coders,
         unwindowed: Sequence[int],
         groups: Sequence[range],
         staging: StagingPool,
@@ -135,7 +136,7 @@ class Loader:
         self._arbiter = arbiter
         self._lock = arbiter.lock
         self._tiers = tiers
-        self._coder = coder
+        self._coders = coders
         self._unwindowed = tuple(unwindowed)
         self._groups = groups
         self._staging = staging
@@ -275,17 +276,21 @@ class Loader:
 
     def _perform(self, loads: Loads, load: Load) -> None:
         restore, planner = loads.restore, loads.restore.planner
+        serving = restore.servings[load.chunk]
+        assert serving is not None, "only what is stored is loaded"
         with ExitStack() as buffers:
             progress = Progress()
             try:
-                segments = self._read(loads, load, lambda: buffers.enter_context(self._staging.buffer()), progress)
+                segments = self._read(
+                    loads, load, serving, lambda: buffers.enter_context(self._staging.buffer()), progress
+                )
             except Abandoned:
                 with self._lock:
                     planner.abandoned(load, progress.bytes, monotonic())
                     restore.changed()
                 return
             except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
-                self._log_failure(load, restore.keys[load.chunk], error)
+                self._log_failure(load, serving.key, error)
                 with self._lock:
                     silent = isinstance(error, NoAnswer)
                     planner.failed(load, failure_reason(error), progress.bytes, monotonic(), silent)
@@ -311,11 +316,11 @@ class Loader:
             emit(_LOG, logging.DEBUG, "load_failed", tier=tier, chunk=key.short, reason=str(error))
 
     def _read(
-        self, loads: Loads, load: Load, room: Callable[[], memoryview], progress: Progress
+        self, loads: Loads, load: Load, serving: Serving, room: Callable[[], memoryview], progress: Progress
     ) -> list[Segment | None]:
         """Read, verify and decode what the load needs, in buffers from `room`; layers it does not need are None."""
-        buffer, coder, key = room(), self._coder, loads.restore.keys[load.chunk]
-        wanted = Wanted(key, load.start, self._layers(load), load.parts, is_piece=load.group is not None)
+        buffer, coder, position = room(), self._coders.of(serving.tokens), serving.position
+        wanted = Wanted(serving.key, position, self._layers(load), load.parts, is_piece=load.group is not None)
         header = read_chunk(self._tiers[load.tier], coder, wanted, buffer, load, progress, loads.headers)
         segments: list[Segment | None] = [None] * coder.layers
         for layer, segment in decoded_layers(coder, header, wanted, buffer, load, room, self._decoder):
@@ -323,5 +328,5 @@ class Loader:
         return segments
 
     def _layers(self, load: Load) -> list[int]:
-        wanted = range(self._coder.layers) if load.windowed else self._unwindowed
+        wanted = range(self._coders.usual.layers) if load.windowed else self._unwindowed
         return [layer for layer in wanted if load.group is None or layer in self._groups[load.group]]

@@ -73,6 +73,7 @@ class Planning:
                 ttft_target_s=options.ttft_target_s,
                 deadline_s=options.deadline_s,
             ),
+            starts=found.starts,
             now=request.arrived_s,
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from threading import get_ident
 from time import monotonic
 from typing import Generic
@@ -16,13 +17,13 @@ from cakekv.embedded.loader import Loads
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
-from cakekv.engine.base import Cache, Logits
-from cakekv.keys import ChunkKey
+from cakekv.engine.base import Cache, Logits, Move
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
-from cakekv.restore.report import RestoreReport
+from cakekv.restore.report import Miss, PositionRun, RestoreReport
 from cakekv.results import OnProgress, Progress
+from cakekv.reuse.serving import Serving
 
 _LAST_LOADS_S = 0.3
 """Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
@@ -64,7 +65,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
     ) -> None:
         self.request = planning.request
         self.planner = planning.planner
-        self.keys: Sequence[ChunkKey] = planning.found.keys
+        self.servings: Sequence[Serving | None] = planning.found.servings
         self._arms = arms
         self._arbiter = arms.arbiter
         self._planning = planning
@@ -73,6 +74,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         self._saver = saver
         self._on_progress = on_progress
         self._loads = Loads(self)
+        self._coverage = planning.planner.coverage
         self._chunk_tokens = arms.coder.exact.tokens
         self._group_of = [number for number, group in enumerate(arms.groups) for _ in group]
         self._waited_s = 0.0
@@ -81,6 +83,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         self._parts: dict[int, int] = {}
         """For the chunks placed, whole or in pieces, how many parts of them were read; 0 for those in the exact form.
         """
+        self._not_exact: set[int] = set()
+        """Those of them that are not what a prefill of this prompt would compute."""
         self._first_lossy: int | None = None
         """The first chunk that ever was placed and is not exact; what was computed behind it attended to it."""
 
@@ -133,18 +137,57 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._loads.join(timeout_s=_LAST_LOADS_S)
             report = self.planner.report()
             report.placed_bytes = self._placed_bytes
-            tokens = Counter[int]()
+            tokens, levels = self._coverage.tokens, Counter[int]()
             for chunk, parts in self._parts.items():
-                tokens[parts] += self.planner.coverage.tokens[chunk]
-            report.lossy_tokens = tokens.total() - tokens[0] if codec.lossy else 0
-            names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(tokens)}
-            report.level_tokens = {name: tokens[parts] for parts, name in names.items()}
+                levels[parts] += tokens[chunk]
+            names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(levels)}
+            report.level_tokens = {name: levels[parts] for parts, name in names.items()}
+            report.lossy_tokens = sum(tokens[chunk] for chunk in self._not_exact)
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
+            self._tell_reuse(report)
         report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._planning.found.lookup_s, codec.name
         report.notes += self.request.notes
         if not self._planning.found.still():
             report.notes.append(CHANGED)
         return report
+
+    def _tell_reuse(self, report: RestoreReport) -> None:
+        """Say which positions were reused, and what was made of the others."""
+        reuse, found, coverage = self._arms.options.reuse, self._planning.found, self._coverage
+        report.misses = [part for miss in report.misses for part in _cut(miss, found.linked)]
+        damaged = [miss for miss in report.misses if miss.reason.startswith("corrupt")]
+        found.damaged = [
+            place
+            for place in found.documents
+            if any(miss.start < place.end and place.start < miss.start + miss.tokens for miss in damaged)
+        ]
+        reused = {chunk for chunk in self._not_exact if self._is_reused(chunk)}
+        if reuse is None or not reused:
+            return
+        report.reuse = reuse.recipe
+        report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused)
+        report.linked_tokens = sum(miss.tokens for miss in report.misses if miss.reason == "linked")
+        runs: list[PositionRun] = []
+        for chunk, (start, tokens) in enumerate(zip(coverage.starts[:-1], coverage.tokens, strict=True)):
+            if chunk in self._not_exact:
+                how = "reused" if chunk in reused else "lossy"
+            else:
+                is_computed = coverage.state[chunk] is State.COMPUTED
+                how = "recomputed" if is_computed and self._saw_lossy(start) else "exact"
+            if runs and runs[-1].how == how:
+                runs[-1] = runs[-1]._replace(tokens=runs[-1].tokens + tokens)
+            else:
+                runs.append(PositionRun(start, tokens, how))
+        report.positions = runs
+
+    def _is_reused(self, chunk: int) -> bool:
+        """Whether what serves a chunk was computed behind something else."""
+        serving = self._serving(chunk)
+        return serving is not None and not serving.exact
+
+    def _serving(self, chunk: int) -> Serving | None:
+        """What serves a chunk, if it is stored; behind the last full one of a plain prompt nothing is."""
+        return self.servings[chunk] if chunk < len(self.servings) else None
 
     def release(self) -> None:
         """Let go of the cache, which workers that still hang in a tier would keep."""
@@ -172,17 +215,20 @@ class EmbeddedRestore(Generic[Cache, Logits]):
                 self._loads.raise_crash()
                 self.planner.gave_up(span, monotonic())
             return None
-        chunks = range(span.start // self._chunk_tokens, (span.start + span.tokens) // self._chunk_tokens)
+        end = span.start + span.tokens
         with self._arbiter.lock:
             self.planner.computed(span, monotonic(), self._waited_s)
-            for chunk in chunks:
-                if self.planner.coverage.state[chunk] is State.COMPUTED:
+            for chunk in range(self._coverage.chunk_at(span.start), self._coverage.chunk_at(end)):
+                if self._coverage.state[chunk] is State.COMPUTED:
                     self._parts.pop(chunk, None)
+                    self._not_exact.discard(chunk)
             self.changed()
             self._arms.loader.wake()
         check()  # who was interrupted may have changed the model since
         if self._saver is not None:
-            missing = [chunk for chunk in chunks if self._is_missing(chunk)]
+            keys = self._planning.found.keys
+            saved = len(keys) if end == len(self._token_ids) else end // self._chunk_tokens
+            missing = [chunk for chunk in range(span.start // self._chunk_tokens, saved) if self._is_missing(chunk)]
             self._saver.save(missing, self._missing_chunks, exact=not self._saw_lossy(span.start))
         return logits
 
@@ -206,17 +252,19 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._waited_s += monotonic() - began
 
     def _is_missing(self, chunk: int) -> bool:
-        """Whether no tier can deliver the chunk: it was not stored, or its loads failed."""
-        return not self.planner.coverage.holders[chunk]
+        """Whether no tier can deliver one of the chunks to save: it was not stored, or its loads failed."""
+        planned = self._coverage.chunk_at(chunk * self._chunk_tokens)
+        serving, held = self._serving(planned), self._coverage.holders[planned]
+        return not held or serving is None or serving.key != self._planning.found.keys[chunk]
 
     @cached_property
     def _missing_chunks(self) -> int:
-        """How many full chunks of the prompt no tier can deliver, as far as was known when this was first asked."""
-        return sum(map(self._is_missing, range(len(self._token_ids) // self._chunk_tokens)))
+        """How many of the chunks to save no tier can deliver, as far as was known when this was first asked."""
+        return sum(map(self._is_missing, range(len(self._planning.found.keys))))
 
     def _saw_lossy(self, start: int) -> bool:
         """Whether what is computed from `start` on may attend to loaded keys and values that are not exact."""
-        return self._first_lossy is not None and self._first_lossy * self._chunk_tokens < start
+        return self._first_lossy is not None and self._coverage.start_of(self._first_lossy) < start
 
     # -------------------------------------------------------------------- loads
 
@@ -224,14 +272,21 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """As `Restoring.place`."""
         cache = self._cache
         assert cache is not None, "a load was placed after the end of its restore"
-        return self._arms.engine.place(cache, load.start, load.tokens, segments)
+        serving, engine = self.servings[load.chunk], self._arms.engine
+        assert serving is not None, "only what is stored is loaded"
+        by = load.start - serving.position - serving.skip
+        if not by and not serving.skip:
+            return engine.place(cache, load.start, load.tokens, segments)
+        move = Move(serving.tokens, serving.skip, by, self._arms.rotations)
+        return engine.place_moved(cache, load.start, load.tokens, segments, move)
 
     def placed(self, load: Load, coded: bool, size: int) -> None:
         """As `Restoring.placed`."""
         codec = self._arms.coder.codec
         self._placed_bytes += size
         self._parts[load.chunk] = (load.parts or codec.parts_read) if coded else 0
-        if coded and codec.lossy:
+        if (coded and codec.lossy) or self._is_reused(load.chunk):
+            self._not_exact.add(load.chunk)
             first = self._first_lossy
             self._first_lossy = load.chunk if first is None else min(first, load.chunk)
 
@@ -256,3 +311,15 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             )
         finally:
             self._arbiter.teller = None
+
+
+def _cut(miss: Miss, links: Sequence[range]) -> Iterator[Miss]:
+    """Tell the positions of a miss apart that were computed to link a document, which is stored."""
+    if not links or miss.reason not in ("not stored", "behind the stored prefix"):
+        yield miss
+        return
+    end = miss.start + miss.tokens
+    edges = {edge for link in links for edge in (link.start, link.stop) if miss.start < edge < end}
+    for first, last in pairwise(sorted({miss.start, end, *edges})):
+        linked = any(first in link for link in links)
+        yield Miss(first, last - first, "linked" if linked else miss.reason)

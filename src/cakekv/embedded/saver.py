@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cakekv.chunk import seal, segments
 from cakekv.codec.coder import ChunkCoder
+from cakekv.embedded.coders import Coders
 from cakekv.embedded.executor import IDLE_S, LOOK_S, check
 from cakekv.embedded.stored import Found
 from cakekv.errors import CacheRewritten, CannotEncode, StoreError, StoreFull
@@ -78,6 +79,7 @@ class _Job(NamedTuple):
 
     key: ChunkKey
     position: int
+    coder: ChunkCoder
     exact: bool
     gather: Gather
     keeps: object
@@ -106,18 +108,18 @@ class Saver:
     ----------
     store : Store
         Where to.
-    coder : ChunkCoder
-        What a chunk looks like, and how it is encoded.
+    coders : Coders
+        What chunks look like, and how they are encoded.
     staging : StagingPool
-        Buffers of at least `coder.exact.total_bytes`.
+        Buffers as long as the longest chunk.
     options : CakeOptions
         Of the `Cake`. Its `save_queue` bounds what waits, but one chunk always may; a store that has not taken a chunk
         for `deadline_s` is taken to hang; its `metrics` are told what became of every chunk.
     """
 
-    def __init__(self, store: Store, coder: ChunkCoder, staging: StagingPool, options: CakeOptions) -> None:
+    def __init__(self, store: Store, coders: Coders, staging: StagingPool, options: CakeOptions) -> None:
         self.store = store
-        self._coder = coder
+        self._coders = coders
         self._staging = staging
         self._options = options
         self._introduced: set[bytes] = set()
@@ -139,7 +141,7 @@ class Saver:
     @property
     def chunk_tokens(self) -> int:
         """Tokens per chunk."""
-        return self._coder.exact.tokens
+        return self._coders.usual.exact.tokens
 
     @property
     def full(self) -> bool:
@@ -178,6 +180,7 @@ class Saver:
         exact: bool = False,
         source: Source = UNKNOWN,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        tokens: int | None = None,
     ) -> None:
         """Hand over a chunk whose region of the cache is covered; from any thread.
 
@@ -193,18 +196,21 @@ class Saver:
             That cache.
         waiting : callable
             Gives a context that is entered while there is no room.
+        tokens : int or None
+            Its length, if that is not the usual one.
         """
-        size, held = self._coder.exact.total_bytes, source.held_bytes
+        coder = self._coders.of(tokens or self.chunk_tokens)
+        size, held = coder.exact.total_bytes, source.held_bytes
         if held is None or held > self._options.save_queue or 2 * source.wanted_chunks * size < held:
-            job = _Job(key, position, exact, gather, object(), size, None)
+            job = _Job(key, position, coder, exact, gather, object(), size, None)
         else:
-            job = _Job(key, position, exact, gather, source.cache, held, None)
+            job = _Job(key, position, coder, exact, gather, source.cache, held, None)
         if not self._take_room(job, waiting):
             return
         if job.keeps is not source.cache:
             try:
                 copy = self._staging.new()
-                gather(segments(self._coder.exact, copy))
+                gather(segments(coder.exact, copy))
                 job = job._replace(gather=_nothing, copy=copy)
             except BaseException as error:
                 self._failed(error)
@@ -372,7 +378,7 @@ class Saver:
         return self._queue.get()
 
     def _write(self, job: _Job) -> None:
-        coder, began = self._coder, monotonic()
+        coder, began = job.coder, monotonic()
         encodes = coder.encodes and not job.exact
         with ExitStack() as buffers:
             buffer = job.copy
@@ -465,9 +471,10 @@ class PromptSaver:
         self._saver.introduce(found.named.identity)
         source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
         for chunk in chunks:
-            gather = engine.gatherer(self._cache, chunk * tokens, tokens)
+            start, length = chunk * tokens, min(tokens, found.prompt_tokens - chunk * tokens)
+            gather = engine.gatherer(self._cache, start, length)
             is_exact = chunk >= found.exact_from
-            self._saver.save(found.keys[chunk], chunk * tokens, gather, is_exact, source, self._waiting)
+            self._saver.save(found.keys[chunk], start, gather, is_exact, source, self._waiting, length)
 
 
 _KINDS: dict[type[BaseException], str] = {

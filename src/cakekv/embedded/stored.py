@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,8 +13,10 @@ from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import StoreError, TierDown
-from cakekv.keys import ChunkKey, Identity, chunk_keys
+from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
+from cakekv.prompt import Place, Tokenized
+from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
 from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
 from cakekv.store.maintenance.explain import why_nothing_is_stored
@@ -44,15 +46,28 @@ class Found:
     named: Named
     """What the model was when they were asked."""
     keys: list[ChunkKey]
-    """Of the prompt's full chunks; none if there is no tier."""
+    """Of the prompt's full chunks, under which they are saved; none if there is no tier."""
+    prompt_tokens: int
+    servings: list[Serving | None]
+    """Per chunk of the planner's, the stored chunk that serves it; of a plain prompt, one per key."""
     holders: list[tuple[int, ...]]
-    """Per chunk, which tiers hold it in a form that will do."""
+    """Per chunk of the planner's, which tiers hold that in a form that will do."""
     sizes: list[list[int]]
     """By tier, the bytes of those chunks."""
     exact_from: int
     """The first chunk that must not be lossy, since the codec's window reaches it."""
     lookup_s: float = 0.0
     """Seconds that asking took."""
+    documents: Sequence[Place] = ()
+    """Where the prompt's documents stand, if they are reused."""
+    starts: list[int] | None = None
+    """Where the planner's chunks begin; None: at the multiples of a chunk's length."""
+    linked: list[range] = field(default_factory=list)
+    """Positions of documents that are computed although they are stored."""
+    unknown: list[Place] = field(default_factory=list)
+    """The documents that are not stored, or not wholly."""
+    damaged: list[Place] = field(default_factory=list)
+    """Those of which a chunk was stored and could not be had."""
     changed: bool = False
     """Whether the model was found to be another one since."""
 
@@ -88,27 +103,130 @@ class StoredPrefixes:
             named = self._named = Named(state, self._identify())
         return Named(state, named.identity)
 
-    def lookup(self, token_ids: Sequence[int], notes: list[str]) -> Found:
+    def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
-        began, named = monotonic(), self.now()
+        began, token_ids = monotonic(), prompt.token_ids
+        named, is_named = self._named_for(notes)
+        keys = chunk_keys(named.identity, token_ids) if is_named else []
+        chains = self._chains(named, prompt, notes) if is_named else []
+        held = self._held([*keys, *(serving.key for chain in chains for serving in chain)], notes)
+        found = self._found(named, keys, serve_chain(keys, self._coder.exact.tokens, len(token_ids)), prompt, held)
+        if chains:
+            self._serve_documents(found, prompt, chains, held)
+        found.lookup_s = monotonic() - began
+        return found
+
+    def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
+        """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
+        began = monotonic()
+        named, is_named = self._named_for(notes)
+        keys = document_keys(named.identity, token_ids) if is_named else []
+        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        found = self._found(named, keys, chain, Tokenized(token_ids), self._held(keys, notes))
+        found.lookup_s = monotonic() - began
+        return found
+
+    def _named_for(self, notes: list[str]) -> tuple[Named, bool]:
+        """What computes now, and whether its chunks are loaded and saved."""
+        named = self.now()
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
-        keys = chunk_keys(named.identity, token_ids) if self._tiers and not unnamed else []
-        exact_from = first_exact_chunk(len(token_ids), self._coder.codec.window, self._coder.exact.tokens)
-        found = Found(self._engine, named, keys, [()] * len(keys), [[] for _ in self._tiers], exact_from)
+        return named, bool(self._tiers) and not unnamed
+
+    def _held(self, keys: Sequence[ChunkKey], notes: list[str]) -> dict[ChunkKey, list[tuple[int, int]]]:
+        """The tiers that hold each chunk, and its size there."""
+        held: dict[ChunkKey, list[tuple[int, int]]] = {}
         for index, (tier, sizes) in enumerate(zip(self._tiers, self._ask.sizes(keys), strict=True)):
             if isinstance(sizes, StoreError):
                 notes.append(f"The {tier.name} tier could not be asked what it holds: {sizes}")
                 continue
             if (doubt := doubt_of(sizes)) is not None:
                 notes.append(f"Of the {tier.name} tier, {doubt}")
-            for chunk, size in enumerate(sizes):
-                if size is not None and (chunk < exact_from or self._coder.is_exact(size)):
-                    found.holders[chunk] += (index,)
-                    found.sizes[index].append(size)
-        found.lookup_s = monotonic() - began
+            for key, size in zip(keys, sizes, strict=True):
+                if size is not None and (index, size) not in (at := held.setdefault(key, [])):
+                    at.append((index, size))
+        return held
+
+    def _found(
+        self,
+        named: Named,
+        keys: list[ChunkKey],
+        chain: list[Serving],
+        prompt: Tokenized,
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> Found:
+        tokens = len(prompt.token_ids)
+        exact_from = first_exact_chunk(tokens, self._coder.codec.window, self._coder.exact.tokens)
+        found = Found(self._engine, named, keys, tokens, list(chain), [], [[] for _ in self._tiers], exact_from)
+        for chunk, serving in enumerate(chain):
+            found.holders.append(self._holders(found, serving, chunk < exact_from, held))
         return found
+
+    def _holders(
+        self, found: Found, serving: Serving, may_be_coded: bool, held: dict[ChunkKey, list[tuple[int, int]]]
+    ) -> tuple[int, ...]:
+        """The tiers that hold a chunk in a form that will do; the planner is to know its size."""
+        if serving.tokens < self._coder.exact.tokens:  # always in the exact form
+            return tuple(tier for tier, _ in held.get(serving.key, ()))
+        at = [(tier, size) for tier, size in held.get(serving.key, ()) if may_be_coded or self._coder.is_exact(size)]
+        for tier, size in at:
+            found.sizes[tier].append(size)
+        return tuple(tier for tier, _ in at)
+
+    def _chains(self, named: Named, prompt: Tokenized, notes: list[str]) -> list[list[Serving]]:
+        """The chunks of every document of a prompt; none if they are not reused."""
+        reuse = self._arms.options.reuse
+        if reuse is None or not prompt.documents:
+            return []
+        if named.identity.architecture != self._first.identity.architecture:
+            notes.append(
+                "No document was reused, because the model's settings are not those that the Cake was made for."
+            )
+            return []
+        return [
+            serve_chain(
+                document_keys(named.identity, prompt.token_ids[place.start : place.end]),
+                self._coder.exact.tokens,
+                place.tokens,
+                exact=place.start == 0,
+            )
+            for place in prompt.documents
+        ]
+
+    def _serve_documents(
+        self,
+        found: Found,
+        prompt: Tokenized,
+        chains: Sequence[Sequence[Serving]],
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> None:
+        """Let the chunks of documents serve what is behind the last chunk of the prompt's own prefix that is stored."""
+        reuse = self._arms.options.reuse
+        assert reuse is not None
+        found.documents = prompt.documents
+        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
+        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        served: list[tuple[int, Serving]] = []
+        holders = {}
+        for place, chain in zip(prompt.documents, chains, strict=True):
+            if not all(held.get(serving.key) for serving in chain):
+                found.unknown.append(place)
+            linked = reuse.recomputed(place) if place.start else range(0)
+            for start, serving in serve_document(chain, place.start, linked):
+                at = self._holders(found, serving, start + serving.served <= newest, held)
+                if at:
+                    holders[start + serving.served] = at
+                    served.append((start, serving))
+            if linked and any(held.get(serving.key) for serving in chain):
+                found.linked.append(linked)
+        grid = lay_out(found.prompt_tokens, tokens, found.servings[:stored], served)
+        found.starts, found.servings = grid.starts, grid.servings
+        ends = [*grid.starts[1:], found.prompt_tokens]
+        found.holders = found.holders[:stored] + [
+            () if serving is None else holders[end]
+            for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
+        ]
 
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cakekv.errors import BadInput
-from cakekv.prompt import Prompt, check_text, token_ids
+from cakekv.prompt import Document, Place, PlainPrompt, Prompt, Tokenized, check_text, parts_of, token_ids
 
 
 class Tokenizing:
@@ -33,8 +33,63 @@ class Tokenizing:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
 
-    def tokens(self, prompt: Prompt, notes: list[str]) -> list[int]:
-        """A prompt's token ids; what should be known about them is noted.
+    def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
+        """A prompt's token ids, and where its documents stand; what should be known about them is noted.
+
+        Parts are cut into tokens one by one. Only the first one, and documents, begin as the tokenizer begins texts.
+
+        Raises
+        ------
+        BadInput
+            As for `tokens`.
+        """
+        parts = parts_of(prompt)
+        if parts is None:
+            return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
+        tokens: list[int] = []
+        places = []
+        for part in parts:
+            if isinstance(part, Document):
+                own = self.document(part)
+                if own:
+                    places.append(Place(len(tokens), len(own)))
+            else:
+                own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
+            tokens += own
+        return Tokenized(tokens, places)
+
+    def document(self, document: Document) -> list[int]:
+        """A document's token ids.
+
+        Raises
+        ------
+        BadInput
+            As for `tokens`.
+        """
+        content = document.content
+        if not isinstance(content, str):
+            return token_ids(content)
+        tokens = self._plain(content)
+        if not tokens or not document.bos:
+            return tokens
+        bos = getattr(self._tokenizer, "bos_token_id", None)
+        with self._lock:
+            begins = token_ids(self._tokenizer("a")["input_ids"])[:1]
+        return [*begins, *tokens] if begins == [bos] and tokens[0] != bos else tokens
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids of a text that follows something else."""
+        self._check(text)
+        with self._lock:
+            return token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check(self, text: str) -> None:
+        if self._tokenizer is None:
+            raise BadInput("the prompt is text, but there is no tokenizer: pass one to Cake, or give token ids")
+        check_text(text, "the prompt")
+
+    def tokens(self, prompt: PlainPrompt, notes: list[str]) -> list[int]:
+        """The token ids of a prompt without parts; what should be known about them is noted.
 
         Raises
         ------
@@ -43,9 +98,7 @@ class Tokenizing:
         """
         if not isinstance(prompt, str):
             return token_ids(prompt)
-        if self._tokenizer is None:
-            raise BadInput("the prompt is text, but there is no tokenizer: pass one to Cake, or give token ids")
-        check_text(prompt, "the prompt")
+        self._check(prompt)
         with self._lock:
             tokens = token_ids(self._tokenizer(prompt)["input_ids"])
             if self._repeats_bos(prompt, tokens):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from cakekv.codec.base import Segment
-from cakekv.errors import BadInput, UnknownRotation
+from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine
 from cakekv.keys import RAW, Identity
 from cakekv.layout import KVLayout
 from cakekv.quantities import real, whole
@@ -30,6 +30,19 @@ Gate = Callable[[int], None]
 """(index into the layout's layers) returns as soon as that layer may attend to the positions before the span."""
 Gather = Callable[[Sequence[memoryview]], None]
 """Copies a chunk out of a cache into its per-layer segments."""
+
+
+class Move(NamedTuple):
+    """How a chunk is placed elsewhere than where it was computed."""
+
+    tokens: int
+    """Tokens of the chunk."""
+    skip: int
+    """Tokens at its beginning that are left out."""
+    by: int
+    """Positions that it moves by."""
+    rotations: Sequence[Rotation] | None
+    """How the keys of each of the layout's layers are turned; None: they stay as they are."""
 
 
 class EngineState(NamedTuple):
@@ -66,6 +79,16 @@ class Engine(ABC, Generic[Cache, Logits]):
         ------
         UnknownRotation
             That cannot be told, or changes with the prompt.
+        """
+        raise UnknownRotation("this engine does not tell")
+
+    def turnable(self) -> Sequence[Rotation]:
+        """As `rotations`, if keys that are turned to other positions are those that the model computes there.
+
+        Raises
+        ------
+        UnknownRotation
+            They are not, or it cannot be told.
         """
         raise UnknownRotation("this engine does not tell")
 
@@ -121,6 +144,16 @@ class Engine(ABC, Generic[Cache, Logits]):
         int
             Bytes copied.
         """
+
+    def place_moved(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None], move: Move) -> int:
+        """As `place`, of a chunk that was computed elsewhere; `start` and `tokens` are of what is not skipped.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The engine cannot do that.
+        """
+        raise UnsupportedEngine("this engine places chunks only where they were computed: give no reuse")
 
     def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
         """What decodes chunks where the caches are; None: the CPU does."""

@@ -105,6 +105,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         Every position from here to `length` is there. With a window, those before it may never have been loaded.
     token_bytes : int
         Bytes of one token.
+    key_heads : int
+        How many heads of the first region are keys.
     before_read : callable
         Called before a span reads the layer; returns once what it may see is there.
     """
@@ -125,6 +127,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         heads = shape.keys.heads
         keys, values = regions if len(regions) == 2 else (regions[0][:heads], regions[0][heads:])
         self._keys, self._values = keys[None], values[None]
+        self.key_heads = heads
         self.token_bytes = shape.layout.token_bytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -14,8 +14,11 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from cakekv.codec.base import Segment
+from cakekv.engine.base import Move
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
+from cakekv.engine.turning import place_moved
 from cakekv.errors import BadInput, UnsupportedModel
+from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
     from cakekv.codec.coder import ChunkCoder
@@ -30,6 +33,28 @@ class Transfer(ABC):
     @abstractmethod
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. When it returns, the segments may be overwritten."""
+
+    def place_moved(
+        self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None], move: Move
+    ) -> int:
+        """As `Engine.place` of a chunk that was computed elsewhere."""
+        if move.skip < 0 or move.tokens - move.skip != tokens or start + tokens > cache.capacity:
+            raise BadInput(
+                f"{tokens} tokens of a chunk of {move.tokens}, less {move.skip}, do not fit at {start} into a cache "
+                f"of {cache.capacity} tokens"
+            )
+        if len(segments) != len(cache.stored):
+            raise BadInput(f"{len(segments)} segments for {len(cache.stored)} layers")
+        rotations: Sequence[Rotation | None] = move.rotations or [None] * len(segments)
+        placed = 0
+        for layer, segment, rotation in zip(cache.stored, segments, rotations, strict=True):
+            if segment is None:
+                continue
+            if segment.nbytes != layer.token_bytes * move.tokens:
+                raise BadInput(f"a layer's segment has {segment.nbytes} bytes for {move.tokens} tokens")
+            place_moved(layer, start, segment, move, rotation)
+            placed += layer.token_bytes * tokens
+        return placed
 
     def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
         """As `Engine.decoder`."""
@@ -97,6 +122,12 @@ class CudaTransfer(Transfer):
                     target.copy_(source, non_blocking=True)
                 placed += segment.nbytes
         return placed
+
+    def place_moved(
+        self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None], move: Move
+    ) -> int:
+        with self._beside():
+            return super().place_moved(cache, start, tokens, segments, move)
 
     def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
         if not coder.decodes_on_device:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
-from cakekv.engine.base import Engine, EngineState, Gate, Gather, Result, check_sampling
+from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
@@ -26,6 +26,7 @@ from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import choose_token
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
+from cakekv.engine.turning import check_turns
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.forks import on_fork
@@ -177,6 +178,12 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.rotations`."""
         return find_rotations(self.model)
 
+    def turnable(self) -> list[Rotation]:
+        """As `Engine.turnable`."""
+        rotations = self.rotations()
+        check_turns(self, rotations)
+        return rotations
+
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
         """As `Engine.identity`. The first call reads all weights, later ones what was written to since."""
         with self._looking:
@@ -290,6 +297,12 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
         return self._transfer.place(cache, start, tokens, segments)
+
+    def place_moved(
+        self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None], move: Move
+    ) -> int:
+        """As `Engine.place_moved`. Raises `BadInput` if the segments do not fit."""
+        return self._transfer.place_moved(cache, start, tokens, segments, move)
 
     def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
         """As `Engine.decoder`."""

@@ -46,7 +46,17 @@ class Miss(NamedTuple):
     start: int
     tokens: int
     reason: str
-    """"not stored", "corrupt: ...", "late", "store failed: ..."."""
+    """"not stored", "linked" (see `cakekv.reuse`), "corrupt: ...", "late", "store failed: ..."."""
+
+
+class PositionRun(NamedTuple):
+    """A run of positions of a prompt that reused documents."""
+
+    start: int
+    tokens: int
+    how: str
+    """"exact" (what a prefill of this prompt computes), "reused" (as it was computed elsewhere), "recomputed" (computed
+    here, seeing what was reused or lossy), or "lossy" (as a codec rounded it)."""
 
 
 class FrontierPoint(NamedTuple):
@@ -97,6 +107,14 @@ class RestoreReport:
         Loaded positions by what was read of their chunks: "exact", or "2 of 3" parts of what the codec wrote.
     after_lossy_tokens : int
         Computed positions that attend to such. They were not saved.
+    reuse : str
+        How documents were reused, such as "epic:link=16"; empty if none was.
+    reused_tokens : int
+        Loaded positions of documents that were computed elsewhere; they count among `lossy_tokens`.
+    linked_tokens : int
+        Positions of documents that were computed here although they were stored, as `reuse` wants it.
+    positions : list of PositionRun
+        What every position is, if documents were reused.
     misses : list of Miss
         What had to be computed and why.
     spans, loads, frontiers : list
@@ -123,6 +141,10 @@ class RestoreReport:
     lossy_tokens: int = 0
     level_tokens: dict[str, int] = field(default_factory=dict)
     after_lossy_tokens: int = 0
+    reuse: str = ""
+    reused_tokens: int = 0
+    linked_tokens: int = 0
+    positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)
     loads: list[LoadRecord] = field(default_factory=list)
@@ -149,7 +171,7 @@ class RestoreReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: records become objects with named fields."""
         data = asdict(self)
-        for name in ("misses", "spans", "loads", "frontiers"):
+        for name in ("positions", "misses", "spans", "loads", "frontiers"):
             data[name] = [record._asdict() for record in getattr(self, name)]
         return data
 

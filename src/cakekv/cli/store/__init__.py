@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cakekv.cli.store import archive, clean, copy, explain, look, verify, warm
+from cakekv.cli.store import archive, clean, copy, explain, learn, look, verify, warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ for command in (
     copy.cp,
     copy.migrate,
     warm.warm,
+    learn.learn,
     archive.export,
 ):
     app.command()(command)

@@ -1,0 +1,1 @@
+"""Ways to reuse documents, without a model."""

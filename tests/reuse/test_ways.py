@@ -1,0 +1,45 @@
+"""How documents are reused, as a recipe says it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cakekv.errors import BadInput
+from cakekv.prompt import Place
+from cakekv.reuse import reuse_named
+
+
+@pytest.mark.parametrize(
+    ("recipe", "written", "recomputed", "turns"),
+    [
+        ("epic", "epic:link=16", 16, True),
+        ("epic:link=0", "epic:link=0", 0, True),
+        ("epic:link=1000", "epic:link=1000", 40, True),
+        ("naive", "naive:turn=yes", 0, True),
+        ("naive:turn=no", "naive:turn=no", 0, False),
+    ],
+)
+def test_a_recipe_names_a_way(recipe: str, written: str, recomputed: int, turns: bool) -> None:
+    reuse = reuse_named(recipe)
+    assert reuse.recipe == written
+    assert reuse_named(written) == reuse
+    assert list(reuse.recomputed(Place(100, 40))) == list(range(100, 100 + recomputed))
+    assert reuse.turns is turns
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ("blend", "choose one of epic, naive"),
+        ("", "choose one of"),
+        ("epic:links=3", "it takes link="),
+        ("epic:link", "it takes link="),
+        ("epic:link=-1", "whole number of 0 or more"),
+        ("epic:link=1.5", "whole number of 0 or more"),
+        ("epic:link=99999999999", "0 or more tokens"),
+        ("naive:turn=maybe", "yes or no"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_with_what_would_be(recipe: str, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        reuse_named(recipe)
