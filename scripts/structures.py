@@ -24,6 +24,7 @@ ORDER = [
     "engine",
     "load",
     "codec",
+    "reuse",
     "store",
     "store/eviction",
     "store/maintenance",
