@@ -258,6 +258,35 @@ def adaptive_level(data: dict[str, Any]) -> str:
     return markdown(head, rows) + measured(data, shape)
 
 
+def packing(data: dict[str, Any]) -> str:
+    """A row per element type, of the longer chunks."""
+    longest = max(point["tokens"] for point in data["points"])
+    rows = [
+        [
+            f"`{point['dtype']}`",
+            *(f"{point[key]:.2f}" for key in ("ratio", "entropy_ratio", "encode_gbps", "decode_gbps")),
+        ]
+        for point in data["points"]
+        if point["tokens"] == longest
+    ]
+    head = ["", "times smaller", "if exponents took their entropy", "packing, GB/s", "unpacking, GB/s"]
+    return markdown(head, rows) + measured(data, f"; chunks of {longest} tokens, one core, bytes as they are unpacked")
+
+
+def packing_ttft(data: dict[str, Any]) -> str:
+    """A row per place that chunks are loaded from."""
+    rows = [
+        [
+            f"{point['prefix_tokens']:,}",
+            f"{point['bandwidth_ratio']:g}× balance" if point["bandwidth_ratio"] else "local disk, `pack=auto`",
+            *(f"{point[key]:.2f} s" for key in ("raw_s", "packed_s")),
+            f"{point['packed_s'] / point['raw_s']:.2f}",
+        ]
+        for point in data["points"]
+    ]
+    return markdown(["prefix", "from", "raw", "packed", "packed to raw"], rows) + measured(data, "; medians of TTFT")
+
+
 def measured(data: dict[str, Any], more: str = "") -> str:
     """How, and on what."""
     machine = data["machine"]
@@ -284,6 +313,8 @@ TABLES = {
     "vllm_client": Table("docs/vllm.md", vllm_client),
     "vllm_overhead": Table("docs/vllm.md", vllm_overhead),
     "network": Table("docs/stores.md", network),
+    "packing": Table("docs/stores.md", packing),
+    "packing_ttft": Table("docs/stores.md", packing_ttft),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),
