@@ -180,8 +180,8 @@ class Judge:
                 target[:, :end] = source[:, :end]
         stored = self._transcode(cache, int(computed * end) // self._chunk_tokens * self._chunk_tokens, end, codec)
         kl, agreement, likeliest = reference.compare(follow(self._engine, cache, document))
-        asked = _answers(document, reference.likeliest)
-        found = [one for one, known in zip(_answers(document, likeliest), asked, strict=True) if known]
+        asked = answers(document, reference.likeliest)
+        found = [one for one, known in zip(answers(document, likeliest), asked, strict=True) if known]
         return Judgement(document.kind, kl, agreement, len(found), sum(found), *stored)
 
     def _coder(self, codec: Codec) -> ChunkCoder:
@@ -240,7 +240,7 @@ def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document)
     return logits
 
 
-def _answers(document: Document, said: torch.Tensor) -> list[bool]:
+def answers(document: Document, said: torch.Tensor) -> list[bool]:
     """Which needles are found by a model that says so behind each token of the tail."""
     found, at = [], len(document.continuation)
     for needle in document.needles:
