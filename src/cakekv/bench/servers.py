@@ -21,7 +21,7 @@ VALKEY_PORT, S3_PORT = 6379, 8333
 BUCKET = "bucket"
 S3_USER, S3_SECRET = "test", "testtest"
 _ALL = ["Admin", "Read", "Write"]
-_START_S = 60.0
+_START_S = 90.0
 
 
 def free_port() -> int:
