@@ -43,7 +43,15 @@ PLANES = [
     *(Plane("values", 3, 4, *shape, dtype) for shape, dtype in product(SHAPES, TYPES)),
 ]
 ERROR = {"raw": 0.0, "int8": 0.008, "fp8": 0.07, "two_plane": 0.008, "int4": 0.08, "kivi": 0.35, "think": 1.0}
-ERROR |= {"kvtc": 0.5, "kvtc_ladder": 0.5, "k5v4": 0.08, "cachegen": 0.08, "nuq3": 0.3, "ladder": 0.008, "turboquant": 0.3}
+ERROR |= {
+    "kvtc": 0.5,
+    "kvtc_ladder": 0.5,
+    "k5v4": 0.08,
+    "cachegen": 0.08,
+    "nuq3": 0.3,
+    "ladder": 0.008,
+    "turboquant": 0.3,
+}
 """Largest error of an element, as a share of the largest magnitude in its plane."""
 
 

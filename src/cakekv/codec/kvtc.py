@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +144,7 @@ class Kvtc(Codec):
         kept = np.empty(index.size * token_bytes, np.uint8)
         to_elements(np.ascontiguousarray(values[:, index]), plane.dtype, kept)
         kind = _index(plane)
-        pieces = [states, np.array([index.size], kind), index.astype(kind), kept, words]
+        pieces: list[npt.NDArray[Any]] = [states, np.array([index.size], kind), index.astype(kind), kept, words]
         return np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8), index
 
     def _read(
@@ -339,7 +339,8 @@ def stream_of(
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16] | None]:
     """Code numbers, (coefficients, tokens), with a distribution for each row.
 
-    Returns the states that reading begins with, `HEAD` bytes, and the words to read; None if these are more than `room`.
+    Returns the states that reading begins with, `HEAD` bytes, and the words to read; None if there are more than
+    `room` of these.
     """
     words, states = np.empty(room, np.uint16), np.empty(_LANES, np.uint32)
     begin = _encode(numbers, tables, shifts, states, words, *coding)

@@ -8,7 +8,7 @@ says of a number has the distribution that `kvtc` codes the number with, given w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -76,20 +76,20 @@ class KvtcLadder(Kvtc):
         return int(data.size)
 
     def _both(self, plane: Plane, values: Values) -> tuple[Code, Code]:
-        """Both parts, of which either may be too long, so that all tokens are kept exactly."""
+        """Both parts. All tokens are kept exactly if together they were longer than the plane otherwise."""
         fine, coarse = self._transform(plane), self._transform(plane, STEPS)
         numbers, exact = self._numbers(plane, fine, values)
         shared = _shared(fine, coarse)
         steps = (numbers[shared] + _REACH) // STEPS
-        first, index = self._written(plane, coarse, values, steps, exact)
-        rest, steps = np.delete(numbers, index, 1), np.delete(steps, index, 1)
-        rest[shared] = (rest[shared] - STEPS * steps) * _signs(steps)
-        tables, shifts = _distributions(fine, shared, steps)
-        states, words = stream_of(rest.reshape(-1, 1), tables, shifts, _CODING, plane.raw_bytes // 2)
-        if words is None:
-            first, _ = self._written(plane, coarse, values, steps, np.ones_like(exact))
-            states, words = stream_of(rest[:0], tables[:0], shifts[:0], _CODING, 0)
-            assert words is not None
+        for kept in (exact, np.ones_like(exact)):
+            first, index = self._written(plane, coarse, values, steps, kept)
+            rest, known = np.delete(numbers, index, 1), np.delete(steps, index, 1)
+            rest[shared] = (rest[shared] - STEPS * known) * _signs(known)
+            tables, shifts = _distributions(fine, shared, known)
+            states, words = stream_of(rest.reshape(-1, 1), tables, shifts, _CODING, plane.raw_bytes // 2)
+            if words is not None and first.size + words.nbytes <= plane.raw_bytes:
+                break
+        assert words is not None, "there are none, at last"
         return first, np.frombuffer(states.tobytes() + words.tobytes(), np.uint8)
 
     def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
@@ -114,11 +114,14 @@ def _shared(fine: Transform, coarse: Transform) -> npt.NDArray[np.bool_]:
     return np.concatenate([np.arange(coded) < both for coded, both in pairs])
 
 
-def _signs(known):
+def _signs(known: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """By which to multiply the rest of numbers, so that it is positive away from zero."""
     return np.where(known < 0, -1, 1).astype(known.dtype)
 
 
-def _distributions(fine, shared, known):
+def _distributions(
+    fine: Transform, shared: npt.NDArray[np.bool_], known: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Which table, and how many low bits apart, for every number of the second part."""
     shape = fine.tables.size, known.shape[1]
     tables, shifts = np.empty(shape, np.int64), np.zeros(shape, np.int64)
@@ -135,7 +138,7 @@ def _coding() -> Coding:
     within = np.arange(-_REACH, _REACH + 1)
     for nearness in range(_NEAR):
         last = (MIDDLE - 1 - _REACH) // STEPS if nearness == _NEAR - 1 else nearness
-        shares = sum(SHARES[:, MIDDLE + STEPS * step + within] for step in range(nearness, last + 1))
+        shares = np.sum([SHARES[:, MIDDLE + STEPS * step + within] for step in range(nearness, last + 1)], axis=0)
         counts = 1 + np.floor(shares / shares.sum(1, keepdims=True) * ((1 << BITS) - STEPS)).astype(np.int64)
         counts[np.arange(len(counts)), counts.argmax(1)] += (1 << BITS) - counts.sum(1)
         table = np.zeros((len(counts), SYMBOLS), np.uint16)
