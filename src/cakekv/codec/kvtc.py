@@ -26,6 +26,8 @@ from cakekv.errors import BadInput
 from cakekv.keys import canonical
 from cakekv.rotation import Rotation
 
+Integers = npt.NDArray[np.int64]
+
 SINKS = 4
 """So many tokens at a prompt's beginning are kept exactly: nearly all others look at them."""
 BITS = 13
@@ -132,7 +134,7 @@ class Kvtc(Codec):
         values: Values,
         numbers: npt.NDArray[np.int32],
         exact: npt.NDArray[np.bool_],
-    ) -> tuple[Code, npt.NDArray[np.int64]]:
+    ) -> tuple[Code, Integers]:
         """A plane's code, and which tokens it keeps exactly: all, if it were longer than the plane otherwise."""
         coded = np.ascontiguousarray(numbers[:, ~exact])
         states, words = stream_of(coded, transform.tables, transform.shifts, CODING, (self.size(plane) - HEAD) // 2)
@@ -147,9 +149,7 @@ class Kvtc(Codec):
         pieces: list[npt.NDArray[Any]] = [states, np.array([index.size], kind), index.astype(kind), kept, words]
         return np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8), index
 
-    def _read(
-        self, plane: Plane, transform: Transform, code: Code
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64], Values]:
+    def _read(self, plane: Plane, transform: Transform, code: Code) -> tuple[npt.NDArray[np.float32], Integers, Values]:
         """The reverse: (coefficients, tokens that are not exact), which tokens are exact, and these."""
         kind, data = _index(plane), code.tobytes()
         at = HEAD + kind.itemsize
@@ -174,7 +174,7 @@ class Kvtc(Codec):
         plane: Plane,
         transform: Transform,
         numbers: npt.NDArray[np.float32],
-        index: npt.NDArray[np.int64],
+        index: Integers,
         exact: Values,
         values: Values,
     ) -> None:
@@ -226,7 +226,7 @@ class Transform:
     coded : list of int
         How many of each block's coefficients are coded: the first ones.
     tables, shifts : array
-        Of every coefficient that is coded: which distribution, and how many low bits are as they are.
+        (coefficients, 1): of each that is coded, which distribution, and how many low bits are as they are.
     """
 
     def __init__(self, basis: PlaneBasis, step: float) -> None:
@@ -235,7 +235,7 @@ class Transform:
         sizes = basis.spread / step
         self.coded = [int(np.flatnonzero(block >= LEAST).max(initial=-1)) + 1 for block in sizes]
         used = np.concatenate([block[:coded] for block, coded in zip(sizes, self.coded, strict=True)])
-        self.tables, self.shifts = tables_for(used)
+        self.tables, self.shifts = (one[:, None] for one in tables_for(used))
         self._rows = [
             (rows[:coded] * scale[:coded, None] * self._step).astype(np.float32)
             for rows, scale, coded in zip(basis.rows, basis.scale, self.coded, strict=True)
@@ -262,14 +262,14 @@ class Transform:
         return flat.reshape(-1, plane.heads, plane.width).transpose(1, 0, 2)
 
 
-def tables_for(sizes: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def tables_for(sizes: npt.NDArray[np.float32]) -> tuple[Integers, Integers]:
     """Which table, and how many low bits apart, for coefficients of these mean sizes in steps."""
     shifts = np.clip(np.ceil(np.log2(np.maximum(sizes, _MOST) / _MOST)), 0, BITS).astype(np.int64)
     within = np.clip(sizes / 2.0**shifts, LEAST, _MOST)
     return np.rint(np.log(within / LEAST) / np.log(_GROWTH)).astype(np.int64), shifts
 
 
-def costs_of(numbers: npt.NDArray[np.float32], tables: npt.NDArray[np.int64], shifts: npt.NDArray[np.int64]) -> float:
+def costs_of(numbers: npt.NDArray[np.float32], tables: Integers, shifts: Integers) -> float:
     """Bits that coefficients, (tokens, coefficients) in steps, take."""
     symbols = (np.rint(numbers).astype(np.int64) >> shifts) + MIDDLE
     inside = np.clip(symbols, 0, SYMBOLS - 1)
@@ -332,32 +332,38 @@ CODING = coding_of(_frequencies(SHARES))
 
 def stream_of(
     numbers: npt.NDArray[np.int32],
-    tables: npt.NDArray[np.int64],
-    shifts: npt.NDArray[np.int64],
+    tables: Integers,
+    shifts: Integers,
     coding: Coding,
     room: int,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16] | None]:
-    """Code numbers, (coefficients, tokens), with a distribution for each row.
+    """Code numbers, (coefficients, tokens), with a distribution for each, or for each row.
 
     Returns the states that reading begins with, `HEAD` bytes, and the words to read; None if there are more than
     `room` of these.
     """
     words, states = np.empty(room, np.uint16), np.empty(_LANES, np.uint32)
-    begin = _encode(numbers, tables, shifts, states, words, *coding)
+    begin = _encode(numbers, _each(numbers, tables), _each(numbers, shifts), states, words, *coding)
     return states.astype("<u4"), words[begin:].astype("<u2") if begin >= 0 else None
+
+
+def _each(numbers: npt.NDArray[Any], of_rows: Integers) -> Integers:
+    """Of every number what is given for each, or for each row."""
+    return np.ascontiguousarray(np.broadcast_to(of_rows, numbers.shape))
 
 
 def read_stream(
     states: bytes,
     words: bytes,
-    tables: npt.NDArray[np.int64],
-    shifts: npt.NDArray[np.int64],
+    tables: Integers,
+    shifts: Integers,
     coding: Coding,
     numbers: npt.NDArray[np.float32],
 ) -> None:
     """The reverse: fill `numbers`; raises `DamagedCode` if the stream does not end as it should."""
     lanes = np.frombuffer(states, "<u4").astype(np.uint32)
-    if not _decode(np.frombuffer(words, "<u2").astype(np.uint16), lanes, tables, shifts, *coding, numbers):
+    each = _each(numbers, tables), _each(numbers, shifts)
+    if not _decode(np.frombuffer(words, "<u2").astype(np.uint16), lanes, *each, *coding, numbers):
         raise DamagedCode("a stream that does not end as it should")
 
 
@@ -397,8 +403,8 @@ def _encode(numbers, tables, shifts, last, words, frequencies, starts, lookup): 
     states = np.full(2, 1 << 16, np.uint64)
     at = words.size
     for c in range(coefficients - 1, -1, -1):
-        table, shift = tables[c], shifts[c]
         for t in range(tokens - 1, -1, -1):
+            table, shift = tables[c, t], shifts[c, t]
             number, lane = np.int64(numbers[c, t]), t & 1
             high = number >> shift
             symbol = high + 64
@@ -436,13 +442,14 @@ def _decode(words, states, tables, shifts, frequencies, starts, lookup, numbers)
     coefficients, tokens = numbers.shape
     mask, least, at = np.uint32((1 << 13) - 1), np.uint32(1 << 16), 0
     for c in range(coefficients):
-        shift, row = shifts[c], numbers[c]
-        symbols, counts, below = lookup[tables[c]], frequencies[tables[c]], starts[tables[c]]
+        row = numbers[c]
         for t in range(tokens):
+            table, shift = tables[c, t], shifts[c, t]
             state = states[t & 1]
             slot = state & mask
-            symbol = symbols[slot]
-            state = np.uint32(counts[symbol]) * (state >> np.uint32(13)) + slot - np.uint32(below[symbol])
+            symbol = lookup[table, slot]
+            share, below = np.uint32(frequencies[table, symbol]), np.uint32(starts[table, symbol])
+            state = share * (state >> np.uint32(13)) + slot - below
             if state < least:
                 if at == words.size:
                     return False

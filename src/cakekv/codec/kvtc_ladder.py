@@ -22,6 +22,7 @@ from cakekv.codec.kvtc import (
     SHARES,
     SYMBOLS,
     Coding,
+    Integers,
     Kvtc,
     Transform,
     coding_of,
@@ -86,7 +87,7 @@ class KvtcLadder(Kvtc):
             rest, known = np.delete(numbers, index, 1), np.delete(steps, index, 1)
             rest[shared] = (rest[shared] - STEPS * known) * _signs(known)
             tables, shifts = _distributions(fine, shared, known)
-            states, words = stream_of(rest.reshape(-1, 1), tables, shifts, _CODING, plane.raw_bytes // 2)
+            states, words = stream_of(rest, tables, shifts, _CODING, plane.raw_bytes // 2)
             if words is not None and first.size + words.nbytes <= plane.raw_bytes:
                 break
         assert words is not None, "there are none, at last"
@@ -103,7 +104,7 @@ class KvtcLadder(Kvtc):
             raise DamagedCode(f"a second part of {len(data)} bytes")
         tables, shifts = _distributions(fine, shared, known)
         numbers = np.empty((fine.tables.size, known.shape[1]), np.float32)
-        read_stream(data[:HEAD], data[HEAD:], tables, shifts, _CODING, numbers.reshape(-1, 1))
+        read_stream(data[:HEAD], data[HEAD:], tables, shifts, _CODING, numbers)
         numbers[shared] = numbers[shared] * _signs(known) + STEPS * known
         self._restore(plane, fine, numbers, index, exact, values)
 
@@ -121,15 +122,15 @@ def _signs(known: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _distributions(
     fine: Transform, shared: npt.NDArray[np.bool_], known: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+) -> tuple[Integers, Integers]:
     """Which table, and how many low bits apart, for every number of the second part."""
     shape = fine.tables.size, known.shape[1]
     tables, shifts = np.empty(shape, np.int64), np.zeros(shape, np.int64)
-    tables[:] = fine.tables[:, None]
-    shifts[~shared] = fine.shifts[~shared, None]
+    tables[:] = fine.tables
+    shifts[~shared] = fine.shifts[~shared]
     nearness = np.minimum(np.abs(known), _NEAR - 1).astype(np.int64)
     tables[shared] = len(SHARES) * (1 + nearness) + tables[shared]
-    return tables.ravel(), shifts.ravel()
+    return tables, shifts
 
 
 def _coding() -> Coding:
