@@ -95,7 +95,7 @@ class Kvtc(Codec):
         known = basis.elements if basis else 0
         if known != plane.heads * plane.width:
             raise BadInput(
-                f"codec kvtc: the basis is for {known} elements of a token's {plane.role} in layer {plane.layer}, and "
+                f"codec {self.name}: the basis is for {known} elements of a token's {plane.role} in layer {plane.layer}, and "
                 f"there are {plane.heads} heads of {plane.width}: it is another model's, or heads are in several shards"
             )
 
@@ -136,7 +136,7 @@ class Kvtc(Codec):
         exact: npt.NDArray[np.bool_],
     ) -> tuple[Code, Integers]:
         """A plane's code, and which tokens it keeps exactly: all, if it were longer than the plane otherwise."""
-        coded = np.ascontiguousarray(numbers[:, ~exact])
+        coded = numbers[:, ~exact]
         states, words = stream_of(coded, transform.tables, transform.shifts, CODING, (self.size(plane) - HEAD) // 2)
         index = np.flatnonzero(exact)
         token_bytes = transform.elements * plane.itemsize
@@ -343,7 +343,9 @@ def stream_of(
     `room` of these.
     """
     words, states = np.empty(room, np.uint16), np.empty(_LANES, np.uint32)
-    begin = _encode(numbers, _each(numbers, tables), _each(numbers, shifts), states, words, *coding)
+    begin = _encode(
+        np.ascontiguousarray(numbers), _each(numbers, tables), _each(numbers, shifts), states, words, *coding
+    )
     return states.astype("<u4"), words[begin:].astype("<u2") if begin >= 0 else None
 
 

@@ -1,8 +1,8 @@
 """`kvtc` in two parts: coefficients in steps five times as large, useful alone, and where in each step they are.
 
 The larger steps hold five of the smaller each, none of them in part. So the first part is what `kvtc` writes with the
-larger step, and both together give what it gives with the smaller one (embedded quantisation). What the second part
-says of a number has the distribution that `kvtc` codes the number with, given what the first part says of it.
+larger step, and both together give what it gives with the smaller one (embedded quantisation). The second part is
+coded by the distributions of `kvtc`, given what the first part says; so both take little more than `kvtc` does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = 5
 """How many times as large the first part's steps are; odd, so that they hold whole small ones to either side."""
 _REACH = STEPS // 2
 _NEAR = 3
-"""Distributions differ for numbers of the first part up to this size, less one."""
+"""From this size on, less one, numbers of the first part share their distributions in the second."""
 
 
 @dataclass(frozen=True)
