@@ -95,8 +95,9 @@ class Kvtc(Codec):
         known = basis.elements if basis else 0
         if known != plane.heads * plane.width:
             raise BadInput(
-                f"codec {self.name}: the basis is for {known} elements of a token's {plane.role} in layer {plane.layer}, and "
-                f"there are {plane.heads} heads of {plane.width}: it is another model's, or heads are in several shards"
+                f"codec {self.name}: the basis is for {known} elements of a token's {plane.role} in layer "
+                f"{plane.layer}, and there are {plane.heads} heads of {plane.width}: it is another model's, or heads "
+                "are in several shards"
             )
 
     def size(self, plane: Plane, part: int = 0) -> int:
@@ -142,6 +143,7 @@ class Kvtc(Codec):
         token_bytes = transform.elements * plane.itemsize
         if words is None or index.size * (token_bytes + 2) + words.nbytes > plane.raw_bytes:
             states, words = stream_of(coded[:, :0], transform.tables, transform.shifts, CODING, 0)
+            assert words is not None, "there are none to write"
             index = np.arange(plane.tokens)
         kept = np.empty(index.size * token_bytes, np.uint8)
         to_elements(np.ascontiguousarray(values[:, index]), plane.dtype, kept)

@@ -90,7 +90,7 @@ class KvtcLadder(Kvtc):
             states, words = stream_of(rest, tables, shifts, _CODING, plane.raw_bytes // 2)
             if words is not None and first.size + words.nbytes <= plane.raw_bytes:
                 break
-        assert words is not None, "there are none, at last"
+        assert words is not None, "there are none to write, at last"
         return first, np.frombuffer(states.tobytes() + words.tobytes(), np.uint8)
 
     def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
