@@ -124,8 +124,8 @@ class Cake:
         is to be saved.
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
-        "two_plane"), each load reads as many parts as the bandwidth of that moment allows: all of them without a
-        target, as few as help with 0.0. The report's `level_tokens` says what was read.
+        "two_plane", "kvtc_ladder"), each load reads as many parts as the bandwidth of that moment allows: all of them
+        without a target, as few as help with 0.0. The report's `level_tokens` says what was read.
     quality_floor : int
         The fewest parts to read, whatever the target.
     reuse : str, Reuse or None

@@ -83,7 +83,7 @@ def most(recipe: str, plane: Plane) -> float:
 
 
 def test_every_codec_is_measured() -> None:
-    assert set(CODECS) - {"kvtc"} <= set(LOST)  # which loses what a model would not notice, whatever its share
+    assert set(CODECS) - {"kvtc", "kvtc_ladder"} <= set(LOST)  # these lose what a model would not notice
 
 
 @pytest.mark.parametrize("recipe", LOST)

@@ -20,6 +20,7 @@ from cakekv.keys import ChunkKey
 
 CHUNKS = 7
 CODECS = {"int8": CHUNKS, "kivi:bits=4": CHUNKS - 1, "cachegen:level=1": CHUNKS, "nuq3": CHUNKS, "kvtc:bits=4": CHUNKS}
+CODECS |= {"kvtc_ladder:bits=6,read=1": CHUNKS}
 """How many of a prompt's seven chunks are stored encoded: the newest 128 tokens of "kivi" are not."""
 
 
@@ -190,7 +191,7 @@ def test_planes_are_keys_and_values_by_head_and_token(coded: TinyEngine, model: 
 
 def test_what_was_learned_is_part_of_every_key(coded: TinyEngine, basis: str) -> None:
     layout = coded.half.chunk_names.identity.layout
-    assert (basis in layout) == (coded.worker.shards[0].coder.codec.name == "kvtc")
+    assert (basis in layout) == (coded.worker.shards[0].coder.codec.name.startswith("kvtc"))
 
 
 def test_keys_are_turned_as_in_transformers(coded: TinyEngine, model: Path) -> None:
@@ -251,8 +252,12 @@ def test_loaded_blocks_are_the_decoded_ones_bit_for_bit(coded: TinyEngine) -> No
     coded.settle()
     report = coded.report()
     assert (report.loaded_tokens, report.lossy_tokens, report.after_lossy_tokens) == (896, 128 * coded.encoded, 104)
-    assert report.codec == coded.half.lossy.codec.name
-    assert sum(load.bytes for load in report.loads) == sum(chunk.size for chunk in coded.store)
+    codec = coded.half.lossy.codec
+    assert report.codec == codec.name
+    read, stored = sum(load.bytes for load in report.loads), sum(chunk.size for chunk in coded.store)
+    assert read == stored if codec.parts_read == codec.parts else 0.4 * stored < read < 0.8 * stored
+    if not codec.fixed:
+        assert 0.7 < CHUNKS * coded.half.loads.chunk_bytes / read < 1.4
 
 
 @pytest.mark.parametrize("let_through", [0, 1, 2])

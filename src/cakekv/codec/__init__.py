@@ -22,6 +22,7 @@ CODECS = {
     "turboquant": "cakekv.codec.turboquant:TurboQuant",
     "cachegen": "cakekv.codec.cachegen:CacheGen",
     "kvtc": "cakekv.codec.kvtc:Kvtc",
+    "kvtc_ladder": "cakekv.codec.kvtc_ladder:KvtcLadder",
 }
 """Module and class by name; imported when named, because most need numba."""
 

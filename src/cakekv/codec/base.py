@@ -142,6 +142,11 @@ class Codec(ABC):
         """How many of the parts loads should read."""
         return self.parts
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """About how a chunk's bytes are shared out over the parts; to plan with, where codes vary in length."""
+        return (1 / self.parts,) * self.parts
+
     def for_model(self, weights: Iterable[str]) -> Codec:
         """The same codec with all that it has learned of a model, which enters into its fingerprint.
 

@@ -133,6 +133,11 @@ class ChunkCoder:
             return header_bytes(self.layers, Form.PACKED)
         return (self.shape_of(size) or self.longest).header_bytes
 
+    def wants_all(self, size: int, layers: Sequence[int], parts: int | None) -> bool:
+        """Whether these layers, and so many parts of them (None: as many as the codec reads), are a whole chunk."""
+        every_part = is_packed(size) or (parts or self.codec.parts_read) == self.codec.parts
+        return len(layers) == self.layers and every_part
+
     def is_exact(self, size: int) -> bool:
         """Whether a stored chunk of `size` bytes has the cache's own bits: it is in the exact form, or packed."""
         return not self._shrinks or size == self.exact.total_bytes or is_packed(size)
@@ -145,9 +150,8 @@ class ChunkCoder:
             return self.exact
         body = sum(sizes) / len(sizes) - self.longest.header_bytes
         share = min(1.0, max(body, 1.0) / sum(self.exact.segment_bytes))
-        return ChunkShape(
-            self.exact.tokens, tuple(max(1, int(n * share)) for n in self.exact.segment_bytes), Form.CODED
-        )
+        lengths = (max(1, int(n * share * part)) for part in self.codec.shares for n in self.exact.segment_bytes)
+        return ChunkShape(self.exact.tokens, tuple(lengths), Form.CODED)
 
     def share_read(self, sizes: Sequence[int]) -> float:
         """How many bytes of the stored chunks of these sizes there are to each byte of `expected`: fewer if packed."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,15 @@ from cakekv.errors import BadInput
 from cakekv.keys import canonical
 from cakekv.rotation import Rotation
 
+Integers = npt.NDArray[np.int64]
+
 SINKS = 4
 """So many tokens at a prompt's beginning are kept exactly: nearly all others look at them."""
-_BITS = 13
+BITS = 13
 """Of a probability."""
-_SYMBOLS = 128
-_MIDDLE = 64
-_ESCAPE = 0
+SYMBOLS = 128
+MIDDLE = 64
+ESCAPE = 0
 """Stands for a number that its table has no symbol for, which follows in 26 bits."""
 LEAST, _MOST = 0.02, 8.0
 """Mean sizes of a coefficient, in steps: below the first it is not coded; above the last its low bits are not modelled.
@@ -40,7 +42,7 @@ LEAST, _MOST = 0.02, 8.0
 _GROWTH = 1.25
 _FARTHEST = float(1 << 24)
 _LANES = 2
-_HEAD = 4 * _LANES
+HEAD = 4 * _LANES
 _UNTURNED = Rotation(())
 
 
@@ -93,45 +95,69 @@ class Kvtc(Codec):
         known = basis.elements if basis else 0
         if known != plane.heads * plane.width:
             raise BadInput(
-                f"codec kvtc: the basis is for {known} elements of a token's {plane.role} in layer {plane.layer}, and "
-                f"there are {plane.heads} heads of {plane.width}: it is another model's, or heads are in several shards"
+                f"codec {self.name}: the basis is for {known} elements of a token's {plane.role} in layer "
+                f"{plane.layer}, and there are {plane.heads} heads of {plane.width}: it is another model's, or heads "
+                "are in several shards"
             )
 
     def size(self, plane: Plane, part: int = 0) -> int:
-        return _HEAD + _index(plane).itemsize * (1 + plane.tokens) + plane.raw_bytes
+        return HEAD + _index(plane).itemsize * (1 + plane.tokens) + plane.raw_bytes
 
     def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:
         transform = self._transform(plane)
+        numbers, exact = self._numbers(plane, transform, values)
+        data, _ = self._written(plane, transform, values, numbers, exact)
+        code[: data.size] = data
+        return int(data.size)
+
+    def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
+        transform = self._transform(plane)
+        numbers, index, exact = self._read(plane, transform, codes[0])
+        self._restore(plane, transform, numbers, index, exact, values)
+
+    def _numbers(
+        self, plane: Plane, transform: Transform, values: Values
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """(coefficients, tokens), in whole steps, and which tokens are to be kept exactly instead."""
         (cosine, sine), interleaved = _turns(plane)
         back = values.copy()
         turn(back, cosine, -sine, interleaved)
         numbers = transform.numbers(back)
         exact = ~(np.abs(numbers).max(1, initial=0) < _FARTHEST)
         exact[: max(0, SINKS - plane.start)] = True
-        coded = np.ascontiguousarray(np.rint(numbers[~exact]).astype(np.int32).T)
-        room = (self.size(plane) - _HEAD) // 2
-        words = np.empty(room, np.uint16)
-        states = np.empty(_LANES, np.uint32)
-        begin = _encode(coded, transform.tables, transform.shifts, states, words, *_CODING)
+        numbers[exact] = 0
+        return np.ascontiguousarray(np.rint(numbers).astype(np.int32).T), exact
+
+    def _written(
+        self,
+        plane: Plane,
+        transform: Transform,
+        values: Values,
+        numbers: npt.NDArray[np.int32],
+        exact: npt.NDArray[np.bool_],
+    ) -> tuple[Code, Integers]:
+        """A plane's code, and which tokens it keeps exactly: all, if it were longer than the plane otherwise."""
+        coded = numbers[:, ~exact]
+        states, words = stream_of(coded, transform.tables, transform.shifts, CODING, (self.size(plane) - HEAD) // 2)
         index = np.flatnonzero(exact)
-        if begin < 0 or index.size * (transform.elements * plane.itemsize + 2) + 2 * (room - begin) > plane.raw_bytes:
-            index, begin, states[:] = np.arange(plane.tokens), room, 1 << 16
-        kept = np.empty(index.size * transform.elements * plane.itemsize, np.uint8)
+        token_bytes = transform.elements * plane.itemsize
+        if words is None or index.size * (token_bytes + 2) + words.nbytes > plane.raw_bytes:
+            states, words = stream_of(coded[:, :0], transform.tables, transform.shifts, CODING, 0)
+            assert words is not None, "there are none to write"
+            index = np.arange(plane.tokens)
+        kept = np.empty(index.size * token_bytes, np.uint8)
         to_elements(np.ascontiguousarray(values[:, index]), plane.dtype, kept)
         kind = _index(plane)
-        pieces = [states.astype("<u4"), np.array([index.size], kind), index.astype(kind), kept]
-        pieces.append(words[begin:].astype("<u2"))
-        data = np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8)
-        code[: data.size] = data
-        return int(data.size)
+        pieces: list[npt.NDArray[Any]] = [states, np.array([index.size], kind), index.astype(kind), kept, words]
+        return np.frombuffer(b"".join(piece.tobytes() for piece in pieces), np.uint8), index
 
-    def decode(self, plane: Plane, codes: list[Code], values: Values) -> None:
-        transform, kind, data = self._transform(plane), _index(plane), codes[0].tobytes()
-        at = _HEAD + kind.itemsize
+    def _read(self, plane: Plane, transform: Transform, code: Code) -> tuple[npt.NDArray[np.float32], Integers, Values]:
+        """The reverse: (coefficients, tokens that are not exact), which tokens are exact, and these."""
+        kind, data = _index(plane), code.tobytes()
+        at = HEAD + kind.itemsize
         if len(data) < at:
             raise DamagedCode(f"a code of {len(data)} bytes")
-        states = np.frombuffer(data, "<u4", _LANES).astype(np.uint32)
-        count = int(np.frombuffer(data, kind, 1, _HEAD)[0])
+        count = int(np.frombuffer(data, kind, 1, HEAD)[0])
         kept = count * transform.elements * plane.itemsize
         body = at + count * kind.itemsize + kept
         if count > plane.tokens or len(data) < body or (len(data) - body) % 2:
@@ -141,11 +167,21 @@ class Kvtc(Codec):
             raise DamagedCode("exact tokens that are nowhere")
         raw = np.frombuffer(data, np.uint8, kept, at + count * kind.itemsize).copy()
         exact = from_elements(raw, plane.dtype, (plane.heads, count, plane.width))
-        words = np.frombuffer(data, "<u2", offset=body).astype(np.uint16)
         numbers = np.empty((transform.tables.size, plane.tokens - count), np.float32)
-        if not _decode(words, states, transform.tables, transform.shifts, *_CODING, numbers):
-            raise DamagedCode("a stream that does not end as it should")
-        others = np.delete(np.arange(plane.tokens), index) if count else slice(None)
+        read_stream(data[:HEAD], data[body:], transform.tables, transform.shifts, CODING, numbers)
+        return numbers, index, exact
+
+    def _restore(
+        self,
+        plane: Plane,
+        transform: Transform,
+        numbers: npt.NDArray[np.float32],
+        index: Integers,
+        exact: Values,
+        values: Values,
+    ) -> None:
+        """Fill `values` from what `_read` found."""
+        others = np.delete(np.arange(plane.tokens), index) if index.size else slice(None)
         values[:, index] = 0
         values[:, others] = transform.values(numbers.T, plane)
         (cosine, sine), interleaved = _turns(plane)
@@ -165,45 +201,51 @@ class Kvtc(Codec):
         return self._learned.step_for(self.bits)
 
     @cached_property
-    def _transforms(self) -> dict[tuple[str, int], _Transform]:
+    def _transforms(self) -> dict[tuple[str, int, int], Transform]:
         return {}
 
-    def _transform(self, plane: Plane) -> _Transform:
-        """How this codec does with a plane; made when first needed. Two threads may make it twice."""
-        key = plane.role, plane.layer
+    def _transform(self, plane: Plane, steps: int = 1) -> Transform:
+        """How this codec does with a plane, with a step so many times as large; made when first needed.
+
+        Two threads may make it twice.
+        """
+        key = plane.role, plane.layer, steps
         made = self._transforms.get(key)
         if made is None:
             self.check_plane(plane)
-            made = self._transforms[key] = _Transform(self._learned.planes[key], self._step)
+            basis = self._learned.planes[plane.role, plane.layer]
+            made = self._transforms[key] = Transform(basis, self._step * steps)
         return made
 
 
-class _Transform:
+class Transform:
     """A plane's basis at a size of step.
 
     Attributes
     ----------
     elements : int
         Of a token.
+    coded : list of int
+        How many of each block's coefficients are coded: the first ones.
     tables, shifts : array
-        Of every coefficient that is coded: which distribution, and how many low bits are as they are.
+        (coefficients, 1): of each that is coded, which distribution, and how many low bits are as they are.
     """
 
     def __init__(self, basis: PlaneBasis, step: float) -> None:
         self._basis, self._step = basis, np.float32(step)
         self.elements = basis.elements
         sizes = basis.spread / step
-        self._coded = [int(np.flatnonzero(block >= LEAST).max(initial=-1)) + 1 for block in sizes]
-        used = np.concatenate([block[:coded] for block, coded in zip(sizes, self._coded, strict=True)])
-        self.tables, self.shifts = tables_for(used)
+        self.coded = [int(np.flatnonzero(block >= LEAST).max(initial=-1)) + 1 for block in sizes]
+        used = np.concatenate([block[:coded] for block, coded in zip(sizes, self.coded, strict=True)])
+        self.tables, self.shifts = (one[:, None] for one in tables_for(used))
         self._rows = [
             (rows[:coded] * scale[:coded, None] * self._step).astype(np.float32)
-            for rows, scale, coded in zip(basis.rows, basis.scale, self._coded, strict=True)
+            for rows, scale, coded in zip(basis.rows, basis.scale, self.coded, strict=True)
         ]
 
     @cached_property
     def _columns(self) -> list[Values]:
-        inverses = zip(self._basis.inverse, self._coded, strict=True)
+        inverses = zip(self._basis.inverse, self.coded, strict=True)
         return [np.ascontiguousarray(inverse[:, :coded] / self._step) for inverse, coded in inverses]
 
     def numbers(self, values: Values) -> npt.NDArray[np.float32]:
@@ -216,28 +258,28 @@ class _Transform:
 
     def values(self, numbers: npt.NDArray[np.float32], plane: Plane) -> Values:
         """The reverse: (heads, tokens, width)."""
-        ends = np.cumsum(self._coded)[:-1]
+        ends = np.cumsum(self.coded)[:-1]
         pieces = zip(np.split(numbers, ends, 1), self._rows, self._basis.mean, strict=True)
         flat = np.concatenate([_product(piece, rows) + mean for piece, rows, mean in pieces], 1)
         return flat.reshape(-1, plane.heads, plane.width).transpose(1, 0, 2)
 
 
-def tables_for(sizes: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def tables_for(sizes: npt.NDArray[np.float32]) -> tuple[Integers, Integers]:
     """Which table, and how many low bits apart, for coefficients of these mean sizes in steps."""
-    shifts = np.clip(np.ceil(np.log2(np.maximum(sizes, _MOST) / _MOST)), 0, _BITS).astype(np.int64)
+    shifts = np.clip(np.ceil(np.log2(np.maximum(sizes, _MOST) / _MOST)), 0, BITS).astype(np.int64)
     within = np.clip(sizes / 2.0**shifts, LEAST, _MOST)
     return np.rint(np.log(within / LEAST) / np.log(_GROWTH)).astype(np.int64), shifts
 
 
-def costs_of(numbers: npt.NDArray[np.float32], tables: npt.NDArray[np.int64], shifts: npt.NDArray[np.int64]) -> float:
+def costs_of(numbers: npt.NDArray[np.float32], tables: Integers, shifts: Integers) -> float:
     """Bits that coefficients, (tokens, coefficients) in steps, take."""
-    symbols = (np.rint(numbers).astype(np.int64) >> shifts) + _MIDDLE
-    inside = np.clip(symbols, 0, _SYMBOLS - 1)
-    counts = np.where(symbols == inside, _CODING.frequencies[tables, inside], 0)
-    escapes = (counts == 0) | (inside == _ESCAPE)
-    counts = np.where(escapes, _CODING.frequencies[tables, _ESCAPE], counts)
-    follow = np.where(escapes, 2 * _BITS, shifts)
-    return float((_BITS - np.log2(counts) + follow).sum())
+    symbols = (np.rint(numbers).astype(np.int64) >> shifts) + MIDDLE
+    inside = np.clip(symbols, 0, SYMBOLS - 1)
+    counts = np.where(symbols == inside, CODING.frequencies[tables, inside], 0)
+    escapes = (counts == 0) | (inside == ESCAPE)
+    counts = np.where(escapes, CODING.frequencies[tables, ESCAPE], counts)
+    follow = np.where(escapes, 2 * BITS, shifts)
+    return float((BITS - np.log2(counts) + follow).sum())
 
 
 def _index(plane: Plane) -> np.dtype[np.unsignedinteger[npt.NBitBase]]:
@@ -250,7 +292,7 @@ def _turns(plane: Plane) -> tuple[npt.NDArray[np.float32], bool]:
     return rotation.turns(plane.start, plane.tokens), rotation.interleaved
 
 
-class _Coding(NamedTuple):
+class Coding(NamedTuple):
     """Distributions of symbols, (tables, symbols), in 2**13; those of frequency 0 are escaped."""
 
     frequencies: npt.NDArray[np.uint16]
@@ -258,29 +300,75 @@ class _Coding(NamedTuple):
     lookup: npt.NDArray[np.uint8]
 
 
-def _coding() -> _Coding:
-    """Two-sided exponentials with a wider foot, a quarter wider from table to table."""
+def coding_of(frequencies: npt.NDArray[np.uint16]) -> Coding:
+    """Distributions with these frequencies."""
+    starts = (np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies).astype(np.uint16)
+    lookup = np.stack([np.repeat(np.arange(SYMBOLS, dtype=np.uint8), counts) for counts in frequencies])
+    return Coding(frequencies, starts, lookup)
+
+
+def _shares() -> npt.NDArray[np.float64]:
+    """(tables, symbols): two-sided exponentials with a wider foot, a quarter wider from table to table."""
     count = round(np.log(_MOST / LEAST) / np.log(_GROWTH)) + 1
-    distance = np.abs(np.arange(_SYMBOLS) - _MIDDLE)
-    frequencies = np.zeros((count, _SYMBOLS), np.uint16)
-    for table in range(count):
-        shares = np.zeros(_SYMBOLS)
+    distance = np.abs(np.arange(SYMBOLS) - MIDDLE)
+    tables = np.zeros((count, SYMBOLS))
+    for table, shares in enumerate(tables):
         for share, wider in ((0.92, 0.9), (0.08, 2.15)):
             mean = LEAST * _GROWTH**table * wider
             # the geometric distribution of this mean size: P(k) = P(0) * ratio ** abs(k)
             ratio = (np.sqrt(1 + mean * mean) - 1) / mean
             shares += share * (1 - ratio) / (1 + ratio) * ratio**distance
-        shares[_ESCAPE] = 0.0
-        counts = np.floor(shares * ((1 << _BITS) - 2)).astype(np.int64)
-        counts[_ESCAPE] = 2
-        counts[_MIDDLE] += (1 << _BITS) - counts.sum()
-        frequencies[table] = counts
-    starts = (np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies).astype(np.uint16)
-    lookup = np.stack([np.repeat(np.arange(_SYMBOLS, dtype=np.uint8), counts) for counts in frequencies])
-    return _Coding(frequencies, starts, lookup)
+    return tables
 
 
-_CODING = _coding()
+def _frequencies(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    counts = np.floor(shares * ((1 << BITS) - 2)).astype(np.int64)
+    counts[:, ESCAPE] = 2
+    counts[:, MIDDLE] += (1 << BITS) - counts.sum(1)
+    return counts.astype(np.uint16)
+
+
+SHARES = _shares()
+CODING = coding_of(_frequencies(SHARES))
+
+
+def stream_of(
+    numbers: npt.NDArray[np.int32],
+    tables: Integers,
+    shifts: Integers,
+    coding: Coding,
+    room: int,
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint16] | None]:
+    """Code numbers, (coefficients, tokens), with a distribution for each, or for each row.
+
+    Returns the states that reading begins with, `HEAD` bytes, and the words to read; None if there are more than
+    `room` of these.
+    """
+    words, states = np.empty(room, np.uint16), np.empty(_LANES, np.uint32)
+    begin = _encode(
+        np.ascontiguousarray(numbers), _each(numbers, tables), _each(numbers, shifts), states, words, *coding
+    )
+    return states.astype("<u4"), words[begin:].astype("<u2") if begin >= 0 else None
+
+
+def _each(numbers: npt.NDArray[Any], of_rows: Integers) -> Integers:
+    """Of every number what is given for each, or for each row."""
+    return np.ascontiguousarray(np.broadcast_to(of_rows, numbers.shape))
+
+
+def read_stream(
+    states: bytes,
+    words: bytes,
+    tables: Integers,
+    shifts: Integers,
+    coding: Coding,
+    numbers: npt.NDArray[np.float32],
+) -> None:
+    """The reverse: fill `numbers`; raises `DamagedCode` if the stream does not end as it should."""
+    lanes = np.frombuffer(states, "<u4").astype(np.uint32)
+    each = _each(numbers, tables), _each(numbers, shifts)
+    if not _decode(np.frombuffer(words, "<u2").astype(np.uint16), lanes, *each, *coding, numbers):
+        raise DamagedCode("a stream that does not end as it should")
 
 
 @compiled
@@ -319,8 +407,8 @@ def _encode(numbers, tables, shifts, last, words, frequencies, starts, lookup): 
     states = np.full(2, 1 << 16, np.uint64)
     at = words.size
     for c in range(coefficients - 1, -1, -1):
-        table, shift = tables[c], shifts[c]
         for t in range(tokens - 1, -1, -1):
+            table, shift = tables[c, t], shifts[c, t]
             number, lane = np.int64(numbers[c, t]), t & 1
             high = number >> shift
             symbol = high + 64
@@ -358,13 +446,14 @@ def _decode(words, states, tables, shifts, frequencies, starts, lookup, numbers)
     coefficients, tokens = numbers.shape
     mask, least, at = np.uint32((1 << 13) - 1), np.uint32(1 << 16), 0
     for c in range(coefficients):
-        shift, row = shifts[c], numbers[c]
-        symbols, counts, below = lookup[tables[c]], frequencies[tables[c]], starts[tables[c]]
+        row = numbers[c]
         for t in range(tokens):
+            table, shift = tables[c, t], shifts[c, t]
             state = states[t & 1]
             slot = state & mask
-            symbol = symbols[slot]
-            state = np.uint32(counts[symbol]) * (state >> np.uint32(13)) + slot - np.uint32(below[symbol])
+            symbol = lookup[table, slot]
+            share, below = np.uint32(frequencies[table, symbol]), np.uint32(starts[table, symbol])
+            state = share * (state >> np.uint32(13)) + slot - below
             if state < least:
                 if at == words.size:
                     return False

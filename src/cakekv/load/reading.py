@@ -117,14 +117,15 @@ def _read(
     if shape is not None:
         ranges = byte_ranges(shape, coder.segments_of(shape, layers, parts), with_header=header is None)
     else:  # only the header tells where the layers are
-        ranges = [(0, reader.size if len(layers) == coder.layers else coder.header_bytes(reader.size))]
+        every = coder.wants_all(reader.size, layers, parts)
+        ranges = [(0, reader.size if every else coder.header_bytes(reader.size))]
     for start, end in ranges:
         fill(reader, buffer, start, end, load, progress)
         if header is None:
             header = read_header(buffer[: min(coder.header_bytes(reader.size), reader.size)], reader.size)
             coder.check(header, wanted.key, wanted.position)
     assert header is not None
-    if shape is None and len(layers) < coder.layers:
+    if shape is None and not coder.wants_all(reader.size, layers, parts):
         indices = coder.segments_of(header.shape, layers, parts)
         for start, end in byte_ranges(header.shape, indices, with_header=False):
             fill(reader, buffer, start, end, load, progress)

@@ -78,7 +78,8 @@ class LoadDispatcher:
                 read if size is None else size for size, read in zip(sizes, self.bytes_read, strict=True)
             ]
         elif not codec.fixed and stored:
-            self.chunk_bytes = sum(stored) // len(stored)
+            read = sum(codec.shares[: codec.parts_read])
+            self.chunk_bytes = int(sum(stored) / len(stored) * read)
             self.bytes_read = [self.chunk_bytes] * len(self.tiers)
 
     def adopt(self, restoration: Restoration) -> None:
