@@ -36,6 +36,31 @@ def cache_folder() -> Path:
     return Path(base) if base else Path.home() / ".cache" / "cakekv"
 
 
+def write_cached(file: Path, data: bytes, what: str) -> None:
+    """Write a file below `cache_folder`, whole or not at all.
+
+    Raises
+    ------
+    CakeError
+        It cannot be written; the message says `what` was to be.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+        try:
+            with open(descriptor, "wb") as stream:
+                stream.write(data)
+            os.replace(scratch, file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(scratch)
+            raise
+    except OSError as error:
+        raise CakeError(
+            f"cannot write the {what} {file}: {error.strerror}; point CAKEKV_CACHE at a writable folder"
+        ) from error
+
+
 def compute_key(identity: Identity, device: str, max_span_tokens: int) -> str:
     """Names what a compute cost depends on: the model and its element type, the device, and the span.
 
@@ -114,22 +139,7 @@ class Calibration:
             return
         others = {key: figures for key, figures in _read(self._file).items() if key not in self._new}
         data = dict([*others.items(), *self._new.items()][-MAX_ENTRIES:])
-        file = self._file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-            try:
-                with open(descriptor, "w", encoding="utf-8") as stream:
-                    json.dump(data, stream)
-                os.replace(scratch, file)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(scratch)
-                raise
-        except OSError as error:
-            raise CakeError(
-                f"cannot write the calibration {file}: {error.strerror}; point CAKEKV_CACHE at a writable folder"
-            ) from error
+        write_cached(self._file, json.dumps(data).encode(), "calibration")
 
     def _figures(self, key: str, ranges: tuple[tuple[float, float], ...]) -> list[float] | None:
         figures = self._known.get(key)

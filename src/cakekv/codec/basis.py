@@ -6,10 +6,7 @@ Whatever is in such a file is checked before it is used: it may come from anywhe
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from cakekv.calibration import cache_folder
-from cakekv.errors import BadInput, CakeError
+from cakekv.calibration import cache_folder, write_cached
+from cakekv.errors import BadInput
 
 Array = npt.NDArray[np.float32]
 
@@ -238,18 +235,4 @@ def write_basis(data: bytes, files: Sequence[Path]) -> None:
         One cannot be written.
     """
     for file in files:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, scratch = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-            try:
-                with open(descriptor, "wb") as stream:
-                    stream.write(data)
-                os.replace(scratch, file)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(scratch)
-                raise
-        except OSError as error:
-            raise CakeError(
-                f"cannot write the basis {file}: {error.strerror}; point CAKEKV_CACHE at a writable folder"
-            ) from error
+        write_cached(file, data, "basis")
