@@ -76,7 +76,7 @@ def main():
             files = [file for file in sorted(Path(store).rglob("*")) if file.is_file()]
             file = [file for file in files if file.stat().st_size > 200_000][5]
             data = bytearray(file.read_bytes())
-            data[-1] ^= 0xFF
+            data[len(data) // 2] ^= 0xFF
             file.write_bytes(data)
         if what != "again":  # that one is answered from the blocks of the one before
             llm.reset_prefix_cache()
