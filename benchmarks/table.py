@@ -287,6 +287,25 @@ def packing_ttft(data: dict[str, Any]) -> str:
     return markdown(["prefix", "from", "raw", "packed", "packed to raw"], rows) + measured(data, "; medians of TTFT")
 
 
+def reuse(data: dict[str, Any]) -> str:
+    """A row per way, with intervals over prompts."""
+    rows = [
+        [
+            f"`{method['name']}`",
+            f"{method['kl']:.3f} ({method['intervals']['kl'][0]:.3f}–{method['intervals']['kl'][1]:.3f})",
+            f"{method['agreement']:.3f}",
+            f"{method['retrieval']:.2f}",
+            f"{method['recomputed_share']:.1%}",
+        ]
+        for method in data["methods"]
+    ]
+    settings = data["settings"]
+    shape = (
+        f"; {settings['prompts']} prompts of {settings['documents']} documents of {settings['tokens']} tokens, float32"
+    )
+    return markdown(["way", "KL, nats", "agreement", "retrieval", "recomputed"], rows) + measured(data, shape)
+
+
 def measured(data: dict[str, Any], more: str = "") -> str:
     """How, and on what."""
     machine = data["machine"]
@@ -315,6 +334,7 @@ TABLES = {
     "network": Table("docs/stores.md", network),
     "packing": Table("docs/stores.md", packing),
     "packing_ttft": Table("docs/stores.md", packing_ttft),
+    "reuse": Table("docs/reuse.md", reuse),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),
