@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib import import_module
 
 from cakekv.codec.base import Codec
 from cakekv.errors import BadInput
+from cakekv.recipes import parameters_of
 
 CODECS = {
     "raw": "cakekv.codec.raw:Raw",
@@ -40,25 +40,4 @@ def codec_named(recipe: str) -> Codec:
         raise BadInput(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
     module, _, kind = CODECS[name].partition(":")
     codec: type[Codec] = getattr(import_module(module), kind)
-    defaults = {field.name: field.default for field in fields(codec)}
-    parameters: dict[str, object] = {}
-    for option in filter(None, rest.split(",")):
-        key, equals, text = option.partition("=")
-        if key not in defaults or not equals:
-            raise BadInput(f"codec {name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults)}")
-        parameters[key] = _parsed(text, defaults[key], f"codec {name}: {key}")
-    return codec(**parameters)  # type: ignore[arg-type]
-
-
-def _parsed(text: str, default: object, name: str) -> object:
-    """`text` as what the default is: yes or no, a number, or a word."""
-    if isinstance(default, bool):
-        if text not in ("yes", "no"):
-            raise BadInput(f"{name} is {text!r}, but must be yes or no")
-        return text == "yes"
-    if isinstance(default, int | float):
-        try:
-            return type(default)(text)
-        except ValueError as error:
-            raise BadInput(f"{name} is {text!r}, but must be a number") from error
-    return text
+    return codec(**parameters_of(codec, rest, f"codec {name}"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from cakekv.errors import BadInput
+from cakekv.recipes import parameters_of
 from cakekv.reuse.base import Reuse
 from cakekv.reuse.epic import Epic, Naive
 
@@ -22,18 +21,4 @@ def reuse_named(recipe: str) -> Reuse:
     name, _, rest = recipe.partition(":")
     if name not in WAYS:
         raise BadInput(f"unknown way to reuse documents {name!r}: choose one of {', '.join(WAYS)}")
-    defaults = {field.name: field.default for field in fields(WAYS[name])}
-    parameters: dict[str, object] = {}
-    for option in filter(None, rest.split(",")):
-        key, equals, text = option.partition("=")
-        if key not in defaults or not equals:
-            raise BadInput(f"reuse {name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults)}")
-        if isinstance(defaults[key], bool):
-            if text not in ("yes", "no"):
-                raise BadInput(f"reuse {name}: {key} is {text!r}, but must be yes or no")
-            parameters[key] = text == "yes"
-        elif text.isascii() and text.isdigit():
-            parameters[key] = int(text)
-        else:
-            raise BadInput(f"reuse {name}: {key} is {text!r}, but must be a whole number of 0 or more")
-    return WAYS[name](**parameters)
+    return WAYS[name](**parameters_of(WAYS[name], rest, f"reuse {name}", "a whole number of 0 or more"))

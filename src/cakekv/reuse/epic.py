@@ -36,7 +36,7 @@ class Epic(Reuse):
 
     def __post_init__(self) -> None:
         if isinstance(self.link, bool) or not isinstance(self.link, int) or not 0 <= self.link <= _MOST:
-            raise BadInput(f"reuse epic: link is {self.link!r}, but must be 0 or more tokens")
+            raise BadInput(f"reuse epic: link is {self.link!r}, but must be a whole number of 0 or more tokens")
 
     def recomputed(self, document: Place) -> range:
         return range(document.start, min(document.start + self.link, document.end))
