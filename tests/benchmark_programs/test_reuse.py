@@ -32,7 +32,10 @@ def test_prompts_of_documents_are_compared_with_the_exact_cache() -> None:
     assert found["naive:turn=no"].kl != found["naive"].kl > 1e-3
     assert found["epic:link=100"].kl < 1e-6
     assert found["epic:link=100"].agreement == 1.0
-    assert [one.recomputed for one in found.values()] == [0.0, 0.0, 0.0, 32 / 300, 0.0]
+    assert [one.facts for one in found.values()] == [3] * 6
+    assert all(one.right_digits == one.all_found for one in found.values())  # an answer is one token here
+    assert found["exact"].right_digits == found["epic:link=100"].right_digits == found["exact"].asked
+    assert [one.recomputed for one in found.values()] == [0.0, 0.0, 0.0, 0.0, 32 / 300, 0.0]
     figures = summary("naive", [found["naive"]] * 2)
     assert figures["kl"] == found["naive"].kl
     assert figures["intervals"]["kl"] == [figures["kl"]] * 2

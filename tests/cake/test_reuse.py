@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from tests.cake.crowd import start, tokens
 from tests.cake.poisoned import Poisoned
+from tests.cake.test_forks import in_child
 from tests.matrix.models import build
 from tests.matrix.restoring import gather
 
@@ -241,6 +243,24 @@ def test_two_prompts_at_once(engine: Any, store: Any) -> None:
         calls = [start(str(number), call) for number, call in enumerate(again)]
         for number, call in enumerate(calls):
             assert torch.allclose(call.result().logits, alone[number % 2], atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_learns_and_reuses(engine: Any, tmp_path: Path) -> None:
+    with make(engine, f"{tmp_path}/kv?pack=yes") as cake:
+        cake.prefill([SYSTEM, Document(LONG), QUESTION])
+        cake.wait_saved()
+
+        def child() -> None:
+            assert cake.prefill([QUESTION, Document(LONG), QUESTION], mode="load").report.reused_tokens
+            cake.prefill([SYSTEM, Document(OTHER), QUESTION])
+            assert cake.wait_saved().failed_chunks == 0
+            cake.close()
+
+        in_child(child)
+        again = cake.prefill([QUESTION, Document(OTHER), QUESTION], mode="load").report
+    assert again.reused_tokens == len(OTHER) - LINK
 
 
 def test_learning_that_is_interrupted_is_taken_up_again(engine: Any) -> None:
