@@ -294,7 +294,7 @@ def reuse(data: dict[str, Any]) -> str:
             f"`{method['name']}`",
             f"{method['kl']:.3f} ({method['intervals']['kl'][0]:.3f}–{method['intervals']['kl'][1]:.3f})",
             f"{method['agreement']:.3f}",
-            f"{method['retrieval']:.2f}",
+            *(f"{method[key]:.2f}" for key in ("of_all", "retrieval", "digits")),
             f"{method['recomputed_share']:.1%}",
         ]
         for method in data["methods"]
@@ -303,7 +303,8 @@ def reuse(data: dict[str, Any]) -> str:
     shape = (
         f"; {settings['prompts']} prompts of {settings['documents']} documents of {settings['tokens']} tokens, float32"
     )
-    return markdown(["way", "KL, nats", "agreement", "retrieval", "recomputed"], rows) + measured(data, shape)
+    head = ["way", "KL, nats", "agreement", "facts found", "retrieval", "digits", "recomputed"]
+    return markdown(head, rows) + measured(data, shape)
 
 
 def measured(data: dict[str, Any], more: str = "") -> str:
