@@ -47,6 +47,7 @@ __all__ = [
     "StoredChunk",
     "TierDown",
     "TransformersEngine",
+    "Truncated",
     "UnknownKey",
     "UnknownRotation",
     "Unreadable",
@@ -80,6 +81,7 @@ _HOMES = {
     "StoreStats": "store.base",
     "StoredChunk": "store.base",
     "TransformersEngine": "engine.transformers",
+    "Truncated": "prompt",
     "open_store": "store.opening",
 }
 """Where each public name is; all others of `__all__` are errors."""
@@ -117,7 +119,7 @@ if TYPE_CHECKING:
     )
     from cakekv.keys import ChunkKey
     from cakekv.metrics import Metrics
-    from cakekv.prompt import Document
+    from cakekv.prompt import Document, Truncated
     from cakekv.restore.priority import Policy, RequestState
     from cakekv.restore.report import RestoreReport
     from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats

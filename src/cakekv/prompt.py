@@ -43,7 +43,32 @@ class Document:
     bos: bool = True
 
 
-Prompt = PlainPrompt | Document | Sequence[Any]
+@dataclass(frozen=True)
+class Truncated:
+    """A prompt without some of its tokens; of what is stored of it, the rest is used, moved to where it stands now.
+
+    What is left has seen what was dropped, so such a prompt is not exact.
+
+    Parameters
+    ----------
+    content : str, sequence of int, array, tensor, mapping, or Truncated
+        The whole prompt; or one that was truncated before, and has grown since.
+    dropped : range
+        The positions of `content` that are left out.
+    turn : bool
+        Whether keys are turned to their new positions. Without that, answers are worth little; only to compare with.
+
+    Examples
+    --------
+    >>> cake.generate(Truncated(conversation, dropped=range(64, 1056)))  # doctest: +SKIP
+    """
+
+    content: PlainPrompt | Truncated
+    dropped: range
+    turn: bool = True
+
+
+Prompt = PlainPrompt | Document | Truncated | Sequence[Any]
 """A plain prompt; or its parts, some of which are documents. They follow one another without anything between them."""
 
 
@@ -59,11 +84,23 @@ class Place(NamedTuple):
         return self.start + self.tokens
 
 
+class Cut(NamedTuple):
+    """How a prompt was truncated once."""
+
+    token_ids: list[int]
+    """What it was before."""
+    dropped: range
+    """The positions of that which were left out."""
+    turn: bool
+    """Whether keys are turned to their new positions."""
+
+
 class Tokenized(NamedTuple):
-    """A prompt's token ids, and where its documents stand."""
+    """A prompt's token ids, where its documents stand, and what it was before it was truncated, the first cut first."""
 
     token_ids: list[int]
     documents: Sequence[Place] = ()
+    cuts: Sequence[Cut] = ()
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:

@@ -18,6 +18,7 @@ from cakekv.embedded.planning import Planning
 from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
 from cakekv.engine.base import Cache, Logits, Move
+from cakekv.keys import ChunkKey
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
@@ -87,6 +88,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """Those of them that are not what a prefill of this prompt would compute."""
         self._first_lossy: int | None = None
         """The first chunk that ever was placed and is not exact; what was computed behind it attended to it."""
+        self._first_coded: int | None = None
+        """The first of those that a codec rounded."""
 
     def run(self) -> Logits:
         """Cover every position; returns the logits of the prompt's last token.
@@ -161,16 +164,20 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             for place in found.documents
             if any(miss.start < place.end and place.start < miss.start + miss.tokens for miss in damaged)
         ]
+        report.dropped_tokens = found.dropped_tokens
         reused = {chunk for chunk in self._not_exact if self._is_reused(chunk)}
-        if reuse is None or not reused:
+        if not reused:
             return
-        report.reuse = reuse.recipe
-        report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused)
+        moved = {chunk for chunk in reused if not found.documents and self._moved_by(chunk)}
+        if reuse is not None and found.documents:
+            report.reuse = reuse.recipe
+        report.moved_tokens = sum(coverage.tokens[chunk] for chunk in moved)
+        report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused - moved)
         report.linked_tokens = sum(miss.tokens for miss in report.misses if miss.reason == "linked")
         runs: list[PositionRun] = []
         for chunk, (start, tokens) in enumerate(zip(coverage.starts[:-1], coverage.tokens, strict=True)):
             if chunk in self._not_exact:
-                how = "reused" if chunk in reused else "lossy"
+                how = "moved" if chunk in moved else "reused" if chunk in reused else "lossy"
             else:
                 is_computed = coverage.state[chunk] is State.COMPUTED
                 how = "recomputed" if is_computed and self._saw_lossy(start) else "exact"
@@ -184,6 +191,12 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """Whether what serves a chunk was computed behind something else."""
         serving = self._serving(chunk)
         return serving is not None and not serving.exact
+
+    def _moved_by(self, chunk: int) -> int:
+        """By how many positions what serves a chunk is moved."""
+        serving = self._serving(chunk)
+        assert serving is not None, "only what is stored is moved"
+        return self._coverage.starts[chunk] - serving.position - serving.skip
 
     def _serving(self, chunk: int) -> Serving | None:
         """What serves a chunk, if it is stored; behind the last full one of a plain prompt nothing is."""
@@ -226,11 +239,19 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._arms.loader.wake()
         check()  # who was interrupted may have changed the model since
         if self._saver is not None:
-            keys = self._planning.found.keys
-            saved = len(keys) if end == len(self._token_ids) else end // self._chunk_tokens
-            missing = [chunk for chunk in range(span.start // self._chunk_tokens, saved) if self._is_missing(chunk)]
-            self._saver.save(missing, self._missing_chunks, exact=not self._saw_lossy(span.start))
+            keys = self._keys_behind(span.start)
+            saved = len(keys) if end == len(self._token_ids) else min(end // self._chunk_tokens, len(keys))
+            chunks = range(span.start // self._chunk_tokens, saved)
+            missing = [chunk for chunk in chunks if self._is_missing(chunk, keys[chunk])]
+            self._saver.save(missing, self._missing_chunks, keys)
         return logits
+
+    def _keys_behind(self, start: int) -> list[ChunkKey]:
+        """The keys under which what is computed from `start` on is saved; none if it is not."""
+        found = self._planning.found
+        if self._saw(self._first_coded, start):
+            return []
+        return found.moved_keys if self._saw_lossy(start) else found.keys
 
     def _gate(self, layer: int) -> None:
         """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
@@ -251,20 +272,27 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._arbiter.take(self.request)
             self._waited_s += monotonic() - began
 
-    def _is_missing(self, chunk: int) -> bool:
+    def _is_missing(self, chunk: int, key: ChunkKey) -> bool:
         """Whether no tier can deliver one of the chunks to save: it was not stored, or its loads failed."""
         planned = self._coverage.chunk_at(chunk * self._chunk_tokens)
         serving, held = self._serving(planned), self._coverage.holders[planned]
-        return not held or serving is None or serving.key != self._planning.found.keys[chunk]
+        return not held or serving is None or serving.key != key
 
     @cached_property
     def _missing_chunks(self) -> int:
         """How many of the chunks to save no tier can deliver, as far as was known when this was first asked."""
-        return sum(map(self._is_missing, range(len(self._planning.found.keys))))
+        found = self._planning.found
+        if found.moved_keys:
+            planned = [self._coverage.chunk_at(chunk * self._chunk_tokens) for chunk in range(len(found.keys))]
+            return sum(not self._coverage.holders[chunk] for chunk in planned)
+        return sum(self._is_missing(chunk, key) for chunk, key in enumerate(found.keys))
 
     def _saw_lossy(self, start: int) -> bool:
         """Whether what is computed from `start` on may attend to loaded keys and values that are not exact."""
-        return self._first_lossy is not None and self._coverage.start_of(self._first_lossy) < start
+        return self._saw(self._first_lossy, start)
+
+    def _saw(self, chunk: int | None, start: int) -> bool:
+        return chunk is not None and self._coverage.start_of(chunk) < start
 
     # -------------------------------------------------------------------- loads
 
@@ -277,7 +305,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         by = load.start - serving.position - serving.skip
         if not by and not serving.skip:
             return engine.place(cache, load.start, load.tokens, segments)
-        move = Move(serving.tokens, serving.skip, by, self._arms.rotations)
+        move = Move(serving.tokens, serving.skip, by, self._planning.found.rotations)
         return engine.place_moved(cache, load.start, load.tokens, segments, move)
 
     def placed(self, load: Load, coded: bool, size: int) -> None:
@@ -285,10 +313,12 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         codec = self._arms.coder.codec
         self._placed_bytes += size
         self._parts[load.chunk] = (load.parts or codec.parts_read) if coded else 0
-        if (coded and codec.lossy) or self._is_reused(load.chunk):
+        is_coded = coded and codec.lossy
+        if is_coded:
+            self._first_coded = _earlier(self._first_coded, load.chunk)
+        if is_coded or self._is_reused(load.chunk):
             self._not_exact.add(load.chunk)
-            first = self._first_lossy
-            self._first_lossy = load.chunk if first is None else min(first, load.chunk)
+            self._first_lossy = _earlier(self._first_lossy, load.chunk)
 
     def changed(self) -> None:
         """Report progress; called with the lock held."""
@@ -311,6 +341,10 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             )
         finally:
             self._arbiter.teller = None
+
+
+def _earlier(first: int | None, chunk: int) -> int:
+    return chunk if first is None else min(first, chunk)
 
 
 def _cut(miss: Miss, links: Sequence[range]) -> Iterator[Miss]:

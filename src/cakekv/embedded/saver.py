@@ -453,7 +453,7 @@ class PromptSaver:
         self._found = found
         self._waiting = waiting
 
-    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
+    def save(self, chunks: Sequence[int], wanted_chunks: int, keys: Sequence[ChunkKey]) -> None:
         """Save chunks that a span has completed, unless what computes is not any more what the keys name.
 
         Parameters
@@ -462,11 +462,11 @@ class PromptSaver:
             Those that no tier has.
         wanted_chunks : int
             About how many chunks of the prompt are to be saved, these among them.
-        exact : bool
-            Whether all that the span attended to is exact. If it is not, nothing is saved.
+        keys : sequence of ChunkKey
+            Of all chunks, given what the span attended to. If there are none, nothing is saved.
         """
         found, engine, tokens = self._found, self._found.engine, self._saver.chunk_tokens
-        if not found.still() or not exact:
+        if not found.still() or not keys:
             return
         self._saver.introduce(found.named.identity)
         source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
@@ -474,7 +474,7 @@ class PromptSaver:
             start, length = chunk * tokens, min(tokens, found.prompt_tokens - chunk * tokens)
             gather = engine.gatherer(self._cache, start, length)
             is_exact = chunk >= found.exact_from
-            self._saver.save(found.keys[chunk], start, gather, is_exact, source, self._waiting, length)
+            self._saver.save(keys[chunk], start, gather, is_exact, source, self._waiting, length)
 
 
 _KINDS: dict[type[BaseException], str] = {

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.turnable import Turnable
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
 from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
+from cakekv.reuse.truncated import serve_truncated, stands_at, truncated_keys
+from cakekv.rotation import Rotation
 from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
 from cakekv.store.maintenance.explain import why_nothing_is_stored
@@ -68,6 +71,12 @@ class Found:
     """The documents that are not stored, or not wholly."""
     damaged: list[Place] = field(default_factory=list)
     """Those of which a chunk was stored and could not be had."""
+    rotations: Sequence[Rotation] | None = None
+    """How keys are turned that stand elsewhere than where they were computed; None: they stay as they are."""
+    moved_keys: list[ChunkKey] = field(default_factory=list)
+    """Of a truncated prompt's full chunks, if they are saved behind others that are not exact."""
+    dropped_tokens: int = 0
+    """How many tokens were left out of a truncated prompt."""
     changed: bool = False
     """Whether the model was found to be another one since."""
 
@@ -95,6 +104,7 @@ class StoredPrefixes:
         self._tiers = tiers
         self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
         self._first = self._named = Named(self._engine.state(), self._identify())
+        self._turnable = Turnable(arms)
 
     def now(self) -> Named:
         """What computes now, in the calling thread."""
@@ -109,10 +119,17 @@ class StoredPrefixes:
         named, is_named = self._named_for(notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
-        held = self._held([*keys, *(serving.key for chain in chains for serving in chain)], notes)
+        before = self._before_cuts(named, prompt, notes) if is_named else []
+        moved = stands_at(prompt, before, self._coder.exact.tokens) if before else []
+        elsewhere = [serving.key for chain in chains for serving in chain]
+        elsewhere += [serving.key for chain in moved for _, serving in chain]
+        held = self._held(list(dict.fromkeys([*keys, *elsewhere])), notes)
         found = self._found(named, keys, serve_chain(keys, self._coder.exact.tokens, len(token_ids)), prompt, held)
         if chains:
             self._serve_documents(found, prompt, chains, held)
+        if before:
+            found.moved_keys = before[-1]
+            self._serve_truncated(found, prompt, moved, held)
         found.lookup_s = monotonic() - began
         return found
 
@@ -159,6 +176,7 @@ class StoredPrefixes:
         tokens = len(prompt.token_ids)
         exact_from = first_exact_chunk(tokens, self._coder.codec.window, self._coder.exact.tokens)
         found = Found(self._engine, named, keys, tokens, list(chain), [], [[] for _ in self._tiers], exact_from)
+        found.dropped_tokens = sum(len(cut.dropped) for cut in prompt.cuts)
         for chunk, serving in enumerate(chain):
             found.holders.append(self._holders(found, serving, chunk < exact_from, held))
         return found
@@ -204,9 +222,8 @@ class StoredPrefixes:
         """Let the chunks of documents serve what is behind the last chunk of the prompt's own prefix that is stored."""
         reuse = self._arms.options.reuse
         assert reuse is not None
-        found.documents = prompt.documents
-        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
-        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.documents, found.rotations = prompt.documents, self._arms.rotations
+        newest = found.prompt_tokens - self._coder.codec.window
         served: list[tuple[int, Serving]] = []
         holders = {}
         for place, chain in zip(prompt.documents, chains, strict=True):
@@ -216,15 +233,60 @@ class StoredPrefixes:
             for start, serving in serve_document(chain, place.start, linked):
                 at = self._holders(found, serving, start + serving.served <= newest, held)
                 if at:
-                    holders[start + serving.served] = at
+                    holders[start + serving.served, serving.key] = at
                     served.append((start, serving))
             if linked and any(held.get(serving.key) for serving in chain):
                 found.linked.append(linked)
-        grid = lay_out(found.prompt_tokens, tokens, found.servings[:stored], served)
+        self._lay_out(found, served, holders)
+
+    def _before_cuts(self, named: Named, prompt: Tokenized, notes: list[str]) -> list[list[ChunkKey]]:
+        """The keys of `truncated_keys`; none if the prompt is not truncated, or cannot be moved."""
+        if not prompt.cuts:
+            return []
+        if all(cut.turn for cut in prompt.cuts):
+            why = self._turnable.why_not(named.identity.architecture)
+            if why:
+                notes.append(f"What is left was not moved but is a prompt like any other, since {why}.")
+                return []
+        return truncated_keys(named.identity, prompt)
+
+    def _serve_truncated(
+        self,
+        found: Found,
+        prompt: Tokenized,
+        moved: Sequence[Sequence[tuple[int, Serving]]],
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> None:
+        """Let chunks that a prompt had before it was truncated serve what its own prefix does not."""
+        if all(cut.turn for cut in prompt.cuts):
+            found.rotations = self._turnable.rotations(found.named.identity.architecture)
+        newest = found.prompt_tokens - self._coder.codec.window
+        served, holders = [], {}
+        for chain in reversed(moved):
+            for start, serving in chain:
+                end = start + serving.served
+                at = self._holders(found, serving, end <= newest, held)
+                if at:
+                    holders[end, serving.key] = at
+                    served.append((start, serving))
+        self._lay_out(found, serve_truncated(served, found.prompt_tokens), holders)
+
+    def _lay_out(
+        self,
+        found: Found,
+        served: Sequence[tuple[int, Serving]],
+        holders: Mapping[tuple[int, ChunkKey], tuple[int, ...]],
+    ) -> None:
+        """Serve what is behind the last stored chunk of the prompt's own prefix, as far as `served` does.
+
+        `holders`: by the position where a chunk ends, and its key.
+        """
+        stored = max((chunk + 1 for chunk, holding in enumerate(found.holders) if holding), default=0)
+        grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, found.servings[:stored], served)
         found.starts, found.servings = grid.starts, grid.servings
         ends = [*grid.starts[1:], found.prompt_tokens]
         found.holders = found.holders[:stored] + [
-            () if serving is None else holders[end]
+            () if serving is None else holders[end, serving.key]
             for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
         ]
 

@@ -7,7 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cakekv.errors import BadInput
-from cakekv.prompt import Document, Place, PlainPrompt, Prompt, Tokenized, check_text, parts_of, token_ids
+from cakekv.prompt import (
+    Cut,
+    Document,
+    Place,
+    PlainPrompt,
+    Prompt,
+    Tokenized,
+    Truncated,
+    check_text,
+    parts_of,
+    token_ids,
+)
+from cakekv.reuse.truncated import dropped_runs
 
 
 class Tokenizing:
@@ -43,6 +55,11 @@ class Tokenizing:
         BadInput
             As for `tokens`.
         """
+        if isinstance(prompt, Truncated):
+            tokenized = self._truncated(prompt, notes)
+            if tokenized.cuts:
+                notes.append(_what_was_dropped(tokenized))
+            return tokenized
         parts = parts_of(prompt)
         if parts is None:
             return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
@@ -57,6 +74,22 @@ class Tokenizing:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
             tokens += own
         return Tokenized(tokens, places)
+
+    def _truncated(self, prompt: Truncated, notes: list[str]) -> Tokenized:
+        content, dropped = prompt.content, prompt.dropped
+        before = self._truncated(content, notes) if isinstance(content, Truncated) else self.prompt(content, notes)
+        if before.documents:
+            raise BadInput("a prompt with documents cannot be truncated: give its token ids, or leave out documents")
+        tokens = before.token_ids
+        if not isinstance(dropped, range) or dropped.step != 1 or not 0 <= dropped.start <= dropped.stop <= len(tokens):
+            raise BadInput(
+                f"dropped is {dropped!r:.60}, but must be a range of positions of the prompt, which has {len(tokens)} "
+                "tokens, such as range(64, 1056)"
+            )
+        if not dropped:
+            return before
+        left = tokens[: dropped.start] + tokens[dropped.stop :]
+        return Tokenized(left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)])
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.
@@ -137,3 +170,13 @@ class Tokenizing:
                 shown = whole
         if len(text) > shown:
             yield text[shown:]
+
+
+def _what_was_dropped(prompt: Tokenized) -> str:
+    runs = dropped_runs(prompt)
+    where = ", ".join(f"{run.start} to {run.stop - 1}" for run in runs)
+    tokens = sum(map(len, runs))
+    return (
+        f"{tokens:,} of {tokens + len(prompt.token_ids):,} tokens of the prompt were dropped, the positions {where}; "
+        "what is left of it in the store was computed behind them."
+    )
