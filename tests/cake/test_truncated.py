@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cakekv.cake import Cake
+from cakekv.chunk import verify_chunk
 from cakekv.engine.base import Move
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
@@ -190,6 +191,29 @@ def test_a_damaged_chunk_is_computed(engine: Any, tmp_path: Path) -> None:
         assert report.moved_tokens == STORED - STOP - CHUNK
         assert report.recomputed_tokens == CHUNK
         assert any(reason.startswith("corrupt") for reason in report.miss_reasons())
+
+
+def test_an_interrupt_leaves_nothing_half(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = TransformersEngine.compute
+
+    def interrupted(self: Any, cache: Any, token_ids: Any, start: int, gate: Any = None) -> Any:
+        if start > len(LEFT) + CHUNK:
+            raise KeyboardInterrupt
+        return compute(self, cache, token_ids, start, gate)
+
+    with DiskStore(tmp_path) as store:
+        filled(engine, store)
+        with make(engine, store) as cake, monkeypatch.context() as patch:
+            patch.setattr(TransformersEngine, "compute", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cake.prefill(PROMPT, mode="load")
+            assert cake.wait_saved().saved_chunks > 0
+        for file in store.path.glob("chunks/*/*.chunk"):
+            verify_chunk(memoryview(file.read_bytes()))
+        with make(engine, store) as cake:
+            prefill = cake.prefill(PROMPT, mode="load")
+        assert prefill.report.reused_tokens > 0, "what was saved before the interrupt serves"
+        assert torch.allclose(prefill.logits, by_hand(engine), atol=1e-3)
 
 
 @pytest.mark.parametrize("codec", ["int8:window=32", "kivi:window=32", "cachegen", "ladder:window=0"])
