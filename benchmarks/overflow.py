@@ -71,8 +71,8 @@ def main(
         "continuation": continuation,
     }
     methods = [summary(method, ones, measured["computed"]) for method, ones in measured.items()]
-    for method in methods:
-        print(*(f"{name} {value}" for name, value in method.items() if name != "documents"))
+    for figures in methods:
+        print(*(f"{name} {value}" for name, value in figures.items() if name != "documents"))
     write_json(json_file, {**describe_run(), "settings": settings, "methods": methods})
 
 

@@ -50,7 +50,7 @@ def test_every_chunk_stands_where_its_tokens_do(seed: int) -> None:
     chosen = serve_truncated([one for at in reversed(placed) for one in at], len(prompt.token_ids))
     covered = {position for at in placed for start, one in at for position in range(start, start + one.served)}
     grid = lay_out(len(prompt.token_ids), CHUNK, [], chosen)
-    served = set()
+    served: set[int] = set()
     for start, end, one in zip(grid.starts, [*grid.starts[1:], len(prompt.token_ids)], grid.servings, strict=True):
         if one is not None:
             assert end - start == one.served
