@@ -307,6 +307,38 @@ def reuse(data: dict[str, Any]) -> str:
     return markdown(head, rows) + measured(data, shape)
 
 
+def overflow(data: dict[str, Any]) -> str:
+    """A row per method, with intervals over documents."""
+
+    def change(share: float) -> str:
+        return f"{share:+.1%}" if share < 1 else f"{share:+,.0%}"
+
+    names = {
+        "computed": "computed anew",
+        "moved": "moved",
+        "coupled": "moved, keys not turned",
+        "whole": "nothing dropped",
+    }
+    rows = [
+        [
+            names[method["name"]],
+            f"{method['ppl']:.2f}",
+            ""
+            if method["name"] == "computed"
+            else f"{change(method['ppl_change'])} ({' to '.join(map(change, method['intervals']['ppl_change']))})",
+            f"{method['ttft_s']:.2f} s",
+        ]
+        for method in data["methods"]
+    ]
+    settings = data["settings"]
+    start, stop = settings["dropped"]
+    shape = (
+        f"; {settings['documents']} texts of {settings['tokens']:,} tokens, {stop - start:,} of them dropped behind "
+        f"{start}; {settings['continuation']} tokens predicted, float32"
+    )
+    return markdown(["", "perplexity", "change", "prefill"], rows) + measured(data, shape)
+
+
 def measured(data: dict[str, Any], more: str = "") -> str:
     """How, and on what."""
     machine = data["machine"]
@@ -336,6 +368,7 @@ TABLES = {
     "packing": Table("docs/stores.md", packing),
     "packing_ttft": Table("docs/stores.md", packing_ttft),
     "reuse": Table("docs/reuse.md", reuse),
+    "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),
