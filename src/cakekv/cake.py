@@ -18,6 +18,7 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.embedded.answer_saver import AnswerSaver
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
@@ -122,6 +123,9 @@ class Cake:
         Memory that chunks waiting to be saved may keep, in bytes or such as "1GB". A prompt waits for room, but not for
         a store that hangs. A waiting chunk keeps its prompt's whole cache, or a copy of itself if little of that cache
         is to be saved.
+    save_answers : bool
+        Whether answers are saved as prompts are, so that a prompt that goes on from one restores it, too: in full
+        chunks as they fill, and at the end the tail that fills none (see `docs/sessions.md`).
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
         "two_plane", "kvtc_ladder"), each load reads as many parts as the bandwidth of that moment allows: all of them
@@ -160,6 +164,7 @@ class Cake:
         layered_finish: bool = True,
         deadline_s: float = 30.0,
         save_queue: int | str = 1_000_000_000,
+        save_answers: bool = True,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         reuse: str | Reuse | None = None,
@@ -176,6 +181,7 @@ class Cake:
             layered_finish=layered_finish,
             deadline_s=deadline_s,
             save_queue=save_queue,
+            save_answers=save_answers,
             ttft_target_s=ttft_target_s,
             quality_floor=quality_floor,
             reuse=reuse,
@@ -295,9 +301,10 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, mapping, Document, or list of parts
+        prompt : str, sequence of int, array, tensor, mapping, Document, Truncated, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            a list of such, at least one of them in a `Document`, which may be reused wherever it stands.
+            such without its oldest part, as `Truncated`; or a list of such, at least one of them in a `Document`, which
+            may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
@@ -582,7 +589,16 @@ class Cake:
         tokenized = self._tokens(prompt, request.notes)
         capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
         prefill, found = self._restore(request, tokenized, capacity, asked)
-        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity)
+        saver = self._answer_saver(prefill, found) if asked.save else None
+        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity, saver)
+
+    def _answer_saver(self, prefill: Prefill, found: Found) -> AnswerSaver | None:
+        """What saves the answer to a prompt; None if it is not saved, or attends to what is not exact."""
+        if self._saver is None or not self.options.save_answers or not found.is_named:
+            return None
+        if found.answer is None:
+            return None
+        return AnswerSaver(self._saver, self._stored.tails, found, found.answer, prefill)
 
     def _decode(
         self,
@@ -592,6 +608,7 @@ class Cake:
         choose: Callable[[Any], int],
         max_new_tokens: int,
         capacity: int,
+        saver: AnswerSaver | None,
     ) -> Iterator[int]:
         logits, position = prefill.logits, len(prefill.token_ids)
         for _ in range(max_new_tokens):
@@ -605,7 +622,11 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
-        if not found.changed and not found.still():
+            if saver is not None:
+                saver.computed(token)
+        if saver is not None:
+            saver.end()
+        if not found.still() and CHANGED not in prefill.report.notes:
             prefill.report.notes.append(CHANGED)
 
     def _tokens(self, prompt: Prompt, notes: list[str]) -> Tokenized:

@@ -138,6 +138,35 @@ def test_the_next_turns_restore_what_is_behind_the_cut(engine: Any, tmp_path: Pa
         assert cake.prefill(Truncated(twice.content, again), mode="load").report.reused_tokens > 3 * CHUNK
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_next_turn_restores_all_but_its_own_tokens(engine: Any, restarts: bool) -> None:
+    """Of an answer before the cut, of one behind it, and of what came between: tails, too."""
+    store, turns = MemoryStore(), [tokens(number, 4 * CHUNK + number) for number in range(10, 16)]
+    conversation, drops, lost = list[int](), list[range](), []
+    cake = make(engine, store)
+    for number, turn in enumerate(turns):
+        conversation += turn
+        if number in (2, 4):
+            drops.append(range(HEAD, HEAD + 3 * CHUNK + 5))
+        prompt: Any = conversation
+        for dropped in drops:
+            prompt = Truncated(prompt, dropped)
+        answer = cake.generate(prompt, max_new_tokens=5, mode="load")
+        report = answer.report
+        lost.append(report.prompt_tokens - len(turn) - report.loaded_tokens)
+        conversation += answer.token_ids
+        cake.wait_saved()
+        if restarts:
+            cake.close()
+            cake = make(engine, store)
+    cake.close()
+    assert lost == [0, 0, *[HEAD % CHUNK] * 4], "the chunk in which the gap begins is computed anew"
+    assert report.moved_tokens > CHUNK
+    assert report.reused_tokens > CHUNK
+    sizes = [chunk.size for chunk in store]
+    assert sum(size < max(sizes) for size in sizes) <= 3, "of what grew between two cuts, only the last tail is kept"
+
+
 def test_what_was_truncated_never_serves_an_exact_prompt(engine: Any) -> None:
     store = filled(engine, MemoryStore())
     before = {chunk.key for chunk in store}

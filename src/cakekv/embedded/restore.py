@@ -25,6 +25,7 @@ from cakekv.restore.planner import Span, Wait
 from cakekv.restore.report import Miss, PositionRun, RestoreReport
 from cakekv.results import OnProgress, Progress
 from cakekv.reuse.serving import Serving
+from cakekv.reuse.truncated import Chain
 
 _LAST_LOADS_S = 0.3
 """Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
@@ -145,6 +146,10 @@ class EmbeddedRestore(Generic[Cache, Logits]):
                 levels[parts] += tokens[chunk]
             names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(levels)}
             report.level_tokens = {name: levels[parts] for parts, name in names.items()}
+            prompt_tokens = len(self._token_ids)
+            last = prompt_tokens // self._chunk_tokens * self._chunk_tokens
+            self._planning.found.ends_whole = self._coverage.is_whole(last, prompt_tokens)
+            self._planning.found.answer = self._chain_behind(prompt_tokens - 1)
             report.lossy_tokens = sum(tokens[chunk] for chunk in self._not_exact)
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
             self._tell_reuse(report)
@@ -239,19 +244,22 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._arms.loader.wake()
         check()  # who was interrupted may have changed the model since
         if self._saver is not None:
-            keys = self._keys_behind(span.start)
+            chain = self._chain_behind(span.start)
+            keys = chain.keys if chain is not None else []
             saved = len(keys) if end == len(self._token_ids) else min(end // self._chunk_tokens, len(keys))
-            chunks = range(span.start // self._chunk_tokens, saved)
-            missing = [chunk for chunk in chunks if self._is_missing(chunk, keys[chunk])]
-            self._saver.save(missing, self._missing_chunks, keys)
+            first = span.start // self._chunk_tokens
+            if not self._coverage.is_whole(first * self._chunk_tokens, span.start):
+                first += 1
+            missing = [chunk for chunk in range(first, saved) if self._is_missing(chunk, keys[chunk])]
+            self._saver.save(missing, self._missing_chunks, chain)
         return logits
 
-    def _keys_behind(self, start: int) -> list[ChunkKey]:
-        """The keys under which what is computed from `start` on is saved; none if it is not."""
+    def _chain_behind(self, start: int) -> Chain | None:
+        """Under whose keys what is computed from `start` on is saved; None: it is not."""
         found = self._planning.found
         if self._saw(self._first_coded, start):
-            return []
-        return found.moved_keys if self._saw_lossy(start) else found.keys
+            return None
+        return found.moved if self._saw_lossy(start) else found.own
 
     def _gate(self, layer: int) -> None:
         """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
@@ -282,7 +290,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
     def _missing_chunks(self) -> int:
         """How many of the chunks to save no tier can deliver, as far as was known when this was first asked."""
         found = self._planning.found
-        if found.moved_keys:
+        if found.moved is not None:
             planned = [self._coverage.chunk_at(chunk * self._chunk_tokens) for chunk in range(len(found.keys))]
             return sum(not self._coverage.holders[chunk] for chunk in planned)
         return sum(self._is_missing(chunk, key) for chunk, key in enumerate(found.keys))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.tails import Tails, tails_at
 from cakekv.embedded.turnable import Turnable
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import StoreError, TierDown
@@ -18,7 +20,7 @@ from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
 from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
-from cakekv.reuse.truncated import serve_truncated, stands_at, truncated_keys
+from cakekv.reuse.truncated import Chain, Level, levels_of, serve_truncated
 from cakekv.rotation import Rotation
 from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
@@ -26,6 +28,8 @@ from cakekv.store.maintenance.explain import why_nothing_is_stored
 from cakekv.store.sizes import Sizes, doubt_of
 
 Answer = TypeVar("Answer")
+Holders = dict[tuple[int, ChunkKey], tuple[int, ...]]
+"""By the position where a chunk ends, and its key: the tiers that hold it."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +63,18 @@ class Found:
     """By tier, the bytes of those chunks."""
     exact_from: int
     """The first chunk that must not be lossy, since the codec's window reaches it."""
+    window: int = 0
+    """The codec's."""
+    is_named: bool = True
+    """Whether what computes has a name, so that chunks are loaded and saved."""
+    tail: Serving | None = None
+    """What is stored behind the last full chunk of an earlier answer, if it serves this prompt."""
+    moved: Chain | None = None
+    """Under whose keys a truncated prompt is saved behind what was moved."""
+    answer: Chain | None = None
+    """Under whose keys its answer is saved; None: it is not. Known after the restore."""
+    ends_whole: bool = True
+    """Whether the cache has all layers of what stands behind the prompt's last full chunk; known after the restore."""
     lookup_s: float = 0.0
     """Seconds that asking took."""
     documents: Sequence[Place] = ()
@@ -73,12 +89,15 @@ class Found:
     """Those of which a chunk was stored and could not be had."""
     rotations: Sequence[Rotation] | None = None
     """How keys are turned that stand elsewhere than where they were computed; None: they stay as they are."""
-    moved_keys: list[ChunkKey] = field(default_factory=list)
-    """Of a truncated prompt's full chunks, if they are saved behind others that are not exact."""
     dropped_tokens: int = 0
     """How many tokens were left out of a truncated prompt."""
     changed: bool = False
     """Whether the model was found to be another one since."""
+
+    @property
+    def own(self) -> Chain:
+        """Under whose keys the prompt is saved as far as it is exact."""
+        return Chain(self.named.identity.root, self.keys, self.tail)
 
     def still(self) -> bool:
         """Whether what computes has been what it was at the look-up, whenever this was asked."""
@@ -103,6 +122,7 @@ class StoredPrefixes:
         self._coder = arms.coder
         self._tiers = tiers
         self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
+        self.tails = Tails()
         self._first = self._named = Named(self._engine.state(), self._identify())
         self._turnable = Turnable(arms)
 
@@ -119,19 +139,52 @@ class StoredPrefixes:
         named, is_named = self._named_for(notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
-        before = self._before_cuts(named, prompt, notes) if is_named else []
-        moved = stands_at(prompt, before, self._coder.exact.tokens) if before else []
-        elsewhere = [serving.key for chain in chains for serving in chain]
-        elsewhere += [serving.key for chain in moved for _, serving in chain]
-        held = self._held(list(dict.fromkeys([*keys, *elsewhere])), notes)
-        found = self._found(named, keys, serve_chain(keys, self._coder.exact.tokens, len(token_ids)), prompt, held)
-        if chains:
-            self._serve_documents(found, prompt, chains, held)
-        if before:
-            found.moved_keys = before[-1]
-            self._serve_truncated(found, prompt, moved, held)
+        levels = self._levels(named, prompt, notes) if is_named else []
+        tails = self._remembered(Chain(named.identity.root, keys), token_ids) if is_named else []
+        others = [serving.key for chain in [*chains, tails] for serving in chain]
+        others += [serving.key for level in levels for _, serving in level.place(self._chunks(level))]
+        held = self._held(list(dict.fromkeys([*keys, *others])), notes)
+        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        found = self._found(named, keys, chain, prompt, held)
+        found.is_named = is_named
+        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.tail = self._tail(found.own, stored, token_ids, tails, held) if is_named else None
+        if chains or levels or found.tail is not None:
+            served, holders = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
+            prefix, at = chain[:stored], found.holders[:stored]
+            if found.tail is not None:
+                chunks = found.tail.position // self._coder.exact.tokens
+                prefix = [*chain[:chunks], found.tail]
+                at = [*found.holders[:chunks], self._holders(found, found.tail, True, held)]
+            if levels:
+                served, holders = self._serve_truncated(found, prompt, levels, sum(one.tokens for one in prefix), held)
+            self._lay_out(found, prefix, at, served, holders)
         found.lookup_s = monotonic() - began
         return found
+
+    def _tail(
+        self,
+        chain: Chain,
+        stored: int,
+        token_ids: list[int],
+        remembered: Sequence[Serving],
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> Serving | None:
+        """The longest tail behind the last chunk that is stored; `held` is told which tiers have it."""
+        tokens = self._coder.exact.tokens
+        tails = [tail for tail in remembered if held.get(tail.key) and tail.position >= stored * tokens]
+        if not tails and len(token_ids) - stored * tokens > 1:  # the last token is always computed
+            tails = tails_at(chain.parent(stored), stored * tokens, tokens, token_ids)
+            for index, answer in enumerate(self._ask.probe([tail.key for tail in tails])):
+                for tail, is_held in zip(tails, answer, strict=False):
+                    if is_held:
+                        held.setdefault(tail.key, []).append((index, 0))
+            tails = [tail for tail in tails if held.get(tail.key)]
+        return max(tails, key=lambda tail: (tail.position, tail.tokens), default=None)
+
+    def _remembered(self, chain: Chain, token_ids: list[int]) -> list[Serving]:
+        """The tails of a chain that this process has saved lately."""
+        return self.tails.of([chain.root, *chain.keys], self._coder.exact.tokens, token_ids)
 
     def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
         """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
@@ -176,6 +229,7 @@ class StoredPrefixes:
         tokens = len(prompt.token_ids)
         exact_from = first_exact_chunk(tokens, self._coder.codec.window, self._coder.exact.tokens)
         found = Found(self._engine, named, keys, tokens, list(chain), [], [[] for _ in self._tiers], exact_from)
+        found.window = self._coder.codec.window
         found.dropped_tokens = sum(len(cut.dropped) for cut in prompt.cuts)
         for chunk, serving in enumerate(chain):
             found.holders.append(self._holders(found, serving, chunk < exact_from, held))
@@ -218,14 +272,14 @@ class StoredPrefixes:
         prompt: Tokenized,
         chains: Sequence[Sequence[Serving]],
         held: dict[ChunkKey, list[tuple[int, int]]],
-    ) -> None:
-        """Let the chunks of documents serve what is behind the last chunk of the prompt's own prefix that is stored."""
+    ) -> tuple[list[tuple[int, Serving]], Holders]:
+        """What the chunks of documents can serve, and who holds them."""
         reuse = self._arms.options.reuse
         assert reuse is not None
         found.documents, found.rotations = prompt.documents, self._arms.rotations
         newest = found.prompt_tokens - self._coder.codec.window
         served: list[tuple[int, Serving]] = []
-        holders = {}
+        holders: Holders = {}
         for place, chain in zip(prompt.documents, chains, strict=True):
             if not all(held.get(serving.key) for serving in chain):
                 found.unknown.append(place)
@@ -237,57 +291,74 @@ class StoredPrefixes:
                     served.append((start, serving))
             if linked and any(held.get(serving.key) for serving in chain):
                 found.linked.append(linked)
-        self._lay_out(found, served, holders)
+        return served, holders
 
-    def _before_cuts(self, named: Named, prompt: Tokenized, notes: list[str]) -> list[list[ChunkKey]]:
-        """The keys of `truncated_keys`; none if the prompt is not truncated, or cannot be moved."""
-        if not prompt.cuts:
-            return []
-        if all(cut.turn for cut in prompt.cuts):
+    def _levels(self, named: Named, prompt: Tokenized, notes: list[str]) -> list[Level]:
+        """What a truncated prompt was; none if it was not truncated, or its keys cannot be turned."""
+        if prompt.cuts and all(cut.turn for cut in prompt.cuts):
             why = self._turnable.why_not(named.identity.architecture)
             if why:
                 notes.append(f"What is left was not moved but is a prompt like any other, since {why}.")
                 return []
-        return truncated_keys(named.identity, prompt)
+        return levels_of(named.identity, prompt) if prompt.cuts else []
+
+    def _chunks(self, level: Level) -> list[Serving]:
+        """The chunks of a level, then the tails known of, the longest first."""
+        full = serve_chain(level.chain.keys, self._coder.exact.tokens, len(level.token_ids))
+        tails = self._remembered(level.chain, level.token_ids)
+        return [*full, *sorted(tails, key=lambda tail: -tail.tokens)]
 
     def _serve_truncated(
         self,
         found: Found,
         prompt: Tokenized,
-        moved: Sequence[Sequence[tuple[int, Serving]]],
+        levels: Sequence[Level],
+        prefix_tokens: int,
         held: dict[ChunkKey, list[tuple[int, int]]],
-    ) -> None:
-        """Let chunks that a prompt had before it was truncated serve what its own prefix does not."""
+    ) -> tuple[list[tuple[int, Serving]], Holders]:
+        """What the chunks can serve that a prompt had before it was truncated, or got since, and who holds them."""
         if all(cut.turn for cut in prompt.cuts):
             found.rotations = self._turnable.rotations(found.named.identity.architecture)
-        newest = found.prompt_tokens - self._coder.codec.window
-        served, holders = [], {}
-        for chain in reversed(moved):
-            for start, serving in chain:
+        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
+        served: list[tuple[int, Serving]] = []
+        holders: Holders = {}
+        reach = prefix_tokens
+        for level in levels:
+            chunks = list(level.place(one for one in self._chunks(level) if held.get(one.key)))
+            reach = max([reach, *(start + one.served for start, one in chunks)])
+            tail = None
+            if reach:
+                stored = int(level.origin[reach - 1] + 1) // tokens
+                tail = self._tail(
+                    level.chain, stored, level.token_ids, self._remembered(level.chain, level.token_ids), held
+                )
+                chunks += level.place([tail] if tail is not None else [])
+                reach = max([reach, *(start + one.served for start, one in chunks)])
+            found.moved = level.chain._replace(tail=tail)
+            for start, serving in chunks:
                 end = start + serving.served
                 at = self._holders(found, serving, end <= newest, held)
                 if at:
                     holders[end, serving.key] = at
-                    served.append((start, serving))
-        self._lay_out(found, serve_truncated(served, found.prompt_tokens), holders)
+            served = [(start, one) for start, one in chunks if (start + one.served, one.key) in holders] + served
+        return serve_truncated(served, found.prompt_tokens), holders
 
     def _lay_out(
         self,
         found: Found,
+        prefix: Sequence[Serving],
+        prefix_holders: Sequence[tuple[int, ...]],
         served: Sequence[tuple[int, Serving]],
-        holders: Mapping[tuple[int, ChunkKey], tuple[int, ...]],
+        holders: Holders,
     ) -> None:
-        """Serve what is behind the last stored chunk of the prompt's own prefix, as far as `served` does.
-
-        `holders`: by the position where a chunk ends, and its key.
-        """
-        stored = max((chunk + 1 for chunk, holding in enumerate(found.holders) if holding), default=0)
-        grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, found.servings[:stored], served)
+        """Cut the prompt into its prefix, behind that what documents serve, and between these what is computed."""
+        grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, prefix, served)
         found.starts, found.servings = grid.starts, grid.servings
         ends = [*grid.starts[1:], found.prompt_tokens]
-        found.holders = found.holders[:stored] + [
+        behind = len(prefix)
+        found.holders = [*prefix_holders] + [
             () if serving is None else holders[end, serving.key]
-            for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
+            for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
     def why_nothing(self, found: Found) -> list[str]:
@@ -332,26 +403,38 @@ class Lookup:
         """As `Store.lookup` of each tier, or why it could not be asked."""
         return self._each("lookup", lambda tier: tier.lookup(keys))
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[list[bool]]:
+        """As `Store.probe` of each tier; empty where that is not cheap, or if it has just failed to tell all."""
+        with self._lock:
+            failed = {index for index, operation in self._failed_at if operation == "lookup"}
+        answers = self._answers(lambda index, tier: None if index in failed else tier.probe(keys))
+        return [[] if answer is None or isinstance(answer, StoreError) else answer for answer in answers]
+
     def identities(self) -> list[dict[str, dict[str, str]] | StoreError]:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
     def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        answers = self._answers(lambda _, tier: ask(tier))
+        for index, answer in enumerate(answers):
+            self._log(index, operation, answer)
+        return answers
+
+    def _answers(self, ask: Callable[[int, Store], Answer]) -> list[Answer | StoreError]:
         questions: list[Question[Answer] | StoreError] = []
         for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
             try:
                 if self._hangs(index):
                     raise Late("it is not asked, since none of its reads has come back for a while")
-                questions.append(asker.ask(lambda tier=tier: ask(tier)))  # type: ignore[misc]
+                questions.append(asker.ask(partial(ask, index, tier)))
             except StoreError as error:
                 questions.append(error)
         answers: list[Answer | StoreError] = []
-        for index, question in enumerate(questions):
+        for question in questions:
             try:
                 answers.append(question if isinstance(question, StoreError) else question.answer())
             except StoreError as error:
                 answers.append(error)
-            self._log(index, operation, answers[-1])
         return answers
 
     def _log(self, index: int, operation: str, answer: object) -> None:

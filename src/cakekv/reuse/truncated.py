@@ -7,39 +7,63 @@ computed behind it. That is stored under keys which follow from the cut (`cakekv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cakekv.keys import ChunkKey, Identity, chained_keys, truncated_root
 from cakekv.prompt import Tokenized
-from cakekv.reuse.serving import Serving, serve_chain
+from cakekv.reuse.serving import Serving
 
 Positions = npt.NDArray[np.int64]
 
 
-def truncated_keys(identity: Identity, prompt: Tokenized) -> list[list[ChunkKey]]:
-    """The keys of what a prompt was before each of its cuts, the first cut first, and of what is left by the last."""
-    root, tokens, keys = identity.root, identity.chunk_tokens, []
+class Chain(NamedTuple):
+    """Keys under which chunks are saved that follow one another."""
+
+    root: bytes
+    keys: list[ChunkKey]
+    tail: Serving | None = None
+    """What is stored behind the last full chunk of an earlier answer, if it serves the prompt."""
+
+    def parent(self, chunk: int) -> bytes:
+        """What a chunk's key follows: the key of the one before, or the root."""
+        return self.keys[chunk - 1] if chunk else self.root
+
+
+class Level(NamedTuple):
+    """What a prompt was before one of its cuts, or what the last one left."""
+
+    chain: Chain
+    token_ids: list[int]
+    origin: Positions
+    """Where every token that the last cut left stands here."""
+
+    def place(self, chunks: Iterable[Serving]) -> Iterator[tuple[int, Serving]]:
+        """Where chunks of this level stand in what is left, as far as their tokens are left.
+
+        A chunk of which the end was dropped is left out, since chunks are cut only at their beginning.
+        """
+        for chunk in chunks:
+            end = chunk.position + chunk.tokens
+            low, high = (int(at) for at in np.searchsorted(self.origin, [chunk.position, end]))
+            if high > low and self.origin[low] + high - low == end:
+                yield low, chunk._replace(skip=int(self.origin[low]) - chunk.position, exact=False)
+
+
+def levels_of(identity: Identity, prompt: Tokenized) -> list[Level]:
+    """What a prompt was before each of its cuts, the first cut first, and what is left by the last."""
+    root, tokens = identity.root, identity.chunk_tokens
+    roots = [root]
     for cut in prompt.cuts:
-        keys.append(chained_keys(root, tokens, cut.token_ids))
-        root = truncated_root(root, tokens, cut.token_ids, cut.dropped, cut.turn)
-    return [*keys, chained_keys(root, tokens, prompt.token_ids)]
-
-
-def stands_at(
-    prompt: Tokenized, keys: Sequence[Sequence[ChunkKey]], chunk_tokens: int
-) -> list[list[tuple[int, Serving]]]:
-    """Where the chunks of `truncated_keys` stand in what is left of a prompt, as far as their tokens are left.
-
-    A chunk of which the end was dropped is left out, since chunks are cut only at their beginning.
-    """
-    lengths = [len(cut.token_ids) for cut in prompt.cuts] + [len(prompt.token_ids)]
+        roots.append(truncated_root(roots[-1], tokens, cut.token_ids, cut.dropped, cut.turn))
+    contents = [*(cut.token_ids for cut in prompt.cuts), prompt.token_ids]
     return [
-        list(_moved(serve_chain(chain, chunk_tokens, tokens, exact=False), origin))
-        for chain, tokens, origin in zip(keys, lengths, _origins(prompt), strict=True)
+        Level(Chain(root, chained_keys(root, tokens, content)), content, origin)
+        for root, content, origin in zip(roots, contents, _origins(prompt), strict=True)
     ]
 
 
@@ -69,11 +93,3 @@ def _origins(prompt: Tokenized) -> list[Positions]:
         after = origins[0]
         origins.insert(0, np.where(after < cut.dropped.start, after, after + len(cut.dropped)))
     return origins
-
-
-def _moved(chain: Iterable[Serving], origin: Positions) -> Iterator[tuple[int, Serving]]:
-    for serving in chain:
-        end = serving.position + serving.tokens
-        low, high = (int(at) for at in np.searchsorted(origin, [serving.position, end]))
-        if high > low and origin[low] + high - low == end:
-            yield low, serving._replace(skip=int(origin[low]) - serving.position)
