@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
@@ -27,6 +27,7 @@ from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
+from cakekv.embedded.session import Session
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
@@ -424,7 +425,7 @@ class Cake:
             save=save,
             on_progress=on_progress,
         )
-        pieces = self._begin(prompt, asked)
+        _, pieces = self._begin(prompt, asked)
         while (piece := self._next(pieces)) is not None:
             yield piece
 
@@ -438,9 +439,40 @@ class Cake:
         >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
         ...     print(piece, end="")
         """
-        pieces = await self._abegin(prompt, AnswerOptions(**options))
+        _, pieces = await self._abegin(prompt, AnswerOptions(**options))
         while (piece := await self._anext(pieces)) is not None:
             yield piece
+
+    def session(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        tools: Sequence[Any] | None = None,
+        **template: Any,
+    ) -> Session:
+        """A chat with the model, which begins with these messages.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            What was said so far, such as a system message, or a whole chat that goes on.
+        tools : sequence of mapping or callable, or None
+            What the model may call, as `apply_chat_template` takes it.
+        **template
+            More that the model's chat template understands, such as `enable_thinking`.
+
+        Raises
+        ------
+        BadInput
+            The tokenizer has no chat template, or the messages are none.
+
+        Examples
+        --------
+        >>> session = cake.session([{"role": "system", "content": "Answer briefly."}])  # doctest: +SKIP
+        >>> print(session.send("Who was Ada Lovelace?").text)                           # doctest: +SKIP
+        """
+        self._tokenizing.template.check()
+        return Session(self, messages or (), tools, template)
 
     @_handed_over
     def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
@@ -570,11 +602,12 @@ class Cake:
         self.close()
 
     @_handed_over
-    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> Iterator[str]:
-        """The pieces of an answer, to be computed one by one."""
+    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> tuple[RestoreReport, Iterator[str]]:
+        """How a prompt's cache came about, and the pieces of its answer, to be computed one by one."""
         if self.tokenizer is None:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        return self._tokenizing.pieces(self._answer(prompt, asked)[1])
+        prefill, answer = self._answer(prompt, asked)
+        return prefill.report, self._tokenizing.pieces(answer)
 
     @_handed_over
     def _next(self, pieces: Iterator[str]) -> str | None:
@@ -590,7 +623,16 @@ class Cake:
         capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
         prefill, found = self._restore(request, tokenized, capacity, asked)
         saver = self._answer_saver(prefill, found) if asked.save else None
-        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity, saver)
+        answer = self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity, saver)
+        return prefill, answer if tokenized.text is None else self._remembered(tokenized, answer)
+
+    def _remembered(self, chat: Tokenized, answer: Iterator[int]) -> Iterator[int]:
+        """The same tokens; once the answer is complete, later turns of the chat will have them."""
+        tokens = []
+        for token in answer:
+            tokens.append(token)
+            yield token
+        self._tokenizing.transcript.answered(chat, tokens)
 
     def _answer_saver(self, prefill: Prefill, found: Found) -> AnswerSaver | None:
         """What saves the answer to a prompt; None if it is not saved, or attends to what is not exact."""

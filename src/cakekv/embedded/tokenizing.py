@@ -6,8 +6,11 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from cakekv.embedded.chat_template import ChatTemplate
+from cakekv.embedded.transcript import Transcript
 from cakekv.errors import BadInput
 from cakekv.prompt import (
+    Chat,
     Cut,
     Document,
     Place,
@@ -44,6 +47,8 @@ class Tokenizing:
             )
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self.template = ChatTemplate(tokenizer, self._lock)
+        self.transcript = Transcript(self.template)
 
     def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
         """A prompt's token ids, and where its documents stand; what should be known about them is noted.
@@ -60,6 +65,8 @@ class Tokenizing:
             if tokenized.cuts:
                 notes.append(_what_was_dropped(tokenized))
             return tokenized
+        if isinstance(prompt, Chat):
+            return self.transcript.prompt(prompt, notes)
         parts = parts_of(prompt)
         if parts is None:
             return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
