@@ -37,7 +37,7 @@ from cakekv.keys import Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
-from cakekv.prompt import Document, PlainPrompt, Prompt, Tokenized
+from cakekv.prompt import Document, Overflow, PlainPrompt, Prompt, Tokenized
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
@@ -448,6 +448,8 @@ class Cake:
         messages: Sequence[Mapping[str, Any]] = (),
         *,
         tools: Sequence[Any] | None = None,
+        overflow: Overflow = "truncate",
+        keep: float = 0.5,
         **template: Any,
     ) -> Session:
         """A chat with the model, which begins with these messages.
@@ -458,6 +460,8 @@ class Cake:
             What was said so far, such as a system message, or a whole chat that goes on.
         tools : sequence of mapping or callable, or None
             What the model may call, as `apply_chat_template` takes it.
+        overflow, keep
+            What becomes of a chat that outgrows the context, as in `Chat`.
         **template
             More that the model's chat template understands, such as `enable_thinking`.
 
@@ -472,7 +476,7 @@ class Cake:
         >>> print(session.send("Who was Ada Lovelace?").text)                           # doctest: +SKIP
         """
         self._tokenizing.template.check()
-        return Session(self, messages or (), tools, template)
+        return Session(self, messages or (), tools, template, overflow, keep)
 
     @_handed_over
     def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
@@ -673,6 +677,7 @@ class Cake:
 
     def _tokens(self, prompt: Prompt, notes: list[str]) -> Tokenized:
         tokenized = self._tokenizing.prompt(prompt, notes)
+        tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
         self.engine.check_prompt(tokenized.token_ids)
         return tokenized
 

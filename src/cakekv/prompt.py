@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from cakekv.errors import BadInput
+from cakekv.quantities import real
 
 
 class Array(Protocol):
@@ -51,7 +52,7 @@ class Truncated:
 
     Parameters
     ----------
-    content : str, sequence of int, array, tensor, mapping, or Truncated
+    content : str, sequence of int, array, tensor, mapping, Chat, or Truncated
         The whole prompt; or one that was truncated before, and has grown since.
     dropped : range
         The positions of `content` that are left out.
@@ -63,9 +64,12 @@ class Truncated:
     >>> cake.generate(Truncated(conversation, dropped=range(64, 1056)))  # doctest: +SKIP
     """
 
-    content: PlainPrompt | Truncated
+    content: PlainPrompt | Chat | Truncated
     dropped: range
     turn: bool = True
+
+
+Overflow = Literal["refuse", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,16 @@ class Chat:
         What the model may call, as `apply_chat_template` takes it.
     template : mapping
         More that the template understands, such as `enable_thinking`.
+    overflow : {"refuse", "truncate"}
+        What becomes of a chat that outgrows the model's context: it is refused, or its oldest messages are dropped and
+        the others moved (see `docs/overflow.md`), which is not exact.
+    keep : float
+        The most that is kept then, as a share of what follows the system message.
 
     Raises
     ------
     BadInput
-        There are no messages, or they are something else.
+        There are no messages, they are something else, or an option is out of range.
 
     Examples
     --------
@@ -96,11 +105,21 @@ class Chat:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Any] | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+    overflow: Overflow = "refuse"
+    keep: float = 0.5
 
     def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.keep)
         check_messages(self.messages)
         if not self.messages:
             raise BadInput("the chat is empty: it must have at least one message")
+
+
+def check_overflow(overflow: Any, keep: Any) -> None:
+    """Raise `BadInput` unless these options of a chat are in range."""
+    if overflow not in get_args(Overflow):
+        raise BadInput(f"overflow is {overflow!r:.40}, but must be one of {', '.join(get_args(Overflow))}")
+    real("keep", keep, 0.0, 1.0)
 
 
 def check_messages(messages: Any) -> None:

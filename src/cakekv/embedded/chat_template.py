@@ -57,8 +57,8 @@ class ChatTemplate:
                 "give it to generate()"
             )
 
-    def text(self, chat: Chat) -> str:
-        """A chat as text, up to where its next answer begins.
+    def text(self, chat: Chat, answering: bool = True) -> str:
+        """A chat as text, up to where its next answer begins, or without that.
 
         Raises
         ------
@@ -67,6 +67,8 @@ class ChatTemplate:
         """
         self.check()
         options: dict[str, Any] = {"add_generation_prompt": True, **chat.template}
+        if not answering:
+            options["add_generation_prompt"] = False
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from cakekv.errors import BadInput
 from cakekv.options import AnswerKeywords, AnswerOptions
-from cakekv.prompt import Chat, check_messages
+from cakekv.prompt import Chat, Overflow, check_messages, check_overflow
 from cakekv.restore.report import RestoreReport
 from cakekv.results import Generation
 
@@ -50,10 +50,15 @@ class Session:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None,
         template: Mapping[str, Any],
+        overflow: Overflow = "truncate",
+        keep: float = 0.5,
     ) -> None:
         check_messages(messages)
+        check_overflow(overflow, keep)
         self._cake = cake
         self._template = dict(template)
+        self._overflow: Overflow = overflow
+        self._keep = keep
         self._answering = threading.Lock()
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self.tools = tools
@@ -108,7 +113,8 @@ class Session:
 
     def fork(self) -> Session:
         """Another session that begins with what was said so far; what was computed is shared."""
-        return Session(self._cake, deepcopy(self.messages), self.tools, self._template)
+        messages = deepcopy(self.messages)
+        return Session(self._cake, messages, self.tools, self._template, self._overflow, self._keep)
 
     @contextmanager
     def _turn(self, said: Said) -> Iterator[Chat]:
@@ -119,7 +125,7 @@ class Session:
         if not self._answering.acquire(blocking=False):
             raise BadInput("this session is answering something else: wait for it, or go on in a fork()")
         try:
-            yield Chat([*self.messages, *map(dict, new)], self.tools, self._template)
+            yield Chat([*self.messages, *map(dict, new)], self.tools, self._template, self._overflow, self._keep)
         finally:
             self._answering.release()
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from cakekv.embedded.chat_overflow import fitted
 from cakekv.embedded.chat_template import ChatTemplate
 from cakekv.embedded.transcript import Transcript
 from cakekv.errors import BadInput
@@ -82,6 +83,20 @@ class Tokenizing:
             tokens += own
         return Tokenized(tokens, places)
 
+    def fitted(self, prompt: Prompt, tokenized: Tokenized, context: int, notes: list[str]) -> Tokenized:
+        """A prompt, truncated to the model's context if it is a chat that may be.
+
+        Raises
+        ------
+        BadInput
+            It cannot be made to fit.
+        """
+        if isinstance(prompt, Chat):
+            tokenized = fitted(prompt, tokenized, self.template, context)
+            if tokenized.cuts:
+                notes.append(_what_was_dropped(tokenized))
+        return tokenized
+
     def _truncated(self, prompt: Truncated, notes: list[str]) -> Tokenized:
         content, dropped = prompt.content, prompt.dropped
         before = self._truncated(content, notes) if isinstance(content, Truncated) else self.prompt(content, notes)
@@ -96,7 +111,7 @@ class Tokenizing:
         if not dropped:
             return before
         left = tokens[: dropped.start] + tokens[dropped.stop :]
-        return Tokenized(left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)])
+        return Tokenized(left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)], text=before.text)
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.

@@ -84,7 +84,8 @@ class Transcript:
         assert prompt.text is not None, "it came from `prompt`"
         data = prompt.text.encode()
         digest = blake3(data).digest()
-        new = _Answered(array("l", prompt.token_ids), array("l", answer))
+        whole = prompt.cuts[0].token_ids if prompt.cuts else prompt.token_ids
+        new = _Answered(array("l", whole), array("l", answer))
         with self._lock:
             known = self._forget(digest)
             known = [one for one in known if one != new][-_ANSWERS + 1 :]
