@@ -302,9 +302,9 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, mapping, Document, or list of parts
+        prompt : str, sequence of int, array, tensor, mapping, Chat, Document, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            a list of such, at least one of them in a `Document`, which may be reused wherever it stands.
+            a `Chat`. Or a list, at least one of its parts in a `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
