@@ -4,10 +4,10 @@
 
 The chats are those of conversations.json. The model answers each turn greedily, in a session over a store on the local
 disk; the same prompt is also computed in full, and restored from a store that has only the full chunks of prompts.
-*restarted* is a new `Cake`, which knows nothing but the store, the messages, and its calibration file. *loaded_share* is
-how much of what was there before the new message was loaded, in tokens. *differ* counts answers that are not those of a
-full prefill of the same tokens. Times are seconds to the first token, means over chats. A chat that does not count comes
-first, from which the calibration is.
+*restarted* is a new `Cake`, which knows nothing but the store, the messages, and its calibration file. *loaded_share*
+is how much of what was there before the new message was loaded, in tokens. *differ* counts answers that are not those
+of a full prefill of the same tokens. Times are seconds to the first token, means over chats. A chat that does not count
+comes first; the calibration is from there.
 """
 
 from __future__ import annotations
