@@ -302,10 +302,10 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, mapping, Document, Truncated, or list of parts
+        prompt : str, sequence of int, array, tensor, mapping, Chat, Document, Truncated, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            such without its oldest part, as `Truncated`; or a list of such, at least one of them in a `Document`, which
-            may be reused wherever it stands.
+            a `Chat`. Or one of these without some of its tokens, as `Truncated`; or a list, at least one of its parts in a
+            `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool

@@ -37,15 +37,14 @@ class Tails:
 
     def of(self, parents: Sequence[bytes], chunk_tokens: int, token_ids: Sequence[int]) -> list[Serving]:
         """The remembered tails that a prompt may go on from; `parents` are what its chunks follow, from the first."""
-        found = []
-        for chunk, parent in enumerate(parents):
-            with self._lock:
-                lengths = self._lengths.get(parent, ())
-            if lengths:
-                start = chunk * chunk_tokens
-                every = tails_at(parent, start, chunk_tokens, token_ids)
-                found += [serving for serving in every if serving.tokens in lengths]
-        return found
+        with self._lock:
+            known = [(chunk, self._lengths[parent]) for chunk, parent in enumerate(parents) if parent in self._lengths]
+        return [
+            serving
+            for chunk, lengths in known
+            for serving in tails_at(parents[chunk], chunk * chunk_tokens, chunk_tokens, token_ids)
+            if serving.tokens in lengths
+        ]
 
 
 def tails_at(parent: bytes, start: int, chunk_tokens: int, token_ids: Sequence[int]) -> list[Serving]:
