@@ -304,8 +304,8 @@ class Cake:
         ----------
         prompt : str, sequence of int, array, tensor, mapping, Chat, Document, Truncated, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            a `Chat`. Or one of these without some of its tokens, as `Truncated`; or a list, at least one of its parts in a
-            `Document`, which may be reused wherever it stands.
+            a `Chat`. Or one of these without some of its tokens, as `Truncated`; or a list, at least one of its parts
+            in a `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
