@@ -68,6 +68,7 @@ def make_documents(
     continuation_tokens: int,
     texts: Path | None = None,
     facts: Sequence[Sequence[str]] = (),
+    paragraphs: bool = False,
 ) -> list[Document]:
     """The same documents wherever Python and tokenizer are the same; the kinds take turns.
 
@@ -83,6 +84,8 @@ def make_documents(
         A folder with text files, which become one kind more.
     facts : sequence of sequence of str
         Further sentences of each document, behind those of its own needles.
+    paragraphs : bool
+        Whether a document begins with the next paragraph of a text, instead of with the next text: so there is more.
 
     Raises
     ------
@@ -94,6 +97,8 @@ def make_documents(
     if context_tokens < 256:
         raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
     sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
+    if paragraphs:
+        sources = {kind: (part for text in each for part in text.split("\n\n")) for kind, each in sources.items()}
     bos = ids_before_every_text(tokenizer)
     rng = random.Random(20240)
     documents = []

@@ -95,7 +95,7 @@ def make_prompts(
     numbers = [documents[prompt % len(documents)] for prompt in range(count)]
     pairs = [_pairs(random.Random(prompt), number) for prompt, number in enumerate(numbers)]
     facts = [_said(each, number) for each, prompt in zip(pairs, numbers, strict=True) for number in range(prompt)]
-    made = iter(make_documents(tokenizer, sum(numbers), tokens, continuation_tokens, texts, facts))
+    made = iter(make_documents(tokenizer, sum(numbers), tokens, continuation_tokens, texts, facts, paragraphs=True))
     return [
         make_prompt(list(islice(made, number)), [pair.needle(tokenizer) for pair in each])
         for number, each in zip(numbers, pairs, strict=True)
