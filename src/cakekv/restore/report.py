@@ -115,6 +115,8 @@ class RestoreReport:
         been moved; they count among `lossy_tokens`.
     linked_tokens : int
         Positions of documents that were computed here although they were stored, as `reuse` wants it.
+    blended_tokens : int
+        Positions of stored documents that were computed again because they deviated.
     dropped_tokens : int
         Tokens that were left out of a truncated prompt.
     moved_tokens : int
@@ -151,6 +153,7 @@ class RestoreReport:
     reuse: str = ""
     reused_tokens: int = 0
     linked_tokens: int = 0
+    blended_tokens: int = 0
     dropped_tokens: int = 0
     moved_tokens: int = 0
     positions: list[PositionRun] = field(default_factory=list)
