@@ -113,6 +113,8 @@ class RestoreReport:
         Loaded positions of documents that were computed elsewhere; they count among `lossy_tokens`.
     linked_tokens : int
         Positions of documents that were computed here although they were stored, as `reuse` wants it.
+    blended_tokens : int
+        Loaded positions of documents that were computed again where they stand: see `cakekv.reuse.blend`.
     positions : list of PositionRun
         What every position is, if documents were reused.
     misses : list of Miss
@@ -144,6 +146,7 @@ class RestoreReport:
     reuse: str = ""
     reused_tokens: int = 0
     linked_tokens: int = 0
+    blended_tokens: int = 0
     positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)
