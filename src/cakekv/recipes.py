@@ -20,7 +20,7 @@ def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number
     name : str
         What the recipe names, for messages: "codec kivi".
     number : str
-        What a value has to be where a number is wanted, for messages.
+        What a value has to be where a whole number is wanted, for messages.
 
     Raises
     ------
@@ -46,5 +46,6 @@ def _parsed(text: str, default: object, name: str, number: str) -> object:
         try:
             return type(default)(text)
         except ValueError as error:
-            raise BadInput(f"{name} is {text!r}, but must be {number}") from error
+            wanted = number if isinstance(default, int) else "a number"
+            raise BadInput(f"{name} is {text!r}, but must be {wanted}") from error
     return text

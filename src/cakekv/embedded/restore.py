@@ -17,13 +17,14 @@ from cakekv.embedded.loader import Loads
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
-from cakekv.engine.base import Cache, Logits, Move
+from cakekv.engine.base import Cache, Gate, Logits, Move
 from cakekv.keys import ChunkKey
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
 from cakekv.restore.report import Miss, PositionRun, RestoreReport
 from cakekv.results import OnProgress, Progress
+from cakekv.reuse.blend import Blend
 from cakekv.reuse.serving import Serving
 from cakekv.reuse.truncated import Chain
 
@@ -91,6 +92,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """The first chunk that ever was placed and is not exact; what was computed behind it attended to it."""
         self._first_coded: int | None = None
         """The first of those that a codec rounded."""
+        self._blended: Sequence[int] | None = None
+        """The positions that a blend computed again in all layers, once it is done."""
 
     def run(self) -> Logits:
         """Cover every position; returns the logits of the prompt's last token.
@@ -170,12 +173,16 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             if any(miss.start < place.end and place.start < miss.start + miss.tokens for miss in damaged)
         ]
         report.dropped_tokens = found.dropped_tokens
+        placed = (coverage.chunk_at(position) for position in self._blended or ())
+        report.blended_tokens = sum(chunk in self._parts and self._is_reused(chunk) for chunk in placed)
         reused = {chunk for chunk in self._not_exact if self._is_reused(chunk)}
+        if not (reused or report.blended_tokens):
+            return
+        if reuse is not None and found.documents:
+            report.reuse = reuse.recipe
         if not reused:
             return
         moved = {chunk for chunk in reused if not found.documents and self._moved_by(chunk)}
-        if reuse is not None and found.documents:
-            report.reuse = reuse.recipe
         report.moved_tokens = sum(coverage.tokens[chunk] for chunk in moved)
         report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused - moved)
         report.linked_tokens = sum(miss.tokens for miss in report.misses if miss.reason == "linked")
@@ -225,8 +232,14 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         assert self._cache is not None
         token_ids = self._token_ids[span.start : span.start + span.tokens]
         self._waited_s = 0.0
+        gate = self._gate if span.layered else None
+        with self._arbiter.lock:
+            reused = self._to_blend(span)
         try:
-            logits = self._arms.engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
+            if reused:
+                logits = self._blend(span, reused, gate)
+            else:
+                logits = self._arms.engine.compute(self._cache, token_ids, span.start, gate)
         except _LoadLost:
             with self._arbiter.lock:
                 self.request.woken.wait_for(lambda: not self.planner.placing or self._loads.crash is not None)
@@ -235,7 +248,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             return None
         end = span.start + span.tokens
         with self._arbiter.lock:
-            self.planner.computed(span, monotonic(), self._waited_s)
+            self.planner.computed(span, monotonic(), self._waited_s, typical=not reused)
             for chunk in range(self._coverage.chunk_at(span.start), self._coverage.chunk_at(end)):
                 if self._coverage.state[chunk] is State.COMPUTED:
                     self._parts.pop(chunk, None)
@@ -254,10 +267,40 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._saver.save(missing, self._missing_chunks, chain)
         return logits
 
+    def _to_blend(self, span: Span) -> list[int]:
+        """The reused chunks to blend together with a span: all, with the first span that has none behind it."""
+        is_blend = isinstance(self._arms.options.reuse, Blend) and self._planning.found.documents
+        if self._blended is not None or not is_blend:
+            return []
+        coverage, end = self._coverage, span.start + span.tokens
+        behind = range(coverage.chunk_at(end), coverage.chunks)
+        if any(coverage.holders[chunk] for chunk in behind):  # and if it is computed in the end: with the last span
+            return []
+        return [
+            chunk
+            for chunk in range(coverage.chunk_at(span.start))
+            if coverage.state[chunk] is not State.COMPUTED and self._is_reused(chunk)
+        ]
+
+    def _blend(self, span: Span, reused: Sequence[int], gate: Gate | None) -> Logits:
+        """Compute a span with the reused chunks before it, as far as they deviate."""
+        way, coverage = self._arms.options.reuse, self._coverage
+        assert isinstance(way, Blend)
+        assert self._cache is not None
+        start, always_from = coverage.start_of(reused[0]), coverage.start_of(reused[-1] + 1)
+        token_ids = self._token_ids[start : span.start + span.tokens]
+        logits, self._blended = self._arms.engine.blend(self._cache, token_ids, start, always_from, way, gate)
+        if len(self._blended) == len(token_ids):  # all that is not exact is before `start`
+            with self._arbiter.lock:
+                self._not_exact -= set(range(reused[0], reused[-1] + 1))
+                if self._first_lossy == reused[0]:
+                    self._first_lossy = None
+        return logits
+
     def _chain_behind(self, start: int) -> Chain | None:
         """Under whose keys what is computed from `start` on is saved; None: it is not."""
         found = self._planning.found
-        if self._saw(self._first_coded, start):
+        if self._blended is not None or self._saw(self._first_coded, start):
             return None
         return found.moved if self._saw_lossy(start) else found.own
 

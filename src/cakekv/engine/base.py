@@ -20,6 +20,7 @@ from cakekv.rotation import Rotation
 if TYPE_CHECKING:
     from cakekv.codec.coder import ChunkCoder
     from cakekv.codec.on_device import DeviceDecoder
+    from cakekv.reuse.blend import Blend
 
 Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
@@ -124,6 +125,40 @@ class Engine(ABC, Generic[Cache, Logits]):
         Logits
             Of the span's last token, shape (vocabulary,).
         """
+
+    def blendable(self, way: Blend) -> None:
+        """Refuse a model that `blend` does not do right.
+
+        Raises
+        ------
+        UnsupportedEngine, UnsupportedModel
+            With the reason.
+        """
+        raise UnsupportedEngine("this engine does not drive a model's layers one by one")
+
+    def blend(
+        self,
+        cache: Cache,
+        token_ids: Sequence[int],
+        start: int,
+        always_from: int,
+        way: Blend,
+        gate: Gate | None = None,
+    ) -> tuple[Logits, Sequence[int]]:
+        """As `compute`, of positions up to `always_from` of which something is in the cache, and what follows them.
+
+        All layers up to `way.check` are computed at all positions, those above at the chosen ones: the share
+        `way.recompute` of the positions before `always_from`, and all from there on. Each sees what is before it, of
+        which nothing may be missing. If it fails while there is a `gate`, the cache is as it was.
+
+        Returns
+        -------
+        Logits
+            Of the last token, shape (vocabulary,).
+        sequence of int
+            The positions that were computed in all layers, ascending.
+        """
+        raise UnsupportedEngine("this engine does not drive a model's layers one by one")
 
     @abstractmethod
     def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
+from cakekv.engine.blending import blend, check_blends
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
@@ -33,6 +34,7 @@ from cakekv.forks import on_fork
 from cakekv.keys import RAW, Identity, fingerprint_files
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
+from cakekv.reuse.blend import Blend
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
@@ -290,9 +292,29 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
+        return self.forward_of(self.model, cache, token_ids, **arguments)
+
+    def forward_of(self, model: Any, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
+        """As `forward`, of a model that takes the same arguments."""
         input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
         arguments[self._cache_argument] = cache
-        return self.model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
+        return model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
+
+    def blendable(self, way: Blend) -> None:
+        """As `Engine.blendable`."""
+        check_blends(self, way)
+
+    def blend(
+        self,
+        cache: TwoEndedCache,
+        token_ids: Sequence[int],
+        start: int,
+        always_from: int,
+        way: Blend,
+        gate: Gate | None = None,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """As `Engine.blend`."""
+        return blend(self, cache, token_ids, start, always_from, way, gate)
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
