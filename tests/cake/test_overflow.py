@@ -52,7 +52,11 @@ def test_a_session_goes_on_for_ever(made: Any, restarts: bool) -> None:
     session = cake.session(messages)
     for turn in range(24):
         said = SAID[turn % len(SAID)]
-        prompt = cake.prefill(Chat([*messages, user(said)], overflow="truncate"), mode="load", save=False)
+        chat = Chat([*messages, user(said)], overflow="truncate")
+        prompt = cake.prefill(chat, mode="load", save=False)
+        if made is PLAIN and turn % 3 == 0:
+            with cake_of(None, made) as fresh:
+                assert fresh.prefill(chat).token_ids == prompt.token_ids, "who remembers nothing cuts alike"
         before, left_out = left_out, check_written(made, made.decode(prompt.token_ids), [*messages, user(said)])
         assert left_out >= before
         answer = session.send(said, max_new_tokens=20, mode="load", temperature=1.5, top_k=3, seed=turn)

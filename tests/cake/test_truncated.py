@@ -126,6 +126,7 @@ def test_the_next_turns_restore_what_is_behind_the_cut(engine: Any, tmp_path: Pa
             (HEAD + moved, saved - HEAD - moved, "reused"),
             (saved, len(LEFT + NEW + more) - saved, "recomputed"),
         ]
+        cake.wait_saved()
         again = range(HEAD, HEAD + 5 * CHUNK)
         twice = Truncated(Truncated(OLD + NEW + more * 9, DROPPED), again)
         prefill = cake.prefill(twice, mode="load")
@@ -136,6 +137,24 @@ def test_the_next_turns_restore_what_is_behind_the_cut(engine: Any, tmp_path: Pa
         assert any(f"positions {HEAD} to {STOP + len(again) - 1};" in note for note in first.notes)
         cake.wait_saved()
         assert cake.prefill(Truncated(twice.content, again), mode="load").report.reused_tokens > 3 * CHUNK
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "mistral", "gemma3", "phi", "bloom"])
+def test_what_is_restored_behind_the_cut_is_what_was_computed_there(name: str) -> None:
+    engine = Poisoned(build(name))
+    engine.stop_tokens = frozenset()
+    old, new, more = ([token % 120 + 3 for token in part] for part in (OLD[: -4 * CHUNK], NEW[:30], tokens(4, 20)))
+    results = []
+    for saves in (True, False):
+        with make(engine, filled(engine, MemoryStore(), old)) as cake:
+            answer = cake.generate(Truncated(old + new, DROPPED), mode="load", max_new_tokens=20, save=saves).token_ids
+            cake.wait_saved()
+            results.append(cake.prefill(Truncated([*old, *new, *answer, *more], DROPPED), mode="load", save=False))
+    restored, computed = results
+    assert restored.report.reused_tokens > 30
+    assert computed.report.reused_tokens == 0
+    expected = computed.logits
+    assert torch.allclose(restored.logits, expected, atol=2e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -31,7 +31,7 @@ def test_every_chunk_stands_where_its_tokens_do(seed: int) -> None:
         drops.append(range(start, min(left - 1, start + rng.randrange(1, 12))))
         left -= len(drops[-1])
     prompt = cut(tokens, *drops)
-    levels = levels_of(IDENTITY, prompt)
+    levels = levels_of(IDENTITY, prompt, 1000)
     chains = [serve_chain(each.chain.keys, CHUNK, len(each.token_ids)) for each in levels]
     placed = [list(each.place(chain)) for each, chain in zip(levels, chains, strict=True)]
     contents = [*(each.token_ids for each in prompt.cuts), prompt.token_ids]
@@ -76,10 +76,10 @@ def test_keys_tell_apart_what_was_dropped_and_how() -> None:
         cut([*tokens[:9], 50, *tokens[10:]], range(8, 18)),
     ]
     assert len({tuple(prompt.token_ids) for prompt in prompts}) == 1
-    chains = [levels_of(IDENTITY, prompt)[-1].chain.keys for prompt in prompts]
+    chains = [levels_of(IDENTITY, prompt, 1000)[-1].chain.keys for prompt in prompts]
     assert len({key for chain in chains for key in chain}) == sum(map(len, chains))
     grown = cut([*tokens, 1, 2, 3, 4, 5], range(8, 18))
-    assert levels_of(IDENTITY, grown)[-1].chain.keys[: len(chains[1])] == chains[1]
+    assert levels_of(IDENTITY, grown, 1000)[-1].chain.keys[: len(chains[1])] == chains[1]
 
 
 def test_what_was_dropped_is_told_in_positions_of_the_whole() -> None:

@@ -1,7 +1,7 @@
 """Chats that outgrow the context: the oldest messages are dropped, up to where a user's message begins.
 
-What was dropped follows from the messages alone, turn by turn: so the same chat is cut alike in every process, and goes
-on from what was stored of it.
+What is dropped follows from the messages, turn by turn: so the same chat is cut alike in every process, and goes on
+from what is stored of it. What the last turn had dropped is remembered; that only saves time.
 """
 
 from __future__ import annotations
@@ -70,20 +70,32 @@ def _cut(messages: _Messages, chat: Chat, prompt: Tokenized, room: int) -> Token
     asked = [number for number in range(messages.above, len(roles)) if roles[number] == "assistant"] + [len(roles)]
     kept = messages.kept(users[-1])
     cuts: list[Cut] = []
-    left, dropped, turn = prompt.token_ids, 0, 0
+    left = prompt.token_ids
+
+    def drop(part: range) -> None:
+        nonlocal left
+        cuts.append(Cut(left, part, True))
+        left = left[: part.start] + left[part.stop :]
+
+    turn = 0
+    if prompt.earlier is not None:
+        for part in prompt.earlier.dropped:
+            drop(part)
+        turn = len(asked) - 1
+        while turn and messages.begin(asked[turn - 1]) > prompt.earlier.tokens:
+            turn -= 1
     while True:
+        dropped = len(prompt.token_ids) - len(left)
         turn = bisect_right(asked, dropped + room, lo=turn, key=messages.begin)
         if turn == len(asked):
-            return Tokenized(left, cuts=cuts, text=prompt.text)
+            return prompt._replace(token_ids=left, cuts=cuts)
         length = messages.begin(asked[turn]) - dropped
         droppable = [number for number in users if number < asked[turn]]
         least = max(length - room, (1 - chat.keep) * (length - kept))
         first = min(bisect_left(droppable, dropped + kept + least, key=messages.begin), len(droppable) - 1)
         part = range(kept, messages.begin(droppable[first]) - dropped if droppable else kept)
         if part:
-            cuts.append(Cut(left, part, True))
-            left = left[: part.start] + left[part.stop :]
-            dropped += len(part)
+            drop(part)
         turn += 1
 
 
@@ -100,6 +112,7 @@ class _Messages:
         assert prompt.text is not None, "it is a chat"
         self._chat, self._tokens, self._text, self._template = chat, prompt.token_ids, prompt.text, template
         self._text_cut = template.cut(self._text)
+        self._is_cut_alike = self._text_cut.token_ids == self._tokens
         self._begins: dict[int, int] = {}
         roles = [message["role"] for message in chat.messages]
         self.above = next((number for number, role in enumerate(roles) if role not in _ABOVE), len(roles))
@@ -143,7 +156,7 @@ class _Messages:
         if behind is None:
             raise _Unclear("no token begins where a message does")
         index = len(cut.token_ids) - len(behind)
-        if self._tokens == cut.token_ids or not behind:
+        if self._is_cut_alike or not behind:
             return index if behind else len(self._tokens)
         token = behind[0]  # answers may have been generated in other tokens, but messages begin with special ones
         if self._tokens.count(token) != cut.token_ids.count(token):

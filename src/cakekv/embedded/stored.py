@@ -300,7 +300,7 @@ class StoredPrefixes:
             if why:
                 notes.append(f"What is left was not moved but is a prompt like any other, since {why}.")
                 return []
-        return levels_of(named.identity, prompt) if prompt.cuts else []
+        return levels_of(named.identity, prompt, self._engine.max_context) if prompt.cuts else []
 
     def _chunks(self, level: Level) -> list[Serving]:
         """The chunks of a level, then the tails known of, the longest first."""
@@ -326,12 +326,10 @@ class StoredPrefixes:
         for level in levels:
             chunks = list(level.place(one for one in self._chunks(level) if held.get(one.key)))
             reach = max([reach, *(start + one.served for start, one in chunks)])
-            tail = None
-            if reach:
-                stored = int(level.origin[reach - 1] + 1) // tokens
-                tail = self._tail(
-                    level.chain, stored, level.token_ids, self._remembered(level.chain, level.token_ids), held
-                )
+            tail, stored = None, (int(level.origin[reach - 1]) + 1) // tokens if reach else 0
+            if reach and stored <= len(level.chain.keys):
+                remembered = self._remembered(level.chain, level.token_ids)
+                tail = self._tail(level.chain, stored, level.token_ids, remembered, held)
                 chunks += level.place([tail] if tail is not None else [])
                 reach = max([reach, *(start + one.served for start, one in chunks)])
             found.moved = level.chain._replace(tail=tail)

@@ -54,13 +54,16 @@ class Level(NamedTuple):
                 yield low, chunk._replace(skip=int(self.origin[low]) - chunk.position, exact=False)
 
 
-def levels_of(identity: Identity, prompt: Tokenized) -> list[Level]:
-    """What a prompt was before each of its cuts, the first cut first, and what is left by the last."""
+def levels_of(identity: Identity, prompt: Tokenized, context: int) -> list[Level]:
+    """What a prompt was before each of its cuts, the first cut first, and what is left by the last.
+
+    No more of each than `context` tokens, because nothing behind that was ever computed.
+    """
     root, tokens = identity.root, identity.chunk_tokens
     roots = [root]
     for cut in prompt.cuts:
         roots.append(truncated_root(roots[-1], tokens, cut.token_ids, cut.dropped, cut.turn))
-    contents = [*(cut.token_ids for cut in prompt.cuts), prompt.token_ids]
+    contents = [content[:context] for content in (*(cut.token_ids for cut in prompt.cuts), prompt.token_ids)]
     return [
         Level(Chain(root, chained_keys(root, tokens, content)), content, origin)
         for root, content, origin in zip(roots, contents, _origins(prompt), strict=True)
