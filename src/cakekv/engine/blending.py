@@ -26,6 +26,7 @@ _TOKENS, _START, _LAST = 29, 5, 3
 _TOLERANCE = 1e-3
 """Share of the logits' or a region's size that may differ; in 16 bits so many roundings:"""
 _ROUNDINGS = 16
+_ELSEWHERE = "its forward does not go through the list of its layers"
 
 
 class _Chosen(Exception):
@@ -60,7 +61,7 @@ class _Run:
         """Those that were chosen, counted from `start`, ascending; None: all, so far."""
         self.passed = 0
         """Layers that were gone through."""
-        self._undo: list[tuple[torch.Tensor, Any, torch.Tensor]] | None = [] if undoes else None
+        self._undo: list[tuple[TwoEndedLayer, Any, list[torch.Tensor]]] | None = [] if undoes else None
 
     @property
     def chooses_all(self) -> bool:
@@ -89,13 +90,12 @@ class _Run:
     def note(self, layer: TwoEndedLayer, where: Any) -> None:
         """Keep what is about to be overwritten, if it may have to be undone."""
         if self._undo is not None:
-            for region in layer.regions:
-                self._undo.append((region, where, region[:, where].clone()))
+            self._undo.append((layer, where, [region[:, where].clone() for region in layer.regions]))
 
     def undo(self) -> None:
         """Put back what was overwritten."""
-        for region, where, before in reversed(self._undo or []):
-            region[:, where] = before
+        for layer, where, before in reversed(self._undo or []):
+            layer.write_back(where, before)
 
 
 class _BlendedLayer(TwoEndedLayer):
@@ -193,14 +193,18 @@ def blend(
         driven = [_DrivenLayer(module, index, run) for index, module in enumerate(modules)]
         try:
             output = engine.forward_of(_with_layers(model, path, driven), Cache(layers=layers), token_ids)
+        except _Chosen:
+            raise UnsupportedModel(_ELSEWHERE) from None
         except BaseException:
             run.undo()
             raise
-        if run.passed != len(driven) or run.rows is None:
-            raise UnsupportedModel(f"its forward does not go through its layers one by one ({path})")
-        logits = output.logits[0, -1].to("cpu", torch.float32, copy=True)
-    cache.set_length(end)
-    return logits, (run.rows + start).tolist()
+        if run.passed != len(driven):
+            raise UnsupportedModel(_ELSEWHERE)
+        logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32, copy=True)
+    for layer, written in zip(cache.layers, layers, strict=True):
+        if isinstance(written, _BlendedLayer):
+            layer.length = written.length
+    return logits, [] if run.rows is None else (run.rows + start).tolist()
 
 
 def check_blends(engine: Any, way: Blend) -> None:

@@ -174,6 +174,12 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         first = self._first_visible(start)
         return self._keys[:, :, first:end], self._values[:, :, first:end]
 
+    def write_back(self, positions: Any, regions: list[torch.Tensor]) -> None:
+        """Write what was at these positions of the layer's memory before."""
+        for region, before in zip(self.regions, regions, strict=True):
+            self._writes.counted += 1
+            region[:, positions] = before
+
     def plane(self, number: int) -> torch.Tensor:
         """All memory for keys (0) or values (1), (1, heads, capacity, width)."""
         return (self._keys, self._values)[number]

@@ -283,11 +283,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 self.state()  # it may be that the model outgrew its caches, which says more
                 raise
             logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
-        if cache.length != start + tokens:
-            raise UnsupportedModel(
-                "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
-                "call model.eval()"
-            )
+        _check_filled(cache, start + tokens)
         return logits
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
@@ -314,7 +310,16 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         gate: Gate | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """As `Engine.blend`."""
-        return blend(self, cache, token_ids, start, always_from, way, gate)
+        end = start + len(token_ids)
+        if not 0 <= start <= always_from < end <= cache.capacity:
+            raise BadInput(f"positions {start} to {end} cannot be blended in a cache of {cache.capacity} tokens")
+        try:
+            logits, positions = blend(self, cache, token_ids, start, always_from, way, gate)
+        except RuntimeError:
+            self.state()  # as in `compute`
+            raise
+        _check_filled(cache, end)
+        return logits, positions
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
@@ -403,6 +408,14 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     @stop_tokens.setter
     def stop_tokens(self, tokens: frozenset[int]) -> None:
         self._stop_tokens = tokens
+
+
+def _check_filled(cache: TwoEndedCache, length: int) -> None:
+    if cache.length != length:
+        raise UnsupportedModel(
+            "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
+            "call model.eval()"
+        )
 
 
 def context_length(config: Any) -> int:
