@@ -60,7 +60,7 @@ class Asked(NamedTuple):
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Write the results here.")],
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto.")] = "auto",
     way: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="How many.")] = 6,
     tokens: Annotated[int, typer.Option(min=256, help="Of each.")] = 512,

@@ -116,14 +116,8 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
         "blend:recompute=0.3": [measured(0.09, 0.3), measured(0.25, 0.3)],
     }
     found = claims(judged)
-    assert [(pytest.approx(one["measured"]), one["holds"]) for one in found] == [
-        (0.8, True),
-        (0.2, False),
-        (0.06, False),
-        (0.6, True),
-        (0.0, False),
-        (1 - 0.34 / 0.32, False),
-    ]
+    assert [one["measured"] for one in found] == pytest.approx([0.8, 0.2, 0.06, 0.6, 0.0, 1 - 0.34 / 0.32])
+    assert [one["holds"] for one in found] == [True, False, False, True, False, False]
     assert found[0]["interval"] == [pytest.approx(0.8)] * 2  # paired: it is the same on every prompt
     assert claims({"naive": judged["naive"]}) == []
 
