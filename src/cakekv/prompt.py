@@ -159,15 +159,6 @@ class Cut(NamedTuple):
     """Whether keys are turned to their new positions."""
 
 
-class Earlier(NamedTuple):
-    """What was asked in an earlier turn of a chat that was truncated then."""
-
-    tokens: int
-    """How many of the chat's tokens there were."""
-    dropped: tuple[range, ...]
-    """By every cut until then."""
-
-
 class Tokenized(NamedTuple):
     """A prompt's token ids, where its documents stand, and what it was before it was truncated, the first cut first."""
 
@@ -176,8 +167,6 @@ class Tokenized(NamedTuple):
     cuts: Sequence[Cut] = ()
     text: str | None = None
     """Of a chat, as its template writes it."""
-    earlier: Earlier | None = None
-    """Of a chat, the last turn that is known, if the chat was truncated then."""
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:

@@ -1,13 +1,13 @@
 """Chats that outgrow the context: the oldest messages are dropped, up to where a user's message begins.
 
 What is dropped follows from the messages, turn by turn: so the same chat is cut alike in every process, and goes on
-from what is stored of it. What the last turn had dropped is remembered; that only saves time.
+from what is stored of it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,39 +64,24 @@ def fitted(chat: Chat, prompt: Tokenized, template: ChatTemplate, context: int) 
 
 def _cut(messages: _Messages, chat: Chat, prompt: Tokenized, room: int) -> Tokenized:
     roles = [str(message["role"]) for message in chat.messages]
-    users = [number for number in range(messages.above + 1, len(roles)) if roles[number] == "user"]
-    if not users:
-        raise _Unclear("no message of a user's follows the first one")
-    asked = [number for number in range(messages.above, len(roles)) if roles[number] == "assistant"] + [len(roles)]
-    kept = messages.kept(users[-1])
+    users = [messages.begins[number] for number in range(messages.above + 1, len(roles)) if roles[number] == "user"]
+    asked = [messages.begins[number] for number in range(messages.above, len(roles)) if roles[number] == "assistant"]
+    kept = messages.begins[messages.above]
     cuts: list[Cut] = []
-    left = prompt.token_ids
-
-    def drop(part: range) -> None:
-        nonlocal left
-        cuts.append(Cut(left, part, True))
-        left = left[: part.start] + left[part.stop :]
-
-    turn = 0
-    if prompt.earlier is not None:
-        for part in prompt.earlier.dropped:
-            drop(part)
-        turn = len(asked) - 1
-        while turn and messages.begin(asked[turn - 1]) > prompt.earlier.tokens:
-            turn -= 1
-    while True:
-        dropped = len(prompt.token_ids) - len(left)
-        turn = bisect_right(asked, dropped + room, lo=turn, key=messages.begin)
-        if turn == len(asked):
-            return prompt._replace(token_ids=left, cuts=cuts)
-        length = messages.begin(asked[turn]) - dropped
-        droppable = [number for number in users if number < asked[turn]]
+    left, dropped = prompt.token_ids, 0
+    for end in [*asked, messages.begins[len(roles)]]:
+        length = end - dropped
+        if length <= room:
+            continue
         least = max(length - room, (1 - chat.keep) * (length - kept))
-        first = min(bisect_left(droppable, dropped + kept + least, key=messages.begin), len(droppable) - 1)
-        part = range(kept, messages.begin(droppable[first]) - dropped if droppable else kept)
+        droppable = users[: bisect_left(users, end)]
+        first = min(bisect_left(droppable, dropped + kept + least), len(droppable) - 1)
+        part = range(kept, droppable[first] - dropped if droppable else kept)
         if part:
-            drop(part)
-        turn += 1
+            cuts.append(Cut(left, part, True))
+            left = left[: part.start] + left[part.stop :]
+            dropped += len(part)
+    return prompt._replace(token_ids=left, cuts=cuts)
 
 
 class _Messages:
@@ -106,37 +91,53 @@ class _Messages:
     ----------
     chat, prompt, template
         As in `fitted`.
+
+    Attributes
+    ----------
+    above : int
+        So many messages are kept.
+    begins : dict of int
+        By the number of every other message, the position of its first token; and where the chat ends.
     """
 
     def __init__(self, chat: Chat, prompt: Tokenized, template: ChatTemplate) -> None:
         assert prompt.text is not None, "it is a chat"
         self._chat, self._tokens, self._text, self._template = chat, prompt.token_ids, prompt.text, template
-        self._text_cut = template.cut(self._text)
-        self._is_cut_alike = self._text_cut.token_ids == self._tokens
-        self._begins: dict[int, int] = {}
         roles = [message["role"] for message in chat.messages]
         self.above = next((number for number, role in enumerate(roles) if role not in _ABOVE), len(roles))
-        """So many messages are kept."""
+        last = max((number for number in range(self.above + 1, len(roles)) if roles[number] == "user"), default=None)
+        if last is None:
+            raise _Unclear("no message of a user's follows the first one")
+        kept = self._kept(last)
+        self.begins = self._positions(dict(zip(range(self.above, len(roles) + 1), self._characters(kept), strict=True)))
 
-    def begin(self, number: int) -> int:
-        """The position of a message's first token; of the one behind the last: where the chat ends."""
-        if number not in self._begins:
-            self._begins[number] = self._position(len(self._before(number)))
-        return self._begins[number]
-
-    def kept(self, last: int) -> int:
-        """How many tokens stand before the first message that can be dropped; `last` is another user's message."""
+    def _kept(self, last: int) -> int:
+        """Where the first message begins that can be dropped, in characters; `last` is another user's message."""
         messages = [*self._chat.messages[: self.above], *self._chat.messages[last:]]
         short, behind = self._written(messages), self._text[len(self._before(last)) :]
         kept = len(short) - len(behind)
         if not short.endswith(behind) or short[:kept] != self._text[:kept]:
             raise _Unclear("its template writes messages differently where others are left out")
-        return self._position(kept)
+        return kept
+
+    def _characters(self, kept: int) -> Iterator[int]:
+        """Where every message that is not kept begins in the text, and the last one ends."""
+        messages, begin = self._chat.messages, kept
+        yield begin
+        for number in range(self.above, len(messages)):
+            try:  # most templates write a message by itself as they do among others
+                alone = self._written([*messages[: self.above], messages[number]], answering=False)
+                written = alone[kept:] if alone[:kept] == self._text[:kept] else ""
+            except _Unclear:
+                written = ""
+            if written and self._text.startswith(written, begin):
+                begin += len(written)
+            else:
+                begin = len(self._before(number + 1))
+            yield begin
 
     def _before(self, number: int) -> str:
         """The text of the messages before one."""
-        if not number:
-            return ""
         text = self._written(self._chat.messages[:number], answering=False)
         if not self._text.startswith(text):
             raise _Unclear("its template writes messages differently once others follow")
@@ -149,17 +150,25 @@ class _Messages:
         except BadInput as error:
             raise _Unclear(str(error)) from None
 
-    def _position(self, character: int) -> int:
-        """The token that begins at a character of the text."""
-        cut = self._text_cut
-        behind = cut.after(character)
-        if behind is None:
-            raise _Unclear("no token begins where a message does")
-        index = len(cut.token_ids) - len(behind)
-        if self._is_cut_alike or not behind:
-            return index if behind else len(self._tokens)
-        token = behind[0]  # answers may have been generated in other tokens, but messages begin with special ones
-        if self._tokens.count(token) != cut.token_ids.count(token):
-            raise _Unclear("its answers were generated in other tokens than it is written in")
-        number = cut.token_ids[:index].count(token)
-        return [position for position, one in enumerate(self._tokens) if one == token][number]
+    def _positions(self, characters: Mapping[int, int]) -> dict[int, int]:
+        """The tokens that begin at characters of the text."""
+        cut = self._template.cut(self._text)
+        if cut.ends is None:
+            raise _Unclear("its tokenizer does not tell where tokens begin")
+        positions = {}
+        for number, character in characters.items():
+            index = bisect_right(cut.ends, character)
+            if index and cut.ends[index - 1] != character:
+                raise _Unclear("no token begins where a message does")
+            positions[number] = index
+        if cut.token_ids == self._tokens:
+            return positions
+        # Answers were generated in other tokens than they are written in; messages begin with special ones.
+        signs = {cut.token_ids[index] for index in positions.values() if index < len(cut.token_ids)}
+        theirs, ours = (
+            [index for index, token in enumerate(tokens) if token in signs] for tokens in (cut.token_ids, self._tokens)
+        )
+        if [cut.token_ids[index] for index in theirs] != [self._tokens[index] for index in ours]:
+            raise _Unclear("its answers were generated in other tokens than they are written in")
+        same = dict(zip(theirs, ours, strict=True)) | {len(cut.token_ids): len(self._tokens)}
+        return {number: same[index] for number, index in positions.items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from cakekv.embedded.chat_template import ChatTemplate, CutText
-from cakekv.prompt import Chat, Earlier, Tokenized
+from cakekv.prompt import Chat, Tokenized
 
 _MOST_TOKENS = 1 << 22
 """Of all remembered chats together; each takes four bytes."""
@@ -29,7 +29,6 @@ class _Answered(NamedTuple):
 
     prompt: array[int]
     answer: array[int]
-    dropped: tuple[range, ...]
 
 
 class Transcript:
@@ -78,8 +77,7 @@ class Transcript:
                     "template (which may leave out thinking), or whoever gave the messages, has changed the others. "
                     "What follows is computed."
                 )
-        earlier = Earlier(len(best.prompt), best.dropped) if best.dropped else None
-        return Tokenized([*best.prompt, *best.answer[:kept], *rest], text=text, earlier=earlier)
+        return Tokenized([*best.prompt, *best.answer[:kept], *rest], text=text)
 
     def answered(self, prompt: Tokenized, answer: Sequence[int]) -> None:
         """A chat was answered, to the end, by these tokens; the one that ends the answer is not among them."""
@@ -87,7 +85,7 @@ class Transcript:
         data = prompt.text.encode()
         digest = blake3(data).digest()
         whole = prompt.cuts[0].token_ids if prompt.cuts else prompt.token_ids
-        new = _Answered(array("l", whole), array("l", answer), tuple(cut.dropped for cut in prompt.cuts))
+        new = _Answered(array("l", whole), array("l", answer))
         with self._lock:
             known = self._forget(digest)
             known = [one for one in known if one != new][-_ANSWERS + 1 :]
