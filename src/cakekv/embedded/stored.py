@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError, TierDown
+from cakekv.errors import BadInput, StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
@@ -228,6 +228,22 @@ class StoredPrefixes:
             for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
         ]
 
+    def keys_of(self, prompt: Tokenized) -> list[ChunkKey]:
+        """The keys of a prompt's chunks: of its documents, and then its own full ones.
+
+        Raises
+        ------
+        BadInput
+            What computes cannot be named.
+        """
+        notes: list[str] = []
+        named, is_named = self._named_for(notes)
+        if not is_named:
+            raise BadInput(" ".join(notes))
+        chains = self._chains(named, prompt, notes)
+        keys = [serving.key for chain in chains for serving in chain]
+        return [*keys, *chunk_keys(named.identity, prompt.token_ids)]
+
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""
         identity = found.named.identity
@@ -274,7 +290,8 @@ class Lookup:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
-    def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+    def each(self, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        """What each tier answers, or why it does not."""
         questions: list[Question[Answer] | StoreError] = []
         for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
             try:
@@ -284,12 +301,17 @@ class Lookup:
             except StoreError as error:
                 questions.append(error)
         answers: list[Answer | StoreError] = []
-        for index, question in enumerate(questions):
+        for question in questions:
             try:
                 answers.append(question if isinstance(question, StoreError) else question.answer())
             except StoreError as error:
                 answers.append(error)
-            self._log(index, operation, answers[-1])
+        return answers
+
+    def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        answers = self.each(ask)
+        for index, answer in enumerate(answers):
+            self._log(index, operation, answer)
         return answers
 
     def _log(self, index: int, operation: str, answer: object) -> None:
