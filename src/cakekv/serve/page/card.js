@@ -97,7 +97,7 @@ function figures(restore) {
   return h(
     "dl",
     { class: "figures" },
-    figure("First token after", seconds(ttft), lossy ? `not exact: ${tokens(lossy)} rounded` : "exact: as if all were computed"),
+    figure("First token after", seconds(ttft), lossy ? `not exact: ${tokens(lossy)} rounded` : "exact, as if computed"),
     spared && figure("Saved", ...spared),
   );
 }

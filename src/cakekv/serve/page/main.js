@@ -5,7 +5,7 @@ import { ask, key, setKey } from "./api.js";
 import { saved } from "./card.js";
 import { Chat } from "./chat.js";
 import { conversations, drop, keep, load, newConversation } from "./conversations.js";
-import { $ } from "./dom.js";
+import { $, h } from "./dom.js";
 import { Panel } from "./panel.js";
 import { listed, sessionsNow, showSessions, showStore, storeNow } from "./sessions.js";
 import { keepSettings, openSettings, settings } from "./settings.js";
@@ -14,6 +14,7 @@ import { beginning, count } from "./words.js";
 
 const OPEN = "cakekv.open";
 const REFRESH_MS = 15_000;
+const SAID_MS = 12_000;
 
 let conversation = load(sessionStorage.getItem(OPEN)) ?? conversations()[0] ?? newConversation();
 let running = null; // {conversation, message, view, stop} of the answer that is being streamed
@@ -21,7 +22,7 @@ let model = "";
 let known = []; // the server's sessions
 
 const panel = new Panel($("restores"));
-const chat = new Chat($("log"), { open: openRestore, again: respond });
+const chat = new Chat($("log"), { open: openRestore, again });
 
 // --- The conversation ---
 
@@ -36,6 +37,15 @@ function show(next) {
   listRestores();
   listSessions();
   look("chat");
+}
+
+/** Ask once more, for another answer in place of one that broke off. */
+function again() {
+  if (running) return;
+  while (conversation.messages.at(-1)?.role === "assistant") conversation.messages.pop();
+  show(conversation);
+  $("message").focus();
+  respond();
 }
 
 /** Ask for an answer to what the conversation holds. */
@@ -63,7 +73,7 @@ async function respond() {
   showRunning();
   const empty = message.stopped && !message.content;
   if (!empty) asked.messages.push(message);
-  store(asked);
+  if (!run.forgotten) store(asked);
   if (conversation === asked) {
     if (empty) run.view.element.remove();
     else chat.finish(run.view);
@@ -98,6 +108,7 @@ function showRunning() {
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
   $("log").setAttribute("aria-busy", String(Boolean(running)));
+  if (document.activeElement === document.body) $("message").focus(); // its button is gone
 }
 
 // --- Restores ---
@@ -167,6 +178,10 @@ function confirmForget(row) {
     row.session && "What the store holds of it is deleted.",
   ].filter(Boolean).join(" ");
   openDialog("forget-dialog", async () => {
+    if (running?.conversation.id === row.id) {
+      running.forgotten = true;
+      running.stop.abort();
+    }
     if (row.conversation) drop(row.id);
     if (row.session) await act(`cakekv/sessions/${row.id}/forget`, {}, "Forgotten.");
     if (row.id === conversation.id) show(newConversation());
@@ -215,6 +230,7 @@ function askKey(why) {
   openDialog("key-dialog", () => {
     setKey($("key").value.trim());
     watch.again();
+    if (conversation.messages.at(-1)?.role === "user") again();
   });
 }
 
@@ -228,8 +244,9 @@ function openDialog(id, then) {
 
 /** Tell it in the live region; what went wrong also where all can see it. */
 function say(words, wrong = false) {
-  $("status").textContent = words;
-  $("status").classList.toggle("wrong", wrong);
+  const line = h("p", { class: wrong ? "wrong" : "unseen" }, words);
+  $("status").append(line);
+  setTimeout(() => line.remove(), SAID_MS);
 }
 
 function look(at) {
@@ -250,6 +267,12 @@ $("message").addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
+if (!CSS.supports("field-sizing", "content")) {
+  $("message").addEventListener("input", ({ target }) => {
+    target.style.height = "auto";
+    target.style.height = `${target.scrollHeight + 2}px`;
+  });
+}
 $("stop").addEventListener("click", () => {
   running?.stop.abort();
   $("message").focus();
@@ -272,9 +295,7 @@ $("new").addEventListener("click", () => {
   show(newConversation());
   $("message").focus();
 });
-$("open-settings").addEventListener("click", () => {
-  openSettings();
-});
+$("open-settings").addEventListener("click", openSettings);
 $("settings-dialog").addEventListener("close", ({ target }) => target.returnValue === "save" && keepSettings());
 $("change-key").addEventListener("click", () => {
   $("settings-dialog").close("");
