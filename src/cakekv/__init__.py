@@ -16,6 +16,7 @@ __all__ = [
     "CakeError",
     "CannotEncode",
     "CannotUnpack",
+    "Chat",
     "ChunkFault",
     "ChunkKey",
     "ChunkReader",
@@ -40,6 +41,7 @@ __all__ = [
     "RequestState",
     "RestoreReport",
     "SaveReport",
+    "Session",
     "Store",
     "StoreError",
     "StoreFull",
@@ -59,6 +61,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, until th
 
 _HOMES = {
     "Cake": "cake",
+    "Chat": "prompt",
     "ChunkKey": "keys",
     "ChunkReader": "store.base",
     "Codec": "codec.base",
@@ -76,6 +79,7 @@ _HOMES = {
     "RequestState": "restore.priority",
     "RestoreReport": "restore.report",
     "SaveReport": "cake",
+    "Session": "embedded.session",
     "Store": "store.base",
     "StoreStats": "store.base",
     "StoredChunk": "store.base",
@@ -90,6 +94,7 @@ _RENAMED: dict[str, str] = {}
 if TYPE_CHECKING:
     from cakekv.cake import Cake, Generation, PlannedRun, Prefill, Progress, SaveReport
     from cakekv.codec.base import Codec, DamagedCode
+    from cakekv.embedded.session import Session
     from cakekv.engine.base import Engine
     from cakekv.engine.transformers import TransformersEngine
     from cakekv.errors import (
@@ -117,7 +122,7 @@ if TYPE_CHECKING:
     )
     from cakekv.keys import ChunkKey
     from cakekv.metrics import Metrics
-    from cakekv.prompt import Document
+    from cakekv.prompt import Chat, Document
     from cakekv.restore.priority import Policy, RequestState
     from cakekv.restore.report import RestoreReport
     from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
@@ -18,6 +18,7 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.embedded.answer_saver import AnswerSaver
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
@@ -26,6 +27,7 @@ from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
+from cakekv.embedded.session import Session
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
@@ -122,6 +124,9 @@ class Cake:
         Memory that chunks waiting to be saved may keep, in bytes or such as "1GB". A prompt waits for room, but not for
         a store that hangs. A waiting chunk keeps its prompt's whole cache, or a copy of itself if little of that cache
         is to be saved.
+    save_answers : bool
+        Whether answers are saved as prompts are, so that a prompt that goes on from one restores it, too: in full
+        chunks as they fill, and at the end the tail that fills none (see `docs/sessions.md`).
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
         "two_plane", "kvtc_ladder"), each load reads as many parts as the bandwidth of that moment allows: all of them
@@ -160,6 +165,7 @@ class Cake:
         layered_finish: bool = True,
         deadline_s: float = 30.0,
         save_queue: int | str = 1_000_000_000,
+        save_answers: bool = True,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         reuse: str | Reuse | None = None,
@@ -176,6 +182,7 @@ class Cake:
             layered_finish=layered_finish,
             deadline_s=deadline_s,
             save_queue=save_queue,
+            save_answers=save_answers,
             ttft_target_s=ttft_target_s,
             quality_floor=quality_floor,
             reuse=reuse,
@@ -295,9 +302,9 @@ class Cake:
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, mapping, Document, or list of parts
+        prompt : str, sequence of int, array, tensor, mapping, Chat, Document, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            a list of such, at least one of them in a `Document`, which may be reused wherever it stands.
+            a `Chat`. Or a list, at least one of its parts in a `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
@@ -417,7 +424,7 @@ class Cake:
             save=save,
             on_progress=on_progress,
         )
-        pieces = self._begin(prompt, asked)
+        _, pieces = self._begin(prompt, asked)
         while (piece := self._next(pieces)) is not None:
             yield piece
 
@@ -431,9 +438,40 @@ class Cake:
         >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
         ...     print(piece, end="")
         """
-        pieces = await self._abegin(prompt, AnswerOptions(**options))
+        _, pieces = await self._abegin(prompt, AnswerOptions(**options))
         while (piece := await self._anext(pieces)) is not None:
             yield piece
+
+    def session(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        tools: Sequence[Any] | None = None,
+        **template: Any,
+    ) -> Session:
+        """A chat with the model, which begins with these messages.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            What was said so far, such as a system message, or a whole chat that goes on.
+        tools : sequence of mapping or callable, or None
+            What the model may call, as `apply_chat_template` takes it.
+        **template
+            More that the model's chat template understands, such as `enable_thinking`.
+
+        Raises
+        ------
+        BadInput
+            The tokenizer has no chat template, or the messages are none.
+
+        Examples
+        --------
+        >>> session = cake.session([{"role": "system", "content": "Answer briefly."}])  # doctest: +SKIP
+        >>> print(session.send("Who was Ada Lovelace?").text)                           # doctest: +SKIP
+        """
+        self._tokenizing.template.check()
+        return Session(self, messages or (), tools, template)
 
     @_handed_over
     def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
@@ -563,11 +601,12 @@ class Cake:
         self.close()
 
     @_handed_over
-    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> Iterator[str]:
-        """The pieces of an answer, to be computed one by one."""
+    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> tuple[RestoreReport, Iterator[str]]:
+        """How a prompt's cache came about, and the pieces of its answer, to be computed one by one."""
         if self.tokenizer is None:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        return self._tokenizing.pieces(self._answer(prompt, asked)[1])
+        prefill, answer = self._answer(prompt, asked)
+        return prefill.report, self._tokenizing.pieces(answer)
 
     @_handed_over
     def _next(self, pieces: Iterator[str]) -> str | None:
@@ -582,7 +621,25 @@ class Cake:
         tokenized = self._tokens(prompt, request.notes)
         capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
         prefill, found = self._restore(request, tokenized, capacity, asked)
-        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity)
+        saver = self._answer_saver(prefill, found) if asked.save else None
+        answer = self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity, saver)
+        return prefill, answer if tokenized.text is None else self._remembered(tokenized, answer)
+
+    def _remembered(self, chat: Tokenized, answer: Iterator[int]) -> Iterator[int]:
+        """The same tokens; once the answer is complete, later turns of the chat will have them."""
+        tokens = []
+        for token in answer:
+            tokens.append(token)
+            yield token
+        self._tokenizing.transcript.answered(chat, tokens)
+
+    def _answer_saver(self, prefill: Prefill, found: Found) -> AnswerSaver | None:
+        """What saves the answer to a prompt; None if it is not saved, or attends to what is not exact."""
+        if self._saver is None or not self.options.save_answers or not found.is_named:
+            return None
+        if prefill.report.after_lossy_tokens:
+            return None
+        return AnswerSaver(self._saver, self._stored.tails, found, prefill)
 
     def _decode(
         self,
@@ -592,6 +649,7 @@ class Cake:
         choose: Callable[[Any], int],
         max_new_tokens: int,
         capacity: int,
+        saver: AnswerSaver | None,
     ) -> Iterator[int]:
         logits, position = prefill.logits, len(prefill.token_ids)
         for _ in range(max_new_tokens):
@@ -605,7 +663,11 @@ class Cake:
             with self._arms.arbiter.turn(request):
                 logits = self.engine.compute(prefill.cache, [token], position)
             position += 1
-        if not found.changed and not found.still():
+            if saver is not None:
+                saver.computed(token)
+        if saver is not None:
+            saver.end()
+        if not found.still() and CHANGED not in prefill.report.notes:
             prefill.report.notes.append(CHANGED)
 
     def _tokens(self, prompt: Prompt, notes: list[str]) -> Tokenized:

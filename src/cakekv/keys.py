@@ -165,6 +165,23 @@ def document_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.
     return chained_keys(root, identity.chunk_tokens, token_ids, with_tail=True)
 
 
+def tail_keys(parent: bytes, token_ids: Sequence[int]) -> list[ChunkKey]:
+    """The key of a chunk that follows `parent` and holds the first of these tokens, the first two, and so on.
+
+    Parameters
+    ----------
+    parent : bytes
+        The key of the chunk before, or the identity's root.
+    token_ids : sequence of int
+        What may be in the chunk.
+    """
+    content, keys = blake3(parent), []
+    for token in np.asarray(token_ids, "<i8"):
+        content.update(token.tobytes())
+        keys.append(ChunkKey(content.digest()))
+    return keys
+
+
 def chained_keys(
     root: bytes,
     chunk_tokens: int,

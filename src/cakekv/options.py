@@ -39,6 +39,7 @@ class CakeKeywords(TypedDict, total=False):
     layered_finish: bool
     deadline_s: float
     save_queue: int | str
+    save_answers: bool
     ttft_target_s: float
     quality_floor: int
     reuse: str | Reuse | None
@@ -60,6 +61,7 @@ class CakeOptions:
     deadline_s: float
     save_queue: int
     """In bytes."""
+    save_answers: bool
     ttft_target_s: float
     quality_floor: int
     reuse: Reuse | None
@@ -87,6 +89,7 @@ class CakeOptions:
             layered_finish=given["layered_finish"],
             deadline_s=_deadline(given["deadline_s"]),
             save_queue=_queue_bytes(given["save_queue"]),
+            save_answers=given["save_answers"],
             ttft_target_s=real("ttft_target_s", given["ttft_target_s"], 0.0),
             quality_floor=whole("quality_floor", given["quality_floor"], 1),
             reuse=reuse_named(reuse) if isinstance(reuse, str) else reuse,
@@ -157,6 +160,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "codec": ((str, Codec), 'a name, such as "raw", or a Codec'),
     "policy": ((str, Policy), 'a name, such as "fcfs", or a Policy'),
     "layered_finish": ((bool,), "True or False"),
+    "save_answers": ((bool,), "True or False"),
     "reuse": ((str, Reuse, NoneType), 'a name, such as "epic:link=16", a Reuse, or None'),
     "learn": ((bool,), "True or False"),
     "calibration": ((str, os.PathLike, NoneType), "a file's path, or None"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
@@ -43,8 +43,53 @@ class Document:
     bos: bool = True
 
 
-Prompt = PlainPrompt | Document | Sequence[Any]
-"""A plain prompt; or its parts, some of which are documents. They follow one another without anything between them."""
+@dataclass(frozen=True)
+class Chat:
+    """A prompt made of messages, which the model's chat template writes as text, up to where the next answer begins.
+
+    Answers among them that the same `Cake` has generated keep their tokens.
+
+    Parameters
+    ----------
+    messages : sequence of mapping
+        Each with a "role" and, as a rule, a "content".
+    tools : sequence of mapping or callable, or None
+        What the model may call, as `apply_chat_template` takes it.
+    template : mapping
+        More that the template understands, such as `enable_thinking`.
+
+    Raises
+    ------
+    BadInput
+        There are no messages, or they are something else.
+
+    Examples
+    --------
+    >>> cake.generate(Chat([{"role": "user", "content": "Who was Ada Lovelace?"}]))  # doctest: +SKIP
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_messages(self.messages)
+        if not self.messages:
+            raise BadInput("the chat is empty: it must have at least one message")
+
+
+def check_messages(messages: Any) -> None:
+    """Raise `BadInput` if these are not the messages of a chat."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise BadInput(f"messages are a list of mappings with a 'role', not of type {type(messages).__name__}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadInput(f"message {number} must be a mapping with a 'role', such as 'user', and a 'content'")
+
+
+Prompt = PlainPrompt | Document | Chat | Sequence[Any]
+"""A plain prompt; a chat; or a prompt's parts, some of which are documents: they follow one another without anything
+between them."""
 
 
 class Place(NamedTuple):
@@ -64,6 +109,8 @@ class Tokenized(NamedTuple):
 
     token_ids: list[int]
     documents: Sequence[Place] = ()
+    text: str | None = None
+    """Of a chat, as its template writes it."""
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:
@@ -183,7 +230,7 @@ def _no_token(value: Any, position: int, length: int) -> str:
     """Why it cannot stand for a token."""
     if isinstance(value, Mapping) and "role" in value:
         return (
-            "the prompt is chat messages: give what tokenizer.apply_chat_template(messages, "
+            "the prompt is chat messages: give Chat(messages), or what tokenizer.apply_chat_template(messages, "
             "add_generation_prompt=True) returns"
         )
     if isinstance(value, list | tuple):

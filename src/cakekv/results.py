@@ -95,3 +95,8 @@ class Generation:
     text: str
     token_ids: list[int]
     report: RestoreReport
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were loaded instead of computed."""
+        return self.report.loaded_tokens

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.errors import BadInput
-from cakekv.prompt import Document
+from cakekv.prompt import Document, Tokenized
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "hi": 4, ":": 5}
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -125,7 +125,7 @@ def test_documents_are_cut_into_tokens_by_themselves(template: str | None, own: 
 
 def test_a_list_without_a_document_is_a_plain_prompt() -> None:
     tokenizing = Tokenizing(None)
-    assert tokenizing.prompt([3, 4], []) == ([3, 4], ())
+    assert tokenizing.prompt([3, 4], []) == Tokenized([3, 4])
     with pytest.raises(BadInput, match="given by itself"):
         tokenizing.prompt(["hi", "user"], [])
     with pytest.raises(BadInput, match="no tokenizer"):

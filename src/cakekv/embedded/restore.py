@@ -142,6 +142,9 @@ class EmbeddedRestore(Generic[Cache, Logits]):
                 levels[parts] += tokens[chunk]
             names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(levels)}
             report.level_tokens = {name: levels[parts] for parts, name in names.items()}
+            prompt_tokens = len(self._token_ids)
+            last = prompt_tokens // self._chunk_tokens * self._chunk_tokens
+            self._planning.found.ends_whole = self._coverage.is_whole(last, prompt_tokens)
             report.lossy_tokens = sum(tokens[chunk] for chunk in self._not_exact)
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
             self._tell_reuse(report)
@@ -228,7 +231,10 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         if self._saver is not None:
             keys = self._planning.found.keys
             saved = len(keys) if end == len(self._token_ids) else end // self._chunk_tokens
-            missing = [chunk for chunk in range(span.start // self._chunk_tokens, saved) if self._is_missing(chunk)]
+            first = span.start // self._chunk_tokens
+            if not self._coverage.is_whole(first * self._chunk_tokens, span.start):
+                first += 1
+            missing = [chunk for chunk in range(first, saved) if self._is_missing(chunk)]
             self._saver.save(missing, self._missing_chunks, exact=not self._saw_lossy(span.start))
         return logits
 

@@ -87,6 +87,8 @@ class _Job(NamedTuple):
     size: int
     """Bytes of that."""
     copy: memoryview | None
+    replaces: ChunkKey | None
+    may_be_stored: bool
 
 
 class _Note(NamedTuple):
@@ -181,6 +183,8 @@ class Saver:
         source: Source = UNKNOWN,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
         tokens: int | None = None,
+        replaces: ChunkKey | None = None,
+        may_be_stored: bool = False,
     ) -> None:
         """Hand over a chunk whose region of the cache is covered; from any thread.
 
@@ -198,13 +202,17 @@ class Saver:
             Gives a context that is entered while there is no room.
         tokens : int or None
             Its length, if that is not the usual one.
+        replaces : ChunkKey or None
+            A chunk that is not needed any more once this one is stored, and is deleted then, if the store can do it.
+        may_be_stored : bool
+            Whether it may be stored already, which was not asked; it is not written again, then.
         """
         coder = self._coders.of(tokens or self.chunk_tokens)
         size, held = coder.exact.total_bytes, source.held_bytes
         if held is None or held > self._options.save_queue or 2 * source.wanted_chunks * size < held:
-            job = _Job(key, position, coder, exact, gather, object(), size, None)
+            job = _Job(key, position, coder, exact, gather, object(), size, None, replaces, may_be_stored)
         else:
-            job = _Job(key, position, coder, exact, gather, source.cache, held, None)
+            job = _Job(key, position, coder, exact, gather, source.cache, held, None, replaces, may_be_stored)
         if not self._take_room(job, waiting):
             return
         if job.keeps is not source.cache:
@@ -378,6 +386,18 @@ class Saver:
         return self._queue.get()
 
     def _write(self, job: _Job) -> None:
+        if (self._is_stored(job) or self._stored(job)) and job.replaces is not None:
+            with suppress(StoreError):  # what is left goes when the store needs the room
+                self.store.delete([job.replaces])
+
+    def _is_stored(self, job: _Job) -> bool:
+        """Whether the store is known to have a chunk already."""
+        with suppress(StoreError):
+            return job.may_be_stored and self.store.probe([job.key]) == [True]
+        return False
+
+    def _stored(self, job: _Job) -> bool:
+        """Store a chunk; whether the store keeps it."""
         coder, began = job.coder, monotonic()
         encodes = coder.encodes and not job.exact
         with ExitStack() as buffers:
@@ -397,6 +417,7 @@ class Saver:
             self.report.saved_bytes += size if kept else 0
             self.report.declined_chunks += not kept
         self._tell("saved" if kept else "declined", size, monotonic() - began)
+        return kept
 
     def _failed(self, error: BaseException) -> None:
         """A chunk was not saved because of this."""
@@ -474,7 +495,8 @@ class PromptSaver:
             start, length = chunk * tokens, min(tokens, found.prompt_tokens - chunk * tokens)
             gather = engine.gatherer(self._cache, start, length)
             is_exact = chunk >= found.exact_from
-            self._saver.save(found.keys[chunk], start, gather, is_exact, source, self._waiting, length)
+            tail = found.tail.key if found.tail is not None and found.tail.position == start else None
+            self._saver.save(found.keys[chunk], start, gather, is_exact, source, self._waiting, length, tail)
 
 
 _KINDS: dict[type[BaseException], str] = {

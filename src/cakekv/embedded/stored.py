@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.tails import Tails, tails_at
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
@@ -56,6 +58,14 @@ class Found:
     """By tier, the bytes of those chunks."""
     exact_from: int
     """The first chunk that must not be lossy, since the codec's window reaches it."""
+    window: int = 0
+    """The codec's."""
+    is_named: bool = True
+    """Whether what computes has a name, so that chunks are loaded and saved."""
+    tail: Serving | None = None
+    """What is stored behind the last full chunk of an earlier answer, if it serves this prompt."""
+    ends_whole: bool = True
+    """Whether the cache has all layers of what stands behind the prompt's last full chunk; known after the restore."""
     lookup_s: float = 0.0
     """Seconds that asking took."""
     documents: Sequence[Place] = ()
@@ -70,6 +80,10 @@ class Found:
     """Those of which a chunk was stored and could not be had."""
     changed: bool = False
     """Whether the model was found to be another one since."""
+
+    def parent(self, chunk: int) -> bytes:
+        """What a chunk's key follows: the key of the one before, or the identity's root."""
+        return self.keys[chunk - 1] if chunk else self.named.identity.root
 
     def still(self) -> bool:
         """Whether what computes has been what it was at the look-up, whenever this was asked."""
@@ -94,6 +108,7 @@ class StoredPrefixes:
         self._coder = arms.coder
         self._tiers = tiers
         self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
+        self.tails = Tails()
         self._first = self._named = Named(self._engine.state(), self._identify())
 
     def now(self) -> Named:
@@ -109,12 +124,45 @@ class StoredPrefixes:
         named, is_named = self._named_for(notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
-        held = self._held([*keys, *(serving.key for chain in chains for serving in chain)], notes)
-        found = self._found(named, keys, serve_chain(keys, self._coder.exact.tokens, len(token_ids)), prompt, held)
-        if chains:
-            self._serve_documents(found, prompt, chains, held)
+        parents = [named.identity.root, *keys] if is_named else []
+        tails = self.tails.of(parents, self._coder.exact.tokens, token_ids)
+        others = [serving.key for chain in [*chains, tails] for serving in chain]
+        held = self._held([*keys, *others], notes)
+        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        found = self._found(named, keys, chain, prompt, held)
+        found.is_named = is_named
+        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.tail = self._tail(found, stored, token_ids, tails, held) if is_named else None
+        if chains or found.tail is not None:
+            served, holders = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
+            prefix, at = chain[:stored], found.holders[:stored]
+            if found.tail is not None:
+                chunks = found.tail.position // self._coder.exact.tokens
+                prefix = [*chain[:chunks], found.tail]
+                at = [*found.holders[:chunks], self._holders(found, found.tail, True, held)]
+            self._lay_out(found, prefix, at, served, holders)
         found.lookup_s = monotonic() - began
         return found
+
+    def _tail(
+        self,
+        found: Found,
+        stored: int,
+        token_ids: list[int],
+        remembered: Sequence[Serving],
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> Serving | None:
+        """The longest tail behind the last chunk that is stored; `held` is told which tiers have it."""
+        tokens = self._coder.exact.tokens
+        tails = [tail for tail in remembered if held.get(tail.key) and tail.position >= stored * tokens]
+        if not tails and found.prompt_tokens - stored * tokens > 1:  # the last token is always computed
+            tails = tails_at(found.parent(stored), stored * tokens, tokens, token_ids)
+            for index, answer in enumerate(self._ask.probe([tail.key for tail in tails])):
+                for tail, is_held in zip(tails, answer, strict=False):
+                    if is_held:
+                        held.setdefault(tail.key, []).append((index, 0))
+            tails = [tail for tail in tails if held.get(tail.key)]
+        return max(tails, key=lambda tail: (tail.position, tail.tokens), default=None)
 
     def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
         """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
@@ -159,6 +207,7 @@ class StoredPrefixes:
         tokens = len(prompt.token_ids)
         exact_from = first_exact_chunk(tokens, self._coder.codec.window, self._coder.exact.tokens)
         found = Found(self._engine, named, keys, tokens, list(chain), [], [[] for _ in self._tiers], exact_from)
+        found.window = self._coder.codec.window
         for chunk, serving in enumerate(chain):
             found.holders.append(self._holders(found, serving, chunk < exact_from, held))
         return found
@@ -200,13 +249,12 @@ class StoredPrefixes:
         prompt: Tokenized,
         chains: Sequence[Sequence[Serving]],
         held: dict[ChunkKey, list[tuple[int, int]]],
-    ) -> None:
-        """Let the chunks of documents serve what is behind the last chunk of the prompt's own prefix that is stored."""
+    ) -> tuple[list[tuple[int, Serving]], dict[int, tuple[int, ...]]]:
+        """What the chunks of documents can serve, and by the position where that ends, the tiers that hold it."""
         reuse = self._arms.options.reuse
         assert reuse is not None
         found.documents = prompt.documents
-        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
-        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        newest = found.prompt_tokens - self._coder.codec.window
         served: list[tuple[int, Serving]] = []
         holders = {}
         for place, chain in zip(prompt.documents, chains, strict=True):
@@ -220,12 +268,24 @@ class StoredPrefixes:
                     served.append((start, serving))
             if linked and any(held.get(serving.key) for serving in chain):
                 found.linked.append(linked)
-        grid = lay_out(found.prompt_tokens, tokens, found.servings[:stored], served)
+        return served, holders
+
+    def _lay_out(
+        self,
+        found: Found,
+        prefix: Sequence[Serving],
+        prefix_holders: Sequence[tuple[int, ...]],
+        served: Sequence[tuple[int, Serving]],
+        holders: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        """Cut the prompt into its prefix, behind that what documents serve, and between these what is computed."""
+        grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, prefix, served)
         found.starts, found.servings = grid.starts, grid.servings
         ends = [*grid.starts[1:], found.prompt_tokens]
-        found.holders = found.holders[:stored] + [
+        behind = len(prefix)
+        found.holders = [*prefix_holders] + [
             () if serving is None else holders[end]
-            for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
+            for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
     def why_nothing(self, found: Found) -> list[str]:
@@ -270,26 +330,38 @@ class Lookup:
         """As `Store.lookup` of each tier, or why it could not be asked."""
         return self._each("lookup", lambda tier: tier.lookup(keys))
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[list[bool]]:
+        """As `Store.probe` of each tier; empty where that is not cheap, or if it has just failed to tell all."""
+        with self._lock:
+            failed = {index for index, operation in self._failed_at if operation == "lookup"}
+        answers = self._answers(lambda index, tier: None if index in failed else tier.probe(keys))
+        return [[] if answer is None or isinstance(answer, StoreError) else answer for answer in answers]
+
     def identities(self) -> list[dict[str, dict[str, str]] | StoreError]:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
     def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        answers = self._answers(lambda _, tier: ask(tier))
+        for index, answer in enumerate(answers):
+            self._log(index, operation, answer)
+        return answers
+
+    def _answers(self, ask: Callable[[int, Store], Answer]) -> list[Answer | StoreError]:
         questions: list[Question[Answer] | StoreError] = []
         for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
             try:
                 if self._hangs(index):
                     raise Late("it is not asked, since none of its reads has come back for a while")
-                questions.append(asker.ask(lambda tier=tier: ask(tier)))  # type: ignore[misc]
+                questions.append(asker.ask(partial(ask, index, tier)))
             except StoreError as error:
                 questions.append(error)
         answers: list[Answer | StoreError] = []
-        for index, question in enumerate(questions):
+        for question in questions:
             try:
                 answers.append(question if isinstance(question, StoreError) else question.answer())
             except StoreError as error:
                 answers.append(error)
-            self._log(index, operation, answers[-1])
         return answers
 
     def _log(self, index: int, operation: str, answer: object) -> None:

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from cakekv.embedded.chat_template import ChatTemplate
+from cakekv.embedded.transcript import Transcript
 from cakekv.errors import BadInput
-from cakekv.prompt import Document, Place, PlainPrompt, Prompt, Tokenized, check_text, parts_of, token_ids
+from cakekv.prompt import Chat, Document, Place, PlainPrompt, Prompt, Tokenized, check_text, parts_of, token_ids
 
 
 class Tokenizing:
@@ -32,6 +34,8 @@ class Tokenizing:
             )
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self.template = ChatTemplate(tokenizer, self._lock)
+        self.transcript = Transcript(self.template)
 
     def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
         """A prompt's token ids, and where its documents stand; what should be known about them is noted.
@@ -43,6 +47,8 @@ class Tokenizing:
         BadInput
             As for `tokens`.
         """
+        if isinstance(prompt, Chat):
+            return self.transcript.prompt(prompt, notes)
         parts = parts_of(prompt)
         if parts is None:
             return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts

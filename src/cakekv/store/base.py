@@ -143,6 +143,18 @@ class Store(ABC):
             The tier tells nothing of any chunk.
         """
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """Which of these chunks are stored; None if to ask that of many takes more than about one round trip.
+
+        At most a few of them are; they are guesses, and not a prompt's chunks, of which a policy learns something.
+
+        Raises
+        ------
+        StoreError
+            The tier tells nothing of any chunk.
+        """
+        return None
+
     @abstractmethod
     def open(self, key: ChunkKey) -> ChunkReader:
         """Open a chunk for reading.

@@ -133,6 +133,12 @@ class DiskStore(Store):
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._policy_lock:
             self._policy.asked(keys, time.time())
+        return self._sizes(keys)
+
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [size is not None for size in self._sizes(keys)]
+
+    def _sizes(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         known: dict[ChunkKey, int | None] = {}
         failed: dict[ChunkKey, StoreError] = {}
         for key in keys:

@@ -114,16 +114,10 @@ class Member(Store):
         return Evicted() if self._inner is None else self._inner.evicted
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        inner = self._up()
-        try:
-            sizes = self._asker.ask(lambda: inner.lookup(keys)).answer()
-        except StoreError as error:
-            if isinstance(error, Late) and error.busy:
-                raise
-            self._go_down(error, "lookup")
-            raise TierDown(str(error)) from error
-        self._succeeded("lookup")
-        return sizes
+        return self._asked(lambda inner: inner.lookup(keys))
+
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        return self._asked(lambda inner: inner.probe(keys))
 
     def open(self, key: ChunkKey) -> ChunkReader:
         # No sign of health: where it is known what the tier holds, nothing is asked of it.
@@ -192,6 +186,19 @@ class Member(Store):
         self._failures[kind] = 0
         if kind == self._down_by:
             self._next_retry_s = self._first_retry_s
+
+    def _asked(self, question: Callable[[Store], Result]) -> Result:
+        """The answer to a question of what the tier holds; if there is none, the tier is down."""
+        inner = self._up()
+        try:
+            answer = self._asker.ask(lambda: question(inner)).answer()
+        except StoreError as error:
+            if isinstance(error, Late) and error.busy:
+                raise
+            self._go_down(error, "lookup")
+            raise TierDown(str(error)) from error
+        self._succeeded("lookup")
+        return answer
 
     def _up(self) -> Store:
         inner, reason = self._inner, self._reason

@@ -71,6 +71,10 @@ class MemoryStore(Store):
             self._policy.asked(keys, self._clock())
             return [len(self._chunks[key]) if key in self._chunks else None for key in keys]
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        with self._lock:
+            return [key in self._chunks for key in keys]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         with self._lock:
             if key not in self._chunks:

@@ -62,6 +62,16 @@ class StripedStore(Store):
         found = known_sizes(keys, known, failed)
         return Sizes(found, doubt) if doubt and not failed else found
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """See `Store`; None unless all of its stores can be asked cheaply."""
+        known: dict[ChunkKey, bool] = {}
+        for store, share in self._shares(keys):
+            found = store.probe(share)
+            if found is None:
+                return None
+            known |= zip(share, found, strict=True)
+        return [known[key] for key in keys]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         return self.place_of(key).open(key)
 

@@ -130,6 +130,12 @@ class TieredStore(Store):
         doubt = next(filter(None, map(doubt_of, answers)), None)
         return sizes if doubt is None else Sizes(sizes, doubt)
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """See `Store`; of those tiers that can be asked cheaply."""
+        self._resume()
+        answers = [answer for answer in self._each(lambda member: member.probe(keys)) if answer is not None]
+        return [any(found) for found in zip(*answers, strict=True)] if answers else None
+
     def open(self, key: ChunkKey) -> ChunkReader:
         self._resume()
         trouble: StoreError | CorruptChunk | None = None
