@@ -1,7 +1,7 @@
 """Take docs/page.png: the demo's model answers a second question about a document, after the server was restarted.
 
-    python scripts/screenshot.py                          # needs Chromium, and what `make demo` needs
-    python scripts/screenshot.py --dark --out out/dark.png
+python scripts/screenshot.py                          # needs Chromium, and what `make demo` needs
+python scripts/screenshot.py --dark --out out/dark.png
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pydoc_data.topics import topics
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -22,13 +21,16 @@ from urllib.request import urlopen
 from playwright.sync_api import expect, sync_playwright
 
 DOCUMENT = "\n\n".join(topics[name].strip() for name in ("context-managers", "try", "raise", "with"))
-QUESTIONS = ["What is the with statement for? Answer in one sentence.", "And what does __exit__ get when the block raises?"]
+QUESTIONS = [
+    "What is the with statement for? Answer in one sentence.",
+    "And what does __exit__ get when the block raises?",
+]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--out", default="docs/page.png", help="where to write it")
-    arguments.add_argument("--bandwidth", default="12MB/s", help="of the store; slow enough that both arms have to work")
+    arguments.add_argument("--bandwidth", default="12MB/s", help="of the store, slow enough for both arms to work")
     arguments.add_argument("--dark", action="store_true")
     arguments.add_argument("--width", type=int, default=1280)
     asked = arguments.parse_args()

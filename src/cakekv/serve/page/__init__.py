@@ -1,4 +1,4 @@
-"""The page at `/`: chat, restores as they happen, sessions, the store. No build step, nothing from elsewhere."""
+"""The page at `/`: chat, each restore as it happens, sessions, and what the store holds; without a build step."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ export async function answer(conversation, model, message, signal, { began, piec
     model,
     messages: conversation.messages.map(({ role, content }) => ({ role, content })),
     stream: true,
+    prompt_cache_key: conversation.id, // the session in the list
     max_tokens: tokens,
     temperature,
   };

@@ -59,6 +59,7 @@ export class Watch {
     if (!restore) this.restores.set(id, (restore = new Restore({ id })));
     if (event === "progress") restore.progress(said);
     else if (event === "report") restore.finish(said.report);
+    else if (event === "failed") restore.fail(said.error);
     else return;
     this.changed(restore);
   }
