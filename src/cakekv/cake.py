@@ -24,6 +24,7 @@ from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
 from cakekv.embedded.executor import Executor, check
+from cakekv.embedded.hints import Hints
 from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
@@ -46,16 +47,26 @@ from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
 from cakekv.restore.priority import Policy
 from cakekv.restore.report import RestoreReport
-from cakekv.results import FinishReason, Generation, OnProgress, Prefill, Progress
+from cakekv.results import FinishReason, Generation, OnProgress, Pinned, Prefill, Progress
 from cakekv.reuse.base import Reuse
-from cakekv.store.base import Store
+from cakekv.store.base import Prefetch, Store
 from cakekv.store.opening import open_store
 from cakekv.store.packed import warm_up_packing
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
 
-__all__ = ["Cake", "Generation", "OnProgress", "PlannedRun", "Prefill", "Progress", "SaveReport"]
+__all__ = [
+    "Cake",
+    "Generation",
+    "OnProgress",
+    "Pinned",
+    "PlannedRun",
+    "Prefetch",
+    "Prefill",
+    "Progress",
+    "SaveReport",
+]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -216,6 +227,7 @@ class Cake:
         self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
         self._stored = StoredPrefixes(self._arms, self.tiers)
+        self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
@@ -467,6 +479,69 @@ class Cake:
         found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
+
+    @_handed_over
+    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float) -> Pinned:
+        """Keep a prompt's chunks, those that are stored and those that will be, from eviction for a while.
+
+        A prompt is pinned in every tier that can do so (memory and disk), and counts there against `pin_share` of the
+        capacity. One that is pinned already is kept until the later of both times. Nothing is computed or loaded.
+
+        Parameters
+        ----------
+        prompt
+            As in `prefill`.
+        ttl_s : float
+            Seconds from now, by the clock on the wall.
+
+        Raises
+        ------
+        PinRefused
+            Pins would take up more than they may of every tier.
+        CannotPin
+            No tier decides what it evicts.
+        StoreError
+            No tier could be told.
+        BadInput
+            As in `prefill`; `ttl_s` is out of range; there is no store, or the model cannot be named.
+
+        Examples
+        --------
+        >>> cake.pin(system_prompt, ttl_s=3600)    # doctest: +SKIP
+        """
+        return self._hints.pin(self._tokens(prompt, []), ttl_s)
+
+    @_handed_over
+    def release(self, prompt: Prompt | Tokenized) -> bool:
+        """End the pin of a prompt, the same one that was pinned, by whichever process. Returns whether there was one.
+
+        Chunks that other prompts' pins keep, too, are kept on.
+
+        Raises
+        ------
+        StoreError
+            A tier that may have it could not be told.
+        BadInput
+            As for `pin`.
+        """
+        return self._hints.release(self._tokens(prompt, []))
+
+    @_handed_over
+    def prefetch(self, prompt: Prompt | Tokenized) -> Prefetch:
+        """Copy a prompt's stored chunks from the slower tiers of a tiered store to its fastest, behind the scenes.
+
+        Returns at once what will be copied, as far as the fastest tier has room. Nothing is computed.
+
+        Raises
+        ------
+        StoreError
+            No store could be asked.
+        BadInput
+            As for `pin`.
+        """
+        return self._hints.prefetch(self._tokens(prompt, []))
+
+    apin, arelease, aprefetch = _awaited(pin), _awaited(release), _awaited(prefetch)
 
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """The former name of `plan`."""

@@ -80,6 +80,19 @@ class Prefill:
         return self.cache.dynamic_cache(covered)
 
 
+class Pinned(NamedTuple):
+    """What is kept of a prompt, and until when."""
+
+    chunks: int
+    """Its full chunks, stored or not; none if it is shorter than one."""
+    until: float
+    """Seconds since the epoch."""
+    tiers: tuple[str, ...]
+    """Where they are kept, once they are stored."""
+    refused: dict[str, str]
+    """Where they are not, and why."""
+
+
 @dataclass
 class Generation:
     """An answer.

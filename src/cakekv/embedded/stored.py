@@ -14,7 +14,7 @@ from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.tails import Tails, tails_at
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError, TierDown
+from cakekv.errors import BadInput, StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
@@ -290,6 +290,22 @@ class StoredPrefixes:
             for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
+    def keys_of(self, prompt: Tokenized) -> list[ChunkKey]:
+        """The keys of a prompt's chunks: of its documents, and then its own full ones.
+
+        Raises
+        ------
+        BadInput
+            What computes cannot be named.
+        """
+        notes: list[str] = []
+        named, is_named = self._named_for(prompt.tenant, notes)
+        if not is_named:
+            raise BadInput(" ".join(notes))
+        chains = self._chains(named, prompt, notes)
+        keys = [serving.key for chain in chains for serving in chain]
+        return [*keys, *chunk_keys(named.identity, prompt.token_ids)]
+
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""
         identity = found.named.identity
@@ -343,8 +359,12 @@ class Lookup:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
+    def each(self, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        """What each tier answers, or why it does not."""
+        return self._answers(lambda _, tier: ask(tier))
+
     def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
-        answers = self._answers(lambda _, tier: ask(tier))
+        answers = self.each(ask)
         for index, answer in enumerate(answers):
             self._log(index, operation, answer)
         return answers
