@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cakekv.embedded.chat_overflow import fitted
@@ -51,7 +51,7 @@ class Tokenizing:
         self.template = ChatTemplate(tokenizer, self._lock)
         self.transcript = Transcript(self.template)
 
-    def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
+    def prompt(self, prompt: Prompt, notes: list[str], tenant: str | None = None) -> Tokenized:
         """A prompt's token ids, and where its documents stand; what should be known about them is noted.
 
         Parts are cut into tokens one by one. Only the first one, and documents, begin as the tokenizer begins texts.
@@ -62,15 +62,15 @@ class Tokenizing:
             As for `tokens`.
         """
         if isinstance(prompt, Truncated):
-            tokenized = self._truncated(prompt, notes)
+            tokenized = self._truncated(prompt, notes, tenant)
             if tokenized.cuts:
                 notes.append(_what_was_dropped(tokenized))
             return tokenized
         if isinstance(prompt, Chat):
-            return self.transcript.prompt(prompt, notes)
+            return self.transcript.prompt(prompt, notes, tenant)
         parts = parts_of(prompt)
         if parts is None:
-            return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
+            return Tokenized(self.tokens(prompt, notes), tenant=tenant)  # type: ignore[arg-type]  # it has no parts
         tokens: list[int] = []
         places = []
         for part in parts:
@@ -81,7 +81,7 @@ class Tokenizing:
             else:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
             tokens += own
-        return Tokenized(tokens, places)
+        return Tokenized(tokens, places, tenant=tenant)
 
     def fitted(self, prompt: Prompt, tokenized: Tokenized, context: int, notes: list[str]) -> Tokenized:
         """A prompt, truncated to the model's context if it is a chat that may be.
@@ -97,9 +97,10 @@ class Tokenizing:
                 notes.append(_what_was_dropped(tokenized))
         return tokenized
 
-    def _truncated(self, prompt: Truncated, notes: list[str]) -> Tokenized:
+    def _truncated(self, prompt: Truncated, notes: list[str], tenant: str | None) -> Tokenized:
         content, dropped = prompt.content, prompt.dropped
-        before = self._truncated(content, notes) if isinstance(content, Truncated) else self.prompt(content, notes)
+        tokenize = self._truncated if isinstance(content, Truncated) else self.prompt
+        before = tokenize(content, notes, tenant)  # type: ignore[arg-type]  # each takes its own
         if before.documents:
             raise BadInput("a prompt with documents cannot be truncated: give its token ids, or leave out documents")
         tokens = before.token_ids
@@ -111,7 +112,7 @@ class Tokenizing:
         if not dropped:
             return before
         left = tokens[: dropped.start] + tokens[dropped.stop :]
-        return Tokenized(left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)], text=before.text)
+        return before._replace(token_ids=left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)])
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.
@@ -178,20 +179,6 @@ class Tokenizing:
             return ""
         with self._lock:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def pieces(self, answer: Iterable[int]) -> Iterator[str]:
-        """The text of an answer, as its tokens come."""
-        tokens: list[int] = []
-        text, shown = "", 0
-        for token in answer:
-            tokens.append(token)
-            text = self.text(tokens)
-            whole = len(text.rstrip("\ufffd"))  # a character may take several tokens
-            if whole > shown:
-                yield text[shown:whole]
-                shown = whole
-        if len(text) > shown:
-            yield text[shown:]
 
 
 def _what_was_dropped(prompt: Tokenized) -> str:
