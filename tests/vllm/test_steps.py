@@ -217,13 +217,13 @@ def test_reading_a_long_answer_keeps_nobody_waiting() -> None:
             return found
 
     lookup = BackgroundLookup([Tier()], [partial(shard_key, tag="0 of 1")], 100, 1e9)
-    lookup.ask("first", [ChunkKey(os.urandom(32)) for _ in range(8)], 8)
+    lookup.ask("first", [ChunkKey(os.urandom(32)) for _ in range(8)], range(0))
     assert found.begun.wait(60)
     done = threading.Event()
 
     def as_the_scheduler_does() -> None:
         assert lookup.answer("first") is None
-        lookup.ask("second", [], 0)
+        lookup.ask("second", [], range(0))
         lookup.forget("second")
         done.set()
 

@@ -43,6 +43,15 @@ def vllm_args(
     ] = False,
     load_threads: Annotated[int | None, typer.Option(help="Chunks read from each store at a time.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Share chunks with engines of the same tenant only.")] = None,
+    documents_separator: Annotated[
+        str | None,
+        typer.Option(
+            help="What stands between two of these in a prompt is a document: a text, or token ids with commas."
+        ),
+    ] = None,
+    link_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at the beginning of each document that are computed where it stands.")
+    ] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log a line about every restore.")] = False,
     block_size: Annotated[
         int,
@@ -73,6 +82,8 @@ def vllm_args(
         "layered_finish": layered_finish or None,
         "load_threads": load_threads,
         "tenant": tenant,
+        "documents_separator": _token_ids(documents_separator),
+        "link_tokens": link_tokens,
         "log_requests": log_requests or None,
     }
     words = option_words({name: value for name, value in given.items() if value is not None}, block_size)
@@ -118,3 +129,10 @@ def option_words(extra_config: dict[str, Any], block_size: int | None = None) ->
 def _anywhere(url: str) -> str:
     """The same store whatever folder vLLM is started in."""
     return url if "://" in url or url.startswith(("/", "~")) else str(Path.cwd() / url)
+
+
+def _token_ids(separator: str | None) -> str | list[int] | None:
+    """The numbers in a list of them; other texts are left as they are."""
+    words = [] if separator is None else [word.strip() for word in separator.split(",")]
+    numbers = bool(words) and all(word.isdecimal() and word.isascii() for word in words)
+    return [int(word) for word in words] if numbers else separator

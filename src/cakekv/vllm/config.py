@@ -61,6 +61,16 @@ def _codec(value: str) -> str:
     return value
 
 
+def _separator(value: object) -> object:
+    """Token ids come from JSON as a list."""
+    tokens = tuple(value) if isinstance(value, list | tuple) else None
+    if not isinstance(value, str) and tokens is None:
+        raise ValueError("write a text, or a list of token ids")
+    if tokens is not None and not all(type(token) is int and token >= 0 for token in tokens):
+        raise ValueError("token ids are whole numbers of 0 or more")
+    return value if tokens is None else tokens
+
+
 class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     """The options of the plug-in, each with its default.
 
@@ -94,6 +104,10 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
         Chunks that a worker reads from each store at a time; 0: as many as the store asks for.
     tenant : str
         Part of every key: chunks are shared with engines of the same tenant only.
+    documents_separator : str or tuple of int
+        What stands between two of these, as text or as token ids, is a document, in every prompt; empty: none is.
+    link_tokens : int
+        So many tokens at the beginning of each document are computed where it stands.
     log_requests : bool
         Write a line into vLLM's log about every restore.
     untested_vllm : bool
@@ -112,6 +126,8 @@ class VllmOptions(BaseModel, extra="forbid", frozen=True, strict=True):
     layered_finish: bool = False
     load_threads: Annotated[int, Field(ge=0, le=256)] = 0
     tenant: str = ""
+    documents_separator: Annotated[str | tuple[int, ...], BeforeValidator(_separator)] = ""
+    link_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 16
     log_requests: bool = False
     untested_vllm: bool = False
 

@@ -14,6 +14,17 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cakekv.keys import ChunkKey
 
 
+class Source(NamedTuple):
+    """Tokens of a stored chunk that are wanted elsewhere."""
+
+    key: ChunkKey
+    position: int
+    """Of the chunk's first token, in the document that it was computed in."""
+    begin: int
+    end: int
+    """The tokens wanted, counted from the chunk's first."""
+
+
 class LoadOrder(NamedTuple):
     """Load a chunk into these blocks."""
 
@@ -26,6 +37,8 @@ class LoadOrder(NamedTuple):
     block_ids: tuple[int, ...]
     group: int | None = None
     """Load only this group of layers; None: all."""
+    sources: tuple[Source, ...] = ()
+    """Of a document: what is cut out of one or two of its chunks, in place of the chunk of that key."""
 
 
 class SaveOrder(NamedTuple):
@@ -125,3 +138,5 @@ class WorkerDescription(KVConnectorHandshakeMetadata):
     """To read for a chunk, all its shards together, as far as that is known beforehand."""
     group_bytes: tuple[int, ...]
     """The same per group of layers, for a layered finish."""
+    no_documents: str = ""
+    """Why documents of prompts cannot be reused; "" if they can."""

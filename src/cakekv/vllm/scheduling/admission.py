@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from cakekv.codec.base import first_exact_chunk
@@ -10,6 +11,7 @@ from cakekv.errors import UnsupportedEngine
 from cakekv.keys import ChunkKey
 from cakekv.vllm.complaints import Complaints
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.scheduling.documents import Documents, Layout, Marking
 from cakekv.vllm.scheduling.identity import ChunkNames
 from cakekv.vllm.scheduling.lookup import BackgroundLookup
 from cakekv.vllm.scheduling.request_options import RequestOptions
@@ -30,6 +32,16 @@ class Match(NamedTuple):
     stored: list[tuple[int, ...]]
     prefix_tokens: int
     local_tokens: int
+    layout: Layout | None = None
+    """If it has documents."""
+
+
+class _Marked(NamedTuple):
+    """A request that has documents."""
+
+    documents: Documents
+    prefix_keys: list[ChunkKey]
+    """Of its own chunks, as the stores were asked."""
 
 
 class Admission:
@@ -49,6 +61,10 @@ class Admission:
         Whether vLLM's own prefix cache is on.
     alive : callable
         The tiers that have a reader left.
+    marking : Marking
+        Tells where documents are.
+    block_tokens : int
+        Tokens per block of vLLM's cache.
     """
 
     def __init__(
@@ -59,6 +75,8 @@ class Admission:
         window: int,
         shares_blocks: bool,
         alive: Callable[[], Collection[int]],
+        marking: Marking,
+        block_tokens: int,
     ) -> None:
         self.options = options
         self.chunk_names = chunk_names
@@ -66,7 +84,13 @@ class Admission:
         self._window = window
         self._shares_blocks = shares_blocks
         self._alive = alive
+        self._marking = marking
+        self._block_tokens = block_tokens
+        self._marked: dict[str, _Marked] = {}
         self._unnamed = Complaints("a request is neither restored nor saved")
+        self._not_reused = Complaints("the documents of a request are not reused")
+        self._notes: dict[str, str] = {}
+        """By request, what its report should say."""
         self._matched: dict[str, Match] = {}
         self._options_of: dict[str, RequestOptions] = {}
         self._readable: set[str] = set()
@@ -88,15 +112,42 @@ class Admission:
             keys, own = [], own._replace(mode="compute", save=False)
         if request.resumable:
             keys, own = [], own._replace(mode="compute", save=False)  # its tokens may still change
-        self._options_of[request.request_id] = own
         self._twins.pop(request.request_id, None)
         wanted = own.mode != "compute" or own.report
         if wanted and not request.skip_reading_prefix_cache and not _must_not_be_cut(request):
             self._readable.add(request.request_id)
         else:
             self._readable.discard(request.request_id)
-        exact_from = first_exact_chunk(request.num_tokens, self._window, self.options.chunk_tokens)
-        self.lookup.ask(request.request_id, keys, exact_from)
+        exact = range(first_exact_chunk(request.num_tokens, self._window, self.options.chunk_tokens), len(keys))
+        documents = self._documents(request, own)
+        self._marked.pop(request.request_id, None)
+        if documents is not None:
+            self._marked[request.request_id] = _Marked(documents, keys)
+            keys = keys + documents.keys
+        if self.chunk_names.is_apart(request.request_id):
+            own = own._replace(save=False)
+        self._options_of[request.request_id] = own
+        self.lookup.ask(request.request_id, keys, exact)
+
+    def _documents(self, request: Request, own: RequestOptions) -> Documents | None:
+        """The documents of a request, which is set apart then; None if there are none that could be loaded."""
+        spans = self._marking.spans(request, own)
+        if not spans or own.mode == "compute" or not self.readable(request):
+            return None
+        if why := self._marking.why_not(request, spans):
+            self._not_reused.say(why)
+            self._notes[request.request_id] = f"No document was reused: {why}."
+            return None
+        tokens, keys_of = self.options.chunk_tokens, partial(self.chunk_names.document_keys, request)
+        documents = Documents(spans, own.link_tokens, tokens, self._block_tokens, keys_of)
+        if not documents.documents:
+            return None
+        self.chunk_names.set_apart(request, [own.link_tokens, [list(span) for span in spans]])
+        return documents
+
+    def note_on(self, request_id: str) -> str:
+        """What a request's report should say of its documents; "" if nothing."""
+        return self._notes.get(request_id, "")
 
     def options_of(self, request_id: str) -> RequestOptions:
         """A request's own options."""
@@ -111,6 +162,8 @@ class Admission:
         self._matched.pop(request_id, None)
         self._options_of.pop(request_id, None)
         self._readable.discard(request_id)
+        self._marked.pop(request_id, None)
+        self._notes.pop(request_id, None)
         self._twins.pop(request_id, None)
         self.lookup.forget(request_id)
         self.chunk_names.forget(request_id)
@@ -134,7 +187,7 @@ class Admission:
 
     def _note_front(self, restoration: Restoration) -> None:
         """Remember what others that lack the same wait for."""
-        if not self._shares_blocks:
+        if not self._shares_blocks or restoration.request_id in self._marked:
             return
         last = -(-restoration.planner.prefix_tokens // self.options.chunk_tokens) - 1
         chunk = min(-(-restoration.position // self.options.chunk_tokens), last)
@@ -155,6 +208,8 @@ class Admission:
             return False
         if self._room <= 0 or self.lookup.answer(request.request_id) is None:
             return True
+        if request.request_id in self._marked:
+            return False
         keys = self.chunk_names.keys(request)
         for chunk, fronts in self._fronts.items():
             twin = fronts.get(keys[chunk]) if chunk < len(keys) else None
@@ -175,12 +230,29 @@ class Admission:
         alive = self._alive()
         if len(alive) < self.lookup.tiers:
             stored = [tuple(tier for tier in holders if tier in alive) for holders in stored]
+        if request.request_id in self._marked:
+            return self._match_marked(request, stored, local_tokens)
         prefix = self._prefix_tokens(request, stored, local_tokens)
         if prefix <= local_tokens:
             return 0, False
         if self._twin(request, local_tokens, restorations):
             return None, False
         self._matched[request.request_id] = Match(stored, prefix, local_tokens)
+        return prefix - local_tokens, True
+
+    def _match_marked(
+        self, request: Request, stored: list[tuple[int, ...]], local_tokens: int
+    ) -> tuple[int | None, bool]:
+        """The same for a request with documents. It is no twin: who has the same documents may be given others."""
+        documents, prefix_keys = self._marked[request.request_id]
+        layout = documents.lay_out(request.num_tokens, self._window, prefix_keys, stored)
+        ends = [*layout.grid.starts[1:], request.num_tokens]
+        held = zip(layout.grid.starts, ends, layout.stored, strict=True)
+        end = max((end for start, end, tiers in held if tiers and start >= local_tokens), default=0)
+        prefix = min(end, int(request.num_tokens) - 1)
+        if prefix <= local_tokens:
+            return 0, False
+        self._matched[request.request_id] = Match(layout.stored, prefix, local_tokens, layout)
         return prefix - local_tokens, True
 
     def take(self, request_id: str) -> Match:

@@ -25,6 +25,7 @@ from cakekv.vllm.messages import StepOrders, StepReport, WorkerDescription
 from cakekv.vllm.scheduling import layered_step
 from cakekv.vllm.scheduling.adapter_mixing import mixes_adapters
 from cakekv.vllm.scheduling.admission import Admission
+from cakekv.vllm.scheduling.documents import Marking, separator_tokens
 from cakekv.vllm.scheduling.hit_statistics import CountingScheduler, HitStatistics
 from cakekv.vllm.scheduling.identity import ChunkNames
 from cakekv.vllm.scheduling.last_saves import LastSaves
@@ -169,9 +170,16 @@ class SchedulerHalf:
         shards = [partial(shard_key, tag=tag) for tag in tags]
         patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
         self.lookup = BackgroundLookup(self.tiers, shards, first.exact_bytes, patience_s)
-        shares_blocks = vllm_config.cache_config.enable_prefix_caching
+        separator = separator_tokens(options.documents_separator, vllm_config.model_config)
         self.admission = Admission(
-            options, self.chunk_names, self.lookup, self._codec.window, shares_blocks, self.loads.alive
+            options,
+            self.chunk_names,
+            self.lookup,
+            self._codec.window,
+            vllm_config.cache_config.enable_prefix_caching,
+            self.loads.alive,
+            Marking(separator, first.no_documents),
+            block_tokens,
         )
         self.saves = SaveTracker(options.chunk_tokens, block_tokens, self.lossy)
         mixes = mixes_adapters(vllm_config)
@@ -201,7 +209,7 @@ class SchedulerHalf:
         """The request's blocks are there: begin to restore."""
         if not external_tokens or request.request_id in self.restorations:
             return
-        stored, prefix, local_tokens = self.admission.take(request.request_id)
+        stored, prefix, local_tokens, layout = self.admission.take(request.request_id)
         assert prefix == local_tokens + external_tokens
         now = monotonic()
         cost = SharedCost(self.costs, self.latest_share)
@@ -214,16 +222,17 @@ class SchedulerHalf:
         planner = StepwisePlanner(
             request.num_tokens,
             self.options.chunk_tokens,
-            stored[: -(-prefix // self.options.chunk_tokens)],
+            stored if layout else stored[: -(-prefix // self.options.chunk_tokens)],
             [tier._replace(cost=shared) for tier, shared in zip(self.loads.tiers, load_costs, strict=True)],
             cost,
-            [Level.whole(self.loads.chunk_bytes, self._groups_for(request, prefix))],
+            [Level.whole(self.loads.chunk_bytes, None if layout else self._groups_for(request, prefix))],
             PlannerOptions(
                 mode=self.admission.options_of(request.request_id).mode,
                 max_span_tokens=self._max_span_tokens,
                 deadline_s=self.options.load_deadline,
             ),
             covered_tokens=local_tokens,
+            starts=layout.grid.starts if layout else None,
             now=now,
         )
         self.restorations[request.request_id] = restoration = Restoration(
@@ -235,6 +244,7 @@ class SchedulerHalf:
             block_ids,
             local_tokens,
             self.lossy,
+            layout,
         )
         self.admission.began(restoration)
         self._states[request.request_id] = self._state(restoration)
@@ -275,6 +285,8 @@ class SchedulerHalf:
         self.hits.count_loaded(restoration)
         report = restoration.report()
         report.lookup_s = self.lookup.seconds(request.request_id)
+        if note := self.admission.note_on(request.request_id):
+            report.notes.append(note)
         wanted = self.admission.options_of(request.request_id).report
         self.outcomes.ended(request.request_id, report, wanted, complete=restoration.computed_by is not None)
         return restoration.loading

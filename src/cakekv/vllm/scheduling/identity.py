@@ -53,11 +53,12 @@ def make_hashes_stable(vllm_config: VllmConfig) -> None:
 
 
 class _HashedAgain:
-    """A request as vLLM's functions see it, with hashes of its own."""
+    """A request as vLLM's functions see it, with hashes of its own, and perhaps other things."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, **others: object) -> None:
         self._request = request
         self.block_hashes: list[bytes] = []
+        self.__dict__.update(others)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)
@@ -126,7 +127,9 @@ class ChunkNames:
         self._keys: dict[str, tuple[bytes, list[ChunkKey]]] = {}
         """By request, with their root."""
         self._again: dict[str, _HashedAgain] = {}
-        """By request, if vLLM's hashes are not the same everywhere."""
+        """By request, if vLLM's hashes are not the same everywhere, or not those of its tokens alone."""
+        self._salts: dict[str, str | None] = {}
+        """By request that was set apart, its own `cache_salt`."""
 
     def keys(self, request: Request) -> list[ChunkKey]:
         """Keys of the request's full chunks, as far as their tokens are known.
@@ -141,14 +144,52 @@ class ChunkNames:
         root, keys = self._keys[request.request_id]
         if len(keys) == len(request.block_hashes) // self._chunk_hashes:
             return keys
-        hashes = self._hashes(request)
-        for chunk in range(len(keys), len(hashes) // self._chunk_hashes):
-            last_hash = hashes[(chunk + 1) * self._chunk_hashes - 1]
-            keys.append(ChunkKey(blake3(root + last_hash, derive_key_context="cakekv vllm chunk").digest()))
+        keys += self._named(root, self._hashes(request), len(keys))
         return keys
 
+    def _named(self, root: bytes, hashes: Sequence[bytes], first: int) -> list[ChunkKey]:
+        """Keys of the chunks from `first` on."""
+        lasts = (
+            hashes[(chunk + 1) * self._chunk_hashes - 1] for chunk in range(first, len(hashes) // self._chunk_hashes)
+        )
+        return [ChunkKey(blake3(root + last, derive_key_context="cakekv vllm chunk").digest()) for last in lasts]
+
+    def document_keys(self, request: Request, start: int, end: int) -> list[ChunkKey]:
+        """Keys of the full chunks of a part of a request's prompt, as they are if it is a prompt of its own."""
+        document = _HashedAgain(
+            request,
+            num_tokens=end - start,
+            all_token_ids=request.all_token_ids[start:end],
+            mm_features=[],
+            cache_salt=self._salts.get(request.request_id, request.cache_salt),
+        )
+        return self._named(self._root(request), self._hash(document), 0)
+
+    def set_apart(self, request: Request, why: object) -> None:
+        """Have vLLM share the request's blocks only with requests that are set apart for the same reason.
+
+        Its keys, and those of its documents, stay what they are.
+
+        Parameters
+        ----------
+        request
+            vLLM's request, of which nothing is computed.
+        why
+            Plain data.
+        """
+        if request.request_id in self._salts:
+            return
+        own = self._salts[request.request_id] = request.cache_salt
+        request.cache_salt = blake3(canonical([own, why]).encode(), derive_key_context="cakekv vllm apart").hexdigest()
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def is_apart(self, request_id: str) -> bool:
+        """Whether a request was set apart."""
+        return request_id in self._salts
+
     def _hashes(self, request: Request) -> Sequence[bytes]:
-        """vLLM's hashes of the request's blocks, as they are where PYTHONHASHSEED is not set.
+        """vLLM's hashes of the request's blocks, as they are where PYTHONHASHSEED is not set, by its own salt.
 
         Where it is, vLLM's own begin with it: servers that set it differently would share nothing. So they are computed
         once more then.
@@ -156,14 +197,24 @@ class ChunkNames:
         from vllm.utils.hashing import sha256_cbor
         from vllm.v1.core import kv_cache_utils
 
-        first = sha256_cbor(_SEED)
-        if first == kv_cache_utils.NONE_HASH:
+        apart = request.request_id in self._salts
+        if not apart and sha256_cbor(_SEED) == kv_cache_utils.NONE_HASH:
             known: Sequence[bytes] = request.block_hashes
             return known
-        again = self._again.setdefault(request.request_id, _HashedAgain(request))
-        if not again.block_hashes:
-            extra, _ = kv_cache_utils.generate_block_hash_extra_keys(request, 0, self._hash_tokens, 0)
-            tokens = tuple(request.all_token_ids[: self._hash_tokens])
+        if request.request_id not in self._again:
+            salt = {"cache_salt": self._salts[request.request_id]} if apart else {}
+            self._again[request.request_id] = _HashedAgain(request, **salt)
+        return self._hash(self._again[request.request_id])
+
+    def _hash(self, again: _HashedAgain) -> Sequence[bytes]:
+        """Hash what was not hashed yet."""
+        from vllm.utils.hashing import sha256_cbor
+        from vllm.v1.core import kv_cache_utils
+
+        if not again.block_hashes and again.num_tokens >= self._hash_tokens:
+            first = sha256_cbor(_SEED)
+            extra, _ = kv_cache_utils.generate_block_hash_extra_keys(again, 0, self._hash_tokens, 0)
+            tokens = tuple(again.all_token_ids[: self._hash_tokens])
             again.block_hashes.append(sha256_cbor((first, tokens, extra)))
         hasher = kv_cache_utils.get_request_block_hasher(self._hash_tokens, sha256_cbor)
         again.block_hashes += hasher(again)
@@ -173,6 +224,7 @@ class ChunkNames:
         """The request is gone."""
         self._keys.pop(request_id, None)
         self._again.pop(request_id, None)
+        self._salts.pop(request_id, None)
 
     def keep_to(self, known: Container[str]) -> None:
         """Go on under the identity of an earlier cakekv if a store knows chunks of it; `known` are its roots."""

@@ -21,8 +21,8 @@ class _Question:
     """Which tiers hold the chunks of one request?"""
 
     keys: list[ChunkKey]
-    exact_from: int
-    """From this chunk on, only exact ones will do."""
+    exact: range
+    """Of these chunks, only exact ones will do."""
     asked_at: float
     sizes: dict[int, list[int]] = field(default_factory=dict)
     """By tier, the bytes of the chunks found."""
@@ -77,9 +77,9 @@ class BackgroundLookup:
         """How many tiers there are."""
         return len(self._tiers)
 
-    def ask(self, request_id: str, keys: list[ChunkKey], exact_from: int) -> None:
-        """Find out where these chunks are, from `exact_from` on in exact form; replaces what was asked before."""
-        question = _Question(keys, exact_from, monotonic())
+    def ask(self, request_id: str, keys: list[ChunkKey], exact: range) -> None:
+        """Find out where these chunks are, those of `exact` in exact form; replaces what was asked before."""
+        question = _Question(keys, exact, monotonic())
         with self._changed:
             self._questions[request_id] = question
             if keys:
@@ -193,7 +193,7 @@ class BackgroundLookup:
             stored = [size for size in sizes if size is not None]
             whole = len(stored) == len(sizes)
             exact = all(size >= self._exact_bytes or is_packed(size) for size in stored)
-            held.append(whole and (exact or chunk < question.exact_from))
+            held.append(whole and (exact or chunk not in question.exact))
             if held[-1]:
                 found_bytes.append(sum(stored))
         return held, found_bytes

@@ -32,6 +32,10 @@ class LossyBlocks:
         """A chunk was loaded into these blocks, decoded or as it was stored. Returns whether they are lossy now."""
         return self._mark(block_ids, coded and self.codec.lossy)
 
+    def reused(self, block_ids: Sequence[int]) -> bool:
+        """What was loaded into these blocks was computed behind something else: they are lossy, whatever the codec."""
+        return self._mark(block_ids, True)
+
     def concerns(self, request_id: str, start: int, end: int) -> bool:
         """Whether `computed` has to be told of these tokens: they may be behind lossy ones, and begin a block."""
         if not self._blocks:

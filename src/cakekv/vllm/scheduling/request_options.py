@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from reprlib import Repr
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +13,9 @@ from cakekv.vllm.config import VllmOptions
 
 FIELD = "cakekv"
 """The plug-in's own field in `kv_transfer_params`, of requests and of responses."""
+
+MOST_LINKED = 2**31 - 1
+"""Positions are no larger."""
 
 _LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
 
@@ -31,11 +35,17 @@ class RequestOptions(NamedTuple):
         Whether what is computed of it is saved.
     report : bool
         Whether the response's `kv_transfer_params` carry the restore's report.
+    documents : tuple of (int, int) or None
+        Where documents of the prompt begin and end, in tokens, ascending; None: it says nothing of them.
+    link_tokens : int
+        So many tokens at the beginning of each are computed.
     """
 
     mode: Mode
     save: bool
     report: bool
+    documents: tuple[tuple[int, int], ...] | None = None
+    link_tokens: int = 16
 
     @classmethod
     def of(cls, kv_transfer_params: object, options: VllmOptions) -> Self:
@@ -43,23 +53,46 @@ class RequestOptions(NamedTuple):
 
         A request that came this far cannot be refused any more, and an error here would end the engine.
         """
-        default = cls(options.mode, options.save, False)
+        default = cls(options.mode, options.save, False, None, options.link_tokens)
         own = kv_transfer_params.get(FIELD) if isinstance(kv_transfer_params, Mapping) else None
         if own is None:
             return default
         wanted = dict(own) if isinstance(own, Mapping) else {"": own}
-        wrong = {
-            name: value
-            for name, value in wanted.items()
-            if not (value in MODES if name == "mode" else name in ("save", "report") and isinstance(value, bool))
-        }
+        wrong = {name: value for name, value in wanted.items() if not _is_right(name, value)}
         if wrong:
             _LOG.warning(
                 'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
-                "There are mode (one of %s), save and report (true or false).",
+                "There are mode (one of %s), save and report (true or false), documents (pairs of where one begins "
+                "and where it ends, in tokens, which do not overlap) and link_tokens (a whole number).",
                 _BRIEFLY.repr(wrong),
                 ", ".join(MODES),
             )
         right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}
+        if "documents" in right:
+            right["documents"] = tuple(sorted((begin, end) for begin, end in right["documents"]))
         # A server that was told to save nothing does not save on a request's word.
         return default._replace(**right | {"save": options.save and right.get("save", True)})
+
+
+def _is_right(name: object, value: Any) -> bool:
+    """Whether an option is there and may have a value."""
+    if name == "mode":
+        return value in MODES
+    if name == "link_tokens":
+        return _is_whole(value)
+    if name == "documents":
+        return isinstance(value, list | tuple) and _are_spans(value)
+    return name in ("save", "report") and isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_LINKED
+
+
+def _are_spans(values: Sequence[Any]) -> bool:
+    """Whether these are pairs of whole numbers, none of them empty, that do not overlap."""
+    if not all(isinstance(span, list | tuple) and len(span) == 2 and all(map(_is_whole, span)) for span in values):
+        return False
+    spans = sorted((begin, end) for begin, end in values)
+    apart = all(before[1] <= after[0] for before, after in pairwise(spans))
+    return apart and all(begin < end for begin, end in spans)

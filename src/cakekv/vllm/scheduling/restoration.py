@@ -15,7 +15,8 @@ from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span
 from cakekv.restore.report import RestoreReport
 from cakekv.restore.stepwise import StepwisePlanner
-from cakekv.vllm.messages import LoadOrder, LoadResult
+from cakekv.vllm.messages import LoadOrder, LoadResult, Source
+from cakekv.vllm.scheduling.documents import Layout
 from cakekv.vllm.scheduling.lossy_blocks import LossyBlocks
 from cakekv.vllm.scheduling.step_costs import SharedCost
 
@@ -90,6 +91,8 @@ class Restoration:
         Tokens that vLLM's own prefix cache had.
     lossy : LossyBlocks
         Told of what is loaded.
+    layout : Layout or None
+        If the prompt has documents, what the planner takes for its chunks.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Restoration:
         block_ids: Sequence[int],
         local_tokens: int,
         lossy: LossyBlocks,
+        layout: Layout | None = None,
     ) -> None:
         self.request = request
         self.planner = planner
@@ -129,8 +133,10 @@ class Restoration:
         self._lossy = lossy
         self._lossy_chunks: set[int] = set()
         """Chunks that were placed and are not exact."""
+        self._reused_chunks: set[int] = set()
+        """Those of them that are parts of documents."""
+        self._layout = layout
         self._block_ids = block_ids
-        self._chunk_blocks = planner.chunk_tokens // lossy.block_tokens
         self._loads: dict[int, _OpenLoad] = {}
         """By number."""
         self._span: Span | None = None
@@ -269,10 +275,17 @@ class Restoration:
         if load is None:
             return None
         self._loads[number] = _OpenLoad(load)
-        return LoadOrder(number, tier, self.keys[load.chunk], load.start, self._blocks_of(load), load.group)
+        sources = self._sources_of(load)
+        key = sources[0].key if sources else self.keys[load.chunk]
+        return LoadOrder(number, tier, key, load.start, self._blocks_of(load), load.group, sources)
+
+    def _sources_of(self, load: Load) -> tuple[Source, ...]:
+        """What of a document's chunks is loaded; nothing if it is a chunk of the prompt's own."""
+        return self._layout.sources.get(load.chunk, ()) if self._layout is not None else ()
 
     def _blocks_of(self, load: Load) -> tuple[int, ...]:
-        return tuple(self._block_ids[load.chunk * self._chunk_blocks : (load.chunk + 1) * self._chunk_blocks])
+        tokens = self._lossy.block_tokens
+        return tuple(self._block_ids[load.start // tokens : (load.start + load.tokens) // tokens])
 
     def load(self, number: int) -> Load:
         """The planner's side of a load that was ordered."""
@@ -316,7 +329,11 @@ class Restoration:
             self.planner.abandoned(load, sum(result.size for result in results.values()), at)
         elif self.planner.arrived(load, at):
             self.planner.placed(load, at)
-            if self._lossy.loaded(self._blocks_of(load), coded):
+            if self._sources_of(load):
+                self._lossy.reused(self._blocks_of(load))
+                self._reused_chunks.add(load.chunk)
+                self._lossy_chunks.add(load.chunk)
+            elif self._lossy.loaded(self._blocks_of(load), coded):
                 self._lossy_chunks.add(load.chunk)
         return True
 
@@ -325,8 +342,14 @@ class Restoration:
         report, state = self.planner.report(), self.planner.coverage.state
         report.ttft_s = monotonic() - self.began
         report.codec = self._lossy.codec.name
-        lossy = (chunk for chunk in self._lossy_chunks if state[chunk] is State.LOADED)
-        report.lossy_tokens = sum(self.planner.coverage.tokens[chunk] for chunk in lossy)
+        tokens = self.planner.coverage.tokens
+        report.lossy_tokens = sum(tokens[chunk] for chunk in self._lossy_chunks if state[chunk] is State.LOADED)
+        reused = sum(tokens[chunk] for chunk in self._reused_chunks if state[chunk] is State.LOADED)
+        if self._layout is not None and reused:
+            report.reuse, report.reused_tokens = self._layout.reuse, reused
+            report.linked_tokens = sum(
+                max(0, link.stop - max(link.start, self.local_tokens)) for link in self._layout.linked
+            )
         report.after_lossy_tokens = self.after_lossy_tokens
         return report
 

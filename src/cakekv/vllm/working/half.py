@@ -91,6 +91,7 @@ class WorkerHalf:
             coder.exact.total_bytes,
             len(shards) * load_bytes(shape, of_layers(range(coder.layers))),
             tuple(len(shards) * size for size in sizes),
+            shards[0].documents.refused,
         )
         self._store, tiers = open_tiers(self._options)
         warm_up_packing(tiers)
@@ -108,6 +109,10 @@ class WorkerHalf:
             self.loads.cancel(orders.cancels)
         for shard in self.shards:
             shard.cache.begin_step(orders)
+            if any(order.sources for order in orders.loads):
+                shard.documents.prepare()
+            elif orders.idle:
+                shard.documents.forget()
         self.loads.submit(orders.loads, orders.at_a_time)
         self._gate = None
         if orders.awaited:

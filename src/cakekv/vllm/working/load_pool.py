@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from time import monotonic
 
-from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
+from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError, UnsupportedEngine
 from cakekv.load.reading import Abandoned, Progress, failure_reason
 from cakekv.store.base import Store
 from cakekv.vllm.complaints import Complaints
@@ -134,6 +134,8 @@ class LoadPool:
                 pass
             except (CorruptChunk, MissingChunk, StoreError) as error:
                 reason, progress.silent = failure_reason(error), isinstance(error, NoAnswer)
+            except UnsupportedEngine as error:
+                reason = f"not to be moved: {error}"
             except Exception as error:
                 self._odd.say("a load failed in a way that no store should", exc_info=True)
                 reason = f"crashed: {error!r}"
@@ -161,7 +163,7 @@ class LoadPool:
         order, store = job.order, self.tiers[job.order.tier]
         layers = self._groups[order.group] if order.group is not None else None
         with ExitStack() as stack:
-            parts = [shard.read(store, order.key, order.start, layers, job, progress, stack) for shard in self._shards]
+            parts = [shard.read(store, order, layers, job, progress, stack) for shard in self._shards]
             with self._changed:
                 if job.cancelled:
                     return False

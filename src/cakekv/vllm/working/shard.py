@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from cakekv.chunk import ChunkHeader, Form, seal, segments
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec, Segment
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import BadInput, BadOption
+from cakekv.errors import BadInput, BadOption, UnknownRotation
 from cakekv.keys import ChunkKey, canonical
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.load.decoding import decoded_layers
@@ -23,8 +24,10 @@ from cakekv.load.reading import Cancellable, Headers, Progress, Wanted, read_chu
 from cakekv.load.staging import StagingPool
 from cakekv.store.base import Store
 from cakekv.vllm.config import VllmOptions
+from cakekv.vllm.messages import LoadOrder
 from cakekv.vllm.scheduling.identity import weights_names
 from cakekv.vllm.shard_key import shard_key
+from cakekv.vllm.working.documents import DocumentReader, Documents, PlaneShapes
 from cakekv.vllm.working.paged_cache import PagedCache, open_paged_cache
 from cakekv.vllm.working.rotation import rotations
 
@@ -54,10 +57,18 @@ class Shard:
         What a chunk looks like, and how it is decoded.
     orders : sequence of BlockOrder
         Per layer, if there is a codec.
+    documents : callable
+        From the shard to its `Documents`.
     """
 
     def __init__(
-        self, tag: str, layout: str, cache: PagedCache, coder: ChunkCoder, orders: Sequence[BlockOrder]
+        self,
+        tag: str,
+        layout: str,
+        cache: PagedCache,
+        coder: ChunkCoder,
+        orders: Sequence[BlockOrder],
+        documents: Callable[[Shard], Documents],
     ) -> None:
         self.tag = tag
         self.layout = layout
@@ -69,6 +80,7 @@ class Shard:
         """Buffers to place from."""
         self._scratch = StagingPool(_allocate, coder.exact.total_bytes)
         self._headers: Headers = {}
+        self.documents = documents(self)
 
     def forget_headers(self) -> None:
         """No chunk is being loaded in pieces any more."""
@@ -77,23 +89,20 @@ class Shard:
     def read(
         self,
         store: Store,
-        key: ChunkKey,
-        position: int,
+        order: LoadOrder,
         layers: Sequence[int] | None,
         load: Cancellable,
         progress: Progress,
         stack: ExitStack,
-    ) -> list[Segment | None]:
-        """Read, verify and decode a chunk.
+    ) -> Sequence[Segment | None]:
+        """Read, verify and decode a chunk, or what is wanted of a document's chunks.
 
         Parameters
         ----------
         store : Store
             Where from.
-        key : ChunkKey
-            The chunk's.
-        position : int
-            Of its first token.
+        order : LoadOrder
+            What.
         layers : sequence of int or None
             Of a piece; None: all.
         load, progress
@@ -109,10 +118,14 @@ class Shard:
         Raises
         ------
         CorruptChunk, MissingChunk, StoreError, Abandoned
+        UnsupportedEngine
+            It is a document's, and those cannot be moved here.
         """
-        coder, own = self.coder, shard_key(key, self.tag)
+        if order.sources:
+            return self.documents.reader.read(store, order, load, progress, stack)
+        coder, own = self.coder, shard_key(order.key, self.tag)
         is_piece = layers is not None
-        wanted = Wanted(own, position, range(coder.layers) if layers is None else layers, is_piece=is_piece)
+        wanted = Wanted(own, order.start, range(coder.layers) if layers is None else layers, is_piece=is_piece)
         buffer = stack.enter_context(self.staging.buffer())
         header = read_chunk(store, coder, wanted, buffer, load, progress, self._headers)
         return self._decode(header, wanted, buffer, load, stack)
@@ -265,26 +278,67 @@ class _Opener:
         if not self._codec.encodes:
             layers = [PlaneLayout(1, size // block_tokens, 1) for size in cache.segment_bytes_per_block]
             layout = KVLayout(tuple(LayerLayout((plane,)) for plane in layers))
-            return Shard(tag, cache.layout, cache, ChunkCoder(self._codec, layout, tokens, "bytes"), ())
+            coder = ChunkCoder(self._codec, layout, tokens, "bytes")
+            return Shard(tag, cache.layout, cache, coder, (), partial(self._documents, first=first, last=last))
         if heads is None:
             raise BadOption(
                 f"option codec is {self._options.codec!r}: codecs are for models that keep keys and values of several "
                 "heads, alike in all layers; leave it out"
             )
-        dtype = str(self._spec.dtype).removeprefix("torch.")
         planes = tuple(PlaneLayout(*plane, self._spec.dtype.itemsize) for plane in self._planes())
         layout = KVLayout(tuple(LayerLayout(planes) for _ in cache.segment_bytes_per_block))
         try:
             turned = partial(rotations, self._vllm_config, len(layout.layers))
             codec = self._codec.for_model(weights_names(self._vllm_config))
-            coder = ChunkCoder(codec, layout, tokens, dtype, turned)
+            coder = ChunkCoder(codec, layout, tokens, self._dtype, turned)
         except BadInput as error:
             raise BadOption(f"option codec is {self._options.codec!r}: {error}") from error
         coder.warm_up()
         order: dict[str, object] = {"planes": self._planes()}
         if codec.fingerprint != self._codec.fingerprint:  # it has learned something, of which only workers know
             order["learned"] = codec.fingerprint
-        return Shard(tag, canonical(order), cache, coder, self._orders(cache, first, last))
+        documents = partial(self._documents, first=first, last=last)
+        return Shard(tag, canonical(order), cache, coder, self._orders(cache, first, last), documents)
+
+    def _documents(self, shard: Shard, first: int, last: int) -> Documents:
+        """What reads documents for a shard that has these heads."""
+        layers, threads = shard.coder.layers, self._options.load_threads or 8
+
+        def make() -> DocumentReader:
+            planes = PlaneShapes(self._planes(), self._dtype, self._spec.dtype.itemsize)
+            turned = rotations(self._vllm_config, layers)
+            orders = shard.orders or self._orders(shard.cache, first, last)
+            return DocumentReader(
+                shard.coder, shard.tag, planes, not shard.orders, orders, turned, shard.staging, 2 * threads
+            )
+
+        return Documents(self._why_no_documents(layers), make)
+
+    def _why_no_documents(self, layers: int) -> str:
+        """Why the keys and values of documents cannot be moved; "" if they can."""
+        from vllm.v1.kv_cache_interface import iter_layer_specs
+
+        if self._heads is None:
+            return "the model keeps something else than keys and values of several heads, alike in all layers"
+        if self._dtype not in ("bfloat16", "float16", "float32"):
+            return f"the KV cache is quantised ({self._dtype})"
+        specs = list(iter_layer_specs(self._spec))
+        if any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs):
+            return "some of the model's layers see only a window of the prompt"
+        speculation = self._vllm_config.speculative_config
+        if speculation is not None and getattr(speculation, "draft_model_config", None) is not None:
+            return "the layers of a draft model are in the cache, too"
+        if find_spec("numba") is None:
+            return "numba is not installed (pip install 'cakekv[codecs]')"
+        try:
+            rotations(self._vllm_config, layers)
+        except UnknownRotation as error:
+            return f"how the model turns its keys by their positions is not known: {error}"
+        return ""
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._spec.dtype).removeprefix("torch.")
 
     def _planes(self) -> list[tuple[int, int]]:
         """(heads, width) of a shard's keys and values."""
