@@ -19,7 +19,7 @@ from cakekv.cli.quality import judge_reuse
 from cakekv.errors import CakeError
 
 WAYS = (
-    *("naive:turn=no", "naive"),
+    *("naive", "turned"),
     *("epic:link=1", "epic:link=16", "epic:link=32"),
     *("blend:recompute=0.05", "blend:recompute=0.15", "blend:recompute=0.3"),
     "blend:recompute=0.15,choice=random",

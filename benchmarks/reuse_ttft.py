@@ -38,7 +38,7 @@ from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 
 ENGINE = "embedded"
-WAYS = ("epic:link=16", "blend:recompute=0.15", "naive")
+WAYS = ("epic:link=16", "blend:recompute=0.15", "turned")
 TARGETS = {"epic:link=16": 0.6}
 """Of the time of computing everything, at most."""
 BEGINNING = "Answer from these documents.\n\n"
@@ -141,7 +141,7 @@ def measure(
             for way in ways
         }
         plain = stack.enter_context(Cake(loaded.engine, None, None, **options))
-        learner = stack.enter_context(Cake(loaded.engine, None, store, reuse="naive", learn=False, **options))
+        learner = stack.enter_context(Cake(loaded.engine, None, store, reuse="turned", learn=False, **options))
         for document in asked.documents:
             learner.learn(Document(document))
         learner.wait_saved()

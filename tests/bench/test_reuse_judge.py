@@ -51,10 +51,10 @@ def test_prompts_of_documents_are_compared_with_the_exact_cache() -> None:
     prompt = make_prompt([document(9, 4), document(11, 5), document(13, 6)], [Needle((8, 9), (4, 30), documents=2)])
     assert [needle.question for needle in prompt.whole.needles[:3]] == [(9,), (11,), (13,)]  # (7,) is in all of them
     assert len(prompt.whole.context) == 300
-    found = judge(engine, prompt, ["naive:turn=no", "epic:link=0", "naive", "epic:link=16", "epic:link=100"])
+    found = judge(engine, prompt, ["naive", "epic:link=0", "turned", "epic:link=16", "epic:link=100"])
     exact, whole = found[EXACT], found["epic:link=100"]
-    assert found["naive"] == found["epic:link=0"]
-    assert found["naive:turn=no"].kl != found["naive"].kl > 1e-3
+    assert found["turned"] == found["epic:link=0"]
+    assert found["naive"].kl != found["turned"].kl > 1e-3
     assert whole.kl < 1e-6
     assert whole.agreement == 1.0
     assert [(one.one.facts, one.two.facts) for one in found.values()] == [(3, 1)] * 6
@@ -69,14 +69,14 @@ def test_prompts_of_documents_are_compared_with_the_exact_cache() -> None:
     assert exact.two.gold_nats == pytest.approx(float(likely[0, 4] + likely[1, 30]), abs=1e-4)
     assert whole.two.gold_nats == pytest.approx(exact.two.gold_nats, abs=1e-4)
 
-    figures = summary("naive", [found["naive"]] * 2, [exact] * 2)
-    naive = found["naive"]
-    assert figures["kl"] == naive.kl
+    figures = summary("turned", [found["turned"]] * 2, [exact] * 2)
+    turned = found["turned"]
+    assert figures["kl"] == turned.kl
     assert figures["intervals"]["kl"] == [figures["kl"]] * 2
-    assert figures["gold_nats_two"] == pytest.approx(naive.two.gold_nats / 2)
-    assert figures["gold_nats_lost_two"] == pytest.approx((exact.two.gold_nats - naive.two.gold_nats) / 2)
+    assert figures["gold_nats_two"] == pytest.approx(turned.two.gold_nats / 2)
+    assert figures["gold_nats_lost_two"] == pytest.approx((exact.two.gold_nats - turned.two.gold_nats) / 2)
     assert (figures["facts"], figures["facts_two"]) == (8, 2)
-    assert Measured.of_dict(json.loads(json.dumps(naive.to_dict()))) == naive
+    assert Measured.of_dict(json.loads(json.dumps(turned.to_dict()))) == turned
 
 
 def test_some_questions_need_two_documents() -> None:
@@ -108,8 +108,8 @@ def measured(kl: float, recomputed: float = 0.0) -> Measured:
 
 def test_claims_hold_or_fail_by_what_was_measured() -> None:
     judged = {
-        "naive:turn=no": [measured(1.0), measured(3.0)],
-        "naive": [measured(0.2), measured(0.6)],
+        "naive": [measured(1.0), measured(3.0)],
+        "turned": [measured(0.2), measured(0.6)],
         "epic:link=16": [measured(0.16, 0.06), measured(0.48, 0.06)],
         "blend:recompute=0.15": [measured(0.08, 0.15), measured(0.24, 0.15)],
         "blend:recompute=0.15,choice=random": [measured(0.08, 0.15), measured(0.24, 0.15)],
@@ -119,7 +119,7 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
     assert [one["measured"] for one in found] == pytest.approx([0.8, 0.2, 0.06, 0.6, 0.0, 1 - 0.34 / 0.32])
     assert [one["holds"] for one in found] == [True, False, False, True, False, False]
     assert found[0]["interval"] == [pytest.approx(0.8)] * 2  # paired: it is the same on every prompt
-    assert claims({"naive": judged["naive"]}) == []
+    assert claims({"turned": judged["turned"]}) == []
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return new
 
     file.write_text(json.dumps({"ttft": [{"engine": "vllm"}]}))
-    first = results(True, "naive")
+    first = results(True, "turned")
     for number in (0, 1):
         first.judge(engine, number, prompts[number])
     file.write_text(json.dumps(first.to_dict()))
@@ -145,25 +145,25 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for number, prompt in enumerate(prompts):
         second.judge(engine, number, prompt)
     assert second.is_complete
-    at_once = ReuseResults(run, settings, ["naive", "epic:link=8"])
+    at_once = ReuseResults(run, settings, ["turned", "epic:link=8"])
     for number, prompt in enumerate(prompts):
         at_once.judge(engine, number, prompt)
     data, same = second.to_dict(), at_once.to_dict()
     assert data["command"] == "then; then then"
     assert data["ttft"] == [{"engine": "vllm"}]
-    assert [one["name"] for one in data["methods"]] == ["exact", "naive", "epic:link=8"]
+    assert [one["name"] for one in data["methods"]] == ["exact", "turned", "epic:link=8"]
     for one, other in zip(data["methods"], same["methods"], strict=True):
         assert one["kl"] == pytest.approx(other["kl"], 1e-3, 1e-6)
-    assert [(pair["a"], pair["b"]) for pair in data["paired"]] == [("naive", "epic:link=8")]
+    assert [(pair["a"], pair["b"]) for pair in data["paired"]] == [("turned", "epic:link=8")]
 
     file.write_text(json.dumps(data))
     with pytest.raises(BadInput, match="tokens 100, and this is 99"):
-        results(True, "naive", tokens=99)
+        results(True, "turned", tokens=99)
     with pytest.raises(BadInput, match="has 3 prompts"):
-        results(True, "naive", prompts=2)
+        results(True, "turned", prompts=2)
     with pytest.raises(BadInput, match="not those that are judged now"):
         results(True, "epic:link=4").judge(engine, 0, make_prompt([document(9, 4)] * 2))
-    assert results(False, "naive").to_dict()["ttft"] == data["ttft"]  # begun anew, but for what others measured
+    assert results(False, "turned").to_dict()["ttft"] == data["ttft"]  # begun anew, but for what others measured
     file.write_text("{}")
     with pytest.raises(BadInput, match="cannot add"):
-        results(True, "naive")
+        results(True, "turned")

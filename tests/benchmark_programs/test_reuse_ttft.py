@@ -27,10 +27,10 @@ def test_computing_and_reusing_take_turns() -> None:
         open_store(url) as store,
         Cake(TransformersEngine(LlamaForCausalLM(config)), None, None) as loaded,
     ):
-        points = measure(loaded, store, asked, ["epic:link=16", "naive"], 2, set_to.append)
+        points = measure(loaded, store, asked, ["epic:link=16", "turned"], 2, set_to.append)
     assert [(point["engine"], point["method"]) for point in points] == [
         ("embedded", "epic:link=16"),
-        ("embedded", "naive"),
+        ("embedded", "turned"),
     ]
     assert set_to == [points[0]["bandwidth_bytes_per_s"]]
     for point in points:
@@ -46,9 +46,9 @@ def test_entries_of_other_engines_stay(tmp_path: Path) -> None:
     file = tmp_path / "reuse.json"
     write_ttft(file, "vllm", [{"engine": "vllm", "method": "epic:link=16", "ratio": 0.5}])
     data = json.loads(file.read_text())
-    file.write_text(json.dumps(data | {"methods": [{"name": "naive"}]}))
+    file.write_text(json.dumps(data | {"methods": [{"name": "turned"}]}))
     for ratio in (0.7, 0.6):
-        write_ttft(file, "embedded", [{"engine": "embedded", "method": "naive", "ratio": ratio}])
+        write_ttft(file, "embedded", [{"engine": "embedded", "method": "turned", "ratio": ratio}])
     data = json.loads(file.read_text())
-    assert data["methods"] == [{"name": "naive"}]
+    assert data["methods"] == [{"name": "turned"}]
     assert [(one["engine"], one["ratio"]) for one in data["ttft"]] == [("vllm", 0.5), ("embedded", 0.6)]

@@ -65,7 +65,7 @@ def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Pa
     both = [*common, "--document", other, "--document", document]
     report = run_json(*both, "--reuse", "epic:link=8", "--mode", "load")["report"]
     assert report["reused_tokens"] > 1000  # type: ignore[index]
-    _, _, err = run(*both, "--reuse", "naive", "--mode", "load")
+    _, _, err = run(*both, "--reuse", "turned", "--mode", "load")
     assert "Not exact" in err
     assert "were reused" in err
     blended = run_json(*both, "--reuse", "blend:recompute=0.2", "--mode", "load")["report"]

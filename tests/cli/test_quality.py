@@ -93,16 +93,16 @@ def test_ways_of_reuse_are_judged(tiny_model: Path, tmp_path: Path) -> None:
     def judge(*arguments: object) -> Any:
         return CliRunner().invoke(app, [str(one) for one in [*common, "--json", file, *arguments]])
 
-    result = judge("--reuse", "naive")
+    result = judge("--reuse", "turned")
     assert result.exit_code == 0, result.stderr
-    assert "naive" in result.stdout
-    result = judge("--reuse", "naive:turn=no", "--reuse", "epic:link=16", "--add")
+    assert "turned" in result.stdout
+    result = judge("--reuse", "naive", "--reuse", "epic:link=16", "--add")
     assert result.exit_code == 0, result.stderr
     assert "turning keys removes" in result.stderr
     data = json.loads(file.read_text())
     assert data["settings"]["documents"] == [2]
     exact, *ways = data["methods"]
-    assert [one["name"] for one in ways] == ["naive", "naive:turn=no", "epic:link=16"]
+    assert [one["name"] for one in ways] == ["turned", "naive", "epic:link=16"]
     assert exact["kl"] == 0.0
     for one in ways:
         low, high = one["intervals"]["kl"]
@@ -112,10 +112,10 @@ def test_ways_of_reuse_are_judged(tiny_model: Path, tmp_path: Path) -> None:
     assert len(data["claims"]) == 3
     assert len(data["paired"]) == 3
     for arguments, complaint in (
-        (["--reuse", "naive", "--add"], "all of these ways"),
+        (["--reuse", "turned", "--add"], "all of these ways"),
         (["--reuse", "naiv"], "naiv"),
-        (["--reuse", "naive", "--recipe", "int8"], "--recipe"),
-        (["--reuse", "naive", "--computed", 0.5], "--computed"),
+        (["--reuse", "turned", "--recipe", "int8"], "--recipe"),
+        (["--reuse", "turned", "--computed", 0.5], "--computed"),
         (["--recipe", "int8"], "--prompts"),
     ):
         result = judge(*arguments)

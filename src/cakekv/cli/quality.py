@@ -84,7 +84,7 @@ def quality(
 
         cakekv quality --recipe kivi:window=0 --computed 0 --computed 0.5 --json both-arms.json
 
-        cakekv quality --reuse naive --reuse epic:link=16 --dtype float32 --json reuse.json
+        cakekv quality --reuse turned --reuse epic:link=16 --dtype float32 --json reuse.json
     """
     if bool(recipe) == bool(reuse):
         raise BadInput("say what to judge: codecs with --recipe, or ways to reuse documents with --reuse")
