@@ -190,9 +190,10 @@ def _summarize(report: RestoreReport) -> None:
             style="yellow",
         )
     if report.reused_tokens:
+        again = f"; {report.blended_tokens:,} of them were computed again" if report.blended_tokens else ""
         NEWS.print(
             f"Not exact: {report.reused_tokens:,} tokens of documents were reused as they were computed by themselves "
-            f"({report.reuse}), and {report.after_lossy_tokens:,} were computed behind those, which is not saved.",
+            f"({report.reuse}){again}, and {report.after_lossy_tokens:,} were computed behind those, which is not saved.",
         )
     elif not report.exact:
         NEWS.print(

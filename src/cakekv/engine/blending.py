@@ -102,7 +102,7 @@ class _BlendedLayer(TwoEndedLayer):
     """A layer of the cache, written at the rows that are left."""
 
     def __init__(self, layer: TwoEndedLayer, index: int, run: _Run) -> None:
-        self.__dict__.update(vars(layer))  # the same memory
+        self.__dict__.update(layer.__dict__)  # the same memory
         self._index, self._run = index, run
 
     def update(
