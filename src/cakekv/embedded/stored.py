@@ -120,27 +120,26 @@ class StoredPrefixes:
 
     def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
-        began, token_ids = monotonic(), prompt.token_ids
+        began, token_ids, tokens = monotonic(), prompt.token_ids, self._coder.exact.tokens
         named, is_named = self._named_for(notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
-        parents = [named.identity.root, *keys] if is_named else []
-        tails = self.tails.of(parents, self._coder.exact.tokens, token_ids)
+        tails = self.tails.of([named.identity.root, *keys], tokens, token_ids) if is_named else []
         others = [serving.key for chain in [*chains, tails] for serving in chain]
         held = self._held([*keys, *others], notes)
-        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        chain = serve_chain(keys, tokens, len(token_ids))
         found = self._found(named, keys, chain, prompt, held)
         found.is_named = is_named
-        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
-        found.tail = self._tail(found, stored, token_ids, tails, held) if is_named else None
-        if chains or found.tail is not None:
-            served, holders = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
-            prefix, at = chain[:stored], found.holders[:stored]
-            if found.tail is not None:
-                chunks = found.tail.position // self._coder.exact.tokens
-                prefix = [*chain[:chunks], found.tail]
-                at = [*found.holders[:chunks], self._holders(found, found.tail, True, held)]
-            self._lay_out(found, prefix, at, served, holders)
+        chunks = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.tail = tail = self._tail(found, chunks, token_ids, tails, held) if is_named else None
+        if chains or tail is not None:
+            served, served_by = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
+            chunks = chunks if tail is None else tail.position // tokens
+            prefix, holders = chain[:chunks], found.holders[:chunks]
+            if tail is not None:
+                prefix.append(tail)
+                holders.append(self._holders(found, tail, True, held))
+            self._lay_out(found, prefix, holders, served, served_by)
         found.lookup_s = monotonic() - began
         return found
 
@@ -276,7 +275,7 @@ class StoredPrefixes:
         prefix: Sequence[Serving],
         prefix_holders: Sequence[tuple[int, ...]],
         served: Sequence[tuple[int, Serving]],
-        holders: Mapping[int, tuple[int, ...]],
+        served_by: Mapping[int, tuple[int, ...]],
     ) -> None:
         """Cut the prompt into its prefix, behind that what documents serve, and between these what is computed."""
         grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, prefix, served)
@@ -284,7 +283,7 @@ class StoredPrefixes:
         ends = [*grid.starts[1:], found.prompt_tokens]
         behind = len(prefix)
         found.holders = [*prefix_holders] + [
-            () if serving is None else holders[end]
+            () if serving is None else served_by[end]
             for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
