@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -121,7 +121,7 @@ class StoredPrefixes:
     def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
         began, token_ids, tokens = monotonic(), prompt.token_ids, self._coder.exact.tokens
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(prompt.tenant, notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
         tails = self.tails.of([named.identity.root, *keys], tokens, token_ids) if is_named else []
@@ -163,19 +163,21 @@ class StoredPrefixes:
             tails = [tail for tail in tails if held.get(tail.key)]
         return max(tails, key=lambda tail: (tail.position, tail.tokens), default=None)
 
-    def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
+    def lookup_document(self, token_ids: list[int], notes: list[str], tenant: str | None = None) -> Found:
         """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
         began = monotonic()
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(tenant, notes)
         keys = document_keys(named.identity, token_ids) if is_named else []
         chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
         found = self._found(named, keys, chain, Tokenized(token_ids), self._held(keys, notes))
         found.lookup_s = monotonic() - began
         return found
 
-    def _named_for(self, notes: list[str]) -> tuple[Named, bool]:
-        """What computes now, and whether its chunks are loaded and saved."""
+    def _named_for(self, tenant: str | None, notes: list[str]) -> tuple[Named, bool]:
+        """What computes now, for a tenant, and whether its chunks are loaded and saved."""
         named = self.now()
+        if tenant is not None:
+            named = named._replace(identity=replace(named.identity, tenant=tenant))
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
