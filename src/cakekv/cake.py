@@ -439,7 +439,7 @@ class Cake:
 
     def session(
         self,
-        messages: Sequence[Mapping[str, Any]] = (),
+        messages: Sequence[Mapping[str, Any]] | None = None,
         *,
         tools: Sequence[Any] | None = None,
         overflow: Overflow = "truncate",
@@ -450,7 +450,7 @@ class Cake:
 
         Parameters
         ----------
-        messages : sequence of mapping
+        messages : sequence of mapping, or None
             What was said so far, such as a system message, or a whole chat that goes on.
         tools : sequence of mapping or callable, or None
             What the model may call, as `apply_chat_template` takes it.
@@ -470,7 +470,7 @@ class Cake:
         >>> print(session.send("Who was Ada Lovelace?").text)                           # doctest: +SKIP
         """
         self._tokenizing.template.check()
-        return Session(self, messages or (), tools, template, overflow, keep)
+        return Session(self, () if messages is None else messages, tools, template, overflow, keep)
 
     @_handed_over
     def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:

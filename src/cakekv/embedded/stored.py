@@ -135,7 +135,7 @@ class StoredPrefixes:
 
     def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
-        began, token_ids = monotonic(), prompt.token_ids
+        began, token_ids, tokens = monotonic(), prompt.token_ids, self._coder.exact.tokens
         named, is_named = self._named_for(prompt.tenant, notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
@@ -144,21 +144,22 @@ class StoredPrefixes:
         others = [serving.key for chain in [*chains, tails] for serving in chain]
         others += [serving.key for level in levels for _, serving in level.place(self._chunks(level))]
         held = self._held(list(dict.fromkeys([*keys, *others])), notes)
-        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        chain = serve_chain(keys, tokens, len(token_ids))
         found = self._found(named, keys, chain, prompt, held)
         found.is_named = is_named
-        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
-        found.tail = self._tail(found.own, stored, token_ids, tails, held) if is_named else None
-        if chains or levels or found.tail is not None:
-            served, holders = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
-            prefix, at = chain[:stored], found.holders[:stored]
-            if found.tail is not None:
-                chunks = found.tail.position // self._coder.exact.tokens
-                prefix = [*chain[:chunks], found.tail]
-                at = [*found.holders[:chunks], self._holders(found, found.tail, True, held)]
+        chunks = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.tail = tail = self._tail(found.own, chunks, token_ids, tails, held) if is_named else None
+        if chains or levels or tail is not None:
+            served, served_by = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
+            chunks = chunks if tail is None else tail.position // tokens
+            prefix, holders = chain[:chunks], found.holders[:chunks]
+            if tail is not None:
+                prefix.append(tail)
+                holders.append(self._holders(found, tail, True, held))
             if levels:
-                served, holders = self._serve_truncated(found, prompt, levels, sum(one.tokens for one in prefix), held)
-            self._lay_out(found, prefix, at, served, holders)
+                reach = sum(one.tokens for one in prefix)
+                served, served_by = self._serve_truncated(found, prompt, levels, reach, held)
+            self._lay_out(found, prefix, holders, served, served_by)
         found.lookup_s = monotonic() - began
         return found
 
@@ -349,7 +350,7 @@ class StoredPrefixes:
         prefix: Sequence[Serving],
         prefix_holders: Sequence[tuple[int, ...]],
         served: Sequence[tuple[int, Serving]],
-        holders: Holders,
+        served_by: Holders,
     ) -> None:
         """Cut the prompt into its prefix, behind that what documents serve, and between these what is computed."""
         grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, prefix, served)
@@ -357,7 +358,7 @@ class StoredPrefixes:
         ends = [*grid.starts[1:], found.prompt_tokens]
         behind = len(prefix)
         found.holders = [*prefix_holders] + [
-            () if serving is None else holders[end, serving.key]
+            () if serving is None else served_by[end, serving.key]
             for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
