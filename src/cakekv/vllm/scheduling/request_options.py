@@ -8,10 +8,13 @@ from reprlib import Repr
 from typing import Any, NamedTuple, Self
 
 from cakekv.restore.planner import MODES, Mode
+from cakekv.store.pins import LONGEST_PIN_S
 from cakekv.vllm.config import VllmOptions
 
 FIELD = "cakekv"
 """The plug-in's own field in `kv_transfer_params`, of requests and of responses."""
+
+_SWITCHES = ("save", "store", "report", "release", "prefetch")
 
 _LOG = logging.getLogger("vllm.cakekv")  # a child of vLLM's own logger, so that it is set up like it
 
@@ -23,6 +26,8 @@ _BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 100
 class RequestOptions(NamedTuple):
     """What a request may set: `{"kv_transfer_params": {"cakekv": {"mode": "load", "save": false, "report": true}}}`.
 
+    `store` is another name of `save`; if both are given, neither may be false for it to be saved.
+
     Attributes
     ----------
     mode : {"auto", "compute", "load", "both"}
@@ -31,11 +36,20 @@ class RequestOptions(NamedTuple):
         Whether what is computed of it is saved.
     report : bool
         Whether the response's `kv_transfer_params` carry the restore's report.
+    pin_s : float
+        Seconds for which the prompt is pinned from its arrival on; 0: not at all.
+    release : bool
+        Whether the prompt's pin ends with this request.
+    prefetch : bool
+        Whether the prompt's chunks are copied to the fastest tier.
     """
 
     mode: Mode
     save: bool
     report: bool
+    pin_s: float = 0.0
+    release: bool = False
+    prefetch: bool = False
 
     @classmethod
     def of(cls, kv_transfer_params: object, options: VllmOptions) -> Self:
@@ -48,18 +62,26 @@ class RequestOptions(NamedTuple):
         if own is None:
             return default
         wanted = dict(own) if isinstance(own, Mapping) else {"": own}
-        wrong = {
-            name: value
-            for name, value in wanted.items()
-            if not (value in MODES if name == "mode" else name in ("save", "report") and isinstance(value, bool))
-        }
+        wrong = {name: value for name, value in wanted.items() if not _can_be(name, value)}
         if wrong:
             _LOG.warning(
                 'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
-                "There are mode (one of %s), save and report (true or false).",
+                "There are mode (one of %s), %s (true or false), and pin_s (seconds, more than 0).",
                 _BRIEFLY.repr(wrong),
                 ", ".join(MODES),
+                ", ".join(_SWITCHES),
             )
         right: dict[str, Any] = {name: value for name, value in wanted.items() if name not in wrong}
         # A server that was told to save nothing does not save on a request's word.
-        return default._replace(**right | {"save": options.save and right.get("save", True)})
+        save = right.pop("store", True) and right.pop("save", True) and options.save
+        return default._replace(**right, save=save)
+
+
+def _can_be(name: object, value: object) -> bool:
+    """Whether an option is one, and may have this value."""
+    if name == "mode":
+        return value in MODES
+    if name == "pin_s":
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and 0 < value <= LONGEST_PIN_S  # type: ignore[operator]
+    return name in _SWITCHES and isinstance(value, bool)
