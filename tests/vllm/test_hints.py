@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tiny_engine import TinyEngine, closing, prompt
+from tiny_engine import TinyEngine, closing, prompt, sampling
 
 from cakekv.keys import ChunkKey
 from cakekv.restore.options import Mode
@@ -24,21 +24,24 @@ def own(mode: Mode = "auto", **hints: Any) -> RequestOptions:
     return RequestOptions(mode, True, False, **hints)
 
 
+def asking(**hints: Any) -> Any:
+    return sampling(extra_args={"kv_transfer_params": {"cakekv": hints}})
+
+
 def key(number: int) -> ChunkKey:
     return ChunkKey(bytes([number]) * 32)
 
 
 def test_a_request_pins_its_prompt_and_another_releases_it(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    hinting = {"pin_s": 600, "prefetch": True, "odd": 1}
     with closing(TinyEngine(model, {"store": str(folder)})) as engine:
         store = DiskStore(folder)
-        engine.run(prompt(1000), kv_transfer_params={"cakekv": hinting})
+        engine.run(prompt(1000), asking(pin_s=600, prefetch=True, odd=1))
         engine.settle()
         assert engine.half.hints.flush(10.0)
         assert len(store.pins().keys) == CHUNKS
         assert {chunk.key for chunk in store} == store.pins().keys
-        engine.run(prompt(1000), kv_transfer_params={"cakekv": {"release": True}})
+        engine.run(prompt(1000), asking(release=True))
         assert engine.half.hints.flush(10.0)
         assert not store.pins().keys
 

@@ -437,7 +437,7 @@ def test_fifo_goes_by_the_time_of_writing() -> None:
 def test_lookahead_spares_the_queue_and_lets_the_last_in_it_go_first() -> None:
     policy = told(policy_named("lookahead"), *(held(number, 100 - number) for number in range(8)))
     policy.expect([Expected("a", [key_of(0), key_of(1)]), Expected("b", [key_of(1), key_of(2)]), Expected("c", [])])
-    assert [policy.evict(NOW).key for _ in range(6)] == [key_of(number) for number in (3, 4, 5, 6, 7, 2)]  # type: ignore[union-attr]
+    assert [policy.evict(NOW).key for _ in range(6)] == [key_of(number) for number in (3, 4, 5, 6, 7, 2)]
     policy.expect([Expected("b", [key_of(1)])])
     assert victims(policy) == [0, 1]
 
