@@ -772,7 +772,8 @@ class Cake:
         has_saved = self._saver is not None and self._saver.knows(found.named.identity)
         if not any(found.holders) and not has_saved and len(notes) == said:
             notes += self._stored.why_nothing(found)
-        prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
+        with self._hints.needed(request.id, found):
+            prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:

@@ -32,7 +32,8 @@ def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number
     for option in filter(None, said.split(",")):
         key, equals, text = option.partition("=")
         if key not in defaults or not equals:
-            raise BadInput(f"{name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults) or 'none'}")
+            takes = ", ".join(f"{known}=" for known in defaults) or "none"
+            raise BadInput(f"{name} has no parameter {option!r}: it takes {takes}")
         parameters[key] = _parsed(text, defaults[key], f"{name}: {key}", number)
     return parameters
 

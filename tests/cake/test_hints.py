@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from cakekv.cake import Cake
 from cakekv.errors import BadInput, CannotPin, PinRefused
 from cakekv.store.disk import DiskStore
+from cakekv.store.eviction import policy_named
 from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.tiered import TieredStore, TierPlan
-from tests.store.chunks import opener
+from tests.store.chunks import key_of, opener
 
 CHUNK = 16
 
@@ -122,3 +124,23 @@ def test_a_server_is_named_that_cannot_pin(engine: Any, prompt: Any) -> None:
         pinned = cake.pin(prompt, ttl_s=1)
         assert pinned.tiers == ("memory",)
         assert pinned.refused == {"server": "its own business"}
+
+
+@pytest.mark.parametrize(("policy", "all_loaded"), [("lru", False), ("lookahead", True)])
+def test_what_is_being_restored_is_spared(
+    policy: str, all_loaded: bool, engine: Any, prompt: Any, chunk_bytes: int
+) -> None:
+    memory = MemoryStore(20 * chunk_bytes, policy_named(policy))
+    numbers = count()
+
+    def crowd(progress: Any) -> None:
+        """Others write while this one loads."""
+        memory.write(key_of(next(numbers)), memoryview(bytes(chunk_bytes)))
+
+    with cake_of(engine, memory) as cake:
+        cake.prefill(prompt)
+        cake.wait_saved()
+        memory.delete([next(iter(memory)).key])
+        report = cake.prefill(prompt, mode="load", on_progress=crowd).report
+        assert (report.loaded_tokens >= 19 * CHUNK) is all_loaded
+        assert next(numbers) > 5

@@ -181,7 +181,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--capacities", "1MB"], ["--policies", "fifo"], ["--ratios", "0"], ["--trace", "x", "--sessions", "3"]],
+    [["--capacities", "1MB"], ["--policies", "lifo"], ["--ratios", "0"], ["--trace", "x", "--sessions", "3"]],
 )
 def test_bad_options(options: list[str]) -> None:
     assert isinstance(call("--sessions", 3, *options).exception, BadInput)

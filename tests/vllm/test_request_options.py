@@ -34,6 +34,19 @@ def test_what_can_be_asked_for() -> None:
     assert RequestOptions.of(params, OPTIONS) == RequestOptions("compute", False, True)
 
 
+def test_hints() -> None:
+    own = {"pin_s": 600, "release": True, "prefetch": True, "store": False}
+    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("both", False, False, 600, True, True)
+    assert not RequestOptions.of({"cakekv": {"store": True, "save": False}}, OPTIONS).save
+
+
+@pytest.mark.parametrize("pin_s", [0, -1, True, "600", None, [1], {}, float("nan"), float("inf"), 10**400])
+def test_times_that_are_none(pin_s: Any, log: Any) -> None:
+    own = {"pin_s": pin_s, "release": 1, "prefetch": "now", "mode": "load"}
+    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("load", True, False)
+    assert "passed over" in log.text
+
+
 @pytest.mark.parametrize(
     "own", [5, "fast", ["mode"], {"mode": "fast"}, {"mode": ["load"]}, {"report": 1}, {"color": {"a": 1}}]
 )

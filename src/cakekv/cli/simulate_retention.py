@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +28,12 @@ from cakekv.simulate.retention.comparison import (
 )
 from cakekv.simulate.retention.replay import Case
 from cakekv.simulate.retention.sessions import Sessions
+from cakekv.simulate.retention.waiting import measure_waiting, waiting_table, waiting_to_dict
 from cakekv.store.eviction import POLICIES, policy_named
+from cakekv.store.eviction.lookahead import LookAhead
 
+_NOT_AHEAD = ",".join(name for name in POLICIES if name != LookAhead.name)
+"""Where nobody waits, looking ahead is LRU."""
 _CHECKED_RESTORES = 40
 """Per policy and bandwidth, about so many restores are run through the planner, too."""
 
@@ -47,7 +52,7 @@ def retention(
     ] = "50GB,100GB,200GB,400GB,800GB,1600GB",
     policies: Annotated[
         str, typer.Option(help="Eviction policies, with commas between; lru is always among them.")
-    ] = ",".join(POLICIES),
+    ] = _NOT_AHEAD,
     ratios: Annotated[
         str,
         typer.Option(help="Bandwidths, as multiples of that at which loading all prompts takes as long as computing."),
@@ -55,6 +60,14 @@ def retention(
     rules: Annotated[
         str, typer.Option(help="Rules of what is written, beside everything; tried at balance, in the real store.")
     ] = "skip_head=auto,skip_head=4096",
+    loads: Annotated[
+        str | None,
+        typer.Option(
+            help="Have requests wait for one machine instead, with the tier as RAM and a disk behind it; seconds of "
+            "computing everything that arrive per second, with commas between."
+        ),
+    ] = None,
+    ram_ratio: Annotated[float, typer.Option(help="With --loads: RAM's bandwidth; --ratios are the disk's.")] = 12.0,
     model: Annotated[str, typer.Option(help="For example llama-3.1-8b or llama-3.1-70b.")] = "llama-3.1-8b",
     gpu: Annotated[str, typer.Option(help=f"{one_of(PEAK_FLOPS)}.")] = "h100",
     calibration: Annotated[
@@ -69,7 +82,12 @@ def retention(
     One tier, empty at first; every prompt is looked up, restored from both ends with what is there, and what was
     computed of it is written. TTFT is what the restore takes, without waiting for others. The policies are the ones
     that the stores use.
+
+    With --loads, requests wait: the policy lookahead, which is told of the queue and has the disk fetch ahead, is then
+    among them, and what is counted is what was in RAM when a request's turn came, and the mean TTFT.
     """
+    if loads is not None and policies == _NOT_AHEAD:
+        policies = ",".join(POLICIES)
     if trace is not None and sessions is not None:
         raise BadInput("--trace and --sessions exclude each other")
     names = list(dict.fromkeys([BASELINE, *filter(None, policies.split(","))]))
@@ -83,14 +101,6 @@ def retention(
     workload = Workload(arrivals.requests, shape, known.token_bytes)
     if sizes[0] < workload.chunk_bytes:
         raise BadInput(f"a chunk alone has {format_bytes(workload.chunk_bytes)}: give more than {sizes[0]} bytes")
-    balanced = 1.0 if 1.0 in factors else factors[0]
-    runs = [(name, size, factor, "") for factor in factors for size in sizes for name in names]
-    runs += [
-        (name, size, balanced, rule)
-        for rule in filter(None, rules.split(","))
-        for size in sizes
-        for name in dict.fromkeys([BASELINE, names[-1]])
-    ]
     settings: dict[str, Any] = {
         "trace": f"sessions, seed {seed}" if sessions else trace.name if trace else "sample",
         "requests": len(workload.requests),
@@ -100,6 +110,18 @@ def retention(
         "chunk_bytes": workload.chunk_bytes,
         "balanced_bytes_per_s": workload.balanced() * known.token_bytes,
     }
+    if loads is not None:
+        used = [_positive(text, "--loads") for text in loads.split(",")]
+        _wait(workload, names, sizes, used, (_positive(str(ram_ratio), "--ram-ratio"), factors), settings, json_file)
+        return
+    balanced = 1.0 if 1.0 in factors else factors[0]
+    runs = [(name, size, factor, "") for factor in factors for size in sizes for name in names]
+    runs += [
+        (name, size, balanced, rule)
+        for rule in filter(None, rules.split(","))
+        for size in sizes
+        for name in dict.fromkeys([BASELINE, names[-1]])
+    ]
     rows: list[Row] = []
     cases: dict[float, list[Case]] = {factor: [] for factor in factors}
     with Progress(console=NEWS, transient=True) as progress:
@@ -130,6 +152,28 @@ def retention(
             f"restores, the median deviation is {check['median_absolute']:.1%}"
         )
     RESULTS.print(f"other victims in a real store than here: {', '.join(differ) or 'none'}")
+
+
+def _wait(
+    workload: Workload,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    loads: Sequence[float],
+    ratios: tuple[float, Sequence[float]],
+    settings: dict[str, Any],
+    json_file: Path | None,
+) -> None:
+    """With a queue; `ratios` are RAM's and the disk's."""
+    ram, disks = ratios
+    runs = [(disk, load, size, name) for disk in disks for load in loads for size in sizes for name in names]
+    rows = []
+    with Progress(console=NEWS, transient=True) as progress:
+        for disk, load, size, name in progress.track(runs, description="replaying"):
+            rows.append(measure_waiting(workload, name, size, load, ram, disk))
+    settings |= {"ram_ratio": ram, "disk_ratios": list(disks)}
+    if json_file:
+        json_file.write_text(json.dumps(waiting_to_dict(settings, rows), indent=1) + "\n")
+    RESULTS.print(waiting_table(rows))
 
 
 def _positive(text: str, option: str) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cakekv.embedded.arms import Arms
-from cakekv.embedded.stored import Lookup, StoredPrefixes
+from cakekv.embedded.stored import Found, Lookup, StoredPrefixes
 from cakekv.errors import BadInput, PinRefused, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.prompt import Tokenized
 from cakekv.quantities import real
 from cakekv.results import Pinned
-from cakekv.store.base import Prefetch, Store, distinct_names
+from cakekv.store.base import Expected, Prefetch, Store, distinct_names
 from cakekv.store.pins import LONGEST_PIN_S
 
 
@@ -41,6 +43,10 @@ class Hints:
         deadline_s = arms.options.deadline_s
         self._tiers = Lookup(tiers, deadline_s, arms.hangs)
         self._stores = Lookup(stores, deadline_s, lambda store: False)
+        self._given = stores
+        self._lock = threading.Lock()
+        self._open: dict[str, Expected] = {}
+        """Requests that are being restored, in the order in which they came."""
 
     def pin(self, prompt: Tokenized, ttl_s: float) -> Pinned:
         """As `Cake.pin`."""
@@ -77,6 +83,29 @@ class Hints:
         if answers and not coming:
             raise next(answer for answer in answers if isinstance(answer, StoreError))
         return Prefetch(*map(sum, zip(*coming, strict=True))) if coming else Prefetch()
+
+    @contextmanager
+    def needed(self, request_id: str, found: Found) -> Iterator[None]:
+        """While a request is being restored, have the stores spare what it loads.
+
+        All open requests load at once, in the order of their policy; so nothing is fetched for them besides.
+        """
+        keys = [serving.key for serving in found.servings if serving is not None]
+        try:
+            self._expect(request_id, Expected(request_id, keys, fetch=False))
+            yield
+        finally:
+            self._expect(request_id, None)
+
+    def _expect(self, request_id: str, one: Expected | None) -> None:
+        with self._lock:
+            self._open.pop(request_id, None)
+            if one is not None:
+                self._open[request_id] = one
+            queue = [self._open[name] for name in sorted(self._open)]
+            for store in self._given:
+                with suppress(StoreError):  # it serves to choose better what goes
+                    store.expect(queue)
 
     def _keys(self, prompt: Tokenized) -> list[ChunkKey]:
         """Of a prompt's chunks, and those of its documents; the last one is the prompt's own, and names it."""

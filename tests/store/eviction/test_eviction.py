@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cakekv.errors import BadInput
 from cakekv.restore.costs import ComputeShape
-from cakekv.store.base import Store
+from cakekv.store.base import Expected, Store
 from cakekv.store.disk import DiskStore
 from cakekv.store.eviction import POLICIES, policy_named
 from cakekv.store.eviction.base import Eviction, Held
@@ -397,3 +397,71 @@ def test_a_folder_with_chunks_dated_in_the_future(tmp_path: Path) -> None:
             store.write(key_of(number), chunk_of(number))
         left = {chunk.key for chunk in store}
         assert not left & {key_of(number) for number in range(3)}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None, max_examples=50)
+@given(chunks=chunks_held, spared=st.sets(st.integers(0, 200)), again=st.sets(st.integers(0, 200)))
+def test_what_is_spared_does_not_go(name: str, chunks: Any, spared: Any, again: Any) -> None:
+    """Until it is spared no more; all else goes, and what is read or removed meanwhile is known."""
+    keys = [chunk.key for chunk in chunks]
+    kept = frozenset(keys[number] for number in spared if number < len(keys))
+    policy = told(policy_named(name), *chunks)
+    policy.spare(kept)
+    gone = set()
+    while (chunk := policy.evict(NOW)) is not None:
+        gone.add(chunk.key)
+    assert gone == set(keys) - kept
+    assert {chunk.key for chunk in policy.chunks()} == kept
+    assert not policy.may_evict
+    policy.asked(keys, NOW)
+    for key in kept:
+        policy.read(key, NOW + 1)
+    removed = frozenset(keys[number] for number in again if number < len(keys))
+    for key in removed:
+        policy.removed(key)
+    policy.spare(frozenset())
+    gone = set()
+    while (chunk := policy.evict(NOW)) is not None:
+        gone.add(chunk.key)
+    assert gone == kept - removed
+
+
+def test_fifo_goes_by_the_time_of_writing() -> None:
+    policy = told(policy_named("fifo"), held(1), held(2), held(3))
+    policy.read(key_of(1), NOW)
+    policy.wrote(held(2))
+    assert victims(policy) == [1, 3, 2]
+
+
+def test_lookahead_spares_the_queue_and_lets_the_last_in_it_go_first() -> None:
+    policy = told(policy_named("lookahead"), *(held(number, 100 - number) for number in range(8)))
+    policy.expect([Expected("a", [key_of(0), key_of(1)]), Expected("b", [key_of(1), key_of(2)]), Expected("c", [])])
+    assert [policy.evict(NOW).key for _ in range(6)] == [key_of(number) for number in (3, 4, 5, 6, 7, 2)]
+    policy.expect([Expected("b", [key_of(1)])])
+    assert victims(policy) == [0, 1]
+
+
+@settings(deadline=None, max_examples=50)
+@given(events=events, waiting=st.lists(st.lists(st.integers(0, 60), max_size=8), max_size=5))
+def test_lookahead_never_lets_go_what_is_needed_sooner(events: Any, waiting: Any) -> None:
+    policy = policy_named("lookahead")
+    turns: dict[Any, int] = {}
+    for step, (event, number) in enumerate(events):
+        now, key = NOW + step, key_of(number)
+        if event == "wrote":
+            policy.wrote(Held(key, 1, now))
+        elif event == "read":
+            policy.read(key, now)
+        elif event == "removed":
+            policy.removed(key)
+        elif event == "asked":
+            queue = waiting[number % 5 :]
+            policy.expect([Expected(turn, [key_of(other) for other in one]) for turn, one in enumerate(queue)])
+            turns = {key_of(other): turn for turn, one in reversed(list(enumerate(queue))) for other in one}
+        else:
+            turn = max((turns.get(chunk.key, 1000) for chunk in policy.chunks()), default=None)
+            victim = policy.evict(now)
+            assert (victim is None) == (turn is None)
+            if victim is not None:
+                assert turns.get(victim.key, 1000) == turn

@@ -43,7 +43,7 @@ def stats(store: Url, as_json: Json = False) -> None:
     if as_json:
         plain = {"chunks": held.chunks, "bytes": held.bytes, "capacity": held.capacity, "identities": identities}
         plain["packed"] = packed._asdict()
-        plain["pinned_bytes"] = pinned
+        plain |= {"pinned_bytes": pinned} if pinned else {}
         print_json(plain | ({"uncounted": troubles} if troubles else {}))
     else:
         _show(held, packed, pinned, identities)

@@ -23,10 +23,12 @@ class Timing(NamedTuple):
     """To the first token."""
     loads: Sequence[int]
     """The chunks that are loaded, in the order in which they are."""
+    behind: Sequence[int] = ()
+    """Those that are loaded from the tier behind, likewise."""
 
 
 class Timer:
-    """One machine and one tier, whose speeds are constant and known.
+    """One machine and one tier, and maybe one behind that, whose speeds are constant and known.
 
     Parameters
     ----------
@@ -36,12 +38,17 @@ class Timer:
         Tokens of a chunk; a span takes no more.
     tokens_per_s : float
         What the tier delivers.
+    behind_tokens_per_s : float
+        What the tier behind it does.
     """
 
-    def __init__(self, shape: ComputeShape, chunk_tokens: int, tokens_per_s: float) -> None:
+    def __init__(
+        self, shape: ComputeShape, chunk_tokens: int, tokens_per_s: float, behind_tokens_per_s: float = 1.0
+    ) -> None:
         self.shape = shape
         self.chunk_tokens = chunk_tokens
         self.load_s = chunk_tokens / tokens_per_s
+        self.behind_s = chunk_tokens / behind_tokens_per_s
         self._compute_s: list[float] = []
         self._until_s = [0.0]
 
@@ -55,21 +62,25 @@ class Timer:
         self._extend(chunks)
         return self._until_s[chunks] + self._suffix_s(prompt_tokens, chunks)
 
-    def restored(self, prompt_tokens: int, stored: Sequence[bool]) -> Timing:
-        """What comes of a prompt of which chunk i is stored if `stored[i]`; those past the end of it are not."""
+    def restored(self, prompt_tokens: int, stored: Sequence[bool], behind: Sequence[bool] = ()) -> Timing:
+        """What comes of a prompt of which chunk i is stored if `stored[i]`, or else in the tier behind if `behind[i]`;
+        those past the end of it are not."""
         chunks = self.whole_chunks(prompt_tokens)
-        if not any(stored[:chunks]):
+        if not any(stored[:chunks]) and not any(behind[:chunks]):
             return Timing(self.computed(prompt_tokens), ())
         self._extend(chunks)
         held: dict[int, float] = {0: self.load_s}
+        farther: dict[int, float] = {1: self.behind_s}
         missing: dict[int, float] = {}
-        candidates: list[Candidate] = [
-            (chunk, self._compute_s[chunk], held if chunk < len(stored) and stored[chunk] else missing)
-            for chunk in range(chunks)
-        ]
+        candidates: list[Candidate] = []
+        for chunk in range(chunks):
+            near = chunk < len(stored) and stored[chunk]
+            far = chunk < len(behind) and behind[chunk]
+            candidates.append((chunk, self._compute_s[chunk], held if near else farther if far else missing))
         candidates.append((chunks, self._suffix_s(prompt_tokens, chunks), missing))
-        chosen = assign_loads(candidates, 1)
+        chosen = assign_loads(candidates, 2)
         loads: list[int] = []
+        from_behind: list[int] = []
         group: list[int] = []
         seconds = 0.0
         for chunk, compute_s, _ in candidates:
@@ -77,11 +88,12 @@ class Timer:
                 group.append(chunk)
                 continue
             if group:  # the loads due first come first, those of one deadline from behind
-                loads += reversed(group)
+                loads += [one for one in reversed(group) if chosen[one] == 0]
+                from_behind += [one for one in reversed(group) if chosen[one] == 1]
                 group = []
-                seconds = max(seconds, len(loads) * self.load_s)
+                seconds = max(seconds, len(loads) * self.load_s, len(from_behind) * self.behind_s)
             seconds += compute_s
-        return Timing(seconds, loads)
+        return Timing(seconds, loads, from_behind)
 
     def _suffix_s(self, prompt_tokens: int, chunks: int) -> float:
         start = chunks * self.chunk_tokens

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from cakekv.errors import BadInput
 from cakekv.store.eviction.base import Eviction
+from cakekv.store.eviction.fifo import FirstInFirstOut
 from cakekv.store.eviction.keep_the_tail import KeepTheTail
 from cakekv.store.eviction.lfu import LeastFrequentlyUsed
+from cakekv.store.eviction.lookahead import LookAhead
 from cakekv.store.eviction.lru import LeastRecentlyUsed
 from cakekv.store.eviction.s3fifo import SmallMainGhost
 
 POLICIES: dict[str, type[Eviction]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, LeastFrequentlyUsed, SmallMainGhost, KeepTheTail)
+    policy.name: policy
+    for policy in (LeastRecentlyUsed, FirstInFirstOut, LeastFrequentlyUsed, SmallMainGhost, LookAhead, KeepTheTail)
 }
 
 

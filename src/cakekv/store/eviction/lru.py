@@ -36,7 +36,13 @@ class LeastRecentlyUsed(Eviction):
         heapify(self._heap)
 
     def _victim(self, now: float) -> Held:
-        while True:
+        chunk = self._oldest()
+        assert chunk is not None, "there is at least one"
+        return chunk
+
+    def _oldest(self) -> Held | None:
+        """The least recently used one, which is in the heap no more; None if that is empty."""
+        while self._heap:
             used_at, _, chunk = self._heap[0]
             if self._held.get(chunk.key) is not chunk:
                 heappop(self._heap)
@@ -45,6 +51,7 @@ class LeastRecentlyUsed(Eviction):
             else:
                 heappop(self._heap)
                 return chunk
+        return None
 
     def _entry(self, chunk: Held) -> tuple[float, int, Held]:
         return chunk.used_at, next(self._counter), chunk

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cakekv.codec import codec_named
-from cakekv.errors import StoreError
+from cakekv.errors import StoreError, UnsupportedEngine
+from cakekv.keys import ChunkKey
 from cakekv.restore.contention import SharedLoad, load_burdens
 from cakekv.restore.costs import LoadCost
 from cakekv.restore.flights import Tier
@@ -26,6 +28,7 @@ from cakekv.vllm.scheduling import layered_step
 from cakekv.vllm.scheduling.adapter_mixing import mixes_adapters
 from cakekv.vllm.scheduling.admission import Admission
 from cakekv.vllm.scheduling.documents import Marking, separator_tokens
+from cakekv.vllm.scheduling.hints import LOOKED_AT, Hints
 from cakekv.vllm.scheduling.hit_statistics import CountingScheduler, HitStatistics
 from cakekv.vllm.scheduling.identity import ChunkNames
 from cakekv.vllm.scheduling.last_saves import LastSaves
@@ -58,6 +61,7 @@ class RestoringScheduler(CountingScheduler, Protocol):
     """What the connector, and its half in the scheduler, use of the scheduler that they serve."""
 
     requests: dict[str, Request]
+    waiting: Iterable[Request]
     hash_block_size: int
     max_num_scheduled_tokens: int
 
@@ -171,6 +175,7 @@ class SchedulerHalf:
         patience_s = min(_LOOKUP_PATIENCE_S, options.load_deadline)
         self.lookup = BackgroundLookup(self.tiers, shards, first.exact_bytes, patience_s)
         separator = separator_tokens(options.documents_separator, vllm_config.model_config)
+        self.hints = Hints(store, shards, first.exact_bytes)
         self.admission = Admission(
             options,
             self.chunk_names,
@@ -198,6 +203,17 @@ class SchedulerHalf:
         self.saves.forget(request.request_id)
         self.lossy.forget(request.request_id)
         self.admission.arrived(request)
+        own = self.admission.options_of(request.request_id)
+        if own.pin_s or own.release or own.prefetch:
+            chunks = request.num_prompt_tokens // self.options.chunk_tokens
+            self.hints.arrived(request.request_id, self._keys(request)[:chunks], own)
+
+    def _keys(self, request: Request) -> list[ChunkKey]:
+        """Of a request's chunks; none if they cannot be named, or may still change."""
+        try:
+            return [] if request.resumable else self.chunk_names.keys(request)
+        except UnsupportedEngine:
+            return []
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens more than `local_tokens` to make room for, as `get_num_new_matched_tokens` wants it."""
@@ -298,6 +314,7 @@ class SchedulerHalf:
         return answer(report) if report is not None else None
 
     def _forget(self, request: Request) -> None:
+        self.hints.finished(request.request_id)
         self.admission.forget(request.request_id)
         self.saves.forget(request.request_id)
         self.lossy.forget(request.request_id)
@@ -328,6 +345,15 @@ class SchedulerHalf:
         self._weigh(now)
         self._decide_in_turn(now, turned_away, alone)
         self.admission.begin_step(self.restorations)
+        if self.hints.fetches:
+            self._look_ahead(now)
+
+    def _look_ahead(self, now: float) -> None:
+        """Tell the stores who waits, so that they fetch what those will need."""
+        requests = self._scheduler.requests
+        first = (request.request_id for request in islice(self._scheduler.waiting, LOOKED_AT))
+        waiting = [name for name in first if name in requests and self.admission.unadmitted(requests[name])]
+        self.hints.queue(waiting, lambda name: self._keys(requests[name]), now)
 
     def _decide_in_turn(self, now: float, turned_away: Container[str], alone: bool) -> None:
         """Ask the restores what they could compute, in the policy's order.
@@ -504,4 +530,5 @@ class SchedulerHalf:
     def close(self) -> None:
         """Stop looking things up."""
         self.lookup.close()
+        self.hints.close()
         close_store(self._store, CLOSING_S)
