@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -139,6 +140,9 @@ class Documents:
                 document, tiers_of = held[end]
                 holders.append(tiers_of)
                 sources[chunk] = document.sources(start, end - start, tokens)
+        uses = Counter(source.key for parts in sources.values() for source in parts)
+        for chunk, parts in sources.items():
+            sources[chunk] = tuple(source._replace(again=uses[source.key] > 1) for source in parts)
         return Layout(grid, holders, sources, linked, Epic(self.link_tokens).recipe)
 
     def _pieces(self, document: Document, stored: Sequence[tuple[int, ...]]) -> Iterator[_Piece]:

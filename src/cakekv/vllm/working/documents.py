@@ -183,7 +183,7 @@ class DocumentReader:
         finally:
             with self._changed:
                 self._being_read.discard(source.key)
-                if planes is not None and source.end - source.begin < self._coder.exact.tokens:
+                if planes is not None and source.again:
                     self._kept[source.key] = planes
                     while len(self._kept) > self._most_kept:
                         self._kept.popitem(last=False)
