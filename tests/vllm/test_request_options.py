@@ -34,6 +34,23 @@ def test_what_can_be_asked_for() -> None:
     assert RequestOptions.of(params, OPTIONS) == RequestOptions("compute", False, True)
 
 
+def test_documents_are_put_in_order() -> None:
+    params = {"cakekv": {"documents": [[40, 90], (7, 40)], "link_tokens": 0}}
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("both", True, False, ((7, 40), (40, 90)), 0)
+    assert RequestOptions.of({"cakekv": {"documents": []}}, OPTIONS).documents == ()
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [7, "ab", None, {}, [3], [[3]], [[1, 2, 3]], ["ab"], [[1, 2.0]], [[True, 5]], [[-1, 5]], [[5, 5]], [[9, 4]]]
+    + [[[1, 9], [8, 20]], [[1, 10**30]], [[1, float("nan")]], [[1, [2]]], [{1: 2, 3: 4}]],
+)
+def test_documents_that_cannot_be_are_passed_over(documents: Any, log: Any) -> None:
+    options = RequestOptions.of({"cakekv": {"documents": documents, "link_tokens": -1, "report": True}}, OPTIONS)
+    assert options == RequestOptions("both", True, True)
+    assert "documents" in log.text
+
+
 @pytest.mark.parametrize(
     "own", [5, "fast", ["mode"], {"mode": "fast"}, {"mode": ["load"]}, {"report": 1}, {"color": {"a": 1}}]
 )

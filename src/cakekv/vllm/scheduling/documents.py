@@ -130,7 +130,8 @@ class Documents:
                 linked.append(range(max(document.start, last * tokens), document.computed_to))
         grid = lay_out(prompt_tokens, tokens, prefix, served)
         ends = [*grid.starts[1:], prompt_tokens]
-        holders, sources = [], {}
+        holders: list[tuple[int, ...]] = []
+        sources: dict[int, tuple[Source, ...]] = {}
         for chunk, (start, end, serving) in enumerate(zip(grid.starts, ends, grid.servings, strict=True)):
             if serving is None:
                 holders.append(())

@@ -151,7 +151,7 @@ class DocumentReader:
                 at += last - first
             if number == 0 and distance and rotation.frequencies:
                 self._turn(plane, (heads, tokens, width), rotation, distance)
-        return memoryview(cut)
+        return cut.data
 
     def _turn(
         self, keys: npt.NDArray[np.uint8], shape: tuple[int, int, int], rotation: Rotation, distance: int
