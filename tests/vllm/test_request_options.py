@@ -42,8 +42,26 @@ def test_documents_are_put_in_order() -> None:
 
 @pytest.mark.parametrize(
     "documents",
-    [7, "ab", None, {}, [3], [[3]], [[1, 2, 3]], ["ab"], [[1, 2.0]], [[True, 5]], [[-1, 5]], [[5, 5]], [[9, 4]]]
-    + [[[1, 9], [8, 20]], [[1, 10**30]], [[1, float("nan")]], [[1, [2]]], [{1: 2, 3: 4}]],
+    [
+        7,
+        "ab",
+        None,
+        {},
+        [3],
+        [[3]],
+        [[1, 2, 3]],
+        ["ab"],
+        [[1, 2.0]],
+        [[True, 5]],
+        [[-1, 5]],
+        [[5, 5]],
+        [[9, 4]],
+        [[1, 9], [8, 20]],
+        [[1, 10**30]],
+        [[1, float("nan")]],
+        [[1, [2]]],
+        [{1: 2, 3: 4}],
+    ],
 )
 def test_documents_that_cannot_be_are_passed_over(documents: Any, log: Any) -> None:
     options = RequestOptions.of({"cakekv": {"documents": documents, "link_tokens": -1, "report": True}}, OPTIONS)
