@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tiny_engine import BLOCK, PATIENCE_S, ScriptedStore, TinyEngine, closing, prompt, sampling, scripted
+from transformers import AutoTokenizer
 
 from cakekv.chunk import read_header, seal, segments
+from cakekv.demo.model import demo_model
+from cakekv.errors import BadOption
 from cakekv.keys import ChunkKey
 from cakekv.vllm.messages import Source
-from cakekv.vllm.scheduling.documents import Documents, Marking
+from cakekv.vllm.scheduling.documents import Documents, Marking, separator_tokens
 from cakekv.vllm.scheduling.request_options import RequestOptions
 
 HEAD, TAIL = prompt(70, seed=50), prompt(40, seed=51)
@@ -372,6 +375,17 @@ def test_what_stands_between_separators() -> None:
     assert marking.spans(request, RequestOptions("auto", True, False)) == [(3, 5), (9, 10)]
     assert marking.spans(request, RequestOptions("auto", True, False, ())) == ()
     assert Marking([], "").spans(request, RequestOptions("auto", True, False)) == ()
+
+
+def test_a_separator_that_is_a_text() -> None:
+    from vllm.config import ModelConfig
+
+    config = ModelConfig(model=str(demo_model()))
+    tokens = separator_tokens("\n\n# # #\n\n", config)
+    assert AutoTokenizer.from_pretrained(demo_model()).decode(tokens) == "\n\n# # #\n\n"
+    assert separator_tokens("", config) == ()
+    with pytest.raises(BadOption, match="no tokenizer"):
+        separator_tokens("#", SimpleNamespace(skip_tokenizer_init=True))
 
 
 def test_blocks_are_cut_from_two_chunks() -> None:
