@@ -220,6 +220,22 @@ def asks(choose: random.Random, what: Sequence[Question], setup: Setup) -> list[
     return made
 
 
+def with_documents(choose: random.Random, texts: Sequence[list[int]], asked: Sequence[Asked]) -> list[Asked]:
+    """A round with some more requests, whose middle is what others begin with: marked as a document, and not."""
+    added = []
+    for _ in range(max(1, len(asked) // 6)):
+        most = choose.choice([1, 2, 8])
+        head, own = prompt(choose.randint(1, 200), choose.randrange(10**9)), prompt(30, choose.randrange(10**9))
+        document = choose.choice(texts)[: choose.randint(BLOCK, 700)]
+        tokens = (head + document + own)[: MODEL_TOKENS - most - 8]
+        question, marks = Question(tuple(tokens), most, (), 1, 0), [[len(head), len(head) + len(document)]]
+        for number in range(choose.choice([1, 2, 3])):
+            other = choose.choice(asked)
+            wanted = {"documents": marks, "link_tokens": choose.choice([0, 16, 200])} if number < 2 else {}
+            added.append(other._replace(question=question, wanted=wanted))
+    return sorted([*asked, *added], key=lambda each: each.step)
+
+
 Answer = list[list[tuple[int, dict[int, float]]]]
 """Per output and position, the token and the log-probabilities of the likeliest two."""
 
@@ -431,6 +447,8 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
     texts = [prompt(BLOCK * 7 // 8, choose.randrange(10**9)) * 9 for _ in range(2)]  # so that n-grams come again
     texts += [prompt(MODEL_TOKENS, choose.randrange(10**9)) for _ in range(3)]
     played = [asks(choose, questions(choose, texts, requests, setup), setup) for _ in range(rounds)]
+    more = random.Random(f"documents {seed}")
+    played = [with_documents(more, texts, asked) for asked in played]
     resets: list[Any] = []
     for asked in played:
         last = asked[-1].step
@@ -462,7 +480,9 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
             findings.counts["aborted"] += len(asked) - len(answers)
             for index, ours in answers.items():
                 question = asked[index].question
-                if question.adapter or not wrong_beside_adapters:
+                if "documents" in asked[index].wanted:
+                    findings.counts["with documents"] += 1
+                elif question.adapter or not wrong_beside_adapters:
                     findings.judge(
                         right[question], ours, f"round {number}, {index}: {question.about()} {asked[index][1:]}"
                     )
@@ -471,6 +491,7 @@ def fuzz(model: Path, seed: int, rounds: int, requests: int) -> Findings:
         findings.counts["restores"] += len(engine.half.outcomes.latest)
         for _, report in engine.half.outcomes.latest:
             findings.counts["loaded tokens"] += report.loaded_tokens
+            findings.counts["reused tokens"] += report.reused_tokens
             findings.counts.update(f"missed: {kind_of(miss.reason)}" for miss in report.misses)
     stored = [(each.question, each.salt) for asked in played for each in asked]
     reread(model, adapters, setup, store, stored, right, findings)

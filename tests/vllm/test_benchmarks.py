@@ -15,7 +15,7 @@ import typer
 from tiny_engine import save_model
 from typer.testing import CliRunner
 
-from benchmarks import vllm_burst, vllm_client, vllm_load, vllm_overhead, vllm_peers, vllm_restore
+from benchmarks import vllm_burst, vllm_client, vllm_load, vllm_overhead, vllm_peers, vllm_restore, vllm_reuse
 from cakekv.bench.picture import bench_picture
 from cakekv.bench.servers import free_port
 from cakekv.bench.vllm.asking import Answer
@@ -62,6 +62,29 @@ def test_restore_measures_all_arms_and_compares_their_answers(
     (computed,), (loaded,) = point["repeats"]["computed_tokens"], point["repeats"]["loaded_tokens"]
     assert computed + loaded == 552
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_reuse_replaces_its_own_results(
+    model: Path, tmp_path: Path, server_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "reuse.json"
+    others = {"methods": [1], "ttft": [{"engine": "embedded"}, {"engine": "vllm"}]}
+    results.write_text(json.dumps(others))
+    monkeypatch.setattr(vllm_reuse, "LOG", tmp_path / "reuse.log")
+    words = ["--json", str(results), "--model", str(model), "--tiny"]
+    words += ["--serve", "--enforce-eager --dtype float32 --max-model-len 2048"]
+    run = CliRunner().invoke(program(vllm_reuse.main), words)
+    assert run.exit_code == 0, run.output
+    data = json.loads(results.read_text())
+    assert data["methods"] == [1]
+    embedded, point = data["ttft"]
+    assert embedded == {"engine": "embedded"}
+    assert (point["engine"], point["method"]) == ("vllm", "epic:link=16")
+    assert 0 <= point["agreement"] <= 1
+    assert point["compute_s"] > 0
+    assert point["reuse_s"] > 0
+    assert point["prompt_tokens"] == 40 + 512 + 24
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ def test_values_as_they_come_from_json() -> None:
     assert given.load_deadline == 0.5
     assert given.save_queue == 64 * 2**20
     assert options(store="/a").store == ("/a",)
+    assert options(documents_separator=[5, 6]).documents_separator == (5, 6)
+    assert options(documents_separator=" # # ").documents_separator == " # # "
     assert options(load_deadline=3).load_deadline == 3.0
 
 
@@ -55,6 +57,9 @@ def test_values_as_they_come_from_json() -> None:
         ("store", ["/a", "tiered:///b.toml"], "name it alone"),
         ("codec", "zip", "raw, fp8, int8"),
         ("codec", "kivi:bits=9", "2, 3 or 4"),
+        ("documents_separator", 5, "a text, or a list of token ids"),
+        ("documents_separator", [5, -6], "whole numbers"),
+        ("link_tokens", -1, "greater than or equal to 0"),
         ("shards", -1, "greater than or equal to 0"),
         ("mode", "fast", "auto, compute, load, both"),
         ("mode", ["auto"], "auto, compute, load, both"),

@@ -36,7 +36,9 @@ def test_what_can_be_asked_for() -> None:
 
 def test_hints() -> None:
     own = {"pin_s": 600, "release": True, "prefetch": True, "store": False}
-    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("both", False, False, 600, True, True)
+    assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions(
+        "both", False, False, pin_s=600, release=True, prefetch=True
+    )
     assert not RequestOptions.of({"cakekv": {"store": True, "save": False}}, OPTIONS).save
 
 
@@ -45,6 +47,41 @@ def test_times_that_are_none(pin_s: Any, log: Any) -> None:
     own = {"pin_s": pin_s, "release": 1, "prefetch": "now", "mode": "load"}
     assert RequestOptions.of({"cakekv": own}, OPTIONS) == RequestOptions("load", True, False)
     assert "passed over" in log.text
+
+
+def test_documents_are_put_in_order() -> None:
+    params = {"cakekv": {"documents": [[40, 90], (7, 40)], "link_tokens": 0}}
+    assert RequestOptions.of(params, OPTIONS) == RequestOptions("both", True, False, ((7, 40), (40, 90)), 0)
+    assert RequestOptions.of({"cakekv": {"documents": []}}, OPTIONS).documents == ()
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        7,
+        "ab",
+        None,
+        {},
+        [3],
+        [[3]],
+        [[1, 2, 3]],
+        ["ab"],
+        [[1, 2.0]],
+        [[True, 5]],
+        [[-1, 5]],
+        [[5, 5]],
+        [[9, 4]],
+        [[1, 9], [8, 20]],
+        [[1, 10**30]],
+        [[1, float("nan")]],
+        [[1, [2]]],
+        [{1: 2, 3: 4}],
+    ],
+)
+def test_documents_that_cannot_be_are_passed_over(documents: Any, log: Any) -> None:
+    options = RequestOptions.of({"cakekv": {"documents": documents, "link_tokens": -1, "report": True}}, OPTIONS)
+    assert options == RequestOptions("both", True, True)
+    assert "documents" in log.text
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_all_that_can_be_told() -> None:
         *("--store", "/a b?capacity=1GB", "--store", "~/it's", "--chunk-tokens", "512", "--mode", "both"),
         *("--load-deadline", "500ms", "--no-save", "--save-queue", "64MiB", "--load-threads", "3"),
         *("--tenant", 'a "quoted" $name', "--log-requests", "--layered-finish", "--block-size", "128"),
-        *("--decode-slowdown", "1.5"),
+        *("--decode-slowdown", "1.5", "--documents-separator", "5, 6", "--link-tokens", "32"),
     )
     assert options == VllmOptions(
         store=("/a b?capacity=1GB", "~/it's"),
@@ -58,6 +58,8 @@ def test_all_that_can_be_told() -> None:
         log_requests=True,
         layered_finish=True,
         decode_slowdown=1.5,
+        documents_separator=(5, 6),
+        link_tokens=32,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tiny_engine import BLOCK, VOCABULARY, ScriptedStore, TinyEngine, prompt, scripted
+from tiny_engine import BLOCK, VOCABULARY, ScriptedStore, TinyEngine, prompt, sampling, scripted
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -133,3 +133,12 @@ def test_behind_a_hole(windowed: Windowed) -> None:
     store.broken = {engine.shard_keys(request)[4]}
     assert engine.finish(request) == [windowed.plain[0]]
     assert engine.report().loaded_tokens == 6 * BLOCK
+
+
+def test_documents_are_refused(windowed: Windowed) -> None:
+    engine = windowed.engine
+    own = {"cakekv": {"documents": [[100, 500]], "report": True}}
+    params = sampling(6, extra_args={"kv_transfer_params": own})
+    assert engine.run(prompt(1000), params) == windowed.plain[0]
+    assert "see only a window" in engine.worker.description.no_documents
+    assert engine.report().notes == [f"No document was reused: {engine.worker.description.no_documents}."]

@@ -424,6 +424,9 @@ class TinyEngine:
             assert not self.half.restorations
             assert not self.half.parked_blocks.waiting
             assert not self.half.admission._matched
+            assert not self.half.admission._marked
+            assert not self.half.admission._notes
+            assert not self.half.chunk_names._salts
             assert not self.half.chunk_names._keys
             assert not self.half.lookup._questions
             assert not self.half.saves._next

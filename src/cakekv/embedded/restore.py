@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from threading import get_ident
 from time import monotonic
 from typing import Generic
@@ -22,7 +21,7 @@ from cakekv.keys import ChunkKey
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
-from cakekv.restore.report import Miss, PositionRun, RestoreReport
+from cakekv.restore.report import PositionRun, RestoreReport, told_apart
 from cakekv.results import OnProgress, Progress
 from cakekv.reuse.blend import Blend
 from cakekv.reuse.serving import Serving
@@ -165,7 +164,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
     def _tell_reuse(self, report: RestoreReport) -> None:
         """Say which positions were reused, and what was made of the others."""
         reuse, found, coverage = self._arms.options.reuse, self._planning.found, self._coverage
-        report.misses = [part for miss in report.misses for part in _cut(miss, found.linked)]
+        report.misses = [part for miss in report.misses for part in told_apart(miss, found.linked)]
         damaged = [miss for miss in report.misses if miss.reason.startswith("corrupt")]
         found.damaged = [
             place
@@ -396,15 +395,3 @@ class EmbeddedRestore(Generic[Cache, Logits]):
 
 def _earlier(first: int | None, chunk: int) -> int:
     return chunk if first is None else min(first, chunk)
-
-
-def _cut(miss: Miss, links: Sequence[range]) -> Iterator[Miss]:
-    """Tell the positions of a miss apart that were computed to link a document, which is stored."""
-    if not links or miss.reason not in ("not stored", "behind the stored prefix"):
-        yield miss
-        return
-    end = miss.start + miss.tokens
-    edges = {edge for link in links for edge in (link.start, link.stop) if miss.start < edge < end}
-    for first, last in pairwise(sorted({miss.start, end, *edges})):
-        linked = any(first in link for link in links)
-        yield Miss(first, last - first, "linked" if linked else miss.reason)

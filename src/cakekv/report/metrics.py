@@ -35,6 +35,8 @@ METRICS: dict[str, Metric] = {
     "cakekv:loaded_tokens": Metric("counter", "Tokens of restored prompts that were loaded."),
     "cakekv:recomputed_tokens": Metric("counter", "Tokens computed although a chunk was stored for them."),
     "cakekv:lossy_tokens": Metric("counter", "Tokens of restored prompts that were loaded, and are not exact."),
+    "cakekv:reused_tokens": Metric("counter", "Those of them that are documents' tokens, computed elsewhere."),
+    "cakekv:linked_tokens": Metric("counter", "Tokens of stored documents that were computed where they stand."),
     "cakekv:after_lossy_tokens": Metric(
         "counter", "Tokens of restored prompts that were computed behind such, and are not saved."
     ),
@@ -64,6 +66,8 @@ def figures(report: RestoreReport) -> Iterator[Figure]:
     yield Figure("cakekv:loaded_tokens", report.loaded_tokens)
     yield Figure("cakekv:recomputed_tokens", report.recomputed_tokens)
     yield Figure("cakekv:lossy_tokens", report.lossy_tokens)
+    yield Figure("cakekv:reused_tokens", report.reused_tokens)
+    yield Figure("cakekv:linked_tokens", report.linked_tokens)
     yield Figure("cakekv:after_lossy_tokens", report.after_lossy_tokens)
     yield Figure("cakekv:wasted_bytes", report.wasted_bytes)
     yield Figure("cakekv:lookup_seconds", report.lookup_s)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from cakekv.restore.coverage import Coverage, State
@@ -274,3 +276,15 @@ class Recorder:
         self.report.misses = runs
         self.report.recomputed_tokens = sum(tokens for start, tokens in missing if start in self._reasons)
         return self.report
+
+
+def told_apart(miss: Miss, links: Sequence[range]) -> Iterator[Miss]:
+    """Tell the positions of a miss apart that were computed to link a document, which is stored."""
+    if not links or miss.reason not in ("not stored", "behind the stored prefix"):
+        yield miss
+        return
+    end = miss.start + miss.tokens
+    edges = {edge for link in links for edge in (link.start, link.stop) if miss.start < edge < end}
+    for first, last in pairwise(sorted({miss.start, end, *edges})):
+        linked = any(first in link for link in links)
+        yield Miss(first, last - first, "linked" if linked else miss.reason)

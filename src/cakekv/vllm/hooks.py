@@ -66,6 +66,7 @@ HOOKS: dict[str, dict[str, str]] = {
         "prefix_cache_lookup_enabled": "self, request",
         "truncate_computed_blocks": "self, blocks, num_computed_tokens",
     },
+    "vllm.v1.request:Request": {"update_block_hashes": "self"},
     "vllm.v1.core.block_pool:BlockPool": {
         "free_blocks": "self, ordered_blocks",
         "get_num_free_blocks": "self",

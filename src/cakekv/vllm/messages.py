@@ -23,6 +23,8 @@ class Source(NamedTuple):
     begin: int
     end: int
     """The tokens wanted, counted from the chunk's first."""
+    again: bool = False
+    """Whether another load of the same prompt wants some of it, too."""
 
 
 class LoadOrder(NamedTuple):

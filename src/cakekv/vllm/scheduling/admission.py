@@ -294,7 +294,13 @@ class Admission:
             return False
         chunk = -(-local_tokens // self.options.chunk_tokens)
         key = self.chunk_names.keys(request)[chunk]
-        return any(chunk < len(other.keys) and other.keys[chunk] == key and not other.shared for other in restorations)
+        return any(
+            chunk < len(other.keys)
+            and other.keys[chunk] == key
+            and not other.shared
+            and other.request_id not in self._marked
+            for other in restorations
+        )
 
 
 def _must_not_be_cut(request: Request) -> bool:

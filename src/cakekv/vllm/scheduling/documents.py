@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -129,7 +130,8 @@ class Documents:
                 linked.append(range(max(document.start, last * tokens), document.computed_to))
         grid = lay_out(prompt_tokens, tokens, prefix, served)
         ends = [*grid.starts[1:], prompt_tokens]
-        holders, sources = [], {}
+        holders: list[tuple[int, ...]] = []
+        sources: dict[int, tuple[Source, ...]] = {}
         for chunk, (start, end, serving) in enumerate(zip(grid.starts, ends, grid.servings, strict=True)):
             if serving is None:
                 holders.append(())
@@ -139,6 +141,9 @@ class Documents:
                 document, tiers_of = held[end]
                 holders.append(tiers_of)
                 sources[chunk] = document.sources(start, end - start, tokens)
+        uses = Counter(source.key for parts in sources.values() for source in parts)
+        for chunk, parts in sources.items():
+            sources[chunk] = tuple(source._replace(again=uses[source.key] > 1) for source in parts)
         return Layout(grid, holders, sources, linked, Epic(self.link_tokens).recipe)
 
     def _pieces(self, document: Document, stored: Sequence[tuple[int, ...]]) -> Iterator[_Piece]:

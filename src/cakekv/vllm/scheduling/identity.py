@@ -155,7 +155,10 @@ class ChunkNames:
         return [ChunkKey(blake3(root + last, derive_key_context="cakekv vllm chunk").digest()) for last in lasts]
 
     def document_keys(self, request: Request, start: int, end: int) -> list[ChunkKey]:
-        """Keys of the full chunks of a part of a request's prompt, as they are if it is a prompt of its own."""
+        """Keys of the full chunks of a part of a request's prompt, as they are if it is a prompt of its own.
+
+        To be asked for after the request's own.
+        """
         document = _HashedAgain(
             request,
             num_tokens=end - start,
@@ -163,7 +166,7 @@ class ChunkNames:
             mm_features=[],
             cache_salt=self._salts.get(request.request_id, request.cache_salt),
         )
-        return self._named(self._root(request), self._hash(document), 0)
+        return self._named(self._keys[request.request_id][0], self._hash(document), 0)
 
     def set_apart(self, request: Request, why: object) -> None:
         """Have vLLM share the request's blocks only with requests that are set apart for the same reason.

@@ -69,12 +69,13 @@ def log_restore(request_id: str, report: RestoreReport) -> None:
     """Write a line about a restore into vLLM's log."""
     reasons = ", ".join(f"{tokens:,} {reason}" for reason, tokens in report.miss_reasons().items())
     _LOG.info(
-        "cakekv: %s: prompt of %s tokens, %s computed, %s loaded (%s), met at %s, %.3f s until complete%s",
+        "cakekv: %s: prompt of %s tokens, %s computed, %s loaded (%s)%s, met at %s, %.3f s until complete%s",
         request_id,
         f"{report.prompt_tokens:,}",
         f"{report.computed_tokens:,}",
         f"{report.loaded_tokens:,}",
         ", ".join(f"{format_bytes(size)} from {tier}" for tier, size in report.bytes_by_tier.items()) or "no store",
+        f", {report.reused_tokens:,} of them from documents" if report.reused_tokens else "",
         "-" if report.met_at is None else f"{report.met_at:,}",
         report.ttft_s,
         f"; missed: {reasons}" if reasons else "",

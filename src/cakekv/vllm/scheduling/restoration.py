@@ -13,7 +13,7 @@ from cakekv.restore.contention import SharedLoad
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span
-from cakekv.restore.report import RestoreReport
+from cakekv.restore.report import RestoreReport, told_apart
 from cakekv.restore.stepwise import StepwisePlanner
 from cakekv.vllm.messages import LoadOrder, LoadResult, Source
 from cakekv.vllm.scheduling.documents import Layout
@@ -347,9 +347,9 @@ class Restoration:
         reused = sum(tokens[chunk] for chunk in self._reused_chunks if state[chunk] is State.LOADED)
         if self._layout is not None and reused:
             report.reuse, report.reused_tokens = self._layout.reuse, reused
-            report.linked_tokens = sum(
-                max(0, link.stop - max(link.start, self.local_tokens)) for link in self._layout.linked
-            )
+            links = self._layout.linked
+            report.linked_tokens = sum(max(0, link.stop - max(link.start, self.local_tokens)) for link in links)
+            report.misses = [part for miss in report.misses for part in told_apart(miss, links)]
         report.after_lossy_tokens = self.after_lossy_tokens
         return report
 

@@ -151,7 +151,7 @@ class DocumentReader:
                 at += last - first
             if number == 0 and distance and rotation.frequencies:
                 self._turn(plane, (heads, tokens, width), rotation, distance)
-        return memoryview(cut)
+        return cut.data
 
     def _turn(
         self, keys: npt.NDArray[np.uint8], shape: tuple[int, int, int], rotation: Rotation, distance: int
@@ -183,7 +183,7 @@ class DocumentReader:
         finally:
             with self._changed:
                 self._being_read.discard(source.key)
-                if planes is not None and source.end - source.begin < self._coder.exact.tokens:
+                if planes is not None and source.again:
                     self._kept[source.key] = planes
                     while len(self._kept) > self._most_kept:
                         self._kept.popitem(last=False)

@@ -16,7 +16,7 @@ from cakekv.chunk import ChunkHeader, Form, seal, segments
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec, Segment
 from cakekv.codec.coder import ChunkCoder
-from cakekv.errors import BadInput, BadOption, UnknownRotation
+from cakekv.errors import BadInput, BadOption
 from cakekv.keys import ChunkKey, canonical
 from cakekv.layout import KVLayout, LayerLayout, PlaneLayout
 from cakekv.load.decoding import decoded_layers
@@ -326,13 +326,13 @@ class _Opener:
         if any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs):
             return "some of the model's layers see only a window of the prompt"
         speculation = self._vllm_config.speculative_config
-        if speculation is not None and getattr(speculation, "draft_model_config", None) is not None:
+        if speculation is not None and speculation.method not in ("ngram", "ngram_gpu", "suffix"):
             return "the layers of a draft model are in the cache, too"
         if find_spec("numba") is None:
             return "numba is not installed (pip install 'cakekv[codecs]')"
         try:
             rotations(self._vllm_config, layers)
-        except UnknownRotation as error:
+        except Exception as error:  # who never reuses a document should not suffer from an odd model
             return f"how the model turns its keys by their positions is not known: {error}"
         return ""
 
