@@ -78,6 +78,15 @@ class Hints:
             raise next(answer for answer in answers if isinstance(answer, StoreError))
         return Prefetch(*map(sum, zip(*coming, strict=True))) if coming else Prefetch()
 
+    def forget(self, prompt: Tokenized) -> int:
+        """Delete what the tiers hold of a prompt, documents excepted; returns of how many chunks."""
+        keys = self._stored.keys_of(Tokenized(prompt.token_ids, tenant=prompt.tenant), with_tails=True)
+        answers = self._tiers.each(lambda tier: tier.delete(keys))
+        for answer in answers:
+            if isinstance(answer, StoreError):
+                raise answer
+        return sum(answer for answer in answers if isinstance(answer, int))
+
     def _keys(self, prompt: Tokenized) -> list[ChunkKey]:
         """Of a prompt's chunks, and those of its documents; the last one is the prompt's own, and names it."""
         if not self._names:
