@@ -546,6 +546,12 @@ class Cake:
         """
         return self._hints.prefetch(self._tokens(prompt, []))
 
+    @_handed_over
+    def _forget(self, prompt: Tokenized) -> int:
+        """Delete what the stores hold of a prompt; returns of how many chunks."""
+        return self._hints.forget(prompt)
+
+    _aforget = _awaited(_forget)
     apin, arelease, aprefetch = _awaited(pin), _awaited(release), _awaited(prefetch)
 
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:

@@ -10,17 +10,20 @@ from cakekv.store.base import Store
 
 if TYPE_CHECKING:
     from cakekv.cake import Cake
+    from cakekv.metrics import Metrics
 
 
 def load_cake(
     model: str,
-    store: Store | None,
+    store: Store | str | None,
     tenant: str = "",
     codec: str = "raw",
     chunk_tokens: int | None = None,
     dtype: str = "auto",
     reuse: str | None = None,
     save_answers: bool = True,
+    policy: str = "marginal_saving",
+    metrics: Metrics | None = None,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -50,6 +53,8 @@ def load_cake(
             "reuse": reuse,
             "save_answers": save_answers,
             "calibration": cache_folder() / "calibration.json",
+            "policy": policy,
+            "metrics": metrics,
         }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens

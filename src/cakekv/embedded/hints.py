@@ -84,6 +84,14 @@ class Hints:
             raise next(answer for answer in answers if isinstance(answer, StoreError))
         return Prefetch(*map(sum, zip(*coming, strict=True))) if coming else Prefetch()
 
+    def forget(self, prompt: Tokenized) -> int:
+        """Delete what the tiers hold of a prompt, documents excepted; returns of how many chunks."""
+        keys = self._stored.keys_of(Tokenized(prompt.token_ids, tenant=prompt.tenant), with_tails=True)
+        answers = self._tiers.each(lambda tier: tier.delete(keys))
+        for answer in answers:
+            if isinstance(answer, StoreError):
+                raise answer
+        return sum(answer for answer in answers if isinstance(answer, int))
     @contextmanager
     def needed(self, request_id: str, found: Found) -> Iterator[None]:
         """While a request is being restored, have the stores spare what it loads.

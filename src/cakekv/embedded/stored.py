@@ -16,7 +16,7 @@ from cakekv.embedded.tails import Tails, tails_at
 from cakekv.embedded.turnable import Turnable
 from cakekv.engine.base import Engine, EngineState
 from cakekv.errors import BadInput, StoreError, TierDown
-from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
+from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys, tail_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
 from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
@@ -362,8 +362,8 @@ class StoredPrefixes:
             for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
-    def keys_of(self, prompt: Tokenized) -> list[ChunkKey]:
-        """The keys of a prompt's chunks: of its documents, and then its own full ones.
+    def keys_of(self, prompt: Tokenized, with_tails: bool = False) -> list[ChunkKey]:
+        """The keys of a prompt's chunks: of its documents, and then its own full ones; and of all tails it may have.
 
         Raises
         ------
@@ -376,7 +376,12 @@ class StoredPrefixes:
             raise BadInput(" ".join(notes))
         chains = self._chains(named, prompt, notes)
         keys = [serving.key for chain in chains for serving in chain]
-        return [*keys, *chunk_keys(named.identity, prompt.token_ids)]
+        keys += chunk_keys(named.identity, prompt.token_ids)
+        if with_tails:
+            tokens, parents = self._coder.exact.tokens, [named.identity.root, *keys]
+            for chunk, parent in enumerate(parents):
+                keys += tail_keys(parent, prompt.token_ids[chunk * tokens : (chunk + 1) * tokens - 1])
+        return keys
 
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""

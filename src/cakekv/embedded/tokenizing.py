@@ -173,6 +173,11 @@ class Tokenizing:
         plain = token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return tokens[1 : len(plain) + 1] == plain
 
+    def token(self, token: int) -> str:
+        """What a token says by itself, special or not; characters that it has only a part of are U+FFFD."""
+        with self._lock:
+            return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
     def text(self, tokens: Sequence[int]) -> str:
         """What an answer says; empty if there is no tokenizer."""
         if self._tokenizer is None:
