@@ -33,7 +33,7 @@ PEERS_VENV  := .venv-peers
 PEERS_BIN   := $(PEERS_VENV)/bin
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-.PHONY: demo test engine-half plugin-half test-long test-newest lint types docs structures unit sample \
+.PHONY: demo serve test engine-half plugin-half test-long test-newest lint types docs structures unit sample \
 	test-transformers test-package test-vllm bench bench-vllm bench-peers install install-vllm install-peers clean \
 	.vllm-newest/.installed
 install: $(STAMP)
@@ -75,6 +75,9 @@ $(PEERS_STAMP): pyproject.toml constraints-peers.txt
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/cakekv demo --out out
+
+serve: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/cakekv serve --model demo
 
 # The engine's half and the plug-in's, in environments of their own: one after the other, or, with HALVES=2, at once.
 HALVES := 1

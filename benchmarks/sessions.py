@@ -28,6 +28,8 @@ from cakekv.prompt import Chat
 from cakekv.restore.options import Mode
 
 CHATS = Path(__file__).with_name("conversations.json")
+BEFORE = {"system": "You answer in one sentence.", "said": ["What is dew?", "And what is fog?", "Which one is colder?"]}
+"""A chat that does not count."""
 
 
 class Turn(NamedTuple):
@@ -46,6 +48,8 @@ class Turn(NamedTuple):
     restarted_loaded: int
     differs: bool
     restarted_differs: bool
+    cuts_differ: bool
+    """Whether the answer is another one if the full prefill is cut into spans of a chunk each."""
     cut_otherwise: bool
     """Whether an answer becomes other tokens when its text is cut anew, which a restart has to do."""
 
@@ -60,6 +64,10 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 48,
     chats: Annotated[int, typer.Option(min=1, help="How many, the first ones.")] = 10,
     mode: Annotated[str, typer.Option(help="As of Cake.generate.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model. In bfloat16 it matters how a prefill is cut.")] = "float32",
+    cuts: Annotated[
+        bool, typer.Option(help="Count, too, how many full prefills that are cut otherwise differ.")
+    ] = False,
     tiny: Annotated[bool, typer.Option(help="Two chats of three turns, short answers: whether it runs.")] = False,
 ) -> None:
     """Measure sessions on the demo's model."""
@@ -68,11 +76,11 @@ def main(
         talks = [{**chat, "said": chat["said"][:3]} for chat in talks[:2]]
         new_tokens = min(new_tokens, 12)
     how: Mode = mode  # type: ignore[assignment]  # an unknown one is refused
-    loaded, turns = load_cake(model, None), list[Turn]()
+    loaded, turns = load_cake(model, None, dtype=dtype), list[Turn]()
     with tempfile.TemporaryDirectory(prefix="cakekv-sessions-") as folder:
-        talk(loaded, Path(folder), "before", {**talks[0], "said": talks[0]["said"][1:4]}, new_tokens, how)
+        talk(loaded, Path(folder), BEFORE, new_tokens, how)
         for chat in talks:
-            turns += talk(loaded, Path(folder), chat["name"], chat, new_tokens, how)
+            turns += talk(loaded, Path(folder), chat, new_tokens, how, cuts)
             shares = [turn.share(turn.loaded) for turn in turns if turn.before]
             print(f"{chat['name']}: {len(turns)} turns so far, at least {min(shares):.1%} loaded")
     rows = [
@@ -83,11 +91,18 @@ def main(
     later = [turn for turn in turns if turn.before]
     result = {
         **describe_run(),
-        "settings": {"model": model, "new_tokens": new_tokens, "mode": mode, "chunk_tokens": loaded.chunk_tokens},
+        "settings": {
+            "model": model,
+            "new_tokens": new_tokens,
+            "mode": mode,
+            "dtype": dtype,
+            "chunk_tokens": loaded.chunk_tokens,
+        },
         "chats": len(talks),
         "answers": len(turns),
         "differ": sum(turn.differs for turn in turns),
         "restarted_differ": sum(turn.restarted_differs for turn in turns),
+        "cuts_differ": sum(turn.cuts_differ for turn in turns) if cuts else None,
         "cut_otherwise": sum(turn.cut_otherwise for turn in turns),
         "least_loaded_share": min(turn.share(turn.loaded) for turn in later),
         "restarted_least_loaded_share": min(turn.share(turn.restarted_loaded) for turn in later),
@@ -98,7 +113,9 @@ def main(
     write_json(json_file, result)
 
 
-def talk(loaded: Cake, folder: Path, name: str, chat: dict[str, Any], new_tokens: int, mode: Mode) -> list[Turn]:
+def talk(
+    loaded: Cake, folder: Path, chat: dict[str, Any], new_tokens: int, mode: Mode, cuts: bool = False
+) -> list[Turn]:
     """One chat, turn by turn."""
     options: dict[str, Any] = {
         "chunk_tokens": loaded.chunk_tokens,
@@ -107,12 +124,17 @@ def talk(loaded: Cake, folder: Path, name: str, chat: dict[str, Any], new_tokens
     }
 
     def opened(store: str | None, **more: Any) -> Cake:
-        return Cake(loaded.engine, loaded.tokenizer, store, **options, **more)
+        return Cake(loaded.engine, loaded.tokenizer, store, **{**options, **more})
 
     turns: list[Turn] = []
     known: list[int] = []
-    everything, prefixes = str(folder / name / "everything"), str(folder / name / "prefixes")
-    with opened(everything) as cake, opened(prefixes, save_answers=False) as plain, opened(None) as none:
+    everything, prefixes = str(folder / "everything"), str(folder / "prefixes")
+    with (
+        opened(everything) as cake,
+        opened(prefixes, save_answers=False) as plain,
+        opened(None) as none,
+        opened(None, max_span_tokens=loaded.chunk_tokens) as cut_small,
+    ):
         session = cake.session([{"role": "system", "content": chat["system"]}])
         for number, said in enumerate(chat["said"], start=1):
             asked = Chat([*session.messages, {"role": "user", "content": said}])
@@ -123,6 +145,7 @@ def talk(loaded: Cake, folder: Path, name: str, chat: dict[str, Any], new_tokens
             answer = session.send(said, max_new_tokens=new_tokens, mode=mode)
             full = none.generate(prompt, max_new_tokens=new_tokens)
             same = full if cut == prompt else none.generate(cut, max_new_tokens=new_tokens)
+            otherwise = cut_small.generate(prompt, max_new_tokens=new_tokens) if cuts else full
             restored = plain.prefill(prompt, mode=mode).report
             for one in (cake, plain):
                 one.wait_saved()
@@ -140,6 +163,7 @@ def talk(loaded: Cake, folder: Path, name: str, chat: dict[str, Any], new_tokens
                     again.cached_tokens,
                     answer.token_ids != full.token_ids,
                     again.token_ids != same.token_ids,
+                    otherwise.token_ids != full.token_ids,
                     cut != prompt,
                 )
             )

@@ -15,6 +15,7 @@ __all__ = [
     "Cake",
     "CakeError",
     "CannotEncode",
+    "CannotPin",
     "CannotUnpack",
     "Chat",
     "ChunkFault",
@@ -33,8 +34,11 @@ __all__ = [
     "NoAnswer",
     "NotDeleted",
     "OutOfReach",
+    "PinRefused",
+    "Pinned",
     "PlannedRun",
     "Policy",
+    "Prefetch",
     "Prefill",
     "Progress",
     "ReadOnly",
@@ -72,7 +76,9 @@ _HOMES = {
     "Generation": "cake",
     "MemoryStore": "store.memory",
     "Metrics": "metrics",
+    "Pinned": "cake",
     "PlannedRun": "cake",
+    "Prefetch": "cake",
     "Policy": "restore.priority",
     "Prefill": "cake",
     "Progress": "cake",
@@ -92,7 +98,7 @@ _RENAMED: dict[str, str] = {}
 """Public names of earlier versions, and what they are called now."""
 
 if TYPE_CHECKING:
-    from cakekv.cake import Cake, Generation, PlannedRun, Prefill, Progress, SaveReport
+    from cakekv.cake import Cake, Generation, Pinned, PlannedRun, Prefetch, Prefill, Progress, SaveReport
     from cakekv.codec.base import Codec, DamagedCode
     from cakekv.embedded.session import Session
     from cakekv.engine.base import Engine
@@ -103,6 +109,7 @@ if TYPE_CHECKING:
         CacheRewritten,
         CakeError,
         CannotEncode,
+        CannotPin,
         CannotUnpack,
         ChunkFault,
         CorruptChunk,
@@ -110,6 +117,7 @@ if TYPE_CHECKING:
         NoAnswer,
         NotDeleted,
         OutOfReach,
+        PinRefused,
         ReadOnly,
         StoreError,
         StoreFull,

@@ -111,6 +111,8 @@ class Tokenized(NamedTuple):
     documents: Sequence[Place] = ()
     text: str | None = None
     """Of a chat, as its template writes it."""
+    tenant: str | None = None
+    """Whose chunks it may have; None: the tenant's that the `Cake` is for."""
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:

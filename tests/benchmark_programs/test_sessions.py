@@ -12,7 +12,7 @@ def test_a_chat_is_restored_with_its_answers(tmp_path: Path) -> None:
     made = tokenizer(merged=False)
     with Cake(talker(made), made, chunk_tokens=16, max_span_tokens=32) as cake:
         chat = {"system": "a bad cab " * 4, "said": ["abcd", "ef gh", "j"]}
-        turns = talk(cake, tmp_path, "chat", chat, 21, "load")
+        turns = talk(cake, tmp_path, chat, 21, "load", cuts=True)
     assert [turn.number for turn in turns] == [1, 2, 3]
     assert turns[0].before == turns[0].loaded == 0
     for turn in turns[1:]:
@@ -20,6 +20,7 @@ def test_a_chat_is_restored_with_its_answers(tmp_path: Path) -> None:
         assert turn.restored_loaded < turn.loaded
         assert not turn.differs
         assert not turn.restarted_differs
+        assert not turn.cuts_differ
         assert not turn.cut_otherwise
     assert row(1, turns[:1])["loaded_share"] is None
     assert row(2, turns[1:2])["loaded_share"] == 1.0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -71,34 +68,6 @@ def test_text_that_cannot_be_read() -> None:
         Tokenizing(tokenizer(None)).tokens("\udcff", [])
     with pytest.raises(BadInput, match="the tokenizer is 'gpt2'"):
         Tokenizing("gpt2")
-
-
-class Bytes:
-    """A tokenizer whose tokens are the bytes of UTF-8."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-
-@given(st.binary(max_size=12) | st.text(max_size=6).map(str.encode) | st.just("ab€".encode()[:-1]))
-def test_pieces_make_up_the_text_whatever_the_tokens_end_in(answer: bytes) -> None:
-    tokenizing = Tokenizing(Bytes())
-    assert "".join(tokenizing.pieces(iter(answer))) == tokenizing.text(list(answer))
-
-
-def test_pieces_are_whole_characters_as_soon_as_they_are_there() -> None:
-    given: list[int] = []
-
-    def answer() -> Iterator[int]:
-        for byte in "a€b".encode():
-            given.append(byte)
-            yield byte
-
-    pieces = [(piece, len(given)) for piece in Tokenizing(Bytes()).pieces(answer())]
-    assert pieces == [("a", 1), ("€", 4), ("b", 5)]
 
 
 @pytest.mark.parametrize(

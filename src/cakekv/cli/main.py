@@ -16,6 +16,7 @@ from cakekv.cli import (
     codec,
     demo,
     quality,
+    serve,
     simulate,
     simulate_cluster,
     simulate_retention,
@@ -36,6 +37,7 @@ app.command()(demo.demo)
 app.command()(ask.ask)
 app.command()(bench.bench)
 app.command()(quality.quality)
+app.command()(serve.serve)
 app.command()(vllm_args.vllm_args)
 app.add_typer(codec.app, name="codec")
 app.add_typer(store.app, name="store")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from cakekv.cli.console import NEWS
 from cakekv.options import CakeKeywords
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 def load_cake(
     model: str,
-    store: Store | None,
+    store: Store | str | None,
     tenant: str = "",
     codec: str = "raw",
     chunk_tokens: int | None = None,
     dtype: str = "auto",
     reuse: str | None = None,
     save_answers: bool = True,
+    **more: Unpack[CakeKeywords],
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -50,6 +51,7 @@ def load_cake(
             "reuse": reuse,
             "save_answers": save_answers,
             "calibration": cache_folder() / "calibration.json",
+            **more,
         }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.saver import Saver, Source
 from cakekv.embedded.stored import Found
@@ -39,11 +41,12 @@ class AnswerSaver:
         self._is_whole = found.ends_whole
         self._outgrown = found.tail.key if found.tail is not None and found.tail.position == self._start else None
 
-    def computed(self, token: int) -> None:
-        """The answer's next token is in the cache."""
-        self._tokens.append(token)
-        if len(self._tokens) == self._saver.chunk_tokens:
-            self._save()
+    def computed(self, tokens: Sequence[int]) -> None:
+        """The answer's next tokens are in the cache."""
+        for token in tokens:
+            self._tokens.append(token)
+            if len(self._tokens) == self._saver.chunk_tokens:
+                self._save()
 
     def end(self) -> None:
         """The answer is complete."""

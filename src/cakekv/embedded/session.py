@@ -92,8 +92,9 @@ class Session:
             self.report, pieces = self._cake._begin(chat, AnswerOptions(**options))
             text = ""
             while (piece := self._cake._next(pieces)) is not None:
-                text += piece
-                yield piece
+                text += piece.text
+                if piece.text:
+                    yield piece.text
             self._answered(chat, text, self.report)
 
     async def astream(self, said: Said = (), **options: Unpack[AnswerKeywords]) -> AsyncIterator[str]:
@@ -102,8 +103,9 @@ class Session:
             self.report, pieces = await self._cake._abegin(chat, AnswerOptions(**options))
             text = ""
             while (piece := await self._cake._anext(pieces)) is not None:
-                text += piece
-                yield piece
+                text += piece.text
+                if piece.text:
+                    yield piece.text
             self._answered(chat, text, self.report)
 
     def fork(self) -> Session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -14,8 +14,8 @@ from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.tails import Tails, tails_at
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError, TierDown
-from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
+from cakekv.errors import BadInput, StoreError, TierDown
+from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys, tail_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
 from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
@@ -121,7 +121,7 @@ class StoredPrefixes:
     def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
         began, token_ids = monotonic(), prompt.token_ids
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(prompt.tenant, notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
         parents = [named.identity.root, *keys] if is_named else []
@@ -164,19 +164,21 @@ class StoredPrefixes:
             tails = [tail for tail in tails if held.get(tail.key)]
         return max(tails, key=lambda tail: (tail.position, tail.tokens), default=None)
 
-    def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
+    def lookup_document(self, token_ids: list[int], notes: list[str], tenant: str | None = None) -> Found:
         """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
         began = monotonic()
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(tenant, notes)
         keys = document_keys(named.identity, token_ids) if is_named else []
         chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
         found = self._found(named, keys, chain, Tokenized(token_ids), self._held(keys, notes))
         found.lookup_s = monotonic() - began
         return found
 
-    def _named_for(self, notes: list[str]) -> tuple[Named, bool]:
-        """What computes now, and whether its chunks are loaded and saved."""
+    def _named_for(self, tenant: str | None, notes: list[str]) -> tuple[Named, bool]:
+        """What computes now, for a tenant, and whether its chunks are loaded and saved."""
         named = self.now()
+        if tenant is not None:
+            named = named._replace(identity=replace(named.identity, tenant=tenant))
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
@@ -288,6 +290,27 @@ class StoredPrefixes:
             for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
 
+    def keys_of(self, prompt: Tokenized, with_tails: bool = False) -> list[ChunkKey]:
+        """The keys of a prompt's chunks: of its documents, and then its own full ones; and of all tails it may have.
+
+        Raises
+        ------
+        BadInput
+            What computes cannot be named.
+        """
+        notes: list[str] = []
+        named, is_named = self._named_for(prompt.tenant, notes)
+        if not is_named:
+            raise BadInput(" ".join(notes))
+        chains = self._chains(named, prompt, notes)
+        keys = [serving.key for chain in chains for serving in chain]
+        keys += chunk_keys(named.identity, prompt.token_ids)
+        if with_tails:
+            tokens, parents = self._coder.exact.tokens, [named.identity.root, *keys]
+            for chunk, parent in enumerate(parents):
+                keys += tail_keys(parent, prompt.token_ids[chunk * tokens : (chunk + 1) * tokens - 1])
+        return keys
+
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""
         identity = found.named.identity
@@ -341,8 +364,12 @@ class Lookup:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
+    def each(self, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        """What each tier answers, or why it does not."""
+        return self._answers(lambda _, tier: ask(tier))
+
     def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
-        answers = self._answers(lambda _, tier: ask(tier))
+        answers = self.each(ask)
         for index, answer in enumerate(answers):
             self._log(index, operation, answer)
         return answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cakekv.embedded.chat_template import ChatTemplate
@@ -37,7 +37,7 @@ class Tokenizing:
         self.template = ChatTemplate(tokenizer, self._lock)
         self.transcript = Transcript(self.template)
 
-    def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
+    def prompt(self, prompt: Prompt, notes: list[str], tenant: str | None = None) -> Tokenized:
         """A prompt's token ids, and where its documents stand; what should be known about them is noted.
 
         Parts are cut into tokens one by one. Only the first one, and documents, begin as the tokenizer begins texts.
@@ -48,10 +48,10 @@ class Tokenizing:
             As for `tokens`.
         """
         if isinstance(prompt, Chat):
-            return self.transcript.prompt(prompt, notes)
+            return self.transcript.prompt(prompt, notes, tenant)
         parts = parts_of(prompt)
         if parts is None:
-            return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
+            return Tokenized(self.tokens(prompt, notes), tenant=tenant)  # type: ignore[arg-type]  # it has no parts
         tokens: list[int] = []
         places = []
         for part in parts:
@@ -62,7 +62,7 @@ class Tokenizing:
             else:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
             tokens += own
-        return Tokenized(tokens, places)
+        return Tokenized(tokens, places, tenant=tenant)
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.
@@ -123,23 +123,14 @@ class Tokenizing:
         plain = token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return tokens[1 : len(plain) + 1] == plain
 
+    def token(self, token: int) -> str:
+        """What a token says by itself, special or not; characters that it has only a part of are U+FFFD."""
+        with self._lock:
+            return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
     def text(self, tokens: Sequence[int]) -> str:
         """What an answer says; empty if there is no tokenizer."""
         if self._tokenizer is None:
             return ""
         with self._lock:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def pieces(self, answer: Iterable[int]) -> Iterator[str]:
-        """The text of an answer, as its tokens come."""
-        tokens: list[int] = []
-        text, shown = "", 0
-        for token in answer:
-            tokens.append(token)
-            text = self.text(tokens)
-            whole = len(text.rstrip("\ufffd"))  # a character may take several tokens
-            if whole > shown:
-                yield text[shown:whole]
-                shown = whole
-        if len(text) > shown:
-            yield text[shown:]

@@ -53,8 +53,10 @@ class Transcript:
         self._length_of: dict[bytes, int] = {}
         self._tokens = 0
 
-    def prompt(self, chat: Chat, notes: list[str]) -> Tokenized:
+    def prompt(self, chat: Chat, notes: list[str], tenant: str | None = None) -> Tokenized:
         """A chat's token ids, ready to be answered; it is noted if an answer is not in it as it was generated.
+
+        Only the same tenant's answers are known.
 
         Raises
         ------
@@ -62,9 +64,9 @@ class Transcript:
             There is no chat template, or it does not take the chat.
         """
         text = self._template.text(chat)
-        before, answers = self._find(text)
+        before, answers = self._find(text, _salt(tenant))
         if not answers:
-            return Tokenized(self._template.cut(text).token_ids, text=text)
+            return Tokenized(self._template.cut(text).token_ids, text=text, tenant=tenant)
         end, kept, best = self._closest(answers, text, before)
         if kept == len(best.answer):
             rest = self._template.cut(text).after(end) if end < len(text) else []
@@ -77,13 +79,13 @@ class Transcript:
                     "template (which may leave out thinking), or whoever gave the messages, has changed the others. "
                     "What follows is computed."
                 )
-        return Tokenized([*best.prompt, *best.answer[:kept], *rest], text=text)
+        return Tokenized([*best.prompt, *best.answer[:kept], *rest], text=text, tenant=tenant)
 
     def answered(self, prompt: Tokenized, answer: Sequence[int]) -> None:
         """A chat was answered, to the end, by these tokens; the one that ends the answer is not among them."""
         assert prompt.text is not None, "it came from `prompt`"
         data = prompt.text.encode()
-        digest = blake3(data).digest()
+        digest = blake3(_salt(prompt.tenant) + data).digest()
         new = _Answered(array("l", prompt.token_ids), array("l", answer))
         with self._lock:
             known = self._forget(digest)
@@ -105,12 +107,12 @@ class Transcript:
             self._tokens -= sum(map(_size, known))
         return known
 
-    def _find(self, text: str) -> tuple[int, list[_Answered]]:
+    def _find(self, text: str, salt: bytes) -> tuple[int, list[_Answered]]:
         """The longest beginning of a text that was answered: its length, in characters, and the answers."""
         data = text.encode()
         with self._lock:
             lengths = sorted(length for length in self._lengths if length <= len(data))
-        content, found, start = blake3(), (0, b""), 0
+        content, found, start = blake3(salt), (0, b""), 0
         for length in lengths:
             content.update(data[start:length])
             start, digest = length, content.digest()
@@ -136,6 +138,10 @@ class Transcript:
             if rest is not None:
                 return kept, rest
         return 0, self._template.plain(text[before:])
+
+
+def _salt(tenant: str | None) -> bytes:
+    return b"" if tenant is None else blake3(tenant.encode(), derive_key_context="cakekv transcript").digest()
 
 
 def _size(one: _Answered) -> int:

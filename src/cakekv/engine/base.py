@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from cakekv.codec.base import Segment
+from cakekv.engine.choice import Choice, Sampling
 from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine
 from cakekv.keys import RAW, Identity
 from cakekv.layout import KVLayout
-from cakekv.quantities import real, whole
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -221,6 +220,24 @@ class Engine(ABC, Generic[Cache, Logits]):
             A parameter is out of range.
         """
 
+    def chooser(self, sampling: Sampling, prompt: Sequence[int]) -> Callable[[Logits], Choice]:
+        """How to choose the tokens of one answer, one after the other.
+
+        Raises
+        ------
+        BadInput
+            The engine does not know one of the settings.
+        """
+        if not sampling.is_plain:
+            raise BadInput("this engine has no penalties, no min_p and no logprobs")
+        choose = self.sampler(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+        return lambda logits: Choice(choose(logits))
+
+    @property
+    def proposed_sampling(self) -> dict[str, float | int]:
+        """What the model's makers propose to sample by, as keyword arguments of `Cake.stream`; empty for greedily."""
+        return {}
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse what no engine can sample by.
@@ -230,9 +247,4 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     BadInput
         A parameter of `Engine.sampler` is out of range.
     """
-    if real("temperature", temperature, 0.0) == math.inf:
-        raise BadInput("temperature must be 0 (greedy) or a positive number, not inf")
-    if top_k is not None:
-        whole("top_k", top_k, 1)
-    if top_p is not None and real("top_p", top_p, 0.0, 1.0) == 0:
-        raise BadInput("top_p must be above 0 and at most 1, not 0")
+    Sampling(temperature, top_k, top_p)

@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
 from cakekv.engine.cache import TwoEndedCache
+from cakekv.engine.choice import Choice, Sampling
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
-from cakekv.engine.sampling import choose_token
+from cakekv.engine.sampling import Chooser, choose_token
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.turning import check_turns
@@ -356,12 +357,25 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ) -> Callable[[torch.Tensor], int]:
         """As `Engine.sampler`."""
         check_sampling(temperature, top_k, top_p)
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
+        generator = _generator(seed)
         return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
+
+    def chooser(self, sampling: Sampling, prompt: Sequence[int]) -> Callable[[torch.Tensor], Choice]:
+        """As `Engine.chooser`."""
+        if sampling.is_plain:
+            return super().chooser(sampling, prompt)
+        return Chooser(sampling, prompt, _generator(sampling.seed))
+
+    @property
+    def proposed_sampling(self) -> dict[str, float | int]:
+        """As `Engine.proposed_sampling`: of the model's generation settings, if those say to sample."""
+        settings = self.model.generation_config
+        if not getattr(settings, "do_sample", False):
+            return {}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        proposed = {name: getattr(settings, name, None) for name in names}
+        proposed["temperature"] = 1.0 if proposed["temperature"] is None else proposed["temperature"]
+        return {name: value for name, value in proposed.items() if value is not None and (name, value) != ("top_k", 0)}
 
     @property
     def device_name(self) -> str:
@@ -381,6 +395,15 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     @stop_tokens.setter
     def stop_tokens(self, tokens: frozenset[int]) -> None:
         self._stop_tokens = tokens
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
+    return generator
 
 
 def context_length(config: Any) -> int:
