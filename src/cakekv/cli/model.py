@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 from cakekv.cli.console import NEWS
 from cakekv.options import CakeKeywords
@@ -10,6 +10,7 @@ from cakekv.store.base import Store
 
 if TYPE_CHECKING:
     from cakekv.cake import Cake
+    from cakekv.metrics import Metrics
 
 
 def load_cake(
@@ -21,7 +22,8 @@ def load_cake(
     dtype: str = "auto",
     reuse: str | None = None,
     save_answers: bool = True,
-    **more: Unpack[CakeKeywords],
+    policy: str = "marginal_saving",
+    metrics: Metrics | None = None,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -51,7 +53,8 @@ def load_cake(
             "reuse": reuse,
             "save_answers": save_answers,
             "calibration": cache_folder() / "calibration.json",
-            **more,
+            "policy": policy,
+            "metrics": metrics,
         }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens

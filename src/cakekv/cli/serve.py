@@ -53,7 +53,9 @@ def serve(
         cakekv serve --model demo --store /var/cache/kv --port 8000
     """
     try:
-        from cakekv.metrics import CollectorRegistry, Metrics
+        from prometheus_client import CollectorRegistry
+
+        from cakekv.metrics import Metrics
         from cakekv.serve.app import Service
         from cakekv.serve.keys import Keys, read_keys
         from cakekv.serve.running import listening, serve

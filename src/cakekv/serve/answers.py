@@ -46,7 +46,10 @@ class Form(Protocol):
     """Of ids."""
     whole_object: str
     piece_object: str
-    request: Common
+
+    @property
+    def request(self) -> Common:
+        """What was asked."""
 
     def prompts(self) -> list[Prompt]:
         """What is to be answered."""

@@ -98,6 +98,15 @@ class Service:
         return Stream(asked.streamed(done), ticket.give_back)
 
 
+def _tenant(request: Request) -> str | None:
+    """Whose key a request bears."""
+    keys: Keys = request.app.state.keys
+    return keys.tenant(request.headers.get("authorization"))
+
+
+Tenant = Annotated[str | None, Depends(_tenant)]
+
+
 def make_app(service: Service) -> FastAPI:
     """The server as an ASGI application."""
 
@@ -108,13 +117,10 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.cake.close)  # it finishes saving
 
     app = FastAPI(title="cakekv", version=__version__, lifespan=lifespan)
+    app.state.keys = service.keys
     add_handlers(app)
     add_page(app)
 
-    def tenant_of(request: Request) -> str | None:
-        return service.keys.tenant(request.headers.get("authorization"))
-
-    Tenant = Annotated[str | None, Depends(tenant_of)]
     token_text = service.cake._tokenizing.token
 
     @app.post("/v1/chat/completions")

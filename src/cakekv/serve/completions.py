@@ -42,12 +42,12 @@ class CompletionForm:
 
     def prompts(self) -> list[Prompt]:
         """As `Form.prompts`."""
-        prompt = self.request.prompt
+        prompt: Any = self.request.prompt
         if not prompt:
             raise ApiError(400, "the prompt is empty", param="prompt")
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]  # of one kind
-        return list(prompt)  # type: ignore[arg-type]
+            return [prompt]
+        return list(prompt)
 
     def options(self) -> dict[str, Any]:
         """As `Form.options`."""

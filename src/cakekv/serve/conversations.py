@@ -94,7 +94,8 @@ class Conversations:
         return deleted
 
     def _one(self, tenant: str | None, name: str) -> Conversation:
-        one = self._known.get(tenant, {}).get(name)
+        known = self._known.get(tenant)
+        one = None if known is None else known.get(name)
         if one is None:
             raise ApiError(404, f"no conversation {name!r:.60} was answered since the server was started")
         return one

@@ -1,4 +1,4 @@
-"""What clients may ask for: OpenAI's requests, and `cakekv`, an object of our own in them. Unknown fields are ignored."""
+"""What clients may ask for: OpenAI's requests, and `cakekv`, an object of our own in them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MOST_ANSWERS = 16
 _MOST_TOKENS = 2**31 - 1
+_Texts = Annotated[list[str], Field(max_length=64)]
+_TokenLists = Annotated[list[list[int]], Field(max_length=64)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)  # OpenAI's server ignores what it does not know, too
 
 
 class Extension(_Body):
