@@ -12,76 +12,44 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cakekv import Cake
+from cakekv.serve.app import Service
+from cakekv.serve.keys import Keys
+from cakekv.serve.running import Server as Uvicorn
+from cakekv.serve.running import listening
+from tests.serve.tiny import NAME, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the system")
 
-pytest.importorskip("fastapi", reason="needs the server's packages")
-from cakekv.serve.app import Service
-from cakekv.serve.keys import Keys
-from cakekv.serve.running import Server as Uvicorn
-from cakekv.serve.running import listening
-
 TEXT = "The with statement wraps a block. " * 80
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model so small that it answers in a moment, with a tokenizer of one token per byte, and a chat template."""
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({sign: number for number, sign in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    made.chat_template = "{% for one in messages %}[{{one['role']}}] {{one['content']}}\n{% endfor %}[assistant] "
-    made.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 class Server:
-    """The real one, in a thread; its store is as slow as computing, so that both arms work."""
+    """One that may be stopped and started again; its store is about as slow as computing, so that both arms work."""
 
-    def __init__(self, model: Path, folder: Path, key: str = "") -> None:
-        self._model, self._folder, self.key = model, folder, key
+    def __init__(self, model: Path, store: Path, key: str = "") -> None:
+        self._model, self._store, self.key = model, f"file://{store}?bandwidth=1500KB/s", key
         self._port = 0
         self.start()
 
     def start(self) -> None:
-        """Start, or start again where it was."""
-        cake = Cake.from_pretrained(self._model, store=f"file://{self._folder}?bandwidth=6MB/s")
-        self._service = Service(cake, "tiny", keys=Keys(self.key or None))
+        """Start, at the same place."""
+        service = Service(Cake.from_pretrained(self._model, self._store), NAME, keys=Keys(self.key), most_tokens=32)
         socket = listening("127.0.0.1", self._port)
         self._port = socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}/"
-        self._uvicorn = Uvicorn(self._service, stop_s=5)
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([socket],))
+        self._server = Uvicorn(service, stop_s=5)
+        self._thread = threading.Thread(target=self._server.run, args=([socket],))
         self._thread.start()
+        until(lambda: self._server.started)
 
     def stop(self) -> None:
         """Stop, once everything is saved."""
-        self._uvicorn.should_exit = True
+        self._server.should_exit = True
         self._thread.join()
 
     def sessions(self) -> list[dict[str, Any]]:
@@ -91,16 +59,16 @@ class Server:
 
 
 @pytest.fixture
-def server(model: Path, tmp_path: Path) -> Iterator[Server]:
-    server = Server(model, tmp_path)
+def server(folder: Path, tmp_path: Path) -> Iterator[Server]:
+    server = Server(folder, tmp_path)
     yield server
     server.stop()
 
 
 @pytest.fixture
-def locked(model: Path, tmp_path: Path) -> Iterator[Server]:
+def locked(folder: Path, tmp_path: Path) -> Iterator[Server]:
     """One that wants a key."""
-    server = Server(model, tmp_path, "s3cret")
+    server = Server(folder, tmp_path, "s3cret")
     yield server
     server.stop()
 
@@ -198,7 +166,7 @@ def test_both_ends_are_seen_to_move_until_they_meet(page: sync_api.Page) -> None
     expect(card.locator("h3")).to_have_text("Turn 2")
     expect(card.locator(".outcome")).to_have_text("Met in the middle")
     expect(card.locator(".mark.met").first).to_be_visible()
-    expect(card.locator(".arms")).to_contain_text("from file")
+    expect(card.locator(".arms")).to_contain_text("from disk")
     expect(card).to_contain_text("new in this prompt")
     expect(card.locator("dt", has_text="Saved")).to_be_visible()
     expect(page.locator("#status")).to_contain_text(f"They met at position {end['met']:,}.")
