@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
+
+from cakekv import Cake
+from cakekv.serve.app import Service
+from cakekv.serve.keys import Keys
+from cakekv.serve.running import Server as Uvicorn
+from cakekv.serve.running import listening
+from tests.serve.tiny import NAME, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
@@ -16,6 +26,51 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the system")
 
 TEXT = "The with statement wraps a block. " * 80
+
+
+class Server:
+    """One that may be stopped and started again; its store is about as slow as computing, so that both arms work."""
+
+    def __init__(self, model: Path, store: Path, key: str = "") -> None:
+        self._model, self._store, self.key = model, f"file://{store}?bandwidth=1500KB/s", key
+        self._port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Start, at the same place."""
+        service = Service(Cake.from_pretrained(self._model, self._store), NAME, keys=Keys(self.key), most_tokens=32)
+        socket = listening("127.0.0.1", self._port)
+        self._port = socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}/"
+        self._server = Uvicorn(service, stop_s=5)
+        self._thread = threading.Thread(target=self._server.run, args=([socket],))
+        self._thread.start()
+        until(lambda: self._server.started)
+
+    def stop(self) -> None:
+        """Stop, once everything is saved."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What it lists."""
+        with urlopen(f"{self.url}cakekv/sessions") as response:
+            return list(json.load(response)["sessions"])
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[Server]:
+    server = Server(folder, tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def locked(folder: Path, tmp_path: Path) -> Iterator[Server]:
+    """One that wants a key."""
+    server = Server(folder, tmp_path, "s3cret")
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +166,7 @@ def test_both_ends_are_seen_to_move_until_they_meet(page: sync_api.Page) -> None
     expect(card.locator("h3")).to_have_text("Turn 2")
     expect(card.locator(".outcome")).to_have_text("Met in the middle")
     expect(card.locator(".mark.met").first).to_be_visible()
-    expect(card.locator(".arms")).to_contain_text("from file")
+    expect(card.locator(".arms")).to_contain_text("from disk")
     expect(card).to_contain_text("new in this prompt")
     expect(card.locator("dt", has_text="Saved")).to_be_visible()
     expect(page.locator("#status")).to_contain_text(f"They met at position {end['met']:,}.")

@@ -58,10 +58,11 @@ export function showSessions(list, rows, current, { open, pin, forget }) {
 /** What each tier holds. */
 export function showStore(place, tiers) {
   const rows = tiers.map((tier) => {
-    const chunks = `${count(tier.chunks)} ${tier.chunks === 1 ? "chunk" : "chunks"}`;
-    const size = bytes(tier.bytes) + (tier.capacity ? ` of ${bytes(tier.capacity)}` : "");
+    const chunks = tier.chunks === null ? "" : `${count(tier.chunks)} ${tier.chunks === 1 ? "chunk" : "chunks"}`;
+    const held = tier.bytes === null ? "not known" : bytes(tier.bytes);
+    const size = held + (tier.capacity ? ` of ${bytes(tier.capacity)}` : "");
     const line = [h("b", {}, tier.name), h("span", {}, chunks), h("span", { class: "size" }, size)];
-    if (tier.capacity) {
+    if (tier.capacity && tier.bytes !== null) {
       line.push(
         h("meter", { min: 0, max: tier.capacity, value: tier.bytes, "aria-label": `${tier.name}: how full it is` }),
       );
