@@ -86,6 +86,15 @@ def test_attention_and_precision(name: str, attention: str, dtype: torch.dtype) 
     check_close(cache, right, 8 * torch.finfo(dtype).eps)
 
 
+def test_autocast() -> None:
+    engine = TransformersEngine(build("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.blendable(SOME)
+        cache, expected = computed(engine)
+        logits, _ = blend(engine, cache)
+    assert float((logits - expected).norm()) < 0.1 * float(expected.norm())
+
+
 def test_chosen_rows_see_the_mixed_cache_before_them() -> None:
     """By hand: a Llama's third layer, and those above, at the chosen rows alone."""
     model = build("llama")

@@ -193,7 +193,7 @@ def _summarize(report: RestoreReport) -> None:
         again = f"; {report.blended_tokens:,} of them were computed again" if report.blended_tokens else ""
         NEWS.print(
             f"Not exact: {report.reused_tokens:,} tokens of documents were reused as they were computed by themselves "
-            f"({report.reuse}){again}, and {report.after_lossy_tokens:,} were computed behind those, which are not "
+            f"({report.reuse}){again}, and {report.after_lossy_tokens:,} were computed behind those, which is not "
             "saved.",
         )
     elif not report.exact:

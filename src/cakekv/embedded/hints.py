@@ -92,6 +92,7 @@ class Hints:
             if isinstance(answer, StoreError):
                 raise answer
         return sum(answer for answer in answers if isinstance(answer, int))
+
     @contextmanager
     def needed(self, request_id: str, found: Found) -> Iterator[None]:
         """While a request is being restored, have the stores spare what it loads.

@@ -168,8 +168,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         As many positions as there are keys; ascending, of the span, which is covered from then on.
         """
         self._writes.begin(start)
-        self._keys[:, :, positions] = key_states
-        self._values[:, :, positions] = value_states
+        self._keys[:, :, positions] = key_states.to(self._keys.dtype)  # which slices do by themselves
+        self._values[:, :, positions] = value_states.to(self._values.dtype)
         self.length = end
         first = self._first_visible(start)
         return self._keys[:, :, first:end], self._values[:, :, first:end]
