@@ -75,8 +75,8 @@ class RequestOptions(NamedTuple):
         if wrong:
             _LOG.warning(
                 'cakekv: a request\'s kv_transfer_params["cakekv"] has what it cannot have, passed over: %s. '
-                "There are mode (one of %s), %s (true or false), pin_s (seconds, more than 0), documents (pairs of where "
-                "one begins and where it ends, in tokens, which do not overlap) and link_tokens (a whole number).",
+                "There are mode (one of %s), %s (true or false), pin_s (seconds, more than 0), documents (pairs of "
+                "where one begins and where it ends, in tokens, which do not overlap) and link_tokens (a number).",
                 _BRIEFLY.repr(wrong),
                 ", ".join(MODES),
                 ", ".join(_SWITCHES),
