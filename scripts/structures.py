@@ -29,6 +29,8 @@ ORDER = [
     "store/eviction",
     "store/maintenance",
     "report",
+    "serve",
+    "serve/page",
     "vllm",
     "vllm/scheduling",
     "vllm/working",
