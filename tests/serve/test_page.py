@@ -301,17 +301,18 @@ def test_dark_and_light_follow_the_system_until_one_is_chosen(browser: Browser, 
     page = browser.new_page(color_scheme="dark")
     page.goto(server.url)
 
-    def brightness() -> float:
+    def brightness(theme: str) -> float:
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
-    assert brightness() < 60
+    assert brightness("dark") < 60
     page.emulate_media(color_scheme="light")
-    assert brightness() > 200
+    assert brightness("light") > 200
     page.get_by_role("button", name="Dark").click()
-    assert brightness() < 60
+    assert brightness("dark") < 60
     page.reload()
-    assert brightness() < 60
+    assert brightness("dark") < 60
     expect(page.get_by_role("button", name="Dark")).to_have_attribute("aria-pressed", "true")
     page.close()
 
