@@ -37,8 +37,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         store, port = f"file://{folder}?bandwidth={asked.bandwidth}", free_port()
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        scheme = "dark" if asked.dark else "light"
-        page = browser.new_page(viewport={"width": asked.width, "height": 800}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": asked.width, "height": 800})
+        page.emulate_media(color_scheme="dark" if asked.dark else "light")
         for text in (f"{DOCUMENT}\n\n{QUESTIONS[0]}", QUESTIONS[1]):
             with server(store, port) as url:
                 page.goto(url)
@@ -70,7 +70,7 @@ def server(store: str, port: int) -> Iterator[str]:
 
 def answers(url: str) -> bool:
     try:
-        return urlopen(url, timeout=1).status == 200
+        return bool(urlopen(url, timeout=1).status == 200)
     except (URLError, OSError):
         return False
 

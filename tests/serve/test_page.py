@@ -21,7 +21,7 @@ from cakekv.serve.running import listening
 from tests.serve.tiny import NAME, until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
@@ -100,9 +100,18 @@ def opened(browser: Browser, server: Server, expected: str | None = None) -> Ite
     context = browser.new_context()
     page = context.new_page()
     complaints: list[str] = []
-    page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith(server.url):
+            complaints.append(request.url)
+
+    page.on("console", hear)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(server.url) or complaints.append(request.url))
+    page.on("request", asked)
     page.goto(server.url)
     connected(page)
     yield page
