@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 from playwright.sync_api import expect, sync_playwright
 
-DOCUMENT = "\n\n".join(topics[name].strip() for name in ("context-managers", "try", "raise", "with"))
+DOCUMENT = "\n\n".join(topics[name].strip() for name in ("context-managers", "raise", "with"))
 QUESTIONS = [
     "What is the with statement for? Answer in one sentence.",
     "And what does __exit__ get when the block raises?",
@@ -30,23 +30,23 @@ QUESTIONS = [
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--out", default="docs/page.png", help="where to write it")
-    arguments.add_argument("--bandwidth", default="12MB/s", help="of the store, slow enough for both arms to work")
+    arguments.add_argument("--bandwidth", default="5MB/s", help="of the store, slow enough for both arms to work")
     arguments.add_argument("--dark", action="store_true")
     arguments.add_argument("--width", type=int, default=1280)
     asked = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         store, port = f"file://{folder}?bandwidth={asked.bandwidth}", free_port()
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        scheme = "dark" if asked.dark else "light"
-        page = browser.new_page(viewport={"width": asked.width, "height": 800}, color_scheme=scheme)
-        for question, text in zip(QUESTIONS, (f"{DOCUMENT}\n\n{QUESTIONS[0]}", QUESTIONS[1]), strict=True):
+        page = browser.new_page(viewport={"width": asked.width, "height": 800})
+        page.emulate_media(color_scheme="dark" if asked.dark else "light")
+        for text in (f"{DOCUMENT}\n\n{QUESTIONS[0]}", QUESTIONS[1]):
             with server(store, port) as url:
                 page.goto(url)
                 page.locator("#message").fill(text)
                 page.keyboard.press("Enter")
                 expect(page.locator("#log")).to_have_attribute("aria-busy", "true")
                 expect(page.locator("#log")).to_have_attribute("aria-busy", "false", timeout=300_000)
-                print(question, "→", page.locator(".message.assistant .brief").last.inner_text())
+                print(page.locator(".message.assistant .brief").last.inner_text())
                 page.wait_for_timeout(1500)  # what the store holds is shown when the answer is saved
                 page.screenshot(path=asked.out)
         browser.close()
@@ -70,7 +70,7 @@ def server(store: str, port: int) -> Iterator[str]:
 
 def answers(url: str) -> bool:
     try:
-        return urlopen(url, timeout=1).status == 200
+        return bool(urlopen(url, timeout=1).status == 200)
     except (URLError, OSError):
         return False
 

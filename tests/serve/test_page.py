@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 import pytest
@@ -19,6 +19,9 @@ from cakekv.serve.keys import Keys
 from cakekv.serve.running import Server as Uvicorn
 from cakekv.serve.running import listening
 from tests.serve.tiny import NAME, until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
@@ -74,7 +77,7 @@ def locked(folder: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
+def browser() -> Iterator[Browser]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -82,24 +85,33 @@ def browser() -> Iterator[sync_api.Browser]:
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, server: Server) -> Iterator[sync_api.Page]:
+def page(browser: Browser, server: Server) -> Iterator[Page]:
     """A page that complains of nothing, and asks nobody but the server."""
     yield from opened(browser, server)
 
 
 @pytest.fixture
-def troubled(browser: sync_api.Browser, server: Server) -> Iterator[sync_api.Page]:
+def troubled(browser: Browser, server: Server) -> Iterator[Page]:
     """The same, but the browser says of requests that they failed."""
     yield from opened(browser, server, "Failed to load resource")
 
 
-def opened(browser: sync_api.Browser, server: Server, expected: str | None = None) -> Iterator[sync_api.Page]:
+def opened(browser: Browser, server: Server, expected: str | None = None) -> Iterator[Page]:
     context = browser.new_context()
     page = context.new_page()
     complaints: list[str] = []
-    page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def asked(request: Request) -> None:
+        if not request.url.startswith(server.url):
+            complaints.append(request.url)
+
+    page.on("console", hear)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(server.url) or complaints.append(request.url))
+    page.on("request", asked)
     page.goto(server.url)
     connected(page)
     yield page
@@ -107,11 +119,11 @@ def opened(browser: sync_api.Browser, server: Server, expected: str | None = Non
     assert [text for text in complaints if not (expected and text.startswith(expected))] == []
 
 
-def connected(page: sync_api.Page) -> None:
+def connected(page: Page) -> None:
     expect(page.locator("#connection")).to_have_text("Connected", timeout=20_000)
 
 
-def ask(page: sync_api.Page, text: str) -> None:
+def ask(page: Page, text: str) -> None:
     """Type, send, and wait for the answer's end."""
     page.locator("#message").fill(text)
     page.keyboard.press("Enter")
@@ -119,7 +131,7 @@ def ask(page: sync_api.Page, text: str) -> None:
     expect(page.locator("#log")).to_have_attribute("aria-busy", "false", timeout=30_000)
 
 
-def bar(page: sync_api.Page) -> str:
+def bar(page: Page) -> str:
     """What the latest restore's bar says to those who do not see it."""
     return page.locator(".card .track").first.get_attribute("aria-label") or ""
 
@@ -136,7 +148,7 @@ def figures(text: str) -> dict[str, int]:
     return {name: int(match[1].replace(",", "")) for name, match in found.items() if match}
 
 
-def tab_to(page: sync_api.Page, selector: str, key: str = "Tab") -> None:
+def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
     """Press a key until what the selector names is focused, as somebody without a mouse does."""
     for _ in range(40):
         page.keyboard.press(key)
@@ -145,7 +157,7 @@ def tab_to(page: sync_api.Page, selector: str, key: str = "Tab") -> None:
     pytest.fail(f"{selector} cannot be reached by {key}")
 
 
-def test_both_ends_are_seen_to_move_until_they_meet(page: sync_api.Page) -> None:
+def test_both_ends_are_seen_to_move_until_they_meet(page: Page) -> None:
     ask(page, f"{TEXT} What is it for?")
     assert re.fullmatch(r"All [\d,]+ tokens computed", bar(page))
     page.evaluate("""() => {
@@ -172,7 +184,7 @@ def test_both_ends_are_seen_to_move_until_they_meet(page: sync_api.Page) -> None
     expect(page.locator("#status")).to_contain_text(f"They met at position {end['met']:,}.")
 
 
-def test_a_conversation_survives_a_reload_and_a_restart_of_the_server(troubled: sync_api.Page, server: Server) -> None:
+def test_a_conversation_survives_a_reload_and_a_restart_of_the_server(troubled: Page, server: Server) -> None:
     page = troubled
     ask(page, f"{TEXT} What is it for?")
     answer = page.locator(".message.assistant .text").inner_text()
@@ -194,7 +206,7 @@ def test_a_conversation_survives_a_reload_and_a_restart_of_the_server(troubled: 
     assert figures(bar(page))["loaded"] > 0
 
 
-def test_pin_and_forget_by_keyboard(page: sync_api.Page, server: Server) -> None:
+def test_pin_and_forget_by_keyboard(page: Page, server: Server) -> None:
     ask(page, "Something to forget.")
     expect(page.locator("#sessions .pin")).to_be_visible()
     assert page.evaluate("document.activeElement.id") == "message"
@@ -216,7 +228,7 @@ def test_pin_and_forget_by_keyboard(page: sync_api.Page, server: Server) -> None
     assert server.sessions() == []
 
 
-def test_enter_sends_shift_enter_does_not_and_escape_stops(page: sync_api.Page) -> None:
+def test_enter_sends_shift_enter_does_not_and_escape_stops(page: Page) -> None:
     message = page.locator("#message")
     expect(message).to_be_focused()
     page.keyboard.type("one")
@@ -232,7 +244,7 @@ def test_enter_sends_shift_enter_does_not_and_escape_stops(page: sync_api.Page) 
     expect(message).to_be_focused()
 
 
-def test_texts_are_never_html(page: sync_api.Page) -> None:
+def test_texts_are_never_html(page: Page) -> None:
     evil = "<img src=x onerror='document.title = 1'><b>bold</b>"
     said = json.dumps({"id": "a", "choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": None}]})
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {said}\n\ndata: [DONE]\n\n"))
@@ -252,7 +264,7 @@ def test_texts_are_never_html(page: sync_api.Page) -> None:
     ],
 )
 def test_refusals_are_told_in_words(
-    troubled: sync_api.Page, status: int, headers: dict[str, str], error: str, words: str
+    troubled: Page, status: int, headers: dict[str, str], error: str, words: str
 ) -> None:
     body = json.dumps({"error": {"message": error}})
     answers = [lambda route: route.fulfill(status=status, headers=headers, body=body), lambda route: route.continue_()]
@@ -263,7 +275,7 @@ def test_refusals_are_told_in_words(
     expect(troubled.locator(".message.assistant .brief")).to_contain_text("computed")
 
 
-def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(troubled: sync_api.Page) -> None:
+def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(troubled: Page) -> None:
     said = json.dumps({"id": "a", "choices": [{"index": 0, "delta": {"content": "Half an"}, "finish_reason": None}]})
     troubled.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {said}\n\n"))
     ask(troubled, "hello")
@@ -274,7 +286,7 @@ def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(troubled: s
 
 
 def test_a_wrong_key_is_said_to_be_wrong_and_the_right_one_is_kept_for_the_tab(
-    browser: sync_api.Browser, locked: Server
+    browser: Browser, locked: Server
 ) -> None:
     page = browser.new_page()
     page.goto(locked.url)
@@ -294,28 +306,27 @@ def test_a_wrong_key_is_said_to_be_wrong_and_the_right_one_is_kept_for_the_tab(
     page.close()
 
 
-def test_dark_and_light_follow_the_system_until_one_is_chosen(browser: sync_api.Browser, server: Server) -> None:
+def test_dark_and_light_follow_the_system_until_one_is_chosen(browser: Browser, server: Server) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(server.url)
 
-    def brightness() -> float:
+    def brightness(theme: str) -> float:
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
-    assert brightness() < 60
+    assert brightness("dark") < 60
     page.emulate_media(color_scheme="light")
-    assert brightness() > 200
+    assert brightness("light") > 200
     page.get_by_role("button", name="Dark").click()
-    assert brightness() < 60
+    assert brightness("dark") < 60
     page.reload()
-    assert brightness() < 60
+    assert brightness("dark") < 60
     expect(page.get_by_role("button", name="Dark")).to_have_attribute("aria-pressed", "true")
     page.close()
 
 
-def test_a_narrow_screen_shows_one_part_at_a_time_and_nothing_sticks_out(
-    browser: sync_api.Browser, server: Server
-) -> None:
+def test_a_narrow_screen_shows_one_part_at_a_time_and_nothing_sticks_out(browser: Browser, server: Server) -> None:
     page = browser.new_page(viewport={"width": 400, "height": 700}, reduced_motion="reduce")
     page.goto(server.url)
     connected(page)

@@ -106,9 +106,8 @@ export function chart(restore) {
   );
   const plot = h("div", { class: "plot" }, drawing);
   if (restore.ended && restore.metAt) {
-    const meeting = points.find((point) => point[1] >= point[2] || point[1] >= restore.metAt) ?? last;
     const mark = h("span", { class: "mark met", "aria-hidden": "true" });
-    mark.style.left = `${(100 * meeting[0]) / end}%`;
+    mark.style.left = `${(100 * last[0]) / end}%`;
     mark.style.top = `${100 - (100 * restore.metAt) / restore.promptTokens}%`;
     plot.append(mark);
   }

@@ -48,6 +48,8 @@ export class Restore {
     this.tiers = Object.keys(report.bytes_by_tier).filter((tier) => report.bytes_by_tier[tier] > 0);
     this.bands = bandsOf(report, this.loads);
     const points = report.frontiers.map(({ time_s, front, back }) => [time_s, front, Math.max(front, back)]);
+    const meeting = points.findIndex(([, front, back]) => this.metAt !== null && front >= back);
+    if (meeting >= 0) points.splice(meeting, Infinity, [points[meeting][0], this.metAt, this.metAt]); // then the suffix
     if (points.length) this.points = thinned(points);
     this.figures = {
       computed: report.computed_tokens,
