@@ -288,23 +288,85 @@ def packing_ttft(data: dict[str, Any]) -> str:
 
 
 def reuse(data: dict[str, Any]) -> str:
-    """A row per way, with intervals over prompts."""
+    """A row per way, with intervals over prompts; then a row per claim, and per time to first token."""
+    columns = {
+        "agreement": ("agreement", ".3f"),
+        "facts found": ("of_all", ".2f"),
+        "of two documents": ("of_all_two", ".2f"),
+        "retrieval": ("retrieval", ".2f"),
+        "digits": ("digits", ".2f"),
+        "nats of answers": ("gold_nats", ".2f"),
+        "those of two documents": ("gold_nats_two", ".2f"),
+        "recomputed": ("recomputed_share", ".1%"),
+    }
+    columns = {title: (name, form) for title, (name, form) in columns.items() if name in data["methods"][0]}
     rows = [
         [
             f"`{method['name']}`",
             f"{method['kl']:.3f} ({method['intervals']['kl'][0]:.3f}–{method['intervals']['kl'][1]:.3f})",
-            f"{method['agreement']:.3f}",
-            *(f"{method[key]:.2f}" for key in ("of_all", "retrieval", "digits")),
-            f"{method['recomputed_share']:.1%}",
+            *("–" if method[name] is None else f"{method[name]:{form}}" for name, form in columns.values()),
         ]
         for method in data["methods"]
     ]
     settings = data["settings"]
+    numbers = settings["documents"] if isinstance(settings["documents"], list) else [settings["documents"]]
+    each = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+    shape = f"; {settings['prompts']} prompts of {each} documents of {settings['tokens']} tokens, float32"
+    text = markdown(["way", "KL, nats", *columns], rows) + measured(data, shape)
+    if found := data.get("claims"):
+        rows = [
+            [
+                one["claim"],
+                "{:.1%} ({:.1%}–{:.1%})".format(one["measured"], *one["interval"]),
+                "yes" if one["holds"] else "no",
+            ]
+            for one in found
+        ]
+        text += "\n\n" + markdown(["claim", "measured", "holds"], rows)
+    if points := data.get("ttft"):
+        rows = [
+            [
+                point["engine"],
+                f"`{point['method']}`",
+                *(f"{point[name]:.2f} s" for name in ("compute_s", "reuse_s")),
+                f"{point['reuse_s'] / point['compute_s']:.2f}",
+            ]
+            for point in points
+        ]
+        text += "\n\n" + markdown(["TTFT with", "way", "computing all", "reusing", "ratio"], rows)
+    return text
+
+
+def overflow(data: dict[str, Any]) -> str:
+    """A row per method, with intervals over documents."""
+
+    def change(share: float) -> str:
+        return f"{share:+.1%}" if share < 1 else f"{share:+,.0%}"
+
+    names = {
+        "computed": "computed anew",
+        "moved": "moved",
+        "coupled": "moved, keys not turned",
+        "whole": "nothing dropped",
+    }
+    rows = [
+        [
+            names[method["name"]],
+            f"{method['ppl']:.2f}",
+            ""
+            if method["name"] == "computed"
+            else f"{change(method['ppl_change'])} ({' to '.join(map(change, method['intervals']['ppl_change']))})",
+            f"{method['ttft_s']:.2f} s",
+        ]
+        for method in data["methods"]
+    ]
+    settings = data["settings"]
+    start, stop = settings["dropped"]
     shape = (
-        f"; {settings['prompts']} prompts of {settings['documents']} documents of {settings['tokens']} tokens, float32"
+        f"; {settings['documents']} texts of {settings['tokens']:,} tokens, {stop - start:,} of them dropped behind "
+        f"{start}; {settings['continuation']} tokens predicted, float32"
     )
-    head = ["way", "KL, nats", "agreement", "facts found", "retrieval", "digits", "recomputed"]
-    return markdown(head, rows) + measured(data, shape)
+    return markdown(["", "perplexity", "change", "prefill"], rows) + measured(data, shape)
 
 
 def measured(data: dict[str, Any], more: str = "") -> str:
@@ -336,6 +398,7 @@ TABLES = {
     "packing": Table("docs/stores.md", packing),
     "packing_ttft": Table("docs/stores.md", packing_ttft),
     "reuse": Table("docs/reuse.md", reuse),
+    "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),
     "quality": Table("docs/codecs.md", quality),

@@ -15,7 +15,9 @@ __all__ = [
     "Cake",
     "CakeError",
     "CannotEncode",
+    "CannotPin",
     "CannotUnpack",
+    "Chat",
     "ChunkFault",
     "ChunkKey",
     "ChunkReader",
@@ -32,14 +34,18 @@ __all__ = [
     "NoAnswer",
     "NotDeleted",
     "OutOfReach",
+    "PinRefused",
+    "Pinned",
     "PlannedRun",
     "Policy",
+    "Prefetch",
     "Prefill",
     "Progress",
     "ReadOnly",
     "RequestState",
     "RestoreReport",
     "SaveReport",
+    "Session",
     "Store",
     "StoreError",
     "StoreFull",
@@ -47,6 +53,7 @@ __all__ = [
     "StoredChunk",
     "TierDown",
     "TransformersEngine",
+    "Truncated",
     "UnknownKey",
     "UnknownRotation",
     "Unreadable",
@@ -59,6 +66,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet, until th
 
 _HOMES = {
     "Cake": "cake",
+    "Chat": "prompt",
     "ChunkKey": "keys",
     "ChunkReader": "store.base",
     "Codec": "codec.base",
@@ -69,17 +77,21 @@ _HOMES = {
     "Generation": "cake",
     "MemoryStore": "store.memory",
     "Metrics": "metrics",
+    "Pinned": "cake",
     "PlannedRun": "cake",
+    "Prefetch": "cake",
     "Policy": "restore.priority",
     "Prefill": "cake",
     "Progress": "cake",
     "RequestState": "restore.priority",
     "RestoreReport": "restore.report",
     "SaveReport": "cake",
+    "Session": "embedded.session",
     "Store": "store.base",
     "StoreStats": "store.base",
     "StoredChunk": "store.base",
     "TransformersEngine": "engine.transformers",
+    "Truncated": "prompt",
     "open_store": "store.opening",
 }
 """Where each public name is; all others of `__all__` are errors."""
@@ -88,8 +100,9 @@ _RENAMED: dict[str, str] = {}
 """Public names of earlier versions, and what they are called now."""
 
 if TYPE_CHECKING:
-    from cakekv.cake import Cake, Generation, PlannedRun, Prefill, Progress, SaveReport
+    from cakekv.cake import Cake, Generation, Pinned, PlannedRun, Prefetch, Prefill, Progress, SaveReport
     from cakekv.codec.base import Codec, DamagedCode
+    from cakekv.embedded.session import Session
     from cakekv.engine.base import Engine
     from cakekv.engine.transformers import TransformersEngine
     from cakekv.errors import (
@@ -98,6 +111,7 @@ if TYPE_CHECKING:
         CacheRewritten,
         CakeError,
         CannotEncode,
+        CannotPin,
         CannotUnpack,
         ChunkFault,
         CorruptChunk,
@@ -105,6 +119,7 @@ if TYPE_CHECKING:
         NoAnswer,
         NotDeleted,
         OutOfReach,
+        PinRefused,
         ReadOnly,
         StoreError,
         StoreFull,
@@ -117,7 +132,7 @@ if TYPE_CHECKING:
     )
     from cakekv.keys import ChunkKey
     from cakekv.metrics import Metrics
-    from cakekv.prompt import Document
+    from cakekv.prompt import Chat, Document, Truncated
     from cakekv.restore.priority import Policy, RequestState
     from cakekv.restore.report import RestoreReport
     from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats

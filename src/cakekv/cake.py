@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from inspect import unwrap
@@ -18,40 +18,55 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.embedded.answer_saver import AnswerSaver
+from cakekv.embedded.answering import Answering, Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
 from cakekv.embedded.executor import Executor, check
+from cakekv.embedded.hints import Hints
 from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
+from cakekv.embedded.session import Session
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
+from cakekv.engine.choice import Choice
 from cakekv.errors import BadInput, StoreError, UnsupportedEngine
 from cakekv.forks import on_fork
 from cakekv.keys import Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import AnswerKeywords, AnswerOptions, CakeKeywords, CakeOptions, PrefillOptions
-from cakekv.prompt import Document, PlainPrompt, Prompt, Tokenized
+from cakekv.prompt import Document, Overflow, PlainPrompt, Prompt, Tokenized
 from cakekv.quantities import whole
 from cakekv.report.events import log_restore
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
 from cakekv.restore.priority import Policy
 from cakekv.restore.report import RestoreReport
-from cakekv.results import Generation, OnProgress, Prefill, Progress
+from cakekv.results import FinishReason, Generation, OnProgress, Pinned, Prefill, Progress
 from cakekv.reuse.base import Reuse
-from cakekv.store.base import Store
+from cakekv.store.base import Prefetch, Store
 from cakekv.store.opening import open_store
 from cakekv.store.packed import warm_up_packing
 
 if TYPE_CHECKING:
     from cakekv.metrics import Metrics
 
-__all__ = ["Cake", "Generation", "OnProgress", "PlannedRun", "Prefill", "Progress", "SaveReport"]
+__all__ = [
+    "Cake",
+    "Generation",
+    "OnProgress",
+    "Pinned",
+    "PlannedRun",
+    "Prefetch",
+    "Prefill",
+    "Progress",
+    "SaveReport",
+]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -122,6 +137,9 @@ class Cake:
         Memory that chunks waiting to be saved may keep, in bytes or such as "1GB". A prompt waits for room, but not for
         a store that hangs. A waiting chunk keeps its prompt's whole cache, or a copy of itself if little of that cache
         is to be saved.
+    save_answers : bool
+        Whether answers are saved as prompts are, so that a prompt that goes on from one restores it, too: in full
+        chunks as they fill, and at the end the tail that fills none (see `docs/sessions.md`).
     ttft_target_s : float
         Seconds in which a prompt should be ready for its first token. Where the codec stores chunks in parts ("ladder",
         "two_plane", "kvtc_ladder"), each load reads as many parts as the bandwidth of that moment allows: all of them
@@ -160,6 +178,7 @@ class Cake:
         layered_finish: bool = True,
         deadline_s: float = 30.0,
         save_queue: int | str = 1_000_000_000,
+        save_answers: bool = True,
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         reuse: str | Reuse | None = None,
@@ -176,6 +195,7 @@ class Cake:
             layered_finish=layered_finish,
             deadline_s=deadline_s,
             save_queue=save_queue,
+            save_answers=save_answers,
             ttft_target_s=ttft_target_s,
             quality_floor=quality_floor,
             reuse=reuse,
@@ -207,6 +227,7 @@ class Cake:
         self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
         self._stored = StoredPrefixes(self._arms, self.tiers)
+        self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
         self._executor = Executor(self._arms.arbiter.wake)
         self._is_finished = False
@@ -290,14 +311,16 @@ class Cake:
         save: bool = True,
         on_progress: OnProgress | None = None,
         room: int = 0,
+        tenant: str | None = None,
     ) -> Prefill:
         """Complete a prompt's KV cache, and save what of it was not stored.
 
         Parameters
         ----------
-        prompt : str, sequence of int, array, tensor, mapping, Document, or list of parts
+        prompt : str, sequence of int, array, tensor, mapping, Chat, Document, Truncated, or list of parts
             Text; token ids, of one sequence; or what a tokenizer or `apply_chat_template` returns, as `input_ids`. Or
-            a list of such, at least one of them in a `Document`, which may be reused wherever it stands.
+            a `Chat`. Or one of these without some of its tokens, as `Truncated`; or a list, at least one of its parts
+            in a `Document`, which may be reused wherever it stands.
         mode : {"auto", "compute", "load", "both"}
             Which arms may work; see `cakekv.restore.options.PlannerOptions`.
         save : bool
@@ -306,6 +329,8 @@ class Cake:
             Told of every change, from several threads, while everything else waits.
         room : int
             For how many more tokens the cache has room, for those who decode by themselves.
+        tenant : str or None
+            For whom this is, if not for the tenant that was given to `Cake`.
 
         Raises
         ------
@@ -313,8 +338,8 @@ class Cake:
             The prompt is none, empty, too long for the model, or holds tokens it does not know; the mode is unknown.
         """
         request = self._arms.arbiter.request(monotonic())
-        asked = PrefillOptions(mode=mode, save=save, on_progress=on_progress)
-        tokenized = self._tokens(prompt, request.notes)
+        asked = PrefillOptions(mode=mode, save=save, on_progress=on_progress, tenant=tenant)
+        tokenized = self._tokens(prompt, request.notes, tenant)
         capacity = len(tokenized.token_ids) + whole("room", room, 0)
         return self._restore(request, tokenized, capacity, asked)[0]
 
@@ -344,47 +369,18 @@ class Cake:
         return self._learn(token_ids)
 
     @_handed_over
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 64,
-        mode: Mode = "auto",
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        save: bool = True,
-        on_progress: OnProgress | None = None,
-    ) -> Generation:
-        """Answer a prompt; parameters as in `stream`."""
-        asked = AnswerOptions(
-            max_new_tokens=max_new_tokens,
-            mode=mode,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            save=save,
-            on_progress=on_progress,
-        )
-        prefill, answer = self._answer(prompt, asked)
-        tokens = list(answer)
-        return Generation(self._tokenizing.text(tokens), tokens, prefill.report)
+    def generate(self, prompt: Prompt, **options: Unpack[AnswerKeywords]) -> Generation:
+        """Answer a prompt; parameters as in `stream`. Text is decoded as a whole, and there need not be a tokenizer."""
+        asked = AnswerOptions(**options)
+        report, pieces = self._answer(prompt, asked, wants_text=bool(asked.stops))
+        parts = list(pieces)
+        choices = [choice for part in parts for choice in part.choices]
+        tokens = [choice.token for choice in choices]
+        text = "".join(part.text for part in parts) if asked.stops else self._tokenizing.text(tokens)
+        reason = parts[-1].finish_reason or "length"
+        return Generation(text, tokens, report, reason, None if asked.logprobs is None else choices)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 64,
-        mode: Mode = "auto",
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        save: bool = True,
-        on_progress: OnProgress | None = None,
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **options: Unpack[AnswerKeywords]) -> Iterator[str]:
         """Answer a prompt piece by piece; `last_report` is its report, until another request's prefill is complete.
 
         Parameters
@@ -392,34 +388,39 @@ class Cake:
         prompt
             As in `prefill`.
         max_new_tokens : int
-            Longest answer, in tokens.
-        mode, save, on_progress
+            Longest answer, in tokens; 64 if not given.
+        mode, save, on_progress, tenant
             As in `prefill`.
         temperature : float
-            0.0 chooses the likeliest token, higher values sample.
-        top_k, top_p : int, float or None
-            Sample among the k likeliest tokens, or the likeliest that make up this probability.
+            0.0, the default, chooses the likeliest token, higher values sample. What the model's makers propose
+            (`generation_config`) is followed where you say so: `stream(prompt, **cake.engine.proposed_sampling)`.
+            Its stop tokens always end an answer.
+        top_k, top_p, min_p : int, float or None
+            Sample among the k likeliest tokens, the likeliest that make up this probability, or those at least this
+            many times as likely as the likeliest.
+        repetition_penalty : float
+            Makes tokens of the prompt and the answer less likely, if above 1: logits are divided by it, negative ones
+            multiplied.
+        presence_penalty, frequency_penalty : float
+            Taken from the logits of tokens that are in the answer already: once, and for each time they are.
         seed : int or None
             Of the sampling.
+        stop : str, sequence of str, or None
+            Texts that end the answer, which has nothing of them, wherever they are cut into tokens. What may become one
+            is held back until it is none.
+        logprobs : int or None
+            For how many alternatives to each token `Generation.logprobs` is to tell the probability; 0 for that of the
+            token itself.
 
         Raises
         ------
         BadInput
-            As in `prefill`, or there is no tokenizer, or a sampling parameter is out of range.
+            As in `prefill`, or there is no tokenizer, or an option is out of range.
         """
-        asked = AnswerOptions(
-            max_new_tokens=max_new_tokens,
-            mode=mode,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            save=save,
-            on_progress=on_progress,
-        )
-        pieces = self._begin(prompt, asked)
+        _, pieces = self._begin(prompt, AnswerOptions(**options))
         while (piece := self._next(pieces)) is not None:
-            yield piece
+            if piece.text:
+                yield piece.text
 
     aprefill, agenerate = _awaited(prefill), _awaited(generate)
 
@@ -431,9 +432,45 @@ class Cake:
         >>> async for piece in cake.astream(prompt, max_new_tokens=16):  # doctest: +SKIP
         ...     print(piece, end="")
         """
-        pieces = await self._abegin(prompt, AnswerOptions(**options))
+        _, pieces = await self._abegin(prompt, AnswerOptions(**options))
         while (piece := await self._anext(pieces)) is not None:
-            yield piece
+            if piece.text:
+                yield piece.text
+
+    def session(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        tools: Sequence[Any] | None = None,
+        overflow: Overflow = "truncate",
+        keep: float = 0.5,
+        **template: Any,
+    ) -> Session:
+        """A chat with the model, which begins with these messages.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            What was said so far, such as a system message, or a whole chat that goes on.
+        tools : sequence of mapping or callable, or None
+            What the model may call, as `apply_chat_template` takes it.
+        overflow, keep
+            What becomes of a chat that outgrows the context, as in `Chat`.
+        **template
+            More that the model's chat template understands, such as `enable_thinking`.
+
+        Raises
+        ------
+        BadInput
+            The tokenizer has no chat template, or the messages are none.
+
+        Examples
+        --------
+        >>> session = cake.session([{"role": "system", "content": "Answer briefly."}])  # doctest: +SKIP
+        >>> print(session.send("Who was Ada Lovelace?").text)                           # doctest: +SKIP
+        """
+        self._tokenizing.template.check()
+        return Session(self, messages or (), tools, template, overflow, keep)
 
     @_handed_over
     def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
@@ -447,6 +484,69 @@ class Cake:
         found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
+
+    @_handed_over
+    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float) -> Pinned:
+        """Keep a prompt's chunks, those that are stored and those that will be, from eviction for a while.
+
+        A prompt is pinned in every tier that can do so (memory and disk), and counts there against `pin_share` of the
+        capacity. One that is pinned already is kept until the later of both times. Nothing is computed or loaded.
+
+        Parameters
+        ----------
+        prompt
+            As in `prefill`.
+        ttl_s : float
+            Seconds from now, by the clock on the wall.
+
+        Raises
+        ------
+        PinRefused
+            Pins would take up more than they may of every tier.
+        CannotPin
+            No tier decides what it evicts.
+        StoreError
+            No tier could be told.
+        BadInput
+            As in `prefill`; `ttl_s` is out of range; there is no store, or the model cannot be named.
+
+        Examples
+        --------
+        >>> cake.pin(system_prompt, ttl_s=3600)    # doctest: +SKIP
+        """
+        return self._hints.pin(self._tokens(prompt, []), ttl_s)
+
+    @_handed_over
+    def release(self, prompt: Prompt | Tokenized) -> bool:
+        """End the pin of a prompt, the same one that was pinned, by whichever process. Returns whether there was one.
+
+        Chunks that other prompts' pins keep, too, are kept on.
+
+        Raises
+        ------
+        StoreError
+            A tier that may have it could not be told.
+        BadInput
+            As for `pin`.
+        """
+        return self._hints.release(self._tokens(prompt, []))
+
+    @_handed_over
+    def prefetch(self, prompt: Prompt | Tokenized) -> Prefetch:
+        """Copy a prompt's stored chunks from the slower tiers of a tiered store to its fastest, behind the scenes.
+
+        Returns at once what will be copied, as far as the fastest tier has room. Nothing is computed.
+
+        Raises
+        ------
+        StoreError
+            No store could be asked.
+        BadInput
+            As for `pin`.
+        """
+        return self._hints.prefetch(self._tokens(prompt, []))
+
+    apin, arelease, aprefetch = _awaited(pin), _awaited(release), _awaited(prefetch)
 
     def explain(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
         """The former name of `plan`."""
@@ -563,53 +663,102 @@ class Cake:
         self.close()
 
     @_handed_over
-    def _begin(self, prompt: Prompt, asked: AnswerOptions) -> Iterator[str]:
-        """The pieces of an answer, to be computed one by one."""
+    def _begin(self, prompt: Prompt | Tokenized, asked: AnswerOptions) -> tuple[RestoreReport, Iterator[Piece]]:
+        """How a prompt's cache came about, and the pieces of its answer, to be computed one by one."""
         if self.tokenizer is None:
             raise BadInput("stream() yields text and needs a tokenizer: pass one to Cake, or use generate()")
-        return self._tokenizing.pieces(self._answer(prompt, asked)[1])
+        return self._answer(prompt, asked, wants_text=True)
 
     @_handed_over
-    def _next(self, pieces: Iterator[str]) -> str | None:
+    def _next(self, pieces: Iterator[Piece]) -> Piece | None:
         return next(pieces, None)
 
-    _abegin, _anext = _awaited(_begin), _awaited(_next)
+    @_handed_over
+    def _tokenize(self, prompt: Prompt, notes: list[str], tenant: str | None) -> Tokenized:
+        return self._tokens(prompt, notes, tenant)
 
-    def _answer(self, prompt: Prompt, asked: AnswerOptions) -> tuple[Prefill, Iterator[int]]:
-        """A prompt's prefill, and the tokens of its answer, to be computed one by one."""
+    _abegin, _anext, _atokenize = _awaited(_begin), _awaited(_next), _awaited(_tokenize)
+
+    def _answer(
+        self, prompt: Prompt | Tokenized, asked: AnswerOptions, wants_text: bool
+    ) -> tuple[RestoreReport, Iterator[Piece]]:
+        """How a prompt's cache came about, and the pieces of its answer, to be computed one by one."""
         request = self._arms.arbiter.request(monotonic())
-        choose = self.engine.sampler(asked.temperature, asked.top_k, asked.top_p, asked.seed)
-        tokenized = self._tokens(prompt, request.notes)
+        if asked.stops and self.tokenizer is None:
+            raise BadInput("stop texts need a tokenizer: pass one to Cake")
+        sampling = asked.sampling
+        tokenized = self._tokens(prompt, request.notes, asked.tenant)
+        choose = self.engine.chooser(sampling, tokenized.token_ids)
         capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
         prefill, found = self._restore(request, tokenized, capacity, asked)
-        return prefill, self._decode(request, prefill, found, choose, asked.max_new_tokens, capacity)
+        saver = self._answer_saver(prefill, found) if asked.save else None
+        answering = Answering(self._tokenizing.text if wants_text else None, asked.stops)
+        answer = self._decode(request, prefill, found, choose, answering, asked.max_new_tokens, capacity, saver)
+        return prefill.report, answer if tokenized.text is None else self._remembered(tokenized, answer)
+
+    def _remembered(self, chat: Tokenized, answer: Iterator[Piece]) -> Iterator[Piece]:
+        """The same pieces; once the answer is complete, later turns of the chat will have its tokens."""
+        tokens: list[int] = []
+        for piece in answer:
+            tokens += (choice.token for choice in piece.choices)
+            if piece.finish_reason is not None:
+                self._tokenizing.transcript.answered(chat, tokens)
+            yield piece
+
+    def _answer_saver(self, prefill: Prefill, found: Found) -> AnswerSaver | None:
+        """What saves the answer to a prompt; None if it is not saved, or attends to what is not exact."""
+        if self._saver is None or not self.options.save_answers or not found.is_named:
+            return None
+        if found.answer is None:
+            return None
+        return AnswerSaver(self._saver, self._stored.tails, found, found.answer, prefill)
 
     def _decode(
         self,
         request: Request,
         prefill: Prefill,
         found: Found,
-        choose: Callable[[Any], int],
+        choose: Callable[[Any], Choice],
+        answering: Answering,
         max_new_tokens: int,
         capacity: int,
-    ) -> Iterator[int]:
-        logits, position = prefill.logits, len(prefill.token_ids)
+        saver: AnswerSaver | None,
+    ) -> Iterator[Piece]:
+        logits, start = prefill.logits, len(prefill.token_ids)
+        position = start
+        reason: FinishReason = "length"
         for _ in range(max_new_tokens):
-            token = choose(logits)
-            if token in self.engine.stop_tokens:
+            choice = choose(logits)
+            if choice.token in self.engine.stop_tokens:
+                reason = "stop"
                 break
-            yield token
+            piece = answering.add(choice)
+            if piece.text or piece.choices:
+                yield piece
+            if answering.stopped:
+                reason = "stop"
+                break
             if position == capacity:
                 break
             check()
             with self._arms.arbiter.turn(request):
-                logits = self.engine.compute(prefill.cache, [token], position)
+                logits = self.engine.compute(prefill.cache, [choice.token], position)
             position += 1
-        if not found.changed and not found.still():
+            if saver is not None:
+                saver.computed(answering.sure(position - start))
+        last = answering.end(reason)
+        if saver is not None:
+            saver.computed(answering.sure(position - start))
+            saver.end()
+        if not found.still() and CHANGED not in prefill.report.notes:
             prefill.report.notes.append(CHANGED)
+        yield last
 
-    def _tokens(self, prompt: Prompt, notes: list[str]) -> Tokenized:
-        tokenized = self._tokenizing.prompt(prompt, notes)
+    def _tokens(self, prompt: Prompt | Tokenized, notes: list[str], tenant: str | None = None) -> Tokenized:
+        if isinstance(prompt, Tokenized):
+            return prompt
+        tokenized = self._tokenizing.prompt(prompt, notes, tenant)
+        tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
         self.engine.check_prompt(tokenized.token_ids)
         return tokenized
 
@@ -630,7 +779,8 @@ class Cake:
             self.options.metrics.add_restore(prefill.report)
         if self.options.learn and asked.save:
             for place in {*found.unknown, *found.damaged}:
-                self._learn_later(prompt.token_ids[place.start : place.end], again=place in found.damaged)
+                document = prompt.token_ids[place.start : place.end]
+                self._learn_later(document, again=place in found.damaged, tenant=prompt.tenant)
         return prefill, found
 
     def _restore_found(
@@ -647,11 +797,17 @@ class Cake:
         restore.release()
         return Prefill(token_ids, cache, logits, report)
 
-    def _learn(self, token_ids: list[int], on_progress: OnProgress | None = None, again: bool = False) -> RestoreReport:
+    def _learn(
+        self,
+        token_ids: list[int],
+        on_progress: OnProgress | None = None,
+        again: bool = False,
+        tenant: str | None = None,
+    ) -> RestoreReport:
         """Compute a document by itself, unless it is stored, and save it; `again`: what is stored may be damaged."""
         request = self._arms.arbiter.request(monotonic())
         request.background = on_progress is not None
-        found = self._stored.lookup_document(token_ids, request.notes)
+        found = self._stored.lookup_document(token_ids, request.notes, tenant)
         if found.keys and all(found.holders) and not again:
             report = RestoreReport("auto", len(token_ids), self.chunk_tokens, prefix_tokens=len(token_ids))
             report.notes += request.notes
@@ -659,14 +815,14 @@ class Cake:
         asked = PrefillOptions(mode="load" if again else "auto", on_progress=on_progress)
         return self._restore_found(request, found, token_ids, len(token_ids), asked).report
 
-    def _learn_later(self, token_ids: list[int], again: bool) -> None:
+    def _learn_later(self, token_ids: list[int], again: bool, tenant: str | None) -> None:
         """Have a document learned once nothing else computes."""
 
         def stop(progress: Progress) -> None:
             self._learner.check()
 
         def learn() -> None:
-            self._learn(token_ids, stop, again)
+            self._learn(token_ids, stop, again, tenant)
 
         carried, executor = self.engine.carry(learn), self._executor
         self._learner.offer(token_ids, lambda: executor.run(carried))

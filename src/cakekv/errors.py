@@ -89,6 +89,14 @@ class MissingChunk(StoreError):
     """The chunk is not (or no longer) in the tier."""
 
 
+class CannotPin(StoreError):
+    """The tier does not decide what it evicts, so it can promise nothing."""
+
+
+class PinRefused(StoreError):
+    """Pins would take up more of the tier than they may."""
+
+
 class UnknownKey(StoreError):
     """The chunk is sealed with a key that is not in the keyring."""
 

@@ -165,6 +165,44 @@ def document_keys(identity: Identity, token_ids: Sequence[int] | npt.NDArray[np.
     return chained_keys(root, identity.chunk_tokens, token_ids, with_tail=True)
 
 
+def tail_keys(parent: bytes, token_ids: Sequence[int]) -> list[ChunkKey]:
+    """The key of a chunk that follows `parent` and holds the first of these tokens, the first two, and so on.
+
+    Parameters
+    ----------
+    parent : bytes
+        The key of the chunk before, or the identity's root.
+    token_ids : sequence of int
+        What may be in the chunk.
+    """
+    content, keys = blake3(parent), []
+    for token in np.asarray(token_ids, "<i8"):
+        content.update(token.tobytes())
+        keys.append(ChunkKey(content.digest()))
+    return keys
+
+
+def truncated_root(root: bytes, chunk_tokens: int, token_ids: Sequence[int], dropped: range, turn: bool) -> bytes:
+    """What the keys of a truncated prompt follow, so that its chunks, which are not exact, never serve another prompt.
+
+    Parameters
+    ----------
+    root : bytes
+        What the keys of the prompt follow that was truncated.
+    chunk_tokens : int
+        Tokens per chunk.
+    token_ids : sequence of int
+        That prompt.
+    dropped : range
+        Which of its positions were left out.
+    turn : bool
+        Whether the keys behind them were turned to their new positions.
+    """
+    *_, seen = chained_keys(root, chunk_tokens, token_ids[: dropped.stop], with_tail=True)
+    how = canonical({"dropped": [dropped.start, dropped.stop], "turn": turn})
+    return blake3(seen + how.encode(), derive_key_context="cakekv truncated").digest()
+
+
 def chained_keys(
     root: bytes,
     chunk_tokens: int,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
+from cakekv.engine.choice import Sampling
 from cakekv.errors import BadInput
 from cakekv.prompt import check_text
 from cakekv.quantities import parse_bytes, real, whole
@@ -39,6 +40,7 @@ class CakeKeywords(TypedDict, total=False):
     layered_finish: bool
     deadline_s: float
     save_queue: int | str
+    save_answers: bool
     ttft_target_s: float
     quality_floor: int
     reuse: str | Reuse | None
@@ -60,6 +62,7 @@ class CakeOptions:
     deadline_s: float
     save_queue: int
     """In bytes."""
+    save_answers: bool
     ttft_target_s: float
     quality_floor: int
     reuse: Reuse | None
@@ -87,6 +90,7 @@ class CakeOptions:
             layered_finish=given["layered_finish"],
             deadline_s=_deadline(given["deadline_s"]),
             save_queue=_queue_bytes(given["save_queue"]),
+            save_answers=given["save_answers"],
             ttft_target_s=real("ttft_target_s", given["ttft_target_s"], 0.0),
             quality_floor=whole("quality_floor", given["quality_floor"], 1),
             reuse=reuse_named(reuse) if isinstance(reuse, str) else reuse,
@@ -115,9 +119,16 @@ class AnswerKeywords(TypedDict, total=False):
     temperature: float
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
     save: bool
     on_progress: OnProgress | None
+    tenant: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,7 @@ class PrefillOptions:
     mode: Mode = "auto"
     save: bool = True
     on_progress: OnProgress | None = None
+    tenant: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `BadInput` if something is not what it must be."""
@@ -134,22 +146,59 @@ class PrefillOptions:
             raise BadInput(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise BadInput(f"on_progress must be a function that takes a Progress, not {self.on_progress!r:.60}")
+        if self.tenant is not None:
+            if not isinstance(self.tenant, str):
+                raise BadInput(f"tenant must be text, or None, not of type {type(self.tenant).__name__}")
+            check_text(self.tenant, "tenant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions(PrefillOptions):
-    """What is asked of one answer; as in `Cake.stream`. The engine's sampler checks what it is to sample by."""
+    """What is asked of one answer; as in `Cake.stream`. `Sampling` checks what is to be sampled by."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `BadInput` if something is not what it must be."""
         super().__post_init__()
         whole("max_new_tokens", self.max_new_tokens, 1)
+        stop = self.stop
+        if not isinstance(stop, str | list | tuple | NoneType) or any(not isinstance(one, str) for one in stop or ()):
+            raise BadInput(f"stop must be a text, or a list of them, not {stop!r:.60}")
+        for one in self.stops:
+            check_text(one, "stop")
+            if not one:
+                raise BadInput("a stop text is empty: leave it out")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.seed,
+            self.logprobs,
+        )
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -157,6 +206,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "codec": ((str, Codec), 'a name, such as "raw", or a Codec'),
     "policy": ((str, Policy), 'a name, such as "fcfs", or a Policy'),
     "layered_finish": ((bool,), "True or False"),
+    "save_answers": ((bool,), "True or False"),
     "reuse": ((str, Reuse, NoneType), 'a name, such as "epic:link=16", a Reuse, or None'),
     "learn": ((bool,), "True or False"),
     "calibration": ((str, os.PathLike, NoneType), "a file's path, or None"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from cakekv.errors import BadInput
+from cakekv.quantities import real
 
 
 class Array(Protocol):
@@ -43,8 +44,96 @@ class Document:
     bos: bool = True
 
 
-Prompt = PlainPrompt | Document | Sequence[Any]
-"""A plain prompt; or its parts, some of which are documents. They follow one another without anything between them."""
+@dataclass(frozen=True)
+class Truncated:
+    """A prompt without some of its tokens; of what is stored of it, the rest is used, moved to where it stands now.
+
+    What is left has seen what was dropped, so such a prompt is not exact.
+
+    Parameters
+    ----------
+    content : str, sequence of int, array, tensor, mapping, Chat, or Truncated
+        The whole prompt; or one that was truncated before, and has grown since.
+    dropped : range
+        The positions of `content` that are left out.
+    turn : bool
+        Whether keys are turned to their new positions. Without that, answers are worth little; only to compare with.
+
+    Examples
+    --------
+    >>> cake.generate(Truncated(conversation, dropped=range(64, 1056)))  # doctest: +SKIP
+    """
+
+    content: PlainPrompt | Chat | Truncated
+    dropped: range
+    turn: bool = True
+
+
+Overflow = Literal["refuse", "truncate"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt made of messages, which the model's chat template writes as text, up to where the next answer begins.
+
+    Answers among them that the same `Cake` has generated keep their tokens.
+
+    Parameters
+    ----------
+    messages : sequence of mapping
+        Each with a "role" and, as a rule, a "content".
+    tools : sequence of mapping or callable, or None
+        What the model may call, as `apply_chat_template` takes it.
+    template : mapping
+        More that the template understands, such as `enable_thinking`.
+    overflow : {"refuse", "truncate"}
+        What becomes of a chat that outgrows the model's context: it is refused, or its oldest messages are dropped and
+        the others moved (see `docs/overflow.md`), which is not exact.
+    keep : float
+        The most that is kept then, as a share of what follows the system message.
+
+    Raises
+    ------
+    BadInput
+        There are no messages, they are something else, or an option is out of range.
+
+    Examples
+    --------
+    >>> cake.generate(Chat([{"role": "user", "content": "Who was Ada Lovelace?"}]))  # doctest: +SKIP
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
+    overflow: Overflow = "refuse"
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow, self.keep)
+        check_messages(self.messages)
+        if not self.messages:
+            raise BadInput("the chat is empty: it must have at least one message")
+
+
+def check_overflow(overflow: Any, keep: Any) -> None:
+    """Raise `BadInput` unless these options of a chat are in range."""
+    if overflow not in get_args(Overflow):
+        raise BadInput(f"overflow is {overflow!r:.40}, but must be one of {', '.join(get_args(Overflow))}")
+    real("keep", keep, 0.0, 1.0)
+
+
+def check_messages(messages: Any) -> None:
+    """Raise `BadInput` if these are not the messages of a chat."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise BadInput(f"messages are a list of mappings with a 'role', not of type {type(messages).__name__}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadInput(f"message {number} must be a mapping with a 'role', such as 'user', and a 'content'")
+
+
+Prompt = PlainPrompt | Document | Truncated | Chat | Sequence[Any]
+"""A plain prompt; a chat; or a prompt's parts, some of which are documents: they follow one another without anything
+between them."""
 
 
 class Place(NamedTuple):
@@ -59,11 +148,27 @@ class Place(NamedTuple):
         return self.start + self.tokens
 
 
+class Cut(NamedTuple):
+    """How a prompt was truncated once."""
+
+    token_ids: list[int]
+    """What it was before."""
+    dropped: range
+    """The positions of that which were left out."""
+    turn: bool
+    """Whether keys are turned to their new positions."""
+
+
 class Tokenized(NamedTuple):
-    """A prompt's token ids, and where its documents stand."""
+    """A prompt's token ids, where its documents stand, and what it was before it was truncated, the first cut first."""
 
     token_ids: list[int]
     documents: Sequence[Place] = ()
+    cuts: Sequence[Cut] = ()
+    text: str | None = None
+    """Of a chat, as its template writes it."""
+    tenant: str | None = None
+    """Whose chunks it may have; None: the tenant's that the `Cake` is for."""
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:
@@ -183,7 +288,7 @@ def _no_token(value: Any, position: int, length: int) -> str:
     """Why it cannot stand for a token."""
     if isinstance(value, Mapping) and "role" in value:
         return (
-            "the prompt is chat messages: give what tokenizer.apply_chat_template(messages, "
+            "the prompt is chat messages: give Chat(messages), or what tokenizer.apply_chat_template(messages, "
             "add_generation_prompt=True) returns"
         )
     if isinstance(value, list | tuple):

@@ -20,7 +20,7 @@ def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number
     name : str
         What the recipe names, for messages: "codec kivi".
     number : str
-        What a value has to be where a number is wanted, for messages.
+        What a value has to be where a whole number is wanted, for messages.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number
     for option in filter(None, said.split(",")):
         key, equals, text = option.partition("=")
         if key not in defaults or not equals:
-            raise BadInput(f"{name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults)}")
+            raise BadInput(f"{name} has no parameter {option!r}: it takes {', '.join(f'{k}=' for k in defaults) or 'none'}")
         parameters[key] = _parsed(text, defaults[key], f"{name}: {key}", number)
     return parameters
 
@@ -46,5 +46,6 @@ def _parsed(text: str, default: object, name: str, number: str) -> object:
         try:
             return type(default)(text)
         except ValueError as error:
-            raise BadInput(f"{name} is {text!r}, but must be {number}") from error
+            wanted = number if isinstance(default, int) else "a number"
+            raise BadInput(f"{name} is {text!r}, but must be {wanted}") from error
     return text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from cakekv.engine.choice import Choice
 from cakekv.quantities import whole
 from cakekv.restore.report import RestoreReport
 
@@ -29,6 +30,7 @@ class Progress(NamedTuple):
 
 
 OnProgress = Callable[[Progress], None]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass
@@ -78,6 +80,19 @@ class Prefill:
         return self.cache.dynamic_cache(covered)
 
 
+class Pinned(NamedTuple):
+    """What is kept of a prompt, and until when."""
+
+    chunks: int
+    """Its full chunks, stored or not; none if it is shorter than one."""
+    until: float
+    """Seconds since the epoch."""
+    tiers: tuple[str, ...]
+    """Where they are kept, once they are stored."""
+    refused: dict[str, str]
+    """Where they are not, and why."""
+
+
 @dataclass
 class Generation:
     """An answer.
@@ -87,11 +102,22 @@ class Generation:
     text : str
         Decoded; empty if there is no tokenizer.
     token_ids : list of int
-        The generated tokens, without the stop token.
+        The generated tokens, without the stop token; of a stop text, without those that have a part of it.
     report : RestoreReport
         How the prompt's cache came about.
+    finish_reason : str
+        "stop" (a stop token, or a stop text) or "length" (`max_new_tokens`, or the end of the context).
+    logprobs : list of Choice or None
+        Of each token, if they were asked for.
     """
 
     text: str
     token_ids: list[int]
     report: RestoreReport
+    finish_reason: FinishReason = "length"
+    logprobs: list[Choice] | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were loaded instead of computed."""
+        return self.report.loaded_tokens

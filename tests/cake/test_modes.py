@@ -88,8 +88,8 @@ def test_holes_anywhere_are_computed_and_what_is_stored_around_them_is_used(
         answer = cake.generate(prompt, max_new_tokens=8, mode="load")
         assert answer.token_ids == expected.token_ids
         assert answer.report.loaded_tokens == 13 * CHUNK
-        assert cake.wait_saved().saved_chunks == 7
-    assert {chunk.key for chunk in store} == keys, "the holes are filled for the next time"
+        assert cake.wait_saved().saved_chunks == 8, "and the answer"
+    assert {chunk.key for chunk in store} > keys, "the holes are filled for the next time"
 
 
 def test_a_shared_prefix_is_found_by_another_prompt(engine: TransformersEngine, prompt: list[int]) -> None:
@@ -108,7 +108,8 @@ def test_where_a_chunk_ends_all_is_loaded_but_the_last_token(
     ids = prompt[: 10 * CHUNK + more]
     store = filled(engine, prompt)
     expected = Cake(engine, chunk_tokens=CHUNK).generate(ids, max_new_tokens=12)
-    with Cake(Poisoned(engine.model), store=store, chunk_tokens=CHUNK, max_span_tokens=64) as cake:
+    options: Any = {"max_span_tokens": 64, "save_answers": False}
+    with Cake(Poisoned(engine.model), store=store, chunk_tokens=CHUNK, **options) as cake:
         for mode in MODES:
             answer = cake.generate(ids, max_new_tokens=12, mode=mode)
             assert answer.token_ids == expected.token_ids

@@ -204,7 +204,7 @@ def test_codecs(engine: Any, codec: str) -> None:
     learned(engine, exact, LONG)
     errors = []
     for parts in ([Document(LONG), QUESTION], [SYSTEM, Document(LONG), QUESTION]):
-        with make(engine, stored, "naive", codec=codec) as cake, make(engine, exact, "naive") as raw:
+        with make(engine, stored, "turned", codec=codec) as cake, make(engine, exact, "turned") as raw:
             prefill, expected = cake.prefill(parts, mode="load"), raw.prefill(parts, mode="load")
         assert prefill.report.loaded_tokens == len(LONG)
         pairs = zip(prefill.dynamic_cache().layers, expected.dynamic_cache().layers, strict=True)
@@ -306,7 +306,7 @@ def test_a_model_that_cannot_turn_its_keys_is_refused_with_the_reason() -> None:
         engine = TransformersEngine(build(name))
         with pytest.raises(BadInput, match=reason):
             Cake(engine, reuse="epic")
-        Cake(engine, reuse="naive:turn=no").close()
+        Cake(engine, reuse="naive").close()
 
 
 def test_more_time_to_compute_makes_more_of_a_prompt_exact(engine: Any, store: Any) -> None:

@@ -23,7 +23,8 @@ def test_each_gets_what_it_gets_alone(engine: TransformersEngine, watched: Watch
     alone = [Cake(engine, chunk_tokens=CHUNK).generate(prompt, max_new_tokens=8).token_ids for prompt in prompts]
     store = filled(engine, prompts[0], prompts[1], prompts[3])
     jobs = [(number, mode) for mode in ("auto", "both", "load", "compute") for number in range(len(prompts))]
-    with Cake(watched, store=store, chunk_tokens=CHUNK, max_span_tokens=64, policy=policy) as cake:
+    options: Any = {"max_span_tokens": 64, "policy": policy, "save_answers": False}
+    with Cake(watched, store=store, chunk_tokens=CHUNK, **options) as cake:
 
         def answer(job: tuple[int, Any]) -> list[int]:
             number, mode = job

@@ -65,10 +65,12 @@ def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Pa
     both = [*common, "--document", other, "--document", document]
     report = run_json(*both, "--reuse", "epic:link=8", "--mode", "load")["report"]
     assert report["reused_tokens"] > 1000  # type: ignore[index]
-    _, _, err = run(*both, "--reuse", "naive", "--mode", "load")
+    _, _, err = run(*both, "--reuse", "turned", "--mode", "load")
     assert "Not exact" in err
     assert "were reused" in err
-    code, _, err = run(*both, "--reuse", "blend")
+    blended = run_json(*both, "--reuse", "blend:recompute=0.2", "--mode", "load")["report"]
+    assert 0.1 < blended["blended_tokens"] / blended["reused_tokens"] < 0.3  # type: ignore[index]
+    code, _, err = run(*both, "--reuse", "mixed")
     assert (code, "blend" in err) == (2, True)
 
 

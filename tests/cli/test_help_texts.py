@@ -41,6 +41,7 @@ app(sys.argv[1:])
         ("ask", CODECS),
         ("ask", WAYS),
         ("quality", CODECS),
+        ("quality", WAYS),
         ("vllm-args", CODECS),
         ("simulate cluster", [*PRIORITIES, *PEAK_FLOPS]),
         ("simulate retention", [*EVICTIONS, *PEAK_FLOPS]),

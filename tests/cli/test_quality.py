@@ -84,3 +84,41 @@ def test_bad_input_is_refused(tiny_model: Path) -> None:
     result = CliRunner().invoke(app, ["quality", "--model", str(tiny_model), "--recipe", "int9"])
     assert result.exit_code == 2
     assert "int9" in result.stderr
+
+
+def test_ways_of_reuse_are_judged(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "reuse.json"
+    common = ["quality", "--model", tiny_model, "--prompts", 2, "--documents", 2, "--tokens", 320, "--continuation", 8]
+
+    def judge(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(one) for one in [*common, "--json", file, *arguments]])
+
+    result = judge("--reuse", "turned")
+    assert result.exit_code == 0, result.stderr
+    assert "turned" in result.stdout
+    result = judge("--reuse", "naive", "--reuse", "epic:link=16", "--add")
+    assert result.exit_code == 0, result.stderr
+    assert "turning keys removes" in result.stderr
+    data = json.loads(file.read_text())
+    assert data["settings"]["documents"] == [2]
+    exact, *ways = data["methods"]
+    assert [one["name"] for one in ways] == ["turned", "naive", "epic:link=16"]
+    assert exact["kl"] == 0.0
+    for one in ways:
+        low, high = one["intervals"]["kl"]
+        assert 0.0 < low <= one["kl"] <= high
+        assert (one["facts_two"], len(one["prompts"])) == (2, 2)
+    assert ways[2]["recomputed_share"] == 16 / 640
+    assert len(data["claims"]) == 3
+    assert len(data["paired"]) == 3
+    for arguments, complaint in (
+        (["--reuse", "turned", "--add"], "all of these ways"),
+        (["--reuse", "naiv"], "naiv"),
+        (["--reuse", "turned", "--recipe", "int8"], "--recipe"),
+        (["--reuse", "turned", "--computed", 0.5], "--computed"),
+        (["--recipe", "int8"], "--prompts"),
+    ):
+        result = judge(*arguments)
+        assert result.exit_code == 2
+        assert complaint in result.stderr
+    assert CliRunner().invoke(app, ["quality"]).exit_code == 2

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.errors import BadInput
-from cakekv.prompt import Document
+from cakekv.prompt import Document, Tokenized
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "user": 3, "hi": 4, ":": 5}
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -73,34 +70,6 @@ def test_text_that_cannot_be_read() -> None:
         Tokenizing("gpt2")
 
 
-class Bytes:
-    """A tokenizer whose tokens are the bytes of UTF-8."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-
-@given(st.binary(max_size=12) | st.text(max_size=6).map(str.encode) | st.just("ab€".encode()[:-1]))
-def test_pieces_make_up_the_text_whatever_the_tokens_end_in(answer: bytes) -> None:
-    tokenizing = Tokenizing(Bytes())
-    assert "".join(tokenizing.pieces(iter(answer))) == tokenizing.text(list(answer))
-
-
-def test_pieces_are_whole_characters_as_soon_as_they_are_there() -> None:
-    given: list[int] = []
-
-    def answer() -> Iterator[int]:
-        for byte in "a€b".encode():
-            given.append(byte)
-            yield byte
-
-    pieces = [(piece, len(given)) for piece in Tokenizing(Bytes()).pieces(answer())]
-    assert pieces == [("a", 1), ("€", 4), ("b", 5)]
-
-
 @pytest.mark.parametrize(
     ("template", "own"), [("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A", []), (None, [])], ids=lambda value: str(value)
 )
@@ -125,7 +94,7 @@ def test_documents_are_cut_into_tokens_by_themselves(template: str | None, own: 
 
 def test_a_list_without_a_document_is_a_plain_prompt() -> None:
     tokenizing = Tokenizing(None)
-    assert tokenizing.prompt([3, 4], []) == ([3, 4], ())
+    assert tokenizing.prompt([3, 4], []) == Tokenized([3, 4])
     with pytest.raises(BadInput, match="given by itself"):
         tokenizing.prompt(["hi", "user"], [])
     with pytest.raises(BadInput, match="no tokenizer"):

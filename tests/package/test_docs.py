@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,11 @@ def test_every_block_that_is_not_run_is_there() -> None:
 
 @pytest.mark.parametrize(("page", "program"), programs(), ids=lambda value: value[:20] if value.endswith(".md") else "")
 def test_the_examples_of_pages_run(page: str, program: str, tiny_model: Path, tmp_path: Path) -> None:
-    """On a tiny model in place of the demo's."""
-    model = f"import cakekv.demo.model\ncakekv.demo.model.demo_model = lambda: {str(tiny_model)!r}\n"
+    """On a tiny model in place of the demo's, which can chat."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    (folder / "chat_template.jinja").write_text(template)
+    model = f"import cakekv.demo.model\ncakekv.demo.model.demo_model = lambda: {str(folder)!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", model + program], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -15,8 +15,10 @@ from cakekv.reuse import reuse_named
         ("epic", "epic:link=16", 16, True),
         ("epic:link=0", "epic:link=0", 0, True),
         ("epic:link=1000", "epic:link=1000", 40, True),
-        ("naive", "naive:turn=yes", 0, True),
-        ("naive:turn=no", "naive:turn=no", 0, False),
+        ("blend", "blend:recompute=0.15,check=1,tensor=values,choice=deviation", 0, True),
+        ("blend:tensor=both,recompute=1", "blend:recompute=1.0,check=1,tensor=both,choice=deviation", 0, True),
+        ("turned", "turned", 0, True),
+        ("naive", "naive", 0, False),
     ],
 )
 def test_a_recipe_names_a_way(recipe: str, written: str, recomputed: int, turns: bool) -> None:
@@ -30,14 +32,21 @@ def test_a_recipe_names_a_way(recipe: str, written: str, recomputed: int, turns:
 @pytest.mark.parametrize(
     ("recipe", "reason"),
     [
-        ("blend", "choose one of epic, naive"),
+        ("blended", "choose one of epic, blend, turned, naive"),
         ("", "choose one of"),
         ("epic:links=3", "it takes link="),
         ("epic:link", "it takes link="),
         ("epic:link=-1", "whole number of 0 or more"),
         ("epic:link=1.5", "whole number of 0 or more"),
         ("epic:link=99999999999", "0 or more tokens"),
-        ("naive:turn=maybe", "yes or no"),
+        ("turned:turn=yes", "no parameter"),
+        ("blend:recompute=1.01", "recompute is 1.01, but must be a share from 0 to 1"),
+        ("blend:recompute=nan", "a share from 0 to 1"),
+        ("blend:recompute=half", "must be a number"),
+        ("blend:check=0", "a whole number of 1 or more"),
+        ("blend:check=1.5", "a whole number"),
+        ("blend:tensor=queries", "one of values, keys, both"),
+        ("blend:choice=best", "one of deviation, random"),
     ],
 )
 def test_what_is_no_recipe_is_refused_with_what_would_be(recipe: str, reason: str) -> None:

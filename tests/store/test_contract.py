@@ -25,7 +25,7 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.packed import Pack, PackedStore
 from cakekv.store.redis import RedisStore
-from cakekv.store.s3 import open_azure, open_gcs, open_s3
+from cakekv.store.s3 import ObjectStore, open_azure, open_gcs, open_s3
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -134,6 +134,13 @@ bounded = pytest.mark.parametrize("case", [TIERS[name] for name in BOUNDED], ids
 @pytest.fixture
 def store(open_tier: Callable[..., Any]) -> Store:
     return open_tier()
+
+
+def test_a_probe_tells_what_is_stored_or_is_too_dear(store: Store) -> None:
+    store.write(key_of(1), chunk_of(1))
+    found = store.probe([key_of(number) for number in range(3)])
+    assert found == (None if isinstance(store, ObjectStore) else [False, True, False])
+    assert store.probe([]) in ([], None)
 
 
 def test_a_new_store_is_empty(store: Store) -> None:

@@ -50,7 +50,7 @@ def demo(
     with DiskStore(out / "demo-store") as disk:
         disk.delete([chunk.key for chunk in disk])
         link = ThrottledStore(disk, float("inf"))
-        with load_cake("demo", link) as cake:
+        with load_cake("demo", link, save_answers=False) as cake:
             document = read_document("demo", cake.tokenizer, tokens)
             document_tokens = count_tokens(cake.tokenizer, document)
             NEWS.print(f"{NAME} reads {document_tokens:,} tokens and answers: {QUESTION}")

@@ -20,6 +20,7 @@ def load_cake(
     chunk_tokens: int | None = None,
     dtype: str = "auto",
     reuse: str | None = None,
+    save_answers: bool = True,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -47,6 +48,7 @@ def load_cake(
             "tenant": tenant,
             "codec": codec,
             "reuse": reuse,
+            "save_answers": save_answers,
             "calibration": cache_folder() / "calibration.json",
         }
         if chunk_tokens is not None:

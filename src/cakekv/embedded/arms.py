@@ -12,12 +12,13 @@ from cakekv.embedded.arbiter import Arbiter
 from cakekv.embedded.coders import Coders
 from cakekv.embedded.loader import Loader
 from cakekv.engine.base import Cache, Engine, Logits
-from cakekv.errors import BadInput, UnknownRotation
+from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine, UnsupportedModel
 from cakekv.load.pieces import layer_groups
 from cakekv.load.staging import StagingPool
 from cakekv.options import CakeOptions
 from cakekv.restore.costs import ComputeCost
 from cakekv.restore.flights import Tier
+from cakekv.reuse.blend import Blend
 from cakekv.rotation import Rotation
 from cakekv.store.base import Store, distinct_names
 
@@ -87,12 +88,22 @@ class Arms(Generic[Cache, Logits]):
 
 def _rotations(options: CakeOptions, engine: Engine[Cache, Logits]) -> Sequence[Rotation] | None:
     """How a model's keys are turned, if documents are reused that way; raises `BadInput` if it cannot be told."""
-    if options.reuse is None or not options.reuse.turns:
+    reuse = options.reuse
+    if reuse is None or not reuse.turns:
         return None
     try:
-        return engine.turnable()
+        rotations = engine.turnable()
     except UnknownRotation as error:
         raise BadInput(
-            f"reuse {options.reuse.name} turns keys to where documents stand, and this model's cannot be: {error}. "
+            f"reuse {reuse.name} turns keys to where documents stand, and this model's cannot be: {error}. "
             "Give no reuse: prompts are computed, and their prefixes restored"
         ) from error
+    if isinstance(reuse, Blend):
+        try:
+            engine.blendable(reuse)
+        except (UnsupportedEngine, UnsupportedModel) as error:
+            raise BadInput(
+                f"reuse blend computes single positions again, and this model's cannot be: {error}. Give reuse epic, "
+                "or none: prompts are computed, and their prefixes restored"
+            ) from error
+    return rotations

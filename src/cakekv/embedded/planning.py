@@ -14,6 +14,7 @@ from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode, PlannerOptions
 from cakekv.restore.planner import Planner
 from cakekv.restore.priority import RequestState
+from cakekv.reuse.blend import Blend
 
 
 class Planning:
@@ -69,7 +70,7 @@ class Planning:
             PlannerOptions(
                 mode=mode,
                 max_span_tokens=options.max_span_tokens,
-                window=layout.window,
+                window=None if found.starts is not None and isinstance(options.reuse, Blend) else layout.window,
                 ttft_target_s=options.ttft_target_s,
                 deadline_s=options.deadline_s,
             ),

@@ -16,13 +16,16 @@ from cakekv.embedded.loader import Loads
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
-from cakekv.engine.base import Cache, Logits, Move
+from cakekv.engine.base import Cache, Gate, Logits, Move
+from cakekv.keys import ChunkKey
 from cakekv.restore.coverage import State
 from cakekv.restore.flights import Load
 from cakekv.restore.planner import Span, Wait
 from cakekv.restore.report import PositionRun, RestoreReport, told_apart
 from cakekv.results import OnProgress, Progress
+from cakekv.reuse.blend import Blend
 from cakekv.reuse.serving import Serving
+from cakekv.reuse.truncated import Chain
 
 _LAST_LOADS_S = 0.3
 """Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
@@ -86,6 +89,10 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """Those of them that are not what a prefill of this prompt would compute."""
         self._first_lossy: int | None = None
         """The first chunk that ever was placed and is not exact; what was computed behind it attended to it."""
+        self._first_coded: int | None = None
+        """The first of those that a codec rounded."""
+        self._blended: Sequence[int] | None = None
+        """The positions that a blend computed again in all layers, once it is done."""
 
     def run(self) -> Logits:
         """Cover every position; returns the logits of the prompt's last token.
@@ -141,6 +148,10 @@ class EmbeddedRestore(Generic[Cache, Logits]):
                 levels[parts] += tokens[chunk]
             names = {parts: f"{parts} of {codec.parts}" if parts else "exact" for parts in sorted(levels)}
             report.level_tokens = {name: levels[parts] for parts, name in names.items()}
+            prompt_tokens = len(self._token_ids)
+            last = prompt_tokens // self._chunk_tokens * self._chunk_tokens
+            self._planning.found.ends_whole = self._coverage.is_whole(last, prompt_tokens)
+            self._planning.found.answer = self._chain_behind(prompt_tokens - 1)
             report.lossy_tokens = sum(tokens[chunk] for chunk in self._not_exact)
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
             self._tell_reuse(report)
@@ -160,16 +171,24 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             for place in found.documents
             if any(miss.start < place.end and place.start < miss.start + miss.tokens for miss in damaged)
         ]
+        report.dropped_tokens = found.dropped_tokens
+        placed = (coverage.chunk_at(position) for position in self._blended or ())
+        report.blended_tokens = sum(chunk in self._parts and self._is_reused(chunk) for chunk in placed)
         reused = {chunk for chunk in self._not_exact if self._is_reused(chunk)}
-        if reuse is None or not reused:
+        if not (reused or report.blended_tokens):
             return
-        report.reuse = reuse.recipe
-        report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused)
+        if reuse is not None and found.documents:
+            report.reuse = reuse.recipe
+        if not reused:
+            return
+        moved = {chunk for chunk in reused if not found.documents and self._moved_by(chunk)}
+        report.moved_tokens = sum(coverage.tokens[chunk] for chunk in moved)
+        report.reused_tokens = sum(coverage.tokens[chunk] for chunk in reused - moved)
         report.linked_tokens = sum(miss.tokens for miss in report.misses if miss.reason == "linked")
         runs: list[PositionRun] = []
         for chunk, (start, tokens) in enumerate(zip(coverage.starts[:-1], coverage.tokens, strict=True)):
             if chunk in self._not_exact:
-                how = "reused" if chunk in reused else "lossy"
+                how = "moved" if chunk in moved else "reused" if chunk in reused else "lossy"
             else:
                 is_computed = coverage.state[chunk] is State.COMPUTED
                 how = "recomputed" if is_computed and self._saw_lossy(start) else "exact"
@@ -183,6 +202,12 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         """Whether what serves a chunk was computed behind something else."""
         serving = self._serving(chunk)
         return serving is not None and not serving.exact
+
+    def _moved_by(self, chunk: int) -> int:
+        """By how many positions what serves a chunk is moved."""
+        serving = self._serving(chunk)
+        assert serving is not None, "only what is stored is moved"
+        return self._coverage.starts[chunk] - serving.position - serving.skip
 
     def _serving(self, chunk: int) -> Serving | None:
         """What serves a chunk, if it is stored; behind the last full one of a plain prompt nothing is."""
@@ -206,8 +231,14 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         assert self._cache is not None
         token_ids = self._token_ids[span.start : span.start + span.tokens]
         self._waited_s = 0.0
+        gate = self._gate if span.layered else None
+        with self._arbiter.lock:
+            reused = self._to_blend(span)
         try:
-            logits = self._arms.engine.compute(self._cache, token_ids, span.start, self._gate if span.layered else None)
+            if reused:
+                logits = self._blend(span, reused, gate)
+            else:
+                logits = self._arms.engine.compute(self._cache, token_ids, span.start, gate)
         except _LoadLost:
             with self._arbiter.lock:
                 self.request.woken.wait_for(lambda: not self.planner.placing or self._loads.crash is not None)
@@ -216,7 +247,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             return None
         end = span.start + span.tokens
         with self._arbiter.lock:
-            self.planner.computed(span, monotonic(), self._waited_s)
+            self.planner.computed(span, monotonic(), self._waited_s, typical=not reused)
             for chunk in range(self._coverage.chunk_at(span.start), self._coverage.chunk_at(end)):
                 if self._coverage.state[chunk] is State.COMPUTED:
                     self._parts.pop(chunk, None)
@@ -225,11 +256,52 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._arms.loader.wake()
         check()  # who was interrupted may have changed the model since
         if self._saver is not None:
-            keys = self._planning.found.keys
-            saved = len(keys) if end == len(self._token_ids) else end // self._chunk_tokens
-            missing = [chunk for chunk in range(span.start // self._chunk_tokens, saved) if self._is_missing(chunk)]
-            self._saver.save(missing, self._missing_chunks, exact=not self._saw_lossy(span.start))
+            chain = self._chain_behind(span.start)
+            keys = chain.keys if chain is not None else []
+            saved = len(keys) if end == len(self._token_ids) else min(end // self._chunk_tokens, len(keys))
+            first = span.start // self._chunk_tokens
+            if not self._coverage.is_whole(first * self._chunk_tokens, span.start):
+                first += 1
+            missing = [chunk for chunk in range(first, saved) if self._is_missing(chunk, keys[chunk])]
+            self._saver.save(missing, self._missing_chunks, chain)
         return logits
+
+    def _to_blend(self, span: Span) -> list[int]:
+        """The reused chunks to blend together with a span: all, with the first span that has none behind it."""
+        is_blend = isinstance(self._arms.options.reuse, Blend) and self._planning.found.documents
+        if self._blended is not None or not is_blend:
+            return []
+        coverage, end = self._coverage, span.start + span.tokens
+        behind = range(coverage.chunk_at(end), coverage.chunks)
+        if any(coverage.holders[chunk] for chunk in behind):  # and if it is computed in the end: with the last span
+            return []
+        return [
+            chunk
+            for chunk in range(coverage.chunk_at(span.start))
+            if coverage.state[chunk] is not State.COMPUTED and self._is_reused(chunk)
+        ]
+
+    def _blend(self, span: Span, reused: Sequence[int], gate: Gate | None) -> Logits:
+        """Compute a span with the reused chunks before it, as far as they deviate."""
+        way, coverage = self._arms.options.reuse, self._coverage
+        assert isinstance(way, Blend)
+        assert self._cache is not None
+        start, always_from = coverage.start_of(reused[0]), coverage.start_of(reused[-1] + 1)
+        token_ids = self._token_ids[start : span.start + span.tokens]
+        logits, self._blended = self._arms.engine.blend(self._cache, token_ids, start, always_from, way, gate)
+        if len(self._blended) == len(token_ids):  # all that is not exact is before `start`
+            with self._arbiter.lock:
+                self._not_exact -= set(range(reused[0], reused[-1] + 1))
+                if self._first_lossy == reused[0]:
+                    self._first_lossy = None
+        return logits
+
+    def _chain_behind(self, start: int) -> Chain | None:
+        """Under whose keys what is computed from `start` on is saved; None: it is not."""
+        found = self._planning.found
+        if self._blended is not None or self._saw(self._first_coded, start):
+            return None
+        return found.moved if self._saw_lossy(start) else found.own
 
     def _gate(self, layer: int) -> None:
         """Wait until what `layer` sees before the suffix is in place; others may compute meanwhile."""
@@ -250,20 +322,27 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             self._arbiter.take(self.request)
             self._waited_s += monotonic() - began
 
-    def _is_missing(self, chunk: int) -> bool:
+    def _is_missing(self, chunk: int, key: ChunkKey) -> bool:
         """Whether no tier can deliver one of the chunks to save: it was not stored, or its loads failed."""
         planned = self._coverage.chunk_at(chunk * self._chunk_tokens)
         serving, held = self._serving(planned), self._coverage.holders[planned]
-        return not held or serving is None or serving.key != self._planning.found.keys[chunk]
+        return not held or serving is None or serving.key != key
 
     @cached_property
     def _missing_chunks(self) -> int:
         """How many of the chunks to save no tier can deliver, as far as was known when this was first asked."""
-        return sum(map(self._is_missing, range(len(self._planning.found.keys))))
+        found = self._planning.found
+        if found.moved is not None:
+            planned = [self._coverage.chunk_at(chunk * self._chunk_tokens) for chunk in range(len(found.keys))]
+            return sum(not self._coverage.holders[chunk] for chunk in planned)
+        return sum(self._is_missing(chunk, key) for chunk, key in enumerate(found.keys))
 
     def _saw_lossy(self, start: int) -> bool:
         """Whether what is computed from `start` on may attend to loaded keys and values that are not exact."""
-        return self._first_lossy is not None and self._coverage.start_of(self._first_lossy) < start
+        return self._saw(self._first_lossy, start)
+
+    def _saw(self, chunk: int | None, start: int) -> bool:
+        return chunk is not None and self._coverage.start_of(chunk) < start
 
     # -------------------------------------------------------------------- loads
 
@@ -276,7 +355,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         by = load.start - serving.position - serving.skip
         if not by and not serving.skip:
             return engine.place(cache, load.start, load.tokens, segments)
-        move = Move(serving.tokens, serving.skip, by, self._arms.rotations)
+        move = Move(serving.tokens, serving.skip, by, self._planning.found.rotations)
         return engine.place_moved(cache, load.start, load.tokens, segments, move)
 
     def placed(self, load: Load, coded: bool, size: int) -> None:
@@ -284,10 +363,12 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         codec = self._arms.coder.codec
         self._placed_bytes += size
         self._parts[load.chunk] = (load.parts or codec.parts_read) if coded else 0
-        if (coded and codec.lossy) or self._is_reused(load.chunk):
+        is_coded = coded and codec.lossy
+        if is_coded:
+            self._first_coded = _earlier(self._first_coded, load.chunk)
+        if is_coded or self._is_reused(load.chunk):
             self._not_exact.add(load.chunk)
-            first = self._first_lossy
-            self._first_lossy = load.chunk if first is None else min(first, load.chunk)
+            self._first_lossy = _earlier(self._first_lossy, load.chunk)
 
     def changed(self) -> None:
         """Report progress; called with the lock held."""
@@ -310,3 +391,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             )
         finally:
             self._arbiter.teller = None
+
+
+def _earlier(first: int | None, chunk: int) -> int:
+    return chunk if first is None else min(first, chunk)

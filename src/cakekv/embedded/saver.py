@@ -22,6 +22,7 @@ from cakekv.keys import ChunkKey, Identity
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.options import CakeOptions
+from cakekv.reuse.truncated import Chain
 from cakekv.store.base import Store
 
 Gather = Callable[[list[memoryview]], None]
@@ -87,6 +88,8 @@ class _Job(NamedTuple):
     size: int
     """Bytes of that."""
     copy: memoryview | None
+    replaces: ChunkKey | None
+    may_be_stored: bool
 
 
 class _Note(NamedTuple):
@@ -181,6 +184,8 @@ class Saver:
         source: Source = UNKNOWN,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
         tokens: int | None = None,
+        replaces: ChunkKey | None = None,
+        may_be_stored: bool = False,
     ) -> None:
         """Hand over a chunk whose region of the cache is covered; from any thread.
 
@@ -198,13 +203,17 @@ class Saver:
             Gives a context that is entered while there is no room.
         tokens : int or None
             Its length, if that is not the usual one.
+        replaces : ChunkKey or None
+            A chunk that is not needed any more once this one is stored, and is deleted then, if the store can do it.
+        may_be_stored : bool
+            Whether it may be stored already, which was not asked; it is not written again, then.
         """
         coder = self._coders.of(tokens or self.chunk_tokens)
         size, held = coder.exact.total_bytes, source.held_bytes
         if held is None or held > self._options.save_queue or 2 * source.wanted_chunks * size < held:
-            job = _Job(key, position, coder, exact, gather, object(), size, None)
+            job = _Job(key, position, coder, exact, gather, object(), size, None, replaces, may_be_stored)
         else:
-            job = _Job(key, position, coder, exact, gather, source.cache, held, None)
+            job = _Job(key, position, coder, exact, gather, source.cache, held, None, replaces, may_be_stored)
         if not self._take_room(job, waiting):
             return
         if job.keeps is not source.cache:
@@ -378,6 +387,18 @@ class Saver:
         return self._queue.get()
 
     def _write(self, job: _Job) -> None:
+        if (self._is_stored(job) or self._stored(job)) and job.replaces is not None:
+            with suppress(StoreError):  # what is left goes when the store needs the room
+                self.store.delete([job.replaces])
+
+    def _is_stored(self, job: _Job) -> bool:
+        """Whether the store is known to have a chunk already."""
+        with suppress(StoreError):
+            return job.may_be_stored and self.store.probe([job.key]) == [True]
+        return False
+
+    def _stored(self, job: _Job) -> bool:
+        """Store a chunk; whether the store keeps it."""
         coder, began = job.coder, monotonic()
         encodes = coder.encodes and not job.exact
         with ExitStack() as buffers:
@@ -397,6 +418,7 @@ class Saver:
             self.report.saved_bytes += size if kept else 0
             self.report.declined_chunks += not kept
         self._tell("saved" if kept else "declined", size, monotonic() - began)
+        return kept
 
     def _failed(self, error: BaseException) -> None:
         """A chunk was not saved because of this."""
@@ -453,7 +475,7 @@ class PromptSaver:
         self._found = found
         self._waiting = waiting
 
-    def save(self, chunks: Sequence[int], wanted_chunks: int, *, exact: bool) -> None:
+    def save(self, chunks: Sequence[int], wanted_chunks: int, chain: Chain | None) -> None:
         """Save chunks that a span has completed, unless what computes is not any more what the keys name.
 
         Parameters
@@ -462,11 +484,11 @@ class PromptSaver:
             Those that no tier has.
         wanted_chunks : int
             About how many chunks of the prompt are to be saved, these among them.
-        exact : bool
-            Whether all that the span attended to is exact. If it is not, nothing is saved.
+        chain : Chain or None
+            Under whose keys, given what the span attended to. None: nothing is saved.
         """
         found, engine, tokens = self._found, self._found.engine, self._saver.chunk_tokens
-        if not found.still() or not exact:
+        if not found.still() or chain is None:
             return
         self._saver.introduce(found.named.identity)
         source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
@@ -474,7 +496,8 @@ class PromptSaver:
             start, length = chunk * tokens, min(tokens, found.prompt_tokens - chunk * tokens)
             gather = engine.gatherer(self._cache, start, length)
             is_exact = chunk >= found.exact_from
-            self._saver.save(found.keys[chunk], start, gather, is_exact, source, self._waiting, length)
+            tail = chain.tail.key if chain.tail is not None and chain.tail.position == start else None
+            self._saver.save(chain.keys[chunk], start, gather, is_exact, source, self._waiting, length, tail)
 
 
 _KINDS: dict[type[BaseException], str] = {

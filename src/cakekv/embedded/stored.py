@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.tails import Tails, tails_at
+from cakekv.embedded.turnable import Turnable
 from cakekv.engine.base import Engine, EngineState
-from cakekv.errors import StoreError, TierDown
+from cakekv.errors import BadInput, StoreError, TierDown
 from cakekv.keys import ChunkKey, Identity, chunk_keys, document_keys
 from cakekv.logs import emit
 from cakekv.prompt import Place, Tokenized
 from cakekv.reuse.serving import Serving, lay_out, serve_chain, serve_document
+from cakekv.reuse.truncated import Chain, Level, levels_of, serve_truncated
+from cakekv.rotation import Rotation
 from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
 from cakekv.store.maintenance.explain import why_nothing_is_stored
 from cakekv.store.sizes import Sizes, doubt_of
 
 Answer = TypeVar("Answer")
+Holders = dict[tuple[int, ChunkKey], tuple[int, ...]]
+"""By the position where a chunk ends, and its key: the tiers that hold it."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,6 +63,18 @@ class Found:
     """By tier, the bytes of those chunks."""
     exact_from: int
     """The first chunk that must not be lossy, since the codec's window reaches it."""
+    window: int = 0
+    """The codec's."""
+    is_named: bool = True
+    """Whether what computes has a name, so that chunks are loaded and saved."""
+    tail: Serving | None = None
+    """What is stored behind the last full chunk of an earlier answer, if it serves this prompt."""
+    moved: Chain | None = None
+    """Under whose keys a truncated prompt is saved behind what was moved."""
+    answer: Chain | None = None
+    """Under whose keys its answer is saved; None: it is not. Known after the restore."""
+    ends_whole: bool = True
+    """Whether the cache has all layers of what stands behind the prompt's last full chunk; known after the restore."""
     lookup_s: float = 0.0
     """Seconds that asking took."""
     documents: Sequence[Place] = ()
@@ -68,8 +87,17 @@ class Found:
     """The documents that are not stored, or not wholly."""
     damaged: list[Place] = field(default_factory=list)
     """Those of which a chunk was stored and could not be had."""
+    rotations: Sequence[Rotation] | None = None
+    """How keys are turned that stand elsewhere than where they were computed; None: they stay as they are."""
+    dropped_tokens: int = 0
+    """How many tokens were left out of a truncated prompt."""
     changed: bool = False
     """Whether the model was found to be another one since."""
+
+    @property
+    def own(self) -> Chain:
+        """Under whose keys the prompt is saved as far as it is exact."""
+        return Chain(self.named.identity.root, self.keys, self.tail)
 
     def still(self) -> bool:
         """Whether what computes has been what it was at the look-up, whenever this was asked."""
@@ -94,7 +122,9 @@ class StoredPrefixes:
         self._coder = arms.coder
         self._tiers = tiers
         self._ask = Lookup(tiers, min(arms.options.deadline_s, LOOKUP_DEADLINE_S), arms.hangs)
+        self.tails = Tails()
         self._first = self._named = Named(self._engine.state(), self._identify())
+        self._turnable = Turnable(arms)
 
     def now(self) -> Named:
         """What computes now, in the calling thread."""
@@ -106,29 +136,71 @@ class StoredPrefixes:
     def lookup(self, prompt: Tokenized, notes: list[str]) -> Found:
         """Ask all tiers for a prompt; trouble is noted, and if what computes it cannot be named."""
         began, token_ids = monotonic(), prompt.token_ids
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(prompt.tenant, notes)
         keys = chunk_keys(named.identity, token_ids) if is_named else []
         chains = self._chains(named, prompt, notes) if is_named else []
-        held = self._held([*keys, *(serving.key for chain in chains for serving in chain)], notes)
-        found = self._found(named, keys, serve_chain(keys, self._coder.exact.tokens, len(token_ids)), prompt, held)
-        if chains:
-            self._serve_documents(found, prompt, chains, held)
+        levels = self._levels(named, prompt, notes) if is_named else []
+        tails = self._remembered(Chain(named.identity.root, keys), token_ids) if is_named else []
+        others = [serving.key for chain in [*chains, tails] for serving in chain]
+        others += [serving.key for level in levels for _, serving in level.place(self._chunks(level))]
+        held = self._held(list(dict.fromkeys([*keys, *others])), notes)
+        chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
+        found = self._found(named, keys, chain, prompt, held)
+        found.is_named = is_named
+        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.tail = self._tail(found.own, stored, token_ids, tails, held) if is_named else None
+        if chains or levels or found.tail is not None:
+            served, holders = self._serve_documents(found, prompt, chains, held) if chains else ([], {})
+            prefix, at = chain[:stored], found.holders[:stored]
+            if found.tail is not None:
+                chunks = found.tail.position // self._coder.exact.tokens
+                prefix = [*chain[:chunks], found.tail]
+                at = [*found.holders[:chunks], self._holders(found, found.tail, True, held)]
+            if levels:
+                served, holders = self._serve_truncated(found, prompt, levels, sum(one.tokens for one in prefix), held)
+            self._lay_out(found, prefix, at, served, holders)
         found.lookup_s = monotonic() - began
         return found
 
-    def lookup_document(self, token_ids: list[int], notes: list[str]) -> Found:
+    def _tail(
+        self,
+        chain: Chain,
+        stored: int,
+        token_ids: list[int],
+        remembered: Sequence[Serving],
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> Serving | None:
+        """The longest tail behind the last chunk that is stored; `held` is told which tiers have it."""
+        tokens = self._coder.exact.tokens
+        tails = [tail for tail in remembered if held.get(tail.key) and tail.position >= stored * tokens]
+        if not tails and len(token_ids) - stored * tokens > 1:  # the last token is always computed
+            tails = tails_at(chain.parent(stored), stored * tokens, tokens, token_ids)
+            for index, answer in enumerate(self._ask.probe([tail.key for tail in tails])):
+                for tail, is_held in zip(tails, answer, strict=False):
+                    if is_held:
+                        held.setdefault(tail.key, []).append((index, 0))
+            tails = [tail for tail in tails if held.get(tail.key)]
+        return max(tails, key=lambda tail: (tail.position, tail.tokens), default=None)
+
+    def _remembered(self, chain: Chain, token_ids: list[int]) -> list[Serving]:
+        """The tails of a chain that this process has saved lately."""
+        return self.tails.of([chain.root, *chain.keys], self._coder.exact.tokens, token_ids)
+
+    def lookup_document(self, token_ids: list[int], notes: list[str], tenant: str | None = None) -> Found:
         """As `lookup`, of a document that is to be computed by itself: its last chunk may be shorter."""
         began = monotonic()
-        named, is_named = self._named_for(notes)
+        named, is_named = self._named_for(tenant, notes)
         keys = document_keys(named.identity, token_ids) if is_named else []
         chain = serve_chain(keys, self._coder.exact.tokens, len(token_ids))
         found = self._found(named, keys, chain, Tokenized(token_ids), self._held(keys, notes))
         found.lookup_s = monotonic() - began
         return found
 
-    def _named_for(self, notes: list[str]) -> tuple[Named, bool]:
-        """What computes now, and whether its chunks are loaded and saved."""
+    def _named_for(self, tenant: str | None, notes: list[str]) -> tuple[Named, bool]:
+        """What computes now, for a tenant, and whether its chunks are loaded and saved."""
         named = self.now()
+        if tenant is not None:
+            named = named._replace(identity=replace(named.identity, tenant=tenant))
         unnamed = self._tiers and self._unnamed(named)
         if unnamed:
             notes.append(f"Nothing was loaded or saved, because what computes cannot be named: {unnamed}.")
@@ -159,6 +231,8 @@ class StoredPrefixes:
         tokens = len(prompt.token_ids)
         exact_from = first_exact_chunk(tokens, self._coder.codec.window, self._coder.exact.tokens)
         found = Found(self._engine, named, keys, tokens, list(chain), [], [[] for _ in self._tiers], exact_from)
+        found.window = self._coder.codec.window
+        found.dropped_tokens = sum(len(cut.dropped) for cut in prompt.cuts)
         for chunk, serving in enumerate(chain):
             found.holders.append(self._holders(found, serving, chunk < exact_from, held))
         return found
@@ -200,15 +274,14 @@ class StoredPrefixes:
         prompt: Tokenized,
         chains: Sequence[Sequence[Serving]],
         held: dict[ChunkKey, list[tuple[int, int]]],
-    ) -> None:
-        """Let the chunks of documents serve what is behind the last chunk of the prompt's own prefix that is stored."""
+    ) -> tuple[list[tuple[int, Serving]], Holders]:
+        """What the chunks of documents can serve, and who holds them."""
         reuse = self._arms.options.reuse
         assert reuse is not None
-        found.documents = prompt.documents
-        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
-        stored = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
+        found.documents, found.rotations = prompt.documents, self._arms.rotations
+        newest = found.prompt_tokens - self._coder.codec.window
         served: list[tuple[int, Serving]] = []
-        holders = {}
+        holders: Holders = {}
         for place, chain in zip(prompt.documents, chains, strict=True):
             if not all(held.get(serving.key) for serving in chain):
                 found.unknown.append(place)
@@ -216,17 +289,93 @@ class StoredPrefixes:
             for start, serving in serve_document(chain, place.start, linked):
                 at = self._holders(found, serving, start + serving.served <= newest, held)
                 if at:
-                    holders[start + serving.served] = at
+                    holders[start + serving.served, serving.key] = at
                     served.append((start, serving))
             if linked and any(held.get(serving.key) for serving in chain):
                 found.linked.append(linked)
-        grid = lay_out(found.prompt_tokens, tokens, found.servings[:stored], served)
+        return served, holders
+
+    def _levels(self, named: Named, prompt: Tokenized, notes: list[str]) -> list[Level]:
+        """What a truncated prompt was; none if it was not truncated, or its keys cannot be turned."""
+        if prompt.cuts and all(cut.turn for cut in prompt.cuts):
+            why = self._turnable.why_not(named.identity.architecture)
+            if why:
+                notes.append(f"What is left was not moved but is a prompt like any other, since {why}.")
+                return []
+        return levels_of(named.identity, prompt, self._engine.max_context) if prompt.cuts else []
+
+    def _chunks(self, level: Level) -> list[Serving]:
+        """The chunks of a level, then the tails known of, the longest first."""
+        full = serve_chain(level.chain.keys, self._coder.exact.tokens, len(level.token_ids))
+        tails = self._remembered(level.chain, level.token_ids)
+        return [*full, *sorted(tails, key=lambda tail: -tail.tokens)]
+
+    def _serve_truncated(
+        self,
+        found: Found,
+        prompt: Tokenized,
+        levels: Sequence[Level],
+        prefix_tokens: int,
+        held: dict[ChunkKey, list[tuple[int, int]]],
+    ) -> tuple[list[tuple[int, Serving]], Holders]:
+        """What the chunks can serve that a prompt had before it was truncated, or got since, and who holds them."""
+        if all(cut.turn for cut in prompt.cuts):
+            found.rotations = self._turnable.rotations(found.named.identity.architecture)
+        tokens, newest = self._coder.exact.tokens, found.prompt_tokens - self._coder.codec.window
+        served: list[tuple[int, Serving]] = []
+        holders: Holders = {}
+        reach = prefix_tokens
+        for level in levels:
+            chunks = list(level.place(one for one in self._chunks(level) if held.get(one.key)))
+            reach = max([reach, *(start + one.served for start, one in chunks)])
+            tail, stored = None, (int(level.origin[reach - 1]) + 1) // tokens if reach else 0
+            if reach and stored <= len(level.chain.keys):
+                remembered = self._remembered(level.chain, level.token_ids)
+                tail = self._tail(level.chain, stored, level.token_ids, remembered, held)
+                chunks += level.place([tail] if tail is not None else [])
+                reach = max([reach, *(start + one.served for start, one in chunks)])
+            found.moved = level.chain._replace(tail=tail)
+            for start, serving in chunks:
+                end = start + serving.served
+                at = self._holders(found, serving, end <= newest, held)
+                if at:
+                    holders[end, serving.key] = at
+            served = [(start, one) for start, one in chunks if (start + one.served, one.key) in holders] + served
+        return serve_truncated(served, found.prompt_tokens), holders
+
+    def _lay_out(
+        self,
+        found: Found,
+        prefix: Sequence[Serving],
+        prefix_holders: Sequence[tuple[int, ...]],
+        served: Sequence[tuple[int, Serving]],
+        holders: Holders,
+    ) -> None:
+        """Cut the prompt into its prefix, behind that what documents serve, and between these what is computed."""
+        grid = lay_out(found.prompt_tokens, self._coder.exact.tokens, prefix, served)
         found.starts, found.servings = grid.starts, grid.servings
         ends = [*grid.starts[1:], found.prompt_tokens]
-        found.holders = found.holders[:stored] + [
-            () if serving is None else holders[end]
-            for serving, end in zip(grid.servings[stored:], ends[stored:], strict=True)
+        behind = len(prefix)
+        found.holders = [*prefix_holders] + [
+            () if serving is None else holders[end, serving.key]
+            for serving, end in zip(grid.servings[behind:], ends[behind:], strict=True)
         ]
+
+    def keys_of(self, prompt: Tokenized) -> list[ChunkKey]:
+        """The keys of a prompt's chunks: of its documents, and then its own full ones.
+
+        Raises
+        ------
+        BadInput
+            What computes cannot be named.
+        """
+        notes: list[str] = []
+        named, is_named = self._named_for(prompt.tenant, notes)
+        if not is_named:
+            raise BadInput(" ".join(notes))
+        chains = self._chains(named, prompt, notes)
+        keys = [serving.key for chain in chains for serving in chain]
+        return [*keys, *chunk_keys(named.identity, prompt.token_ids)]
 
     def why_nothing(self, found: Found) -> list[str]:
         """Why nothing was found, as far as the tiers tell."""
@@ -270,26 +419,42 @@ class Lookup:
         """As `Store.lookup` of each tier, or why it could not be asked."""
         return self._each("lookup", lambda tier: tier.lookup(keys))
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[list[bool]]:
+        """As `Store.probe` of each tier; empty where that is not cheap, or if it has just failed to tell all."""
+        with self._lock:
+            failed = {index for index, operation in self._failed_at if operation == "lookup"}
+        answers = self._answers(lambda index, tier: None if index in failed else tier.probe(keys))
+        return [[] if answer is None or isinstance(answer, StoreError) else answer for answer in answers]
+
     def identities(self) -> list[dict[str, dict[str, str]] | StoreError]:
         """As `Store.identities` of each tier, or why it could not be asked."""
         return self._each("identities", lambda tier: tier.identities())
 
+    def each(self, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        """What each tier answers, or why it does not."""
+        return self._answers(lambda _, tier: ask(tier))
+
     def _each(self, operation: str, ask: Callable[[Store], Answer]) -> list[Answer | StoreError]:
+        answers = self.each(ask)
+        for index, answer in enumerate(answers):
+            self._log(index, operation, answer)
+        return answers
+
+    def _answers(self, ask: Callable[[int, Store], Answer]) -> list[Answer | StoreError]:
         questions: list[Question[Answer] | StoreError] = []
         for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
             try:
                 if self._hangs(index):
                     raise Late("it is not asked, since none of its reads has come back for a while")
-                questions.append(asker.ask(lambda tier=tier: ask(tier)))  # type: ignore[misc]
+                questions.append(asker.ask(partial(ask, index, tier)))
             except StoreError as error:
                 questions.append(error)
         answers: list[Answer | StoreError] = []
-        for index, question in enumerate(questions):
+        for question in questions:
             try:
                 answers.append(question if isinstance(question, StoreError) else question.answer())
             except StoreError as error:
                 answers.append(error)
-            self._log(index, operation, answers[-1])
         return answers
 
     def _log(self, index: int, operation: str, answer: object) -> None:

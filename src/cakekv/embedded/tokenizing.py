@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from cakekv.embedded.chat_overflow import fitted
+from cakekv.embedded.chat_template import ChatTemplate
+from cakekv.embedded.transcript import Transcript
 from cakekv.errors import BadInput
-from cakekv.prompt import Document, Place, PlainPrompt, Prompt, Tokenized, check_text, parts_of, token_ids
+from cakekv.prompt import (
+    Chat,
+    Cut,
+    Document,
+    Place,
+    PlainPrompt,
+    Prompt,
+    Tokenized,
+    Truncated,
+    check_text,
+    parts_of,
+    token_ids,
+)
+from cakekv.reuse.truncated import dropped_runs
 
 
 class Tokenizing:
@@ -32,8 +48,10 @@ class Tokenizing:
             )
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self.template = ChatTemplate(tokenizer, self._lock)
+        self.transcript = Transcript(self.template)
 
-    def prompt(self, prompt: Prompt, notes: list[str]) -> Tokenized:
+    def prompt(self, prompt: Prompt, notes: list[str], tenant: str | None = None) -> Tokenized:
         """A prompt's token ids, and where its documents stand; what should be known about them is noted.
 
         Parts are cut into tokens one by one. Only the first one, and documents, begin as the tokenizer begins texts.
@@ -43,9 +61,16 @@ class Tokenizing:
         BadInput
             As for `tokens`.
         """
+        if isinstance(prompt, Truncated):
+            tokenized = self._truncated(prompt, notes, tenant)
+            if tokenized.cuts:
+                notes.append(_what_was_dropped(tokenized))
+            return tokenized
+        if isinstance(prompt, Chat):
+            return self.transcript.prompt(prompt, notes, tenant)
         parts = parts_of(prompt)
         if parts is None:
-            return Tokenized(self.tokens(prompt, notes))  # type: ignore[arg-type]  # it has no parts
+            return Tokenized(self.tokens(prompt, notes), tenant=tenant)  # type: ignore[arg-type]  # it has no parts
         tokens: list[int] = []
         places = []
         for part in parts:
@@ -56,7 +81,38 @@ class Tokenizing:
             else:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
             tokens += own
-        return Tokenized(tokens, places)
+        return Tokenized(tokens, places, tenant=tenant)
+
+    def fitted(self, prompt: Prompt, tokenized: Tokenized, context: int, notes: list[str]) -> Tokenized:
+        """A prompt, truncated to the model's context if it is a chat that may be.
+
+        Raises
+        ------
+        BadInput
+            It cannot be made to fit.
+        """
+        if isinstance(prompt, Chat):
+            tokenized = fitted(prompt, tokenized, self.template, context)
+            if tokenized.cuts:
+                notes.append(_what_was_dropped(tokenized))
+        return tokenized
+
+    def _truncated(self, prompt: Truncated, notes: list[str], tenant: str | None) -> Tokenized:
+        content, dropped = prompt.content, prompt.dropped
+        tokenize = self._truncated if isinstance(content, Truncated) else self.prompt
+        before = tokenize(content, notes, tenant)  # type: ignore[arg-type]  # each takes its own
+        if before.documents:
+            raise BadInput("a prompt with documents cannot be truncated: give its token ids, or leave out documents")
+        tokens = before.token_ids
+        if not isinstance(dropped, range) or dropped.step != 1 or not 0 <= dropped.start <= dropped.stop <= len(tokens):
+            raise BadInput(
+                f"dropped is {dropped!r:.60}, but must be a range of positions of the prompt, which has {len(tokens)} "
+                "tokens, such as range(64, 1056)"
+            )
+        if not dropped:
+            return before
+        left = tokens[: dropped.start] + tokens[dropped.stop :]
+        return before._replace(token_ids=left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)])
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.
@@ -124,16 +180,12 @@ class Tokenizing:
         with self._lock:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def pieces(self, answer: Iterable[int]) -> Iterator[str]:
-        """The text of an answer, as its tokens come."""
-        tokens: list[int] = []
-        text, shown = "", 0
-        for token in answer:
-            tokens.append(token)
-            text = self.text(tokens)
-            whole = len(text.rstrip("\ufffd"))  # a character may take several tokens
-            if whole > shown:
-                yield text[shown:whole]
-                shown = whole
-        if len(text) > shown:
-            yield text[shown:]
+
+def _what_was_dropped(prompt: Tokenized) -> str:
+    runs = dropped_runs(prompt)
+    where = ", ".join(f"{run.start} to {run.stop - 1}" for run in runs)
+    tokens = sum(map(len, runs))
+    return (
+        f"{tokens:,} of {tokens + len(prompt.token_ids):,} tokens of the prompt were dropped, the positions {where}; "
+        "what is left of it in the store was computed behind them."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from cakekv.codec.base import Segment
+from cakekv.engine.choice import Choice, Sampling
 from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine
 from cakekv.keys import RAW, Identity
 from cakekv.layout import KVLayout
-from cakekv.quantities import real, whole
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
     from cakekv.codec.coder import ChunkCoder
     from cakekv.codec.on_device import DeviceDecoder
+    from cakekv.reuse.blend import Blend
 
 Cache = TypeVar("Cache")
 Logits = TypeVar("Logits")
@@ -125,6 +125,40 @@ class Engine(ABC, Generic[Cache, Logits]):
             Of the span's last token, shape (vocabulary,).
         """
 
+    def blendable(self, way: Blend) -> None:
+        """Refuse a model that `blend` does not do right.
+
+        Raises
+        ------
+        UnsupportedEngine, UnsupportedModel
+            With the reason.
+        """
+        raise UnsupportedEngine("this engine does not drive a model's layers one by one")
+
+    def blend(
+        self,
+        cache: Cache,
+        token_ids: Sequence[int],
+        start: int,
+        always_from: int,
+        way: Blend,
+        gate: Gate | None = None,
+    ) -> tuple[Logits, Sequence[int]]:
+        """As `compute`, of positions up to `always_from` of which something is in the cache, and what follows them.
+
+        All layers up to `way.check` are computed at all positions, those above at the chosen ones: the share
+        `way.recompute` of the positions before `always_from`, and all from there on. Each sees what is before it, of
+        which nothing may be missing. If it fails while there is a `gate`, the cache is as it was.
+
+        Returns
+        -------
+        Logits
+            Of the last token, shape (vocabulary,).
+        sequence of int
+            The positions that were computed in all layers, ascending.
+        """
+        raise UnsupportedEngine("this engine does not drive a model's layers one by one")
+
     @abstractmethod
     def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.
@@ -221,6 +255,24 @@ class Engine(ABC, Generic[Cache, Logits]):
             A parameter is out of range.
         """
 
+    def chooser(self, sampling: Sampling, prompt: Sequence[int]) -> Callable[[Logits], Choice]:
+        """How to choose the tokens of one answer, one after the other.
+
+        Raises
+        ------
+        BadInput
+            The engine does not know one of the settings.
+        """
+        if not sampling.is_plain:
+            raise BadInput("this engine has no penalties, no min_p and no logprobs")
+        choose = self.sampler(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+        return lambda logits: Choice(choose(logits))
+
+    @property
+    def proposed_sampling(self) -> dict[str, float | int]:
+        """What the model's makers propose to sample by, as keyword arguments of `Cake.stream`; empty for greedily."""
+        return {}
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse what no engine can sample by.
@@ -230,9 +282,4 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     BadInput
         A parameter of `Engine.sampler` is out of range.
     """
-    if real("temperature", temperature, 0.0) == math.inf:
-        raise BadInput("temperature must be 0 (greedy) or a positive number, not inf")
-    if top_k is not None:
-        whole("top_k", top_k, 1)
-    if top_p is not None and real("top_p", top_p, 0.0, 1.0) == 0:
-        raise BadInput("top_p must be above 0 and at most 1, not 0")
+    Sampling(temperature, top_k, top_p)

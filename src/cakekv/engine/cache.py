@@ -160,6 +160,30 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = end
         return self._keys[:, :, first:end], self._values[:, :, first:end]
 
+    def overwrite(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, positions: torch.Tensor, start: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values over those at `positions`, and return all that the span from `start` to `end` may see.
+
+        As many positions as there are keys; ascending, of the span, which is covered from then on.
+        """
+        self._writes.begin(start)
+        self._keys[:, :, positions] = key_states
+        self._values[:, :, positions] = value_states
+        self.length = end
+        first = self._first_visible(start)
+        return self._keys[:, :, first:end], self._values[:, :, first:end]
+
+    def write_back(self, positions: Any, regions: list[torch.Tensor]) -> None:
+        """Write what was at these positions of the layer's memory before."""
+        for region, before in zip(self.regions, regions, strict=True):
+            self._writes.counted += 1
+            region[:, positions] = before
+
+    def plane(self, number: int) -> torch.Tensor:
+        """All memory for keys (0) or values (1), (1, heads, capacity, width)."""
+        return (self._keys, self._values)[number]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many positions `update` will return for a span of `query_length` tokens, and the first of them."""
         first = self._first_visible()

@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
+from cakekv.engine.blending import blend, check_blends
 from cakekv.engine.cache import TwoEndedCache
+from cakekv.engine.choice import Choice, Sampling
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
 from cakekv.engine.rotation import find_rotations
-from cakekv.engine.sampling import choose_token
+from cakekv.engine.sampling import Chooser, choose_token
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.turning import check_turns
@@ -33,6 +35,7 @@ from cakekv.forks import on_fork
 from cakekv.keys import RAW, Identity, fingerprint_files
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
+from cakekv.reuse.blend import Blend
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:  # codecs need numba
@@ -281,18 +284,43 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 self.state()  # it may be that the model outgrew its caches, which says more
                 raise
             logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
-        if cache.length != start + tokens:
-            raise UnsupportedModel(
-                "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
-                "call model.eval()"
-            )
+        _check_filled(cache, start + tokens)
         return logits
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
+        return self.forward_of(self.model, cache, token_ids, **arguments)
+
+    def forward_of(self, model: Any, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
+        """As `forward`, of a model that takes the same arguments."""
         input_ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None], device=self.device)
         arguments[self._cache_argument] = cache
-        return self.model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
+        return model(input_ids=input_ids, use_cache=True, return_dict=True, **arguments)
+
+    def blendable(self, way: Blend) -> None:
+        """As `Engine.blendable`."""
+        check_blends(self, way)
+
+    def blend(
+        self,
+        cache: TwoEndedCache,
+        token_ids: Sequence[int],
+        start: int,
+        always_from: int,
+        way: Blend,
+        gate: Gate | None = None,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """As `Engine.blend`."""
+        end = start + len(token_ids)
+        if not 0 <= start <= always_from < end <= cache.capacity:
+            raise BadInput(f"positions {start} to {end} cannot be blended in a cache of {cache.capacity} tokens")
+        try:
+            logits, positions = blend(self, cache, token_ids, start, always_from, way, gate)
+        except RuntimeError:
+            self.state()  # as in `compute`
+            raise
+        _check_filled(cache, end)
+        return logits, positions
 
     def place(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """As `Engine.place`. Raises `BadInput` if the segments do not fit."""
@@ -356,12 +384,25 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ) -> Callable[[torch.Tensor], int]:
         """As `Engine.sampler`."""
         check_sampling(temperature, top_k, top_p)
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
+        generator = _generator(seed)
         return lambda logits: choose_token(logits, temperature, top_k, top_p, generator)
+
+    def chooser(self, sampling: Sampling, prompt: Sequence[int]) -> Callable[[torch.Tensor], Choice]:
+        """As `Engine.chooser`."""
+        if sampling.is_plain:
+            return super().chooser(sampling, prompt)
+        return Chooser(sampling, prompt, _generator(sampling.seed))
+
+    @property
+    def proposed_sampling(self) -> dict[str, float | int]:
+        """As `Engine.proposed_sampling`: of the model's generation settings, if those say to sample."""
+        settings = self.model.generation_config
+        if not getattr(settings, "do_sample", False):
+            return {}
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        proposed = {name: getattr(settings, name, None) for name in names}
+        proposed["temperature"] = 1.0 if proposed["temperature"] is None else proposed["temperature"]
+        return {name: value for name, value in proposed.items() if value is not None and (name, value) != ("top_k", 0)}
 
     @property
     def device_name(self) -> str:
@@ -381,6 +422,23 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     @stop_tokens.setter
     def stop_tokens(self, tokens: frozenset[int]) -> None:
         self._stop_tokens = tokens
+
+
+def _check_filled(cache: TwoEndedCache, length: int) -> None:
+    if cache.length != length:
+        raise UnsupportedModel(
+            "the model's forward did not fill its cache, as with gradient checkpointing in training mode: "
+            "call model.eval()"
+        )
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(whole("seed", seed, -(2**63), 2**64 - 1))
+    return generator
 
 
 def context_length(config: Any) -> int:

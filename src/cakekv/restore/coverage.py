@@ -224,6 +224,10 @@ class Coverage:
         behind = range(chunk + 1, min(reach, self.chunks - 1) + 1)
         return any(self.state[other] in (State.MISSING, State.COMPUTING) for other in behind)
 
+    def is_whole(self, start: int, end: int) -> bool:
+        """Whether what is covered between two positions is there in all layers: none of it came without some."""
+        return not any(self.starts[chunk] < end and start < self.starts[chunk + 1] for chunk in self._unwindowed)
+
     def take_back_unwindowed(self, first: int) -> list[int]:
         """Give back the chunks that a span at chunk `first` sees and that came without their windowed part.
 

@@ -160,12 +160,16 @@ class Planner:
         """The first position that is not covered, or to the end of the span that was claimed."""
         return self._front.position
 
-    def computed(self, span: Span, now: float, waited_s: float = 0.0) -> None:
-        """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all."""
+    def computed(self, span: Span, now: float, waited_s: float = 0.0, typical: bool = True) -> None:
+        """The claimed span is in the cache; its layers waited for loads for `waited_s` seconds in all.
+
+        Nothing is learned from it unless it is `typical`: if more was computed with it.
+        """
         if span.layered:
             self._finish.end()
         began, end = self._front.covered(span), span.start + span.tokens
-        self._situation.compute.observe(span.start, span.tokens, now - began - waited_s)
+        if typical:
+            self._situation.compute.observe(span.start, span.tokens, now - began - waited_s)
         self._schedule.changed_hands(self.coverage.chunk_at(end) - self.coverage.chunk_at(span.start) + 1)
         self._record.span(span.start, span.tokens, began, now)
         self._record.frontier(now, end, self.coverage.start_of(self._back))

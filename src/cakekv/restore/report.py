@@ -52,13 +52,14 @@ class Miss(NamedTuple):
 
 
 class PositionRun(NamedTuple):
-    """A run of positions of a prompt that reused documents."""
+    """A run of positions of a prompt that reused documents, or was truncated."""
 
     start: int
     tokens: int
     how: str
-    """"exact" (what a prefill of this prompt computes), "reused" (as it was computed elsewhere), "recomputed" (computed
-    here, seeing what was reused or lossy), or "lossy" (as a codec rounded it)."""
+    """"exact" (what a prefill of this prompt computes), "reused" (as it was computed elsewhere, or behind what had been
+    moved), "moved" (as it was computed before the prompt was truncated, turned to its new position), "recomputed"
+    (computed here, seeing what was reused, moved or lossy), or "lossy" (as a codec rounded it)."""
 
 
 class FrontierPoint(NamedTuple):
@@ -112,11 +113,19 @@ class RestoreReport:
     reuse : str
         How documents were reused, such as "epic:link=16"; empty if none was.
     reused_tokens : int
-        Loaded positions of documents that were computed elsewhere; they count among `lossy_tokens`.
+        Loaded positions of documents that were computed elsewhere, or of a truncated prompt behind positions that had
+        been moved; they count among `lossy_tokens`.
     linked_tokens : int
         Positions of documents that were computed here although they were stored, as `reuse` wants it.
+    blended_tokens : int
+        Positions of stored documents that were computed again because they deviated.
+    dropped_tokens : int
+        Tokens that were left out of a truncated prompt.
+    moved_tokens : int
+        Loaded positions that were computed before it was truncated, and stood elsewhere; they count among
+        `lossy_tokens`.
     positions : list of PositionRun
-        What every position is, if documents were reused.
+        What every position is, if documents were reused, or what is left of a truncated prompt.
     misses : list of Miss
         What had to be computed and why.
     spans, loads, frontiers : list
@@ -146,6 +155,9 @@ class RestoreReport:
     reuse: str = ""
     reused_tokens: int = 0
     linked_tokens: int = 0
+    blended_tokens: int = 0
+    dropped_tokens: int = 0
+    moved_tokens: int = 0
     positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)

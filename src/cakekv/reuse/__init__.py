@@ -5,9 +5,10 @@ from __future__ import annotations
 from cakekv.errors import BadInput
 from cakekv.recipes import parameters_of
 from cakekv.reuse.base import Reuse
-from cakekv.reuse.epic import Epic, Naive
+from cakekv.reuse.blend import Blend
+from cakekv.reuse.epic import Epic, Naive, Turned
 
-WAYS: dict[str, type[Reuse]] = {"epic": Epic, "naive": Naive}
+WAYS: dict[str, type[Reuse]] = {"epic": Epic, "blend": Blend, "turned": Turned, "naive": Naive}
 
 
 def reuse_named(recipe: str) -> Reuse:

@@ -43,21 +43,21 @@ class Epic(Reuse):
 
 
 @dataclass(frozen=True)
-class Naive(Reuse):
-    """Nothing is linked: what there was before EPIC, to compare with.
+class Turned(Reuse):
+    """Keys are turned to where they are placed, and nothing is linked: what EPIC begins from."""
 
-    Parameters
-    ----------
-    turn : bool
-        Whether keys are turned to where they are placed. Without that, answers are worth little.
-    """
-
-    name: ClassVar[str] = "naive"
-    turn: bool = True
-
-    @property
-    def turns(self) -> bool:
-        return self.turn
+    name: ClassVar[str] = "turned"
 
     def recomputed(self, document: Place) -> range:
         return range(document.start, document.start)
+
+
+@dataclass(frozen=True)
+class Naive(Turned):
+    """Keys stay as they were computed, as if they stood at the beginning: only good to compare with."""
+
+    name: ClassVar[str] = "naive"
+
+    @property
+    def turns(self) -> bool:
+        return False

@@ -69,7 +69,7 @@ def serve_document(chain: Sequence[Serving], start: int, without: range) -> list
 def lay_out(
     prompt_tokens: int,
     chunk_tokens: int,
-    prefix: Sequence[Serving | None],
+    prefix: Sequence[Serving],
     documents: Iterable[tuple[int, Serving]],
 ) -> Grid:
     """Cut a prompt into chunks: those of its prefix, then what documents serve, and between these what is computed.
@@ -79,12 +79,12 @@ def lay_out(
     prompt_tokens, chunk_tokens : int
         Lengths.
     prefix : sequence of Serving
-        Chunks of the prompt's own prefix, from position 0 on, all of the usual length.
+        Chunks of the prompt's own prefix, from position 0 on, of the usual length; the last one may be shorter.
     documents : iterable of (position, Serving)
         What documents serve, ascending. What the prefix covers is left to it.
     """
-    servings = list(prefix)
-    covered = chunk_tokens * len(servings)
+    servings: list[Serving | None] = list(prefix)
+    covered = sum(serving.tokens for serving in prefix)
     starts = list(range(0, covered, chunk_tokens))
 
     def compute_to(end: int) -> None:

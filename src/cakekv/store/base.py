@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from cakekv.errors import StoreError
+from cakekv.errors import CannotPin, PinRefused, StoreError
 from cakekv.keys import ChunkKey
 
 if TYPE_CHECKING:
+    from cakekv.store.pins import Pins
     from cakekv.store.waiting_copies import WaitingCopies
 
 
@@ -51,6 +52,25 @@ class Evicted(NamedTuple):
 
     chunks: int = 0
     bytes: int = 0
+
+
+class Expected(NamedTuple):
+    """A request that waits, and what it will need."""
+
+    name: object
+    """Whatever tells it from others."""
+    keys: Sequence[ChunkKey]
+    fetch: bool = True
+    """Whether its chunks are to be copied to the fastest tier before its turn; not if they are being loaded now."""
+
+
+class Prefetch(NamedTuple):
+    """What is copied of a prompt to the fastest tier, behind the scenes."""
+
+    chunks: int = 0
+    bytes: int = 0
+    already: int = 0
+    """Chunks that were there before."""
 
 
 class ChunkReader(ABC):
@@ -143,6 +163,18 @@ class Store(ABC):
             The tier tells nothing of any chunk.
         """
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """Which of these chunks are stored; None if to ask that of many takes more than about one round trip.
+
+        At most a few of them are; they are guesses, and not a prompt's chunks, of which a policy learns something.
+
+        Raises
+        ------
+        StoreError
+            The tier tells nothing of any chunk.
+        """
+        return None
+
     @abstractmethod
     def open(self, key: ChunkKey) -> ChunkReader:
         """Open a chunk for reading.
@@ -225,6 +257,79 @@ class Store(ABC):
             if remembered is not None:
                 found = remembered | (found or {})
         return found
+
+    def pin(self, name: ChunkKey, keys: Sequence[ChunkKey], ttl_s: float, chunk_bytes: int) -> None:
+        """Keep chunks from eviction for a while: those that are stored, and those that will be.
+
+        Of several parts, those that can do so; all or none of the chunks in each.
+
+        Parameters
+        ----------
+        name : ChunkKey
+            What to call the pin: the key of the prompt's last chunk. One of that name is prolonged, never shortened.
+        keys : sequence of ChunkKey
+            The prompt's chunks.
+        ttl_s : float
+            Seconds from now, by the clock on the wall.
+        chunk_bytes : int
+            What a chunk counts for that is not stored yet.
+
+        Raises
+        ------
+        PinRefused
+            Pins would take up more of the tier than they may.
+        CannotPin
+            The tier does not decide what it evicts.
+        StoreError
+            The tier failed.
+        """
+        if not self.parts:
+            raise CannotPin(f"the {self.name} tier cannot pin chunks: what it evicts is its server's business")
+        trouble: list[StoreError] = []
+        for part in self.parts:
+            try:
+                part.pin(name, keys, ttl_s, chunk_bytes)
+            except StoreError as error:
+                trouble.append(error)
+        if len(trouble) == len(self.parts):
+            raise next((error for error in trouble if isinstance(error, PinRefused)), trouble[-1])
+
+    def release(self, name: ChunkKey) -> bool:
+        """End a pin. Returns whether there was one; raises `StoreError` if a tier failed that may have it."""
+        released, trouble = False, None
+        for part in self.parts:
+            try:
+                released |= part.release(name)
+            except StoreError as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
+        return released
+
+    def pins(self) -> Pins:
+        """The pins in force, of all parts together."""
+        from cakekv.store.pins import Pins
+
+        return Pins.together(part.pins() for part in self.parts)
+
+    def expect(self, queue: Sequence[Expected]) -> None:
+        """These requests wait, the next one first: spare what they need, and bring it near. Replaces what was said
+        before. Does not wait for any tier."""
+        for part in self.parts:
+            part.expect(queue)
+
+    def prefetch(self, name: ChunkKey, keys: Sequence[ChunkKey]) -> Prefetch:
+        """Copy a prompt's chunks from slower tiers to the fastest, behind the scenes; `name` as for `pin`.
+
+        Returns what will be copied, once the tiers have told what they hold. Without several tiers, that is nothing.
+
+        Raises
+        ------
+        StoreError
+            No tier can be asked.
+        """
+        told = [part.prefetch(name, keys) for part in self.parts]
+        return Prefetch(*map(sum, zip(*told, strict=True))) if told else Prefetch()
 
     @property
     def waiting(self) -> int:

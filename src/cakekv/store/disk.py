@@ -22,7 +22,7 @@ from cakekv.errors import BadInput, MissingChunk, NotDeleted, ReadOnly, StoreErr
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.quantities import format_bytes
-from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Expected, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.direct import FileReader
 from cakekv.store.durable import sync_folder, write_all, write_file
 from cakekv.store.eviction.base import AHEAD_S, Eviction, Held
@@ -31,6 +31,8 @@ from cakekv.store.folder import ABSENT, CHUNKS, IDENTITIES, OPEN_CHUNK, REMOVALS
 from cakekv.store.identities import encode_note, is_root, read_note
 from cakekv.store.leftovers import clear_leftovers
 from cakekv.store.ownership import Mode, whose
+from cakekv.store.pins import PINNED_SHARE, Pins, check_share, most_pinned, new_pin
+from cakekv.store.pins_in_folder import PinsInFolder
 from cakekv.store.removals import CAPACITY, REQUEST, Evictions, RemovalLog
 from cakekv.store.sizes import known_sizes
 from cakekv.store.waiting_in_folder import WaitingInFolder
@@ -72,6 +74,8 @@ class DiskStore(Store):
     evict : Eviction or None
         What goes first when that is not enough, of its own; None: the least recently used. Each process goes by its
         own, and finds from time to time what others have written, read and removed.
+    pin_share : float
+        Of the capacity, what pins may take up.
     direct : bool
         Whether chunks that are not in the page cache are read past it (`FileReader`).
     mode : {"private", "group"}
@@ -81,7 +85,7 @@ class DiskStore(Store):
     Raises
     ------
     BadInput
-        The capacity is not positive.
+        The capacity is not positive, or the share not between 0 and 1.
     StoreError
         The folder cannot be made or read, holds something else, or a store of another version. One that can be read
         but not written is opened for loading; then whatever writes raises `ReadOnly`.
@@ -96,6 +100,7 @@ class DiskStore(Store):
         capacity: int | None = None,
         evict: Eviction | None = None,
         *,
+        pin_share: float = PINNED_SHARE,
         direct: bool = True,
         mode: Mode = "private",
     ) -> None:
@@ -105,6 +110,8 @@ class DiskStore(Store):
         self.capacity = capacity
         self.direct = direct
         self._folder = Folder(self.path)
+        self._pin_share = check_share(pin_share)
+        self._pins = PinsInFolder(self._folder)
         self._policy = LeastRecentlyUsed() if evict is None else evict
         self._policy_lock = threading.Lock()  # taken after the folder's
         self._evictions_until_search = 0
@@ -133,6 +140,12 @@ class DiskStore(Store):
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         with self._policy_lock:
             self._policy.asked(keys, time.time())
+        return self._sizes(keys)
+
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [size is not None for size in self._sizes(keys)]
+
+    def _sizes(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         known: dict[ChunkKey, int | None] = {}
         failed: dict[ChunkKey, StoreError] = {}
         for key in keys:
@@ -275,6 +288,30 @@ class DiskStore(Store):
         """See `Store`; of the last 18,000 or more that were removed, by whichever process."""
         return self._removals.find(keys)
 
+    def pin(self, name: ChunkKey, keys: Sequence[ChunkKey], ttl_s: float, chunk_bytes: int) -> None:
+        with self._writing("pin chunks"), self._folder.locked():
+            now = time.time()
+            stored = {key: size for key in keys if (size := self._folder.size(key)) is not None}
+            pin, most = new_pin(keys, stored, chunk_bytes, ttl_s, now), most_pinned(self.capacity, self._pin_share)
+            self._pins.write(self._pins.at(now).with_pin(name, pin, most, f"{self.path}"))
+
+    def release(self, name: ChunkKey) -> bool:
+        with self._writing("release chunks"), self._folder.locked():
+            pins = self._pins.at(time.time())
+            if name in pins.by_name:
+                self._pins.write(pins.without(name))
+            return name in pins.by_name
+
+    def pins(self) -> Pins:
+        if self._read_only is not None:
+            return self._pins.at(time.time())
+        with self._explained("read the pins"), self._folder.locked():
+            return self._pins.at(time.time())
+
+    def expect(self, queue: Sequence[Expected]) -> None:
+        with self._policy_lock:
+            self._policy.expect(queue)
+
     def survives_fork(self) -> bool:
         return not self._policy_lock.locked()
 
@@ -340,6 +377,10 @@ class DiskStore(Store):
         """Remove chunks until no more than `down_to` bytes are stored; returns whether that could be done."""
         evicted: list[ChunkKey] = []
         stuck: set[ChunkKey] = set()
+        if counts.bytes > down_to:
+            pinned = self._pins.at(time.time()).keys
+            with self._policy_lock:
+                self._policy.spare(pinned)
         while counts.bytes > down_to:
             now = time.time()
             self._evictions_until_search -= 1
@@ -347,7 +388,7 @@ class DiskStore(Store):
                 victim = self._policy.evict(now) if self._evictions_until_search >= 0 else None
             if victim is None:
                 self._search(counts, stuck)
-                if len(self._policy):
+                if self._policy.may_evict:
                     continue
                 break
             try:

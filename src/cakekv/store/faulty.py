@@ -98,6 +98,10 @@ class FaultyStore(WrappedStore):
         self.suffer("lookup", bytes(keys[0]) if keys else b"")
         return self._inner.lookup(keys)
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        self.suffer("lookup", bytes(keys[0]) if keys else b"")
+        return self._inner.probe(keys)
+
     def open(self, key: ChunkKey) -> ChunkReader:
         if self.suffer("open", bytes(key)) == "vanish":
             self.lose(key)

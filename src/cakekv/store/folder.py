@@ -7,6 +7,7 @@
     identities/ROOT.json   whose chunks these are
     removals.log, .old     which chunks were removed last, and why
     uncopied/….keys        which chunks wait to be copied to another tier (see `waiting_in_folder`)
+    pins.json              which chunks are not evicted, and until when (see `pins_in_folder`)
 
 A chunk is written to `incoming`, synced, renamed into place under the lock, and its folder synced. The counts in the
 lock file are marked as changing while they are; whoever finds that mark left by a killed process counts afresh.
@@ -40,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES = "cakekv-store.json", "cakekv.lock", "chunks", "incoming", "identities"
-REMOVALS, UNCOPIED = "removals.log", "uncopied"
+REMOVALS, UNCOPIED, PINS = "removals.log", "uncopied", "pins.json"
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{2}")
 _CHUNK_NAME = re.compile(r"([0-9a-f]{62})\.chunk")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cakekv.store.eviction.base import AHEAD_S
-from cakekv.store.folder import CHUNKS, IDENTITIES, INCOMING, LOCK, MARKER, REMOVALS, UNCOPIED, Counts, Folder
+from cakekv.store.folder import CHUNKS, IDENTITIES, INCOMING, LOCK, MARKER, PINS, REMOVALS, UNCOPIED, Counts, Folder
 from cakekv.store.identities import is_root, read_note
 from cakekv.store.ownership import whose
 
@@ -72,7 +72,7 @@ def clear_leftovers(folder: Folder, counts: Counts) -> list[str]:
 
 def _unfinished(path: Path) -> Iterator[Path]:
     """Second files of `durable.write_file`, which nobody writes while the lock is held."""
-    yield from filter(_is_file, [path / f"{MARKER}.new"])
+    yield from filter(_is_file, [path / f"{MARKER}.new", path / f"{PINS}.new"])
     for file in (path / IDENTITIES).glob("*.json.new"):
         if is_root(file.name.removesuffix(".json.new")) and _is_file(file):
             yield file
@@ -93,7 +93,8 @@ def _remove_if_empty(shard: Path) -> bool:
 
 
 def _foreign(folder: Folder) -> Iterator[Path]:
-    known = {MARKER, f"{MARKER}.new", LOCK, CHUNKS, INCOMING, IDENTITIES, REMOVALS, UNCOPIED, f"{REMOVALS}.old"}
+    known = {MARKER, LOCK, CHUNKS, INCOMING, IDENTITIES, REMOVALS, f"{REMOVALS}.old", UNCOPIED, PINS}
+    known |= {f"{MARKER}.new", f"{PINS}.new"}
     yield from (path for path in folder.path.iterdir() if path.name not in known)
     shards = set(folder.shards())
     for path in (folder.path / CHUNKS).iterdir():

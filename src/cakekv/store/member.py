@@ -11,10 +11,12 @@ from time import monotonic
 from typing import TypeVar
 
 from cakekv.errors import (
+    CannotPin,
     MissingChunk,
     NoAnswer,
     NotDeleted,
     OutOfReach,
+    PinRefused,
     ReadOnly,
     StoreError,
     StoreFull,
@@ -26,6 +28,7 @@ from cakekv.keys import ChunkKey
 from cakekv.logs import emit
 from cakekv.store.asking import Asker, Late
 from cakekv.store.base import ChunkReader, Evicted, Store, StoredChunk, StoreStats
+from cakekv.store.pins import Pins
 from cakekv.store.wrapper import WrappedReader
 
 Result = TypeVar("Result")
@@ -42,7 +45,17 @@ _MOST_OVERDUE = 4
 """Look-ups that may hang in a tier, from times at which it was down, while it is asked again."""
 _PROBE = [ChunkKey(bytes([number]) * ChunkKey.LENGTH) for number in range(16)]
 """What is asked for to see whether a tier is back: of a cluster, all nodes."""
-_OF_ONE_CHUNK = (MissingChunk, StoreFull, UnknownKey, OutOfReach, NotDeleted, ReadOnly, Unreadable)
+_OF_ONE_CHUNK = (
+    MissingChunk,
+    StoreFull,
+    UnknownKey,
+    OutOfReach,
+    NotDeleted,
+    ReadOnly,
+    Unreadable,
+    PinRefused,
+    CannotPin,
+)
 """Errors of one chunk, or of all, but not of a tier in trouble."""
 
 
@@ -114,16 +127,10 @@ class Member(Store):
         return Evicted() if self._inner is None else self._inner.evicted
 
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
-        inner = self._up()
-        try:
-            sizes = self._asker.ask(lambda: inner.lookup(keys)).answer()
-        except StoreError as error:
-            if isinstance(error, Late) and error.busy:
-                raise
-            self._go_down(error, "lookup")
-            raise TierDown(str(error)) from error
-        self._succeeded("lookup")
-        return sizes
+        return self._asked(lambda inner: inner.lookup(keys))
+
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        return self._asked(lambda inner: inner.probe(keys))
 
     def open(self, key: ChunkKey) -> ChunkReader:
         # No sign of health: where it is known what the tier holds, nothing is asked of it.
@@ -151,6 +158,15 @@ class Member(Store):
 
     def identities(self) -> dict[str, dict[str, str]]:
         return self.attempt(lambda inner: inner.identities())
+
+    def pin(self, name: ChunkKey, keys: Sequence[ChunkKey], ttl_s: float, chunk_bytes: int) -> None:
+        self.attempt(lambda inner: inner.pin(name, keys, ttl_s, chunk_bytes))
+
+    def release(self, name: ChunkKey) -> bool:
+        return self.attempt(lambda inner: inner.release(name))
+
+    def pins(self) -> Pins:
+        return self.attempt(lambda inner: inner.pins())
 
     def tidy(self) -> list[str]:
         return self.attempt(lambda inner: inner.tidy())
@@ -192,6 +208,19 @@ class Member(Store):
         self._failures[kind] = 0
         if kind == self._down_by:
             self._next_retry_s = self._first_retry_s
+
+    def _asked(self, question: Callable[[Store], Result]) -> Result:
+        """The answer to a question of what the tier holds; if there is none, the tier is down."""
+        inner = self._up()
+        try:
+            answer = self._asker.ask(lambda: question(inner)).answer()
+        except StoreError as error:
+            if isinstance(error, Late) and error.busy:
+                raise
+            self._go_down(error, "lookup")
+            raise TierDown(str(error)) from error
+        self._succeeded("lookup")
+        return answer
 
     def _up(self) -> Store:
         inner, reason = self._inner, self._reason

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from cakekv.chunk import peek_place
 from cakekv.errors import BadInput, MissingChunk
 from cakekv.keys import ChunkKey
-from cakekv.store.base import ChunkReader, Evicted, Removal, Store, StoredChunk, StoreStats
+from cakekv.store.base import ChunkReader, Evicted, Expected, Removal, Store, StoredChunk, StoreStats
 from cakekv.store.eviction.base import Eviction, Held
 from cakekv.store.eviction.lru import LeastRecentlyUsed
+from cakekv.store.pins import PINNED_SHARE, Pins, check_share, most_pinned, new_pin
 from cakekv.store.removals import CAPACITY, REQUEST, Evictions, RecentRemovals
 
 
@@ -26,14 +27,15 @@ class MemoryStore(Store):
         Bytes it may hold; None: no bound.
     evict : Eviction or None
         What goes first when that is not enough, of its own; None: the least recently used.
-
+    pin_share : float
+        Of the capacity, what pins may take up.
     clock : callable
         Seconds since the epoch.
 
     Raises
     ------
     BadInput
-        The capacity is not positive.
+        The capacity is not positive, or the share not between 0 and 1.
     """
 
     name = "memory"
@@ -43,11 +45,14 @@ class MemoryStore(Store):
         self,
         capacity: int | None = None,
         evict: Eviction | None = None,
+        pin_share: float = PINNED_SHARE,
         clock: Callable[[], float] = lambda: time.time(),
     ) -> None:
         if capacity is not None and capacity <= 0:
             raise BadInput(f"a store's capacity is at least one byte, not {capacity}")
         self.capacity = capacity
+        self._pin_share = check_share(pin_share)
+        self._pins = Pins()
         self._lock = threading.Lock()
         self._chunks: dict[ChunkKey, bytes] = {}
         self._policy = LeastRecentlyUsed() if evict is None else evict
@@ -71,6 +76,10 @@ class MemoryStore(Store):
             self._policy.asked(keys, self._clock())
             return [len(self._chunks[key]) if key in self._chunks else None for key in keys]
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        with self._lock:
+            return [key in self._chunks for key in keys]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         with self._lock:
             if key not in self._chunks:
@@ -83,14 +92,19 @@ class MemoryStore(Store):
         with self._lock:
             if self.capacity is not None and len(data) > self.capacity:
                 return False
-            self._drop(key)
-            now = self._clock()
-            while self.capacity is not None and self._bytes + len(data) > self.capacity:
+            now, replaced = self._clock(), len(self._chunks.get(key, b""))
+            self._pins = self._pins.at(now)
+            self._policy.spare(self._pins.keys)
+            while self.capacity is not None and self._bytes - replaced + len(data) > self.capacity:
                 victim = self._policy.evict(now)
-                assert victim is not None, "the policy knows every chunk"
+                if victim is None:  # all others are pinned
+                    return False
+                if victim.key == key:
+                    replaced = 0
                 self._bytes -= len(self._chunks.pop(victim.key))
                 self._removals.note([victim.key], CAPACITY)
                 self._evictions.add(victim.size)
+            self._drop(key)
             self._chunks[key] = bytes(data)
             self._bytes += len(data)
             self._policy.wrote(Held(key, len(data), now, *peek_place(data)))
@@ -123,6 +137,28 @@ class MemoryStore(Store):
         """See `Store`; of about the last 16,000 that were removed."""
         with self._lock:
             return self._removals.find(keys)
+
+    def pin(self, name: ChunkKey, keys: Sequence[ChunkKey], ttl_s: float, chunk_bytes: int) -> None:
+        with self._lock:
+            now = self._clock()
+            stored = {key: len(self._chunks[key]) for key in keys if key in self._chunks}
+            pin, most = new_pin(keys, stored, chunk_bytes, ttl_s, now), most_pinned(self.capacity, self._pin_share)
+            self._pins = self._pins.at(now).with_pin(name, pin, most, "memory")
+
+    def release(self, name: ChunkKey) -> bool:
+        with self._lock:
+            before = self._pins = self._pins.at(self._clock())
+            self._pins = before.without(name)
+            return name in before.by_name
+
+    def pins(self) -> Pins:
+        with self._lock:
+            self._pins = self._pins.at(self._clock())
+            return self._pins
+
+    def expect(self, queue: Sequence[Expected]) -> None:
+        with self._lock:
+            self._policy.expect(queue)
 
     def survives_fork(self) -> bool:
         """See `Store`; each process has its own chunks from then on."""

@@ -51,6 +51,14 @@ class MeteredStore(WrappedStore):
         self._meter.done("lookup", monotonic() - began)
         return sizes
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        began = monotonic()
+        with counted_failures(self._meter, "lookup"):
+            found = self._inner.probe(keys)
+        if found is not None:
+            self._meter.done("lookup", monotonic() - began)
+        return found
+
     def open(self, key: ChunkKey) -> ChunkReader:
         began = monotonic()
         with counted_failures(self._meter, "read"):

@@ -108,6 +108,9 @@ class MooncakeStore(Store):
         self._found.note(keys, sizes)
         return sizes
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [size is not None for size in self.lookup(keys)]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         size = self._found.take(key) or self._sizes([self._name(key)])[0]
         if isinstance(size, StoreError):

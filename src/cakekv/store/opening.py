@@ -28,6 +28,7 @@ from cakekv.store.member import Member
 from cakekv.store.memory import MemoryStore
 from cakekv.store.ownership import parse_mode
 from cakekv.store.packed import Pack, PackedStore, PackingChoice, parse_pack
+from cakekv.store.pins import parse_share
 from cakekv.store.striped import StripedStore
 from cakekv.store.tail_only import TailOnlyStore
 from cakekv.store.throttled import ThrottledStore
@@ -164,7 +165,7 @@ _CREDENTIALS = (
 )
 _RENAMED = {"ttl": "ttl_s", "timeout": "timeout_s", "key": "private_key", "cert": "certificate"}
 
-_BOUNDED: Options = {"capacity": parse_bytes, "evict": policy_named}
+_BOUNDED: Options = {"capacity": parse_bytes, "evict": policy_named, "pin_share": parse_share}
 _REDIS: Options = {
     "cluster": parse_switch,
     "prefix": str,

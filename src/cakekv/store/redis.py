@@ -141,6 +141,9 @@ class RedisStore(Store):
         self._found.note(keys, sizes)
         return sizes
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool]:
+        return [size is not None for size in self.lookup(keys)]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         size: int | StoreError | CorruptChunk | None = self._found.take(key)
         if size is None:

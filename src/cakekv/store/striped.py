@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from xxhash import xxh3_64_intdigest
 
@@ -62,6 +63,16 @@ class StripedStore(Store):
         found = known_sizes(keys, known, failed)
         return Sizes(found, doubt) if doubt and not failed else found
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """See `Store`; None unless all of its stores can be asked cheaply."""
+        known: dict[ChunkKey, bool] = {}
+        for store, share in self._shares(keys):
+            found = store.probe(share)
+            if found is None:
+                return None
+            known |= zip(share, found, strict=True)
+        return [known[key] for key in keys]
+
     def open(self, key: ChunkKey) -> ChunkReader:
         return self.place_of(key).open(key)
 
@@ -119,6 +130,20 @@ class StripedStore(Store):
             None if None in capacities else sum(capacity or 0 for capacity in capacities),
             tuple(map(str, trouble)) + sum((stats.uncounted for stats in held), ()),
         )
+
+    def pin(self, name: ChunkKey, keys: Sequence[ChunkKey], ttl_s: float, chunk_bytes: int) -> None:
+        """See `Store`; if one of the stores refuses, the others do not keep it either."""
+        pinned: list[Store] = []
+        try:
+            for store, share in self._shares(keys):
+                known = name in store.pins().by_name
+                store.pin(name, share, ttl_s, chunk_bytes)
+                pinned += [] if known else [store]
+        except StoreError:
+            for store in pinned:
+                with suppress(StoreError):
+                    store.release(name)
+            raise
 
     def remember_identity(self, root: str, fields: Mapping[str, str]) -> None:
         for store in self._stores:

@@ -78,6 +78,12 @@ class ThrottledStore(WrappedStore):
         self.wait_latency()
         return found
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        found = self._inner.probe(keys)
+        if found is not None:
+            self.wait_latency()
+        return found
+
     def open(self, key: ChunkKey) -> ChunkReader:
         return _ThrottledReader(self, self._inner.open(key))
 

@@ -15,7 +15,8 @@ from cakekv.chunk import MAGIC, MAX_CHUNK_BYTES, verify_chunk
 from cakekv.errors import BadInput, CorruptChunk, MissingChunk, NotDeleted, StoreError, StoreFull, TierDown
 from cakekv.keys import ChunkKey
 from cakekv.logs import emit
-from cakekv.store.base import ChunkReader, Store, StoredChunk, StoreStats, count
+from cakekv.store.base import ChunkReader, Expected, Prefetch, Store, StoredChunk, StoreStats, count
+from cakekv.store.lookahead import LookAhead
 from cakekv.store.member import FAILURES, Member
 from cakekv.store.sizes import Sizes, doubt_of
 from cakekv.store.waiting_copies import WaitingCopies
@@ -95,6 +96,8 @@ class TieredStore(Store):
             [copier for tier, copier in zip(plan[:index], self._copiers, strict=False) if tier.promote]
             for index in range(len(plan))
         ]
+        front = next((index for index, tier in enumerate(plan) if tier.promote), len(plan))
+        self._ahead = LookAhead(self.members[front : front + 1], self.members[front + 1 :], self.read)
         self.parallel_reads = sum(member.parallel_reads for member in self.members)
 
     @property
@@ -129,6 +132,12 @@ class TieredStore(Store):
             sizes = [size if size is not None else other for size, other in zip(sizes, answer, strict=True)]
         doubt = next(filter(None, map(doubt_of, answers)), None)
         return sizes if doubt is None else Sizes(sizes, doubt)
+
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        """See `Store`; of those tiers that can be asked cheaply."""
+        self._resume()
+        answers = [answer for answer in self._each(lambda member: member.probe(keys)) if answer is not None]
+        return [any(found) for found in zip(*answers, strict=True)] if answers else None
 
     def open(self, key: ChunkKey) -> ChunkReader:
         self._resume()
@@ -172,6 +181,7 @@ class TieredStore(Store):
         left: dict[ChunkKey, str] = {}
         for member, copier in zip(self.members, self._copiers, strict=True):
             copier.drop(unique)
+            self._ahead.drop(unique)
             try:
                 member.delete(unique)
             except NotDeleted as error:
@@ -213,13 +223,23 @@ class TieredStore(Store):
             root: fields for notes in self._each(lambda member: member.identities()) for root, fields in notes.items()
         }
 
+    def expect(self, queue: Sequence[Expected]) -> None:
+        super().expect([*queue, *self._ahead.tell(queue)])
+
+    def prefetch(self, name: ChunkKey, keys: Sequence[ChunkKey]) -> Prefetch:
+        coming = self._ahead.announce(Expected(name, keys))
+        super().expect(self._ahead.queue)
+        return coming
+
     def flush(self) -> None:
         """Wait until all copies are made, or given up."""
+        self._ahead.flush()
         for copier in self._copiers:
             copier.flush()
 
     def close(self) -> None:
         """Finish copying, and close the tiers."""
+        self._ahead.close()
         for copier in self._copiers:
             copier.close()
         if self._notes is not None:

@@ -34,6 +34,9 @@ class WrappedStore(Store):
     def lookup(self, keys: Sequence[ChunkKey]) -> list[int | None]:
         return self._inner.lookup(keys)
 
+    def probe(self, keys: Sequence[ChunkKey]) -> list[bool] | None:
+        return self._inner.probe(keys)
+
     def open(self, key: ChunkKey) -> ChunkReader:
         return self._inner.open(key)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ class Needle:
     ----------
     question, answer : tuple of int
         Token ids; a model that has found the fact continues the first with the second.
+    documents : int
+        How many documents it takes to answer.
     """
 
     question: tuple[int, ...]
     answer: tuple[int, ...]
+    documents: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,13 @@ class Document:
 
 
 def make_documents(
-    tokenizer: Any, count: int, context_tokens: int, continuation_tokens: int, texts: Path | None = None
+    tokenizer: Any,
+    count: int,
+    context_tokens: int,
+    continuation_tokens: int,
+    texts: Path | None = None,
+    facts: Sequence[Sequence[str]] = (),
+    paragraphs: bool = False,
 ) -> list[Document]:
     """The same documents wherever Python and tokenizer are the same; the kinds take turns.
 
@@ -73,6 +82,10 @@ def make_documents(
         Their lengths.
     texts : Path or None
         A folder with text files, which become one kind more.
+    facts : sequence of sequence of str
+        Further sentences of each document, behind those of its own needles.
+    paragraphs : bool
+        Whether a document begins with the next paragraph of a text, instead of with the next text: so there is more.
 
     Raises
     ------
@@ -84,6 +97,8 @@ def make_documents(
     if context_tokens < 256:
         raise BadInput(f"a document for judging quality has at least 256 tokens, not {context_tokens}")
     sources = {kind: _texts(kind, texts) for kind in (*KINDS, *(["text"] if texts else []))}
+    if paragraphs:
+        sources = {kind: (part for text in each for part in text.split("\n\n")) for kind, each in sources.items()}
     bos = ids_before_every_text(tokenizer)
     rng = random.Random(20240)
     documents = []
@@ -98,28 +113,40 @@ def make_documents(
                     f"there is not enough text of the kind {kind!r} for {count} documents of {wanted} tokens"
                 )
             tokens += ids_of(tokenizer, piece + "\n\n")
-        documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng))
+        more = facts[number] if facts else ()
+        documents.append(_document(tokenizer, kind, tokens, context_tokens, continuation_tokens, rng, more))
     return documents
 
 
+def make_needle(tokenizer: Any, question: str, answer: str, documents: int = 1) -> Needle:
+    """What is asked behind a context, "As said above, …", and its answer, cut where the question's tokens end."""
+    question = f"\n\nAs said above, {question}"
+    whole, begin = ids_of(tokenizer, f"{question} {answer}"), len(ids_of(tokenizer, question))
+    return Needle(tuple(whole[:begin]), tuple(whole[begin:]), documents)
+
+
 def _document(
-    tokenizer: Any, kind: str, tokens: list[int], context_tokens: int, continuation_tokens: int, rng: random.Random
+    tokenizer: Any,
+    kind: str,
+    tokens: list[int],
+    context_tokens: int,
+    continuation_tokens: int,
+    rng: random.Random,
+    more: Sequence[str],
 ) -> Document:
-    """Put needles into a text, at three depths."""
+    """Put needles into a text, and more sentences, at even distances."""
     needles, facts = [], []
     for name in rng.sample(_NAMES, NEEDLES):
         code = str(rng.randrange(10000, 100000))
         facts.append(ids_of(tokenizer, f"\nThe secret code of {name} is {code}.\n"))
-        question = f"\n\nAs said above, the secret code of {name} is"
-        whole = ids_of(tokenizer, f"{question} {code}")
-        begin = len(ids_of(tokenizer, question))
-        needles.append(Needle(tuple(whole[:begin]), tuple(whole[begin:])))
-    room = context_tokens - sum(map(len, facts))
+        needles.append(make_needle(tokenizer, f"the secret code of {name} is", code))
+    facts += [ids_of(tokenizer, f"\n{sentence}\n") for sentence in more]
+    room, parts = context_tokens - sum(map(len, facts)), len(facts) + 1
     context: list[int] = []
     for depth, fact in enumerate(facts):
-        begin, end = (room * at // (NEEDLES + 1) for at in (depth, depth + 1))
+        begin, end = (room * at // parts for at in (depth, depth + 1))
         context += tokens[begin:end] + fact
-    context += tokens[room * NEEDLES // (NEEDLES + 1) : room]
+    context += tokens[room * (parts - 1) // parts : room]
     return Document(kind, context, tokens[room : room + continuation_tokens], needles)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,22 @@ def interval(weighted: Sequence[tuple[float, float]], level: float = 0.95) -> tu
         means = times @ (values * weights) / (times @ weights)
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
+
+
+def figures_of(columns: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    """The mean of each column of (value, weight), and `intervals` by name, as JSON can hold them."""
+    figures: dict[str, Any] = {}
+    intervals: dict[str, list[float | None]] = {}
+    for name, column in columns.items():
+        mean, low, high = interval(column)
+        figures[name] = number(mean)
+        intervals[name] = [number(low), number(high)]
+    return figures | {"intervals": intervals}
+
+
+def number(value: Any) -> Any:
+    """What JSON can hold of a figure: None for not a number."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @cache

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from itertools import combinations, product
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from cakekv.bench.decoding import decoded
 from cakekv.bench.quality.documents import Document
-from cakekv.bench.quality.intervals import interval
+from cakekv.bench.quality.intervals import figures_of, number
 from cakekv.chunk import seal, segments
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
@@ -269,13 +269,26 @@ def summary(recipe: str, codec: Codec, judgements: Sequence[Judgement], computed
         columns["decode_gbps"] = [(one.decode_gbps, 1.0) for one in coded]
     figures: dict[str, Any] = {"recipe": recipe, "computed": computed, "fingerprint": codec.fingerprint}
     figures |= dict.fromkeys(("coded_ratio", "encode_gbps", "decode_gbps"))
-    figures |= _figures(columns)
+    figures |= figures_of(columns)
     figures["needles_asked"] = sum(one.asked for one in ones)
-    figures["documents"] = [{name: _number(value) for name, value in asdict(one).items()} for one in ones]
+    figures["documents"] = [{name: number(value) for name, value in asdict(one).items()} for one in ones]
     return figures
 
 
-def paired(judged: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
+class Judged(Protocol):
+    """What is compared of two judgements; see `Judgement`."""
+
+    @property
+    def kl(self) -> float: ...
+    @property
+    def agreement(self) -> float: ...
+    @property
+    def asked(self) -> int: ...
+    @property
+    def found(self) -> int: ...
+
+
+def paired(judged: Mapping[str, Sequence[Judged]]) -> list[dict[str, Any]]:
     """How recipes differ on the same documents: for every two of them, the first less the second.
 
     Parameters
@@ -298,20 +311,5 @@ def paired(judged: Mapping[str, Sequence[Judgement]]) -> list[dict[str, Any]]:
             "agreement": [(x.agreement - y.agreement, 1.0) for x, y in both],
             "retrieval": [((x.found - y.found) / max(x.asked, 1), float(x.asked)) for x, y in both],
         }
-        pairs.append({"a": a, "b": b, **_figures(columns)})
+        pairs.append({"a": a, "b": b, **figures_of(columns)})
     return pairs
-
-
-def _figures(columns: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
-    """The mean of each column, and `intervals` by name."""
-    figures: dict[str, Any] = {}
-    intervals: dict[str, list[float | None]] = {}
-    for name, column in columns.items():
-        mean, low, high = interval(column)
-        figures[name] = _number(mean)
-        intervals[name] = [_number(low), _number(high)]
-    return figures | {"intervals": intervals}
-
-
-def _number(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

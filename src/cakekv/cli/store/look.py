@@ -35,25 +35,30 @@ def stats(store: Url, as_json: Json = False) -> None:
             identities = found.identities()
         except StoreError as error:
             troubles.append(str(error))
-        packed = Packing(0, 0, 0)
+        packed, pinned = Packing(0, 0, 0), 0
+        with suppress(StoreError):  # likewise
+            pinned = found.pins().bytes
         with suppress(StoreError):  # which is among the troubles
             packed = packing(found, listing(found).chunks)
     if as_json:
         plain = {"chunks": held.chunks, "bytes": held.bytes, "capacity": held.capacity, "identities": identities}
         plain["packed"] = packed._asdict()
+        plain["pinned_bytes"] = pinned
         print_json(plain | ({"uncounted": troubles} if troubles else {}))
     else:
-        _show(held, packed, identities)
+        _show(held, packed, pinned, identities)
     if say_left_out(troubles):
         raise typer.Exit(EXIT_FAILED)
 
 
-def _show(held: StoreStats, packed: Packing, identities: Mapping[str, Mapping[str, str]]) -> None:
+def _show(held: StoreStats, packed: Packing, pinned: int, identities: Mapping[str, Mapping[str, str]]) -> None:
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
     RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     if packed.chunks:
         saved = format_bytes(packed.unpacked_bytes - packed.bytes)
         RESULTS.print(f"{packed.chunks:,} of them packed, {format_bytes(packed.bytes)}, which saves {saved}")
+    if pinned:
+        RESULTS.print(f"{format_bytes(pinned)} pinned, stored or not")
     for root, fields in identities.items():
         table = Table("model and settings", root[:12], title_justify="left")
         for name, value in fields.items():

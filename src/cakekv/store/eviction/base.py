@@ -8,9 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from cakekv.keys import ChunkKey
+
+if TYPE_CHECKING:
+    from cakekv.store.base import Expected
 
 AHEAD_S = 1.0
 """A time that is further ahead was told by a clock that was wrong."""
@@ -43,23 +48,44 @@ class Eviction(ABC):
 
     def __init__(self) -> None:
         self._held: dict[ChunkKey, Held] = {}
+        """The chunks that may go."""
+        self._spared: frozenset[ChunkKey] = frozenset()
+        self._aside: dict[ChunkKey, Held] = {}
+        """Those that would have gone, and are spared: the policy's own index is without them."""
         self._latest = float("-inf")
         """The latest time that it was told of."""
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._aside)
 
     def get(self, key: ChunkKey) -> Held | None:
         """What is known of a chunk; None if nothing is."""
-        return self._held.get(key)
+        return self._held.get(key) or self._aside.get(key)
 
     def chunks(self) -> Iterator[Held]:
         """All chunks that it knows of, in no particular order."""
-        return iter(self._held.values())
+        return chain(self._held.values(), self._aside.values())
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether it knows of a chunk that it has not found to be spared."""
+        return bool(self._held)
+
+    def spare(self, keys: frozenset[ChunkKey]) -> None:
+        """These do not go, from now on, whether they are in the tier or not; those that were spared before may."""
+        if keys is self._spared:
+            return
+        self._spared = keys
+        for key in [key for key in self._aside if key not in keys]:
+            chunk = self._held[key] = self._aside.pop(key)
+            self._came(chunk)
 
     def asked(self, keys: Sequence[ChunkKey], now: float) -> None:
         """These were looked up, stored or not: usually the chunks of one prompt, in order. That is no use of them."""
         self._latest = max(self._latest, now)
+
+    def expect(self, queue: Sequence[Expected]) -> None:  # noqa: B027 - only some policies look ahead
+        """These requests wait, the next one first; replaces what was said before."""
 
     def wrote(self, chunk: Held) -> None:
         """A chunk was written, or found in the tier. What was known under its key is forgotten."""
@@ -70,9 +96,10 @@ class Eviction(ABC):
 
     def read(self, key: ChunkKey, now: float) -> None:
         """A chunk is read; one that is not known is passed over."""
-        chunk = self._held.get(key)
+        chunk = self.get(key)
         if chunk is not None:
-            self._before_read(chunk, now)
+            if key in self._held:
+                self._before_read(chunk, now)
             chunk.used_at = max(chunk.used_at, now)
             self._latest = max(self._latest, now)
             chunk.uses += 1
@@ -82,9 +109,10 @@ class Eviction(ABC):
         chunk = self._held.pop(key, None)
         if chunk is not None:
             self._went(chunk)
+        self._aside.pop(key, None)
 
     def evict(self, now: float) -> Held | None:
-        """The chunk that is to go next, which the policy forgets; None if it knows of none.
+        """The chunk that is to go next, which the policy forgets; None if it knows of none that may.
 
         Parameters
         ----------
@@ -95,15 +123,19 @@ class Eviction(ABC):
             return None
         if self._latest > now + AHEAD_S:
             # Chunks used while the clock was ahead would outlive all others until it is there again.
-            ahead = sorted((chunk for chunk in self._held.values() if chunk.used_at > now), key=attrgetter("used_at"))
+            ahead = sorted((chunk for chunk in self.chunks() if chunk.used_at > now), key=attrgetter("used_at"))
             for held in ahead:
                 held.used_at = now
             self._latest = now
-            self._redated(ahead, now)
-        chunk = self._victim(now)
-        del self._held[chunk.key]
-        self._went(chunk)
-        return chunk
+            self._redated([held for held in ahead if held.key in self._held], now)
+        while self._held:
+            chunk = self._victim(now)
+            del self._held[chunk.key]
+            self._went(chunk)
+            if chunk.key not in self._spared:
+                return chunk
+            self._aside[chunk.key] = chunk
+        return None
 
     @abstractmethod
     def _victim(self, now: float) -> Held:

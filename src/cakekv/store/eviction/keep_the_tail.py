@@ -64,10 +64,10 @@ class KeepTheTail(Sampled):
 
     def asked(self, keys: Sequence[ChunkKey], now: float) -> None:
         super().asked(keys, now)
-        held = [key in self._held for key in keys]
+        held = [self.get(key) is not None for key in keys]
         self._seen.asked(keys, held)
-        for key, is_held in zip(keys, held, strict=True):
-            if is_held and (place := self._seen.place(key)) is not None:
+        for key in keys:
+            if key in self._held and (place := self._seen.place(key)) is not None:
                 self._came_back(self._kept[key], place, self._held[key], now)
 
     def _came(self, chunk: Held) -> None:

@@ -56,7 +56,7 @@ def garbage(
     """Choose what is to go; nothing is removed.
 
     Which model a chunk belongs to cannot be known: its key is a digest, and its header names no model. Chunks that no
-    model asks for any more are found by their age.
+    model asks for any more are found by their age. Pinned chunks stay.
 
     Parameters
     ----------
@@ -77,13 +77,17 @@ def garbage(
         The store failed.
     """
     chunks, troubles = listing(unwrapped(store))  # in their true sizes, also if they are sealed
+    pinned: frozenset[ChunkKey] = frozenset()
+    with suppress(StoreError):  # which shows in the listing, too
+        pinned = store.pins().keys
     old = [chunk for chunk in chunks if older_than_s is not None and 0 < chunk.used_at < now - older_than_s]
+    old = [chunk for chunk in old if chunk.key not in pinned]
     gone = {chunk.key for chunk in old}
     rest = [chunk for chunk in chunks if chunk.key not in gone]
     left = sum(chunk.size for chunk in rest)
     surplus: list[StoredChunk] = []
     if capacity is not None and left > capacity:
-        for chunk in _ordered(store, rest, now, policy_of(store) if policy is None else policy):
+        for chunk in _ordered(store, rest, now, policy_of(store) if policy is None else policy, pinned):
             if left <= capacity:
                 break
             if chunk.size:  # else nothing is won: it is no chunk, which is for `repair` to delete
@@ -126,9 +130,12 @@ def delete(store: Store, chunks: Sequence[StoredChunk], on_bytes: OnBytes = igno
     return deleted
 
 
-def _ordered(store: Store, chunks: list[StoredChunk], now: float, policy: Eviction) -> Iterator[StoredChunk]:
+def _ordered(
+    store: Store, chunks: list[StoredChunk], now: float, policy: Eviction, pinned: frozenset[ChunkKey]
+) -> Iterator[StoredChunk]:
     """Chunks as the policy would let them go; the store's own is not asked, but one that knows as much."""
     judge, stored = deepcopy(policy), {chunk.key: chunk for chunk in chunks}
+    judge.spare(pinned)
     for held in list(judge.chunks()):
         if held.key not in stored:
             judge.removed(held.key)
