@@ -88,7 +88,7 @@ def test_min_p_leaves_the_likely(cake: Cake) -> None:
 
 def test_what_the_makers_propose_is_followed_where_that_is_asked_for(cake: Cake) -> None:
     assert cake.engine.proposed_sampling == {}
-    settings = cake.engine.model.generation_config
+    settings = cake.engine.model.generation_config  # type: ignore[attr-defined]
     settings.do_sample, settings.temperature, settings.top_p, settings.repetition_penalty = True, 0.6, 0.9, 1.1
     proposed = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
     assert {name: cake.engine.proposed_sampling[name] for name in proposed} == proposed

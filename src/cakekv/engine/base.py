@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -269,7 +269,7 @@ class Engine(ABC, Generic[Cache, Logits]):
         return lambda logits: Choice(choose(logits))
 
     @property
-    def proposed_sampling(self) -> dict[str, float | int]:
+    def proposed_sampling(self) -> dict[str, Any]:
         """What the model's makers propose to sample by, as keyword arguments of `Cake.stream`; empty for greedily."""
         return {}
 

@@ -394,7 +394,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return Chooser(sampling, prompt, _generator(sampling.seed))
 
     @property
-    def proposed_sampling(self) -> dict[str, float | int]:
+    def proposed_sampling(self) -> dict[str, Any]:
         """As `Engine.proposed_sampling`: of the model's generation settings, if those say to sample."""
         settings = self.model.generation_config
         if not getattr(settings, "do_sample", False):
