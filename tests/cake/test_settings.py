@@ -51,7 +51,7 @@ def test_probabilities_are_those_of_the_model(cake: Cake) -> None:
     assert said.logprobs is not None
     tokens = cake.tokenizer(PROMPT)["input_ids"]
     for choice, token in zip(said.logprobs, said.token_ids, strict=True):
-        expected = cake.engine.model(torch.tensor([tokens])).logits[0, -1].log_softmax(0)
+        expected = cake.engine.model(torch.tensor([tokens])).logits[0, -1].log_softmax(0)  # type: ignore[attr-defined]
         assert choice.token == token
         assert choice.logprob == pytest.approx(expected[token].item(), abs=1e-3)
         assert [value for _, value in choice.top] == pytest.approx(expected.topk(2).values.tolist(), abs=1e-3)
@@ -62,7 +62,7 @@ def test_probabilities_are_those_of_the_model(cake: Cake) -> None:
 def test_penalties(cake: Cake) -> None:
     tokens = cake.tokenizer(PROMPT)["input_ids"]
     inputs = torch.tensor([tokens])
-    theirs = cake.engine.model.generate(
+    theirs = cake.engine.model.generate(  # type: ignore[attr-defined]
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=12,
