@@ -144,6 +144,8 @@ class PrefillOptions:
         """Raises `BadInput` if something is not what it must be."""
         if self.mode not in MODES:
             raise BadInput(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if not isinstance(self.save, bool):
+            raise BadInput(f"save must be True or False, not {self.save!r:.60}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise BadInput(f"on_progress must be a function that takes a Progress, not {self.on_progress!r:.60}")
         if self.tenant is not None:

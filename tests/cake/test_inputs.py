@@ -53,6 +53,7 @@ def test_one_sequence_is_the_same_prompt_in_any_form(cake: Cake) -> None:
         *({"top_p": value} for value in (0, 1.5, NAN, "1", True)),
         *({"seed": value} for value in (2**70, 1.5, "1", True)),
         *({"mode": value} for value in (None, "fast", list[Any]())),
+        *({"save": value} for value in (None, "no", 0)),
         {"on_progress": 5},
     ],
     ids=str,
