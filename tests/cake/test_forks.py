@@ -24,6 +24,7 @@ from cakekv.store.disk import DiskStore
 from cakekv.store.memory import MemoryStore
 from cakekv.store.wrapper import WrappedStore
 from tests.cake.crowd import CHUNK, tokens
+from tests.embedded.chatting import talker, tokenizer
 
 HANG_S = 60.0
 
@@ -270,3 +271,20 @@ def test_a_child_computes_with_several_threads(engine: TransformersEngine, promp
                 in_child(child)
         finally:
             torch.set_num_threads(before)
+
+
+def test_a_session_that_is_answering_in_the_parent_can_be_gone_on_with() -> None:
+    made = tokenizer()
+    with Cake(talker(made), made, "memory://", chunk_tokens=CHUNK) as cake:
+        session = cake.session([{"role": "user", "content": "abcd ef"}])
+        pieces = session.stream(max_new_tokens=30)
+        text = next(pieces)
+
+        def work() -> None:
+            assert session.send(max_new_tokens=3).token_ids
+            pieces.close()
+            session.send("a", max_new_tokens=3)
+
+        in_child(work)
+        text += "".join(pieces)
+        assert session.messages[-1] == {"role": "assistant", "content": text}

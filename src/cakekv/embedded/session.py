@@ -9,6 +9,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Unpack
 
 from cakekv.errors import BadInput
+from cakekv.forks import on_fork
 from cakekv.options import AnswerKeywords, AnswerOptions
 from cakekv.prompt import Chat, Overflow, check_messages, check_overflow
 from cakekv.restore.report import RestoreReport
@@ -60,9 +61,14 @@ class Session:
         self._overflow: Overflow = overflow
         self._keep = keep
         self._answering = threading.Lock()
+        on_fork(self)
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self.tools = tools
         self.report: RestoreReport | None = None
+
+    def _forked(self) -> None:
+        """This is a child process: who was answering is in the parent."""
+        self._answering = threading.Lock()
 
     def send(self, said: Said = (), **options: Unpack[AnswerKeywords]) -> Generation:
         """Say something, and have it answered.
@@ -124,12 +130,13 @@ class Session:
         new: Any = [{"role": "user", "content": said}] if isinstance(said, str) else said
         new = [new] if isinstance(new, Mapping) else new
         check_messages(new)
-        if not self._answering.acquire(blocking=False):
+        answering = self._answering
+        if not answering.acquire(blocking=False):
             raise BadInput("this session is answering something else: wait for it, or go on in a fork()")
         try:
             yield Chat([*self.messages, *map(dict, new)], self.tools, self._template, self._overflow, self._keep)
         finally:
-            self._answering.release()
+            answering.release()
 
     def _answered(self, chat: Chat, text: str, report: RestoreReport) -> None:
         self.messages = [*map(dict, chat.messages), {"role": "assistant", "content": text}]
