@@ -138,14 +138,14 @@ def test_a_tier_that_only_answers_look_ups_is_asked_less_and_less(member: Callab
         def write(self, key: ChunkKey, data: memoryview) -> bool:
             raise NoAnswer("silence")
 
-    tier = member(Unwritable(), first_retry_s=0.01)
+    tier = member(Unwritable(), first_retry_s=0.2)
     pauses = []
     for _ in range(4):
         with pytest.raises(NoAnswer):
             tier.write(key_of(0), chunk_of(0))
         pauses.append(tier.retry_s)
         eventually(lambda: tier.is_up)
-    assert pauses == [0.01, 0.02, 0.04, 0.08]
+    assert pauses == [0.2, 0.4, 0.8, 1.6]
 
 
 def test_a_look_up_that_is_late_while_others_are_answered_takes_nothing_down(member: Callable[..., Any]) -> None:
