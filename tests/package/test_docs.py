@@ -17,6 +17,7 @@ NOT_RUN = {
     "path/to/model": "a model of the reader's",
     "from_pretrained(model, store,": "a line to be filled in",
     "client.completions.create(": "asks a server",
+    "client.chat.completions.create(": "asks a server",
     "Tier(_open_name,": "a line of a registry",
     "_family(": "a line of a registry",
     "class Int4(Affine)": "is in the package",
