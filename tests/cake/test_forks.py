@@ -282,7 +282,7 @@ def test_a_session_that_is_answering_in_the_parent_can_be_gone_on_with() -> None
 
         def work() -> None:
             assert session.send(max_new_tokens=3).token_ids
-            pieces.close()
+            pieces.close()  # type: ignore[attr-defined]
             session.send("a", max_new_tokens=3)
 
         in_child(work)
