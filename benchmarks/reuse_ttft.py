@@ -13,7 +13,6 @@ The file's list `ttft` gets an entry for each way, instead of those it had of th
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,8 +27,8 @@ from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import make_documents
 from cakekv.bench.servers import valkey_behind
+from cakekv.bench.ttft import write_ttft
 from cakekv.cake import Cake
-from cakekv.cli.console import write_json
 from cakekv.cli.model import load_cake
 from cakekv.errors import CakeError
 from cakekv.prompt import Document, ids_of
@@ -184,13 +183,6 @@ def _point(
             "recomputed_tokens": [report.linked_tokens + report.blended_tokens for report in reused],
         },
     }
-
-
-def write_ttft(file: Path, engine: str, points: Sequence[dict[str, Any]]) -> None:
-    """Put points into a file's list `ttft`, instead of those of that engine; all else in it stays."""
-    data = json.loads(file.read_text()) if file.exists() else {}
-    kept = [one for one in data.get("ttft", ()) if one["engine"] != engine]
-    write_json(file, {**data, "ttft": [*kept, *points]})
 
 
 def described(point: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ file stays. The plug-in has blocks of 32 tokens, the least on CPUs, as it loads 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,12 +28,13 @@ import typer
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
 from cakekv.bench.servers import valkey_behind
+from cakekv.bench.ttft import write_ttft
 from cakekv.bench.vllm.asking import Answer, Texts, ask
 from cakekv.bench.vllm.contest import Contest
 from cakekv.bench.vllm.filling import fill
 from cakekv.bench.vllm.options import ChunkTokens, JsonFile, ModelFolder, Repeats, Serve, StepTokens
 from cakekv.bench.vllm.server import Server
-from cakekv.cli.console import NEWS, number_list, write_json
+from cakekv.cli.console import NEWS, number_list
 from cakekv.errors import CakeError
 from cakekv.store.opening import open_store
 
@@ -121,7 +121,7 @@ def main(
         "link": "none" if link is None else "Valkey behind a link shaped by tc tbf",
         "bandwidth_bytes_per_s": None if link is None else bandwidth,
     }
-    write_ttft(json_file, [{**point, **settings, **describe_run()} for point in points])
+    write_ttft(json_file, ENGINE, [{**point, **settings, **describe_run()} for point in points])
 
 
 def measure(
@@ -166,13 +166,6 @@ def measure(
             **{name: [report.get(name) for report in reports] for name in ("reused_tokens", "linked_tokens", "met_at")},
         },
     }
-
-
-def write_ttft(file: Path, points: Sequence[dict[str, Any]]) -> None:
-    """Put points into a file's list `ttft`, instead of those of this engine; all else in it stays."""
-    data = json.loads(file.read_text()) if file.exists() else {}
-    kept = [one for one in data.get("ttft", ()) if one["engine"] != ENGINE]
-    write_json(file, {**data, "ttft": [*kept, *points]})
 
 
 def described(point: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.reuse_ttft import Asked, measure, write_ttft
+from benchmarks.reuse_ttft import Asked, measure
 from cakekv.bench.servers import valkey_behind
+from cakekv.bench.ttft import write_ttft
 from cakekv.cake import Cake
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.store.opening import open_store
