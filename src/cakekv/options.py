@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
@@ -190,17 +190,7 @@ class AnswerOptions(PrefillOptions):
     @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
-        return Sampling(
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-            self.seed,
-            self.logprobs,
-        )
+        return Sampling(**{one.name: getattr(self, one.name) for one in fields(Sampling)})
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
