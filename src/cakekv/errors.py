@@ -23,6 +23,14 @@ class BadInput(CakeError, ValueError):
     """The caller asked for something that cannot be done: an empty prompt, an unknown mode, a malformed size."""
 
 
+class CakeClosed(BadInput):
+    """A `Cake` is asked for something after `close`."""
+
+
+class PromptTooLong(BadInput):
+    """A prompt has more tokens than the model's context."""
+
+
 class BadOption(BadInput):
     """An option of the vLLM plug-in is unknown, or has a value that it cannot have."""
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from cakekv.embedded.chat_template import ChatTemplate
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, PromptTooLong
 from cakekv.prompt import Chat, Cut, Tokenized
 
 _ROOM = 8
@@ -50,12 +50,12 @@ def fitted(chat: Chat, prompt: Tokenized, template: ChatTemplate, context: int) 
     except _Unclear as error:
         if len(prompt.token_ids) <= context:
             return prompt
-        raise BadInput(
+        raise PromptTooLong(
             f"the chat has {len(prompt.token_ids)} tokens, but the model's context is {context} tokens, and it cannot "
             f"be truncated, because {error}: leave out messages"
         ) from None
     if len(cut.token_ids) > context:
-        raise BadInput(
+        raise PromptTooLong(
             f"the chat has {len(prompt.token_ids)} tokens, and {len(cut.token_ids)} without all messages that can be "
             f"dropped, but the model's context is {context} tokens: shorten its last message, or what comes first"
         )

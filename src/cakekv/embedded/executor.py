@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
 
-from cakekv.errors import BadInput
+from cakekv.errors import BadInput, CakeClosed
 
 Result = TypeVar("Result")
 
@@ -103,7 +103,7 @@ class Executor:
         def counted() -> Result:
             with self._changed:
                 if self.closed and not though_closed:
-                    raise BadInput("this Cake is closed: make a new one")
+                    raise CakeClosed("this Cake is closed: make a new one")
                 self._running += 1
             try:
                 return work()

@@ -11,7 +11,7 @@ import numpy as np
 
 from cakekv.codec.base import Segment
 from cakekv.engine.choice import Choice, Sampling
-from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine
+from cakekv.errors import BadInput, PromptTooLong, UnknownRotation, UnsupportedEngine
 from cakekv.keys import RAW, Identity
 from cakekv.layout import KVLayout
 from cakekv.rotation import Rotation
@@ -228,7 +228,7 @@ class Engine(ABC, Generic[Cache, Logits]):
                 f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
             )
         if tokens.size > self.max_context:
-            raise BadInput(
+            raise PromptTooLong(
                 f"the prompt has {tokens.size} tokens, but the model's context is {self.max_context} tokens: shorten it"
             )
 

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from cakekv.errors import BadInput, CakeError, CannotPin, PinRefused
+from cakekv.errors import BadInput, CakeClosed, CakeError, CannotPin, PinRefused, PromptTooLong
 from cakekv.logs import emit
 from cakekv.messages import without_secrets
 
@@ -72,11 +72,11 @@ def told(error: Exception) -> ApiError:
         return error
     if isinstance(error, PinRefused | CannotPin):
         return ApiError(409, str(error), code="cannot_pin")
+    if isinstance(error, CakeClosed):
+        return stopping()
     if isinstance(error, BadInput):
-        if "is closed" in str(error):
-            return stopping()
-        too_long = "the model's context is" in str(error)
-        return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+        return ApiError(400, str(error), code=code)
     if isinstance(error, CakeError):
         return ApiError(500, str(error))
     trace = "".join(traceback.format_exception(error))
