@@ -18,11 +18,14 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.compress.base import Method
+from cakekv.decode.base import Sight
 from cakekv.embedded.answer_saver import AnswerSaver
 from cakekv.embedded.answering import Answering, Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
+from cakekv.embedded.compressing import Compressing
 from cakekv.embedded.executor import Executor, check
 from cakekv.embedded.hints import Hints
 from cakekv.embedded.learning import Learner
@@ -149,6 +152,12 @@ class Cake:
     reuse : str, Reuse or None
         How documents of prompts are reused that were computed elsewhere, such as "epic:link=16" (see `docs/reuse.md`).
         Answers are not exact then, and their reports say so. None: what no stored prefix has is computed.
+    compress : str, Method, sequence of them, or None
+        How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
+        as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. Two
+        methods, "kvmerger:at=store+corm", must act at different times.
+    decode : str, Sight or None
+        What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
         Whether documents that are met for the first time are computed by themselves, in the background, and saved.
     calibration : path or None
@@ -182,6 +191,8 @@ class Cake:
         ttft_target_s: float = math.inf,
         quality_floor: int = 1,
         reuse: str | Reuse | None = None,
+        compress: str | Method | Sequence[str | Method] | None = None,
+        decode: str | Sight | None = None,
         learn: bool = True,
         calibration: str | os.PathLike[str] | None = None,
         metrics: Metrics | None = None,
@@ -199,6 +210,8 @@ class Cake:
             ttft_target_s=ttft_target_s,
             quality_floor=quality_floor,
             reuse=reuse,
+            compress=compress,
+            decode=decode,
             learn=learn,
             calibration=calibration,
             metrics=metrics,
@@ -226,6 +239,7 @@ class Cake:
         staging = StagingPool(engine.staging, coder.exact.total_bytes)
         self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
+        self._compressing = Compressing(self._arms)
         self._stored = StoredPrefixes(self._arms, self.tiers)
         self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
@@ -715,7 +729,7 @@ class Cake:
         """What saves the answer to a prompt; None if it is not saved, or attends to what is not exact."""
         if self._saver is None or not self.options.save_answers or not found.is_named:
             return None
-        if found.answer is None:
+        if found.answer is None or not self._compressing.is_exact:
             return None
         return AnswerSaver(self._saver, self._stored.tails, found, found.answer, prefill)
 
@@ -780,6 +794,7 @@ class Cake:
             notes += self._stored.why_nothing(found)
         with self._hints.needed(request.id, found):
             prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
+        self._compressing.apply(request, prefill, prompt)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:

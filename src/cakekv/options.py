@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from cakekv.codec import codec_named
 from cakekv.codec.base import Codec
+from cakekv.compress import methods_named
+from cakekv.compress.base import Method
+from cakekv.decode import sight_named
+from cakekv.decode.base import Sight
 from cakekv.engine.choice import Sampling
 from cakekv.errors import BadInput
 from cakekv.prompt import check_text
@@ -44,6 +48,8 @@ class CakeKeywords(TypedDict, total=False):
     ttft_target_s: float
     quality_floor: int
     reuse: str | Reuse | None
+    compress: str | Method | Sequence[str | Method] | None
+    decode: str | Sight | None
     learn: bool
     calibration: str | os.PathLike[str] | None
     metrics: Metrics | None
@@ -66,6 +72,8 @@ class CakeOptions:
     ttft_target_s: float
     quality_floor: int
     reuse: Reuse | None
+    compress: tuple[Method, ...]
+    decode: Sight | None
     learn: bool
     calibration: str | os.PathLike[str] | None
     metrics: Metrics | None
@@ -80,7 +88,7 @@ class CakeOptions:
             One is of another kind than it must be, or out of range.
         """
         _check_kinds(given)
-        codec, policy, reuse = given["codec"], given["policy"], given["reuse"]
+        codec, policy, reuse, decode = given["codec"], given["policy"], given["reuse"], given["decode"]
         return cls(
             chunk_tokens=whole("chunk_tokens", given["chunk_tokens"], 1, MOST_TOKENS),
             max_span_tokens=whole("max_span_tokens", given["max_span_tokens"], 1, MOST_TOKENS),
@@ -94,6 +102,8 @@ class CakeOptions:
             ttft_target_s=real("ttft_target_s", given["ttft_target_s"], 0.0),
             quality_floor=whole("quality_floor", given["quality_floor"], 1),
             reuse=reuse_named(reuse) if isinstance(reuse, str) else reuse,
+            compress=methods_named(given["compress"]),
+            decode=sight_named(decode) if isinstance(decode, str) else decode,
             learn=given["learn"],
             calibration=given["calibration"],
             metrics=given["metrics"],
@@ -200,6 +210,11 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "layered_finish": ((bool,), "True or False"),
     "save_answers": ((bool,), "True or False"),
     "reuse": ((str, Reuse, NoneType), 'a name, such as "epic:link=16", a Reuse, or None'),
+    "compress": (
+        (str, Method, list, tuple, NoneType),
+        'a name, such as "corm:window=64", a Method, a list of them, or None',
+    ),
+    "decode": ((str, Sight, NoneType), 'a name, such as "clusterkv:budget=512", a Sight, or None'),
     "learn": ((bool,), "True or False"),
     "calibration": ((str, os.PathLike, NoneType), "a file's path, or None"),
 }

@@ -13,11 +13,13 @@ import typer
 from cakekv.calibration import cache_folder
 from cakekv.cli.console import NEWS, one_of, print_json, write_text
 from cakekv.codec import CODECS
+from cakekv.compress import METHODS
+from cakekv.decode import SIGHTS
 from cakekv.demo.document import DEMO_TOKENS, QUESTION, document_prompt, prompt_parts, read_document
 from cakekv.errors import BadInput
 from cakekv.messages import inert
 from cakekv.prompt import Prompt
-from cakekv.quantities import parse_bandwidth
+from cakekv.quantities import format_bytes, parse_bandwidth
 from cakekv.restore.options import Mode
 from cakekv.reuse import WAYS
 from cakekv.store.opening import open_store
@@ -69,6 +71,20 @@ def ask(
             "Answers are not exact then."
         ),
     ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Keep fewer tokens: {one_of(METHODS)}; with parameters corm:window=64 (docs/compress.md). Answers "
+            "are not exact then."
+        ),
+    ] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What an answer's tokens attend to: {one_of(SIGHTS)}; with parameters clusterkv:budget=512 "
+            "(docs/decode.md). Answers are not exact then."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -113,7 +129,7 @@ def ask(
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
     with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
-        with load_cake(model, tier, tenant, codec, reuse=reuse) as cake:
+        with load_cake(model, tier, tenant, codec, reuse=reuse, compress=compress, decode=decode) as cake:
             texts = [
                 read_document(name, cake.tokenizer, DEMO_TOKENS if tokens is None and name == "demo" else tokens)
                 for name in documents
@@ -200,6 +216,12 @@ def _summarize(report: RestoreReport) -> None:
         NEWS.print(
             f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
             "them; what was computed behind those is not saved.",
+        )
+    if report.compress or report.decode:
+        does = f"keeps {report.kept_share:.0%} of the cache" if report.compress else "sees what it needs of the cache"
+        NEWS.print(
+            f"Not exact: the answer {does} ({report.compress or report.decode}), "
+            f"{format_bytes(report.cache_bytes)}, chosen in {report.compress_s:.2f} s; it is not saved."
         )
     for reason, tokens in report.miss_reasons().items():
         NEWS.print(f"{tokens:,} tokens were computed because: {reason}", style="dim")

@@ -24,6 +24,8 @@ def load_cake(
     save_answers: bool = True,
     policy: str = "marginal_saving",
     metrics: Metrics | None = None,
+    compress: str | None = None,
+    decode: str | None = None,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -55,6 +57,8 @@ def load_cake(
             "calibration": cache_folder() / "calibration.json",
             "policy": policy,
             "metrics": metrics,
+            "compress": compress,
+            "decode": decode,
         }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens

@@ -11,6 +11,8 @@ from cakekv.calibration import cache_folder
 from cakekv.cli.ask import DEFAULT_CAPACITY
 from cakekv.cli.console import NEWS, one_of
 from cakekv.codec import CODECS
+from cakekv.compress import METHODS
+from cakekv.decode import SIGHTS
 from cakekv.errors import UnsupportedEngine
 from cakekv.restore.priority import POLICIES
 
@@ -34,6 +36,12 @@ def serve(
         typer.Option(help="A file with a tenant's name and a key of it on each line; tenants share no chunks."),
     ] = None,
     codec: Annotated[str, typer.Option(help=f"How chunks are encoded: {one_of(CODECS)} (docs/codecs.md).")] = "raw",
+    compress: Annotated[
+        str | None, typer.Option(help=f"Keep fewer tokens: {one_of(METHODS)} (docs/compress.md).")
+    ] = None,
+    decode: Annotated[
+        str | None, typer.Option(help=f"What an answer's tokens attend to: {one_of(SIGHTS)} (docs/decode.md).")
+    ] = None,
     policy: Annotated[
         str, typer.Option(help=f"Who goes first when several ask: {one_of(POLICIES)}.")
     ] = "marginal_saving",
@@ -71,7 +79,16 @@ def serve(
     sockets = listening(host, port)
     registry = CollectorRegistry()
     where = store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}"
-    cake = load_cake(model, where, codec=codec, dtype=dtype, policy=policy, metrics=Metrics(registry))
+    cake = load_cake(
+        model,
+        where,
+        codec=codec,
+        dtype=dtype,
+        policy=policy,
+        metrics=Metrics(registry),
+        compress=compress,
+        decode=decode,
+    )
     service = Service(
         cake,
         name or (Path(model).name if Path(model).is_dir() else model),

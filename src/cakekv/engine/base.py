@@ -19,6 +19,8 @@ from cakekv.rotation import Rotation
 if TYPE_CHECKING:
     from cakekv.codec.coder import ChunkCoder
     from cakekv.codec.on_device import DeviceDecoder
+    from cakekv.compress.base import Marked, Method
+    from cakekv.decode.base import Sight
     from cakekv.reuse.blend import Blend
 
 Cache = TypeVar("Cache")
@@ -158,6 +160,30 @@ class Engine(ABC, Generic[Cache, Logits]):
             The positions that were computed in all layers, ascending.
         """
         raise UnsupportedEngine("this engine does not drive a model's layers one by one")
+
+    def compressible(self, methods: Sequence[Method | Sight]) -> None:
+        """Refuse a model of which these methods cannot keep, or see, fewer tokens.
+
+        Raises
+        ------
+        UnsupportedEngine, UnsupportedModel, UnknownRotation
+            With the reason.
+        """
+        if methods:
+            raise UnsupportedEngine(
+                "this engine keeps and sees all tokens of a prompt: give no compress, and no decode"
+            )
+
+    def compress(self, cache: Cache, token_ids: Sequence[int], method: Method, marked: Sequence[Marked] = ()) -> Any:
+        """What a method leaves of a prompt's complete cache, which stays as it was; the same cache if that is all.
+
+        `compute` goes on with it, one token or several, at the end of the text.
+        """
+        raise UnsupportedEngine("this engine keeps all tokens of a prompt: give no compress")
+
+    def look(self, cache: Cache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()) -> Any:
+        """A copy of a prompt's complete cache of which `compute`, at the end of the text, sees what a sight says."""
+        raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
 
     @abstractmethod
     def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:

@@ -17,16 +17,21 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cakekv.codec.base import Segment
+from cakekv.compress.base import Marked, Method
+from cakekv.decode.base import Sight
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
 from cakekv.engine.blending import blend, check_blends
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.choice import Choice, Sampling
+from cakekv.engine.choosing import check_tap, choose, look
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
+from cakekv.engine.ragged import RaggedCache
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import Chooser, choose_token
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
+from cakekv.engine.tap import Tap
 from cakekv.engine.transfer import transfer_for
 from cakekv.engine.turning import check_turns
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
@@ -93,8 +98,9 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self._refusal = ""
         self._read_from = ""
         self._stop_tokens: frozenset[int] | None = None
-        self._arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
+        self.arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
         self._cache_argument = cache_argument(bare)
+        self._tap: tuple[int, Tap] | None = None
         on_fork(self)
         if is_newer():
             self._try_out()
@@ -276,16 +282,67 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         tokens = len(token_ids)
         if tokens < 1 or start < 0 or start + tokens > cache.capacity:
             raise BadInput(f"a span of {tokens} tokens at {start} does not fit a cache of {cache.capacity} tokens")
+        if isinstance(cache, RaggedCache):
+            return self._compute_ragged(cache, token_ids, start)
         cache.set_length(start)
         with torch.inference_mode(), cache.forwarding(), cache.gated(gate) if gate is not None else nullcontext():
             try:
-                last = self.forward(cache, token_ids, **self._arguments).logits[0, -1]
+                last = self.forward(cache, token_ids, **self.arguments).logits[0, -1]
             except RuntimeError:
                 self.state()  # it may be that the model outgrew its caches, which says more
                 raise
             logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         _check_filled(cache, start + tokens)
         return logits
+
+    def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        cache.set_length(start)
+        try:
+            with torch.inference_mode(), self.tap.handing(cache.attend) as twin:
+                last = self.forward_of(twin, cache, token_ids, **self.arguments).logits[0, -1]
+                logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
+        except BaseException:
+            cache.give_up(start)
+            raise
+        with torch.inference_mode():
+            cache.grew(len(token_ids))
+        return logits
+
+    @property
+    def tap(self) -> Tap:
+        """On the attention of the model as it is now.
+
+        Raises
+        ------
+        UnsupportedModel
+            It cannot be tapped.
+        """
+        revision = self.state().revision
+        if self._tap is None or self._tap[0] != revision:
+            tap = Tap(getattr(self.model, "_orig_mod", self.model))
+            if self._tap is None:
+                check_tap(self, tap)
+            self._tap = revision, tap
+        return self._tap[1]
+
+    def compressible(self, methods: Sequence[Method | Sight]) -> None:
+        """As `Engine.compressible`."""
+        if any(isinstance(method, Method) and method.compact for method in methods):
+            self.turnable()
+        if methods:
+            assert self.tap is not None
+
+    def compress(
+        self, cache: TwoEndedCache, token_ids: Sequence[int], method: Method, marked: Sequence[Marked] = ()
+    ) -> RaggedCache | TwoEndedCache:
+        """As `Engine.compress`."""
+        return choose(self, cache, token_ids, method, marked)
+
+    def look(
+        self, cache: TwoEndedCache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()
+    ) -> RaggedCache:
+        """As `Engine.look`."""
+        return look(self, cache, token_ids, sight, marked)
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
@@ -357,6 +414,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def held_bytes(self, cache: TwoEndedCache) -> int:
         """As `Engine.held_bytes`."""
+        if isinstance(cache, RaggedCache):
+            return cache.held_bytes
         return sum(region.nbytes for layer in cache.stored for region in layer.regions)
 
     def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:

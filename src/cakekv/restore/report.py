@@ -124,6 +124,15 @@ class RestoreReport:
     moved_tokens : int
         Loaded positions that were computed before it was truncated, and stood elsewhere; they count among
         `lossy_tokens`.
+    compress, decode : str
+        What the answer attends to, if not to everything: "corm:window=256" keeps fewer tokens, "clusterkv:budget=512"
+        sees fewer; empty for all.
+    kept_share : float
+        Of the entries of all layers and heads, the part that is kept.
+    cache_bytes : int
+        Bytes of the cache that the answer begins with; 0 if everything is kept and seen.
+    compress_s : float
+        Seconds that this took, after the first token's logits.
     positions : list of PositionRun
         What every position is, if documents were reused, or what is left of a truncated prompt.
     misses : list of Miss
@@ -158,6 +167,11 @@ class RestoreReport:
     blended_tokens: int = 0
     dropped_tokens: int = 0
     moved_tokens: int = 0
+    compress: str = ""
+    decode: str = ""
+    kept_share: float = 1.0
+    cache_bytes: int = 0
+    compress_s: float = 0.0
     positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)

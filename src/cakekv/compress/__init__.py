@@ -1,0 +1,57 @@
+"""Methods that keep fewer tokens of a cache. One file per method, a line each in `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from cakekv.compress.base import TIMES, Method
+from cakekv.errors import BadInput
+from cakekv.recipes import parameters_of
+
+METHODS = {
+    "sink_recent": "cakekv.compress.sink_recent:SinkRecent",
+    "heavy_hitter": "cakekv.compress.heavy_hitter:HeavyHitter",
+}
+"""Module and class by name."""
+
+
+def method_named(recipe: str) -> Method:
+    """The method that a recipe names, such as "dbudgetkv:threshold=0.01".
+
+    Raises
+    ------
+    BadInput
+        There is no such method or parameter, or a parameter's value is out of range.
+    """
+    name, _, rest = recipe.partition(":")
+    if name not in METHODS:
+        raise BadInput(f"unknown method to keep fewer tokens {name!r}: choose one of {', '.join(METHODS)}")
+    module, _, kind = METHODS[name].partition(":")
+    method: type[Method] = getattr(import_module(module), kind)
+    return method(**parameters_of(method, rest, f"compress {name}"))
+
+
+def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tuple[Method, ...]:
+    """The methods that recipes name, "one+other" or a sequence, none of which gets in another's way.
+
+    Raises
+    ------
+    BadInput
+        As for `method_named`; or two of them act at the same time.
+    """
+    if recipes is None:
+        return ()
+    given = recipes.split("+") if isinstance(recipes, str) else [recipes] if isinstance(recipes, Method) else recipes
+    odd = [one for one in given if not isinstance(one, str | Method)]
+    if odd:
+        raise BadInput(f'compress holds {odd[0]!r:.60}: give names, such as "corm:window=64", or a Method')
+    methods = tuple(method_named(one) if isinstance(one, str) else one for one in given)
+    for time in TIMES:
+        acting = [method.name for method in methods if time in method.at]
+        if len(acting) > 1:
+            raise BadInput(
+                f"{' and '.join(acting)} cannot be combined: both choose which tokens to keep at {time}. Give one of "
+                "them, or one with at=store"
+            )
+    return methods

@@ -1,0 +1,80 @@
+"""The contract of a sight: what the queries of an answer's tokens attend to, of all that a cache holds.
+
+A sight is one file. Nothing is let go of: what one step does not see, the next may. The shortest is `whole`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from cakekv.compress.base import Layer, Method
+from cakekv.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+    from cakekv.engine.tap import Attending
+
+
+class View(NamedTuple):
+    """What a layer's queries attend to."""
+
+    keys: torch.Tensor
+    """(1, kv_heads or heads, entries, width)"""
+    values: torch.Tensor
+    mask: torch.Tensor | None
+    """(1, 1 or heads, tokens, entries): True where a query attends, or a float that is added to its logits; None: to
+    everything."""
+
+
+@dataclass(frozen=True)
+class Sight(ABC):
+    """What a decode step sees. Its fields are its parameters; what it knows of a sequence is in `Layer.memo`."""
+
+    name: ClassVar[str]
+
+    @property
+    def rows(self) -> int:
+        """As `Method.rows`, for `prepare`."""
+        return 0
+
+    @property
+    def method(self) -> Method | None:
+        """What lets go of entries beside it; None: nothing does."""
+        return None
+
+    def prepare(self, layers: Sequence[Layer]) -> None:  # noqa: B027  # some need nothing
+        """Look at a prompt's complete cache, before the first step: of each layer that sees everything."""
+
+    def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
+        """What the newest tokens attend to.
+
+        Parameters
+        ----------
+        layer : Layer
+            With the newest tokens' `queries`; their keys and values are its last entries.
+        mask : Tensor or None
+            What they may see at all, as in `View`.
+        """
+        return View(layer.keys[None], layer.values[None], mask)
+
+    def attend(self, layer: Layer, attending: Attending, mask: torch.Tensor | None) -> torch.Tensor:
+        """What attention returns: (1, tokens, heads, width). For a sight that adds something of its own to a view."""
+        return attending.attend(*self.view(layer, mask))
+
+    def check(self, field: str, holds: bool, wanted: str) -> None:
+        """Raise `BadInput`, which names the field, unless something `holds` of it."""
+        if not holds:
+            raise BadInput(f"decode {self.name}: {field} is {getattr(self, field)}, but must be {wanted}")
+
+    @property
+    def recipe(self) -> str:
+        """Its name with its parameters, as `cakekv.decode.sight_named` reads it."""
+        said = {True: "yes", False: "no"}
+        options = ",".join(
+            f"{name}={said[value] if isinstance(value, bool) else value}" for name, value in asdict(self).items()
+        )
+        return f"{self.name}:{options}" if options else self.name

@@ -1,0 +1,84 @@
+"""What a `Cake` makes of a prompt's complete cache before its answer begins: fewer tokens, or a view of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from cakekv.compress.base import Marked, Method
+from cakekv.decode.base import Sight
+from cakekv.embedded.arbiter import Request
+from cakekv.embedded.arms import Arms
+from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine, UnsupportedModel
+from cakekv.options import CakeOptions
+from cakekv.prompt import Tokenized
+from cakekv.results import Prefill
+
+
+class Compressing:
+    """Lets a method choose what to keep of prompts' caches, and a sight what to see of them.
+
+    Parameters
+    ----------
+    arms : Arms
+        The engine, and who lends it.
+
+    Raises
+    ------
+    BadInput
+        The model cannot do what its options ask for.
+    """
+
+    def __init__(self, arms: Arms[Any, Any]) -> None:
+        self._arms = arms
+        options: CakeOptions = arms.options
+        acting = [method for method in options.compress if method.at - {"store"}]
+        self.method: Method | None = acting[0] if acting else None
+        self.sight: Sight | None = options.decode
+        if self.method is not None and self.sight is not None:
+            raise BadInput(
+                f"decode {self.sight.name} needs a cache that has everything, and compress {self.method.name} lets go "
+                "of tokens: give one of them"
+            )
+        wanted = [one for one in (self.method, self.sight) if one is not None]
+        try:
+            arms.engine.compressible(wanted)
+        except (UnknownRotation, UnsupportedEngine, UnsupportedModel) as error:
+            which = "compress" if self.method is not None else "decode"
+            raise BadInput(
+                f"{which} {wanted[0].name} does not work with this model: {error}. Give no {which}"
+            ) from error
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether answers attend to all that was computed."""
+        return self.method is None and self.sight is None
+
+    def apply(self, request: Request, prefill: Prefill, prompt: Tokenized) -> None:
+        """Replace a prefill's cache by what is left of it; its report says how much that is."""
+        if self.is_exact:
+            return
+        engine, report, began = self._arms.engine, prefill.report, monotonic()
+        whole = engine.held_bytes(prefill.cache) or 0
+        with self._arms.arbiter.turn(request):
+            if self.method is not None:
+                report.compress = self.method.recipe
+                left = engine.compress(prefill.cache, prefill.token_ids, self.method, marked(prompt))
+            else:
+                assert self.sight is not None
+                report.decode = self.sight.recipe
+                left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt))
+        if left is not prefill.cache:
+            report.kept_share = left.kept_share
+            report.cache_bytes = left.held_bytes
+            prefill.cache = left
+        else:
+            report.cache_bytes = whole
+        report.compress_s = monotonic() - began
+
+
+def marked(prompt: Tokenized) -> Sequence[Marked]:
+    """What is marked of a prompt: what stands behind its last document is the question."""
+    end = max((place.end for place in prompt.documents), default=0)
+    return [Marked(end, len(prompt.token_ids), "question")] if 0 < end < len(prompt.token_ids) else []
