@@ -61,6 +61,8 @@ def choose(
     ragged = ragged_view(cache, len(token_ids), method, rotations)
     layers = _seen(engine, tap, cache, ragged, token_ids, method.rows, marked)
     ragged.choose(method, layers)
+    if not method.compact:
+        ragged.capacity = engine.max_context
     return ragged if ragged.has_dropped or "decode" in method.at or method.compact else cache
 
 
@@ -95,6 +97,7 @@ def look(
     if sight.method is not None:
         ragged.choose(sight.method, layers)
     ragged.own()
+    ragged.capacity = engine.max_context
     return ragged
 
 
@@ -149,6 +152,7 @@ class _ReadLayer(TwoEndedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the next tokens see, as far as it is there."""
+        self.before_read()
         first, self.length = self._first_visible(), self.length + key_states.shape[-2]
         return self._keys[:, :, first : self.length], self._values[:, :, first : self.length]
 
@@ -218,7 +222,7 @@ def check_tap(engine: Any, tap: Tap) -> None:
         return ragged.attend(attending)
 
     try:
-        with torch.inference_mode(), tap.handing(hand) as twin:
+        with torch.inference_mode(), tap.handing(hand) as twin, ragged.driven():
             output = engine.forward_of(twin, ragged, token_ids[start:], **engine.arguments)
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModel(f"its attention cannot be tapped: {error!r}") from error

@@ -6,7 +6,9 @@ up to consecutive positions, and their keys are turned each time they are read.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from cakekv.compress.base import Layer, Method
+from cakekv.embedded.executor import check
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
 from cakekv.engine.tap import Attending
 from cakekv.engine.versions import Cache, CacheLayerMixin
@@ -105,6 +108,11 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._positions[:, : self.used]
 
     @property
+    def visible(self) -> int:
+        """How many tokens the next one would see if all were kept."""
+        return self.length if self.window is None else min(self.length, self.window - 1)
+
+    @property
     def rope_length(self) -> int:
         """What the model takes for the position of the next token."""
         return self.length if self.rotation is None else self.shift + self.used
@@ -134,6 +142,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         BadInput
             They are of several sequences, or belong to a graph of gradients.
         """
+        check()
         if key_states.shape[0] != 1 or key_states.requires_grad:
             raise BadInput("a compressed cache holds one sequence, and no gradients: use it under torch.no_grad()")
         tokens = key_states.shape[2]
@@ -301,15 +310,17 @@ class RaggedCache(Cache):  # type: ignore[misc]
         The layers that keep something.
     length : int
         Tokens of the text so far, kept or not.
+    capacity : int
+        Tokens that it may have.
     """
-
-    capacity = 2**63 - 1
 
     def __init__(self, layers: list[Any], method: Method | None = None, sight: Sight | None = None) -> None:
         super().__init__(layers=layers)
         self.stored = [layer for layer in layers if isinstance(layer, RaggedLayer)]
         self.method = method
         self.sight = sight
+        self.capacity = sys.maxsize
+        self._is_driven = False
         self._numbers = {at: number for number, at in enumerate(_stored_at(layers))}
         self._new: dict[int, Attending] = {}
         self._fresh = 0
@@ -341,7 +352,26 @@ class RaggedCache(Cache):  # type: ignore[misc]
     def kept_share(self) -> float:
         """Of what the full cache would have, as entries of heads: how much is left."""
         kept = sum(int((layer.positions >= 0).sum()) for layer in self.stored)
-        return kept / sum(layer.heads * layer.length for layer in self.stored)
+        return kept / sum(layer.heads * layer.visible for layer in self.stored)
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        """Within the `with` block, a forward adds to it, and goes through its `attend`."""
+        self._is_driven = True
+        try:
+            yield
+        finally:
+            self._is_driven = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's. Raises `BadInput` in a forward that does not know what is hidden."""
+        if not self._is_driven:
+            raise BadInput(
+                "a compressed cache goes on in Cake.generate, or in engine.compute(cache, token_ids, position)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def layer_of(self, attending: Attending) -> RaggedLayer:
         """The layer that attends."""

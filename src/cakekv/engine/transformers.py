@@ -298,7 +298,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
         cache.set_length(start)
         try:
-            with torch.inference_mode(), self.tap.handing(cache.attend) as twin:
+            with torch.inference_mode(), self.tap.handing(cache.attend) as twin, cache.driven():
                 last = self.forward_of(twin, cache, token_ids, **self.arguments).logits[0, -1]
                 logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         except BaseException:
