@@ -358,13 +358,15 @@ class Cake:
         return self._restore(request, tokenized, capacity, asked)[0]
 
     @_handed_over
-    def learn(self, document: Document | PlainPrompt) -> RestoreReport:
+    def learn(self, document: Document | PlainPrompt, *, tenant: str | None = None) -> RestoreReport:
         """Compute a document by itself and save it, so that prompts can reuse it (see `reuse`), wherever it stands.
 
         Parameters
         ----------
         document : Document, str, sequence of int, array, tensor, or mapping
             As it will stand in prompts.
+        tenant : str or None
+            As in `prefill`.
 
         Returns
         -------
@@ -380,7 +382,7 @@ class Cake:
             raise BadInput("there is no store to learn a document for: give one to Cake")
         token_ids = self._tokenizing.document(document if isinstance(document, Document) else Document(document))
         self.engine.check_prompt(token_ids)
-        return self._learn(token_ids)
+        return self._learn(token_ids, tenant=PrefillOptions(tenant=tenant).tenant)
 
     @_handed_over
     def generate(self, prompt: Prompt, **options: Unpack[AnswerKeywords]) -> Generation:
@@ -487,20 +489,20 @@ class Cake:
         return Session(self, () if messages is None else messages, tools, template, overflow, keep)
 
     @_handed_over
-    def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
+    def plan(self, prompt: Prompt, *, mode: Mode = "auto", tenant: str | None = None) -> list[PlannedRun]:
         """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
 
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
         request = self._arms.arbiter.request(monotonic())
-        asked = PrefillOptions(mode=mode)
-        tokenized = self._tokens(prompt, request.notes)
+        asked = PrefillOptions(mode=mode, tenant=tenant)
+        tokenized = self._tokens(prompt, request.notes, asked.tenant)
         found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
 
     @_handed_over
-    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float) -> Pinned:
+    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float, tenant: str | None = None) -> Pinned:
         """Keep a prompt's chunks, those that are stored and those that will be, from eviction for a while.
 
         A prompt is pinned in every tier that can do so (memory and disk), and counts there against `pin_share` of the
@@ -508,7 +510,7 @@ class Cake:
 
         Parameters
         ----------
-        prompt
+        prompt, tenant
             As in `prefill`.
         ttl_s : float
             Seconds from now, by the clock on the wall.
@@ -528,10 +530,10 @@ class Cake:
         --------
         >>> cake.pin(system_prompt, ttl_s=3600)    # doctest: +SKIP
         """
-        return self._hints.pin(self._tokens(prompt, []), ttl_s)
+        return self._hints.pin(self._of_tenant(prompt, tenant), ttl_s)
 
     @_handed_over
-    def release(self, prompt: Prompt | Tokenized) -> bool:
+    def release(self, prompt: Prompt | Tokenized, *, tenant: str | None = None) -> bool:
         """End the pin of a prompt, the same one that was pinned, by whichever process. Returns whether there was one.
 
         Chunks that other prompts' pins keep, too, are kept on.
@@ -543,10 +545,10 @@ class Cake:
         BadInput
             As for `pin`.
         """
-        return self._hints.release(self._tokens(prompt, []))
+        return self._hints.release(self._of_tenant(prompt, tenant))
 
     @_handed_over
-    def prefetch(self, prompt: Prompt | Tokenized) -> Prefetch:
+    def prefetch(self, prompt: Prompt | Tokenized, *, tenant: str | None = None) -> Prefetch:
         """Copy a prompt's stored chunks from the slower tiers of a tiered store to its fastest, behind the scenes.
 
         Returns at once what will be copied, as far as the fastest tier has room. Nothing is computed.
@@ -558,7 +560,7 @@ class Cake:
         BadInput
             As for `pin`.
         """
-        return self._hints.prefetch(self._tokens(prompt, []))
+        return self._hints.prefetch(self._of_tenant(prompt, tenant))
 
     @_handed_over
     def _forget(self, prompt: Tokenized) -> int:
@@ -781,6 +783,9 @@ class Cake:
         tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
         self.engine.check_prompt(tokenized.token_ids)
         return tokenized
+
+    def _of_tenant(self, prompt: Prompt | Tokenized, tenant: str | None) -> Tokenized:
+        return self._tokens(prompt, [], PrefillOptions(tenant=tenant).tenant)
 
     def _restore(
         self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions

@@ -317,5 +317,5 @@ def test_what_cannot_be_asked() -> None:
         engine.compute(ragged, [1] * 300, TOKENS)
     with pytest.raises(BadInput, match="holes"):
         ragged.dynamic_cache(10)
-    with pytest.raises(BadInput, match="goes on in engine.compute"), torch.inference_mode():
+    with pytest.raises(BadInput, match=r"goes on in engine\.compute"), torch.inference_mode():
         engine.model(input_ids=torch.tensor([[1]]), past_key_values=ragged)

@@ -368,9 +368,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the layer's. Raises `BadInput` in a forward that does not know what is hidden."""
         if not self._is_driven:
-            raise BadInput(
-                "a compressed cache goes on in Cake.generate, or in engine.compute(cache, token_ids, position)"
-            )
+            raise BadInput("a compressed cache goes on in engine.compute(cache, token_ids, position), not in the model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def layer_of(self, attending: Attending) -> RaggedLayer:
