@@ -44,6 +44,7 @@ def naive(layers: Sequence[Layer], method: VLCache, rows: Sequence[int]) -> list
                     received[head // toy.GROUP][token] += share / toy.GROUP
             gammas.append(zeroed / causal)
         densities.append(1 - sum(gammas) / len(gammas))
+        assert method.look(layer)[0] == pytest.approx(densities[-1])
         scores.append(received)
     exact = [density * method.share * len(layers) * tokens / sum(densities) for density in densities]
     assert all(0.01 * tokens <= one <= tokens for one in exact), "nothing to clip"
@@ -109,6 +110,7 @@ def test_what_a_row_cannot_see_does_not_make_it_sparse() -> None:
     late = replace(even, index=2)
     method = VLCache(0.3, rows_of="prompt")
     kept = method.keep([even, late, sparse])
+    assert method.look(even)[0] == 1.0
     one, other, least = (int(mask[0].sum()) for mask in kept if mask is not None)
     assert one == other > least
     assert one + other + least == round(0.3 * 3 * TOKENS)
