@@ -53,12 +53,12 @@ def naive(layers: Sequence[Layer], method: VLCache, rows: Sequence[int]) -> list
     for number in sorted(range(len(exact)), key=lambda number: budgets[number] - exact[number])[: total - sum(budgets)]:
         budgets[number] += 1
     assert sum(budgets) == total
-    kept = []
-    for budget, received in zip(budgets, scores, strict=True):
+    kept: list[list[list[int]]] = []
+    for budget, of_heads in zip(budgets, scores, strict=True):
         recent = round(method.recent * budget)
         kept.append([])
-        for head in received:
-            best = sorted(range(tokens - recent), key=lambda token: -head[token])[: budget - recent]
+        for received in of_heads:
+            best = sorted(range(tokens - recent), key=received.__getitem__, reverse=True)[: budget - recent]
             kept[-1].append(sorted([*best, *range(tokens - recent, tokens)]))
     return kept
 
