@@ -57,11 +57,6 @@ class Rows(Codec):
     def __post_init__(self) -> None:
         super().__post_init__()
         method, inner = self.method, self.inner
-        if method.rows:
-            raise BadInput(
-                f"compress {method.name} cannot act at store: it looks at queries, and a chunk is stored for questions "
-                "that nobody has asked yet"
-            )
         if method.compact:
             raise BadInput(f"compress {method.name} cannot act at store: what is stored keeps its positions")
         why = _why_not(inner)

@@ -501,13 +501,16 @@ class TwoEndedCache(_Restored):
     @contextmanager
     def hiding(self) -> Iterator[None]:
         """Within the `with` block, whoever reads its layers hides rows that are absent."""
-        for layer in self.stored:
-            layer.hides = True
+        self._hide(True)
         try:
             yield
         finally:
+            self._hide(False)
+
+    def _hide(self, hides: bool) -> None:
+        if self.sparse:
             for layer in self.stored:
-                layer.hides = False
+                layer.hides = hides
 
     def watch_below(self, end: int) -> tuple[int, int]:
         """Begin to watch the positions below `end`, which are covered; what it returns is for `rewritten`."""

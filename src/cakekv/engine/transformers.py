@@ -319,11 +319,12 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         some_may_come : bool
             Whether chunks are placed meanwhile, before what they cover is read.
         """
-        if not cache.has_absent and not (cache.sparse and some_may_come):
-            yield self.model
-            return
-        with cache.hiding(), self.tap.handing(present_only(cache)) as twin:
-            yield twin
+        with cache.hiding():  # what is placed from now on is behind what a forward sees, unless some may come
+            if cache.has_absent or (cache.sparse and some_may_come):
+                with self.tap.handing(present_only(cache)) as twin:
+                    yield twin
+            else:
+                yield self.model
 
     def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
         cache.set_length(start)
