@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from cakekv.cake import Cake
 from cakekv.codec import codec_named
@@ -172,9 +173,11 @@ def test_all_rows_are_the_raw_chunks(engine: TransformersEngine, prompt: list[in
                 assert torch.equal(region[:, :END], same[:, :END])
 
 
-def test_chunks_are_smaller_and_more_of_them_are_loaded(engine: TransformersEngine, prompt: list[int]) -> None:
+def test_chunks_are_smaller_and_more_of_them_are_loaded(prompt: list[int]) -> None:
     """Where raw chunks meet compute in the middle, smaller ones are loaded up to nearer the front."""
-    sizes, loaded = [], []
+    config = build("llama").config
+    config.head_dim = 64
+    engine, sizes, loaded = TransformersEngine(LlamaForCausalLM(config)), [], []
     for compress in (None, "key_norm:share=0.25"):
         store = filled(engine, prompt, compress)
         sizes.append(sum(chunk.size for chunk in store))
@@ -182,12 +185,11 @@ def test_chunks_are_smaller_and_more_of_them_are_loaded(engine: TransformersEngi
             for number in range(50):  # whatever this machine does: raw chunks take about as long as computing them
                 for tokens in (CHUNK, 2 * CHUNK):
                     cake.compute_cost.observe(0, tokens, tokens / CHUNK)
-                for size in (1 << 12, 1 << 14):
-                    cake.load_costs[0].observe(size, 10.0 * number, 10.0 * number + size / 16384, alone=True)
+                for size in (1 << 14, 1 << 15):
+                    cake.load_costs[0].observe(size, 10.0 * number, 10.0 * number + size / 50000, alone=True)
             runs = cake.plan(prompt)
             loaded.append(sum(run.tokens for run in runs if run.how != "compute"))
-            print(runs, cake.compute_cost.shape, cake.load_costs[0].figures)
-    assert sizes[1] < 0.6 * sizes[0]
+    assert sizes[1] < 0.4 * sizes[0]
     assert 0 < loaded[0] < loaded[1]
 
 

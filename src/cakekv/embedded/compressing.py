@@ -59,12 +59,12 @@ class Compressing:
 
     def apply(self, request: Request, prefill: Prefill, prompt: Tokenized) -> None:
         """Replace a prefill's cache by what is left of it; its report says how much that is."""
-        if self._stored is not None and prefill.cache.has_absent:
-            prefill.report.compress = self._stored.recipe
-            prefill.report.kept_share = prefill.cache.kept_share(len(prefill.token_ids))
+        engine, report, began = self._arms.engine, prefill.report, monotonic()
+        if self._stored is not None:
+            report.kept_share = engine.kept_share(prefill.cache, len(prefill.token_ids))
+            report.compress = self._stored.recipe if report.kept_share < 1 else ""
         if self.is_exact:
             return
-        engine, report, began = self._arms.engine, prefill.report, monotonic()
         whole = engine.held_bytes(prefill.cache) or 0
         with self._arms.arbiter.turn(request):
             if self.method is not None:

@@ -467,6 +467,13 @@ class TwoEndedCache(_Restored):
                     if segment is not None:
                         layer.find_absent(start, tokens)
 
+    def forget_absent(self) -> None:
+        """All rows are there again."""
+        for layer in self.stored:
+            if layer.has_absent:
+                layer.known_absent.zero_()
+                layer.has_absent = False
+
     def kept_share(self, length: int) -> float:
         """Of the rows of all layers and heads up to `length`, the part that is there."""
         missing = sum(int(layer.absent[:, :length].sum()) for layer in self.stored if layer.absent is not None)

@@ -273,6 +273,10 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         """As `Engine.new_sparse_cache`. Raises `BadInput` if the model's context has not so many tokens."""
         return self._new_cache(capacity, sparse=True)
 
+    def kept_share(self, cache: TwoEndedCache, length: int) -> float:
+        """As `Engine.kept_share`."""
+        return cache.kept_share(length)
+
     def _new_cache(self, capacity: int, sparse: bool = False) -> TwoEndedCache:
         if not 1 <= capacity <= self.max_context:
             raise BadInput(f"a cache can have 1 to {self.max_context} tokens (the model's context), not {capacity}")
