@@ -163,6 +163,17 @@ class Layer:
         return self.attention(last).mean(1).sum(1)
 
 
+class Strides(NamedTuple):
+    """How a method takes a text of any length: so many tokens at once, over what is left of those before."""
+
+    entries: int
+    """How many of a head are left at most."""
+    tokens: int
+    """Of a stride."""
+    always: bool = False
+    """Whether prompts are taken so that would fit into the model's context, too."""
+
+
 class Merged(NamedTuple):
     """What becomes of entries, besides that some are dropped. Shapes as before dropping."""
 
@@ -202,6 +213,11 @@ class Method(ABC):
     def rows(self) -> int:
         """How many of the prompt's last queries it wants to see: 0 for none, or `ALL`."""
         return 0
+
+    @property
+    def strides(self) -> Strides | None:
+        """Of a method that is `compact` and acts at `decode`: how it takes texts of any length; None: it does not."""
+        return None
 
     @abstractmethod
     def keep(self, layers: Sequence[Layer]) -> Sequence[torch.Tensor | None]:

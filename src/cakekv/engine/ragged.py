@@ -221,6 +221,15 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.rotation is not None or hidden > _DEAD * self.used:
             self.close_up()
 
+    def leave_window(self) -> None:
+        """Let go of what no later token sees."""
+        assert self.window is not None
+        passed = int((self.positions <= self.length - self.window).all(0).sum())
+        self._keys, self._values, self._positions = (
+            one[:, passed:] for one in (self._keys, self._values, self._positions)
+        )
+        self.used -= passed
+
     def hide_one_more(self) -> None:
         """Put an entry in front that nothing may see, of other keys and values than any."""
         self._keys = torch.nn.functional.pad(self._keys[:, : self.used], (0, 0, 1, 0), value=1.0)
@@ -400,10 +409,13 @@ class RaggedCache(Cache):  # type: ignore[misc]
         if self._fresh < method.stride:
             return
         for number, layer in enumerate(self.stored):
-            seen = self._seen(number, layer)
-            kept = method.step(seen)
-            if kept is not None:
-                layer.apply(kept, method, seen)
+            if layer.window is not None:
+                layer.leave_window()
+            else:
+                seen = self._seen(number, layer)
+                kept = method.step(seen)
+                if kept is not None:
+                    layer.apply(kept, method, seen)
             self._queries[number] = None
         self._fresh = 0
         self.align()
