@@ -17,6 +17,9 @@ PROMPT = 90
 SMALL = {
     "dbudgetkv": "dbudgetkv:threshold=0.2,min_recent=0,exempt=0",
     "corm": "corm:window=4,recent=4",
+    "kvmerger": "kvmerger:share=0.5,first_layers=0,last_layers=0",
+    "cascading": "cascading:size=32,sinks=4",
+    "key_norm": "key_norm:when=prefill",
 }
 """Methods that would keep everything of so short a prompt, with parameters that do not."""
 EVERYTHING = {
@@ -24,6 +27,9 @@ EVERYTHING = {
     "heavy_hitter": "heavy_hitter:share=1",
     "dbudgetkv": "dbudgetkv:threshold=0",
     "vl_cache": "vl_cache:share=1",
+    "elastic_cache": "elastic_cache:share=1",
+    "kvmerger": "kvmerger:share=1",
+    "key_norm": "key_norm:when=prefill,share=1",
 }
 """Parameters of those that can be told to keep everything."""
 

@@ -144,7 +144,7 @@ class Cascading(Method):
         return kept
 
     def _cascade(self, scores: torch.Tensor, sizes: list[int], start: int, tokens: int) -> torch.Tensor:
-        """Which entries are left; all heads have as many of them, ordered by position: sinks, oldest cascade, .. newest.
+        """Which entries are left; all heads have as many, ordered by position: sinks, oldest cascade, .. newest.
 
         Parameters
         ----------
