@@ -34,6 +34,8 @@ from cakekv.engine.transformers import TransformersEngine
 
 AGREEMENT = 0.95
 """At a budget of 512 of 4k tokens, at least this share of the likeliest tokens should be the same."""
+FINER = 32
+"""Tokens of a cluster, on average, of a second variant."""
 _SPAN = 512
 _EVERY = 4
 """Of the queries, every so many is asked for its top keys."""
@@ -49,7 +51,11 @@ def main(
 ) -> None:
     """Compare sights."""
     cake = load_cake(model, None, dtype="float32")
-    seen = [kind(budget=budget) for budget in number_list(budgets, int, "budgets") for kind in (ClusterKV, Pages)]
+    seen: list[Grouped] = [
+        kind(budget=budget, tokens=tokens)
+        for budget in number_list(budgets, int, "budgets")
+        for kind, tokens in ((ClusterKV, 80), (ClusterKV, FINER), (Pages, 16))
+    ]
     rows: dict[int, list[dict[str, Any]]] = {}
     counts: list[int] = number_list(documents, int, "documents")
     for length, count in zip(number_list(lengths, int, "lengths"), counts, strict=True):
@@ -83,12 +89,12 @@ def judged(engine: TransformersEngine, document: Document, sights: Sequence[Grou
     for sight in sights:
         for number, layer in enumerate(ragged.stored):
             layer.memo.clear()
-            layer.memo.update(watch.memos.get((sight.name, number), {}))
+            layer.memo.update(watch.memos.get((label(sight), number), {}))
         ragged.sight = sight
         kl, agreement, likeliest = reference.compare(followed(engine, ragged, document))
         found = [one for one, known in zip(answers(document, likeliest), asked, strict=True) if known]
         totals = watch.totals[sight.recipe]
-        rows[f"{sight.name} {sight.budget}"] = {
+        rows[f"{label(sight)} {sight.budget}"] = {
             "kl": kl,
             "agreement": agreement,
             "asked": len(found),
@@ -127,9 +133,9 @@ class Watch(Sight):
     totals: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
 
     def prepare(self, layers: Sequence[Layer]) -> None:
-        least = {sight.name: sight for sight in sorted(self.sights, key=lambda sight: -sight.budget)}
+        least = {label(sight): sight for sight in sorted(self.sights, key=lambda sight: -sight.budget)}
         for layer, sight in ((layer, sight) for layer in layers for sight in least.values()):
-            memo = self.memos.setdefault((sight.name, layer.index), {})
+            memo = self.memos.setdefault((label(sight), layer.index), {})
             sight.prepare([replace(layer, memo=memo)])
 
     def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
@@ -138,7 +144,7 @@ class Watch(Sight):
         logits = some.float().unflatten(0, (layer.heads, -1)) @ layer.keys[:, None, : self.end].float().mT
         shares = (logits * layer.scaling).softmax(-1)
         for sight in self.sights:
-            groups = self.memos[sight.name, layer.index].get("groups")
+            groups = self.memos[label(sight), layer.index].get("groups")
             if groups is None:
                 continue
             chosen = sight.chosen(replace(layer, queries=some), groups)
@@ -151,18 +157,24 @@ class Watch(Sight):
         return super().view(layer, mask)
 
 
+def label(sight: Grouped) -> str:
+    """What figures call it."""
+    return f"{sight.name}:tokens={FINER}" if sight == replace(ClusterKV(sight.budget), tokens=FINER) else sight.name
+
+
 def claims_of(length: int, rows: Sequence[dict[str, dict[str, float]]], sights: Sequence[Grouped]) -> list[Claim]:
     """What is claimed of ClusterKV at a context's length, and whether it holds."""
     claims = []
     for budget in sorted({sight.budget for sight in sights}):
-        ours, theirs = ([row[f"{name} {budget}"] for row in rows] for name in ("clusterkv", "pages"))
-        pair = list(zip(ours, theirs, strict=True))
-        figures = {"clusterkv": _figures(ours), "pages": _figures(theirs)}
+        labels = dict.fromkeys(label(sight) for sight in sights)
+        each = {name: [row[f"{name} {budget}"] for row in rows] for name in labels}
+        pair = list(zip(each["clusterkv"], each["pages"], strict=True))
+        figures = {name: _figures(ones) for name, ones in each.items()}
         recall = [(x["recall"] - y["recall"], 1.0) for x, y in pair]
         found = [((x["found"] - y["found"]) / max(x["asked"], 1), x["asked"]) for x, y in pair]
         more = figures_of({"recall": recall, "retrieval": found})
         at = f"clusterkv: {budget} of {length} tokens"
-        only = {name: {key: each[key] for key in ("recall", "mass")} for name, each in figures.items()}
+        only = {name: {key: one[key] for key in ("recall", "mass")} for name, one in figures.items()}
         claims.append(
             Claim(
                 f"{at}, recall",
@@ -171,7 +183,7 @@ def claims_of(length: int, rows: Sequence[dict[str, dict[str, float]]], sights: 
                 more["recall"] > 0,
             )
         )
-        only = {name: {"retrieval": each["retrieval"], "needles": each["needles"]} for name, each in figures.items()}
+        only = {name: {"retrieval": one["retrieval"], "needles": one["needles"]} for name, one in figures.items()}
         claims.append(
             Claim(
                 f"{at}, needles",
@@ -180,9 +192,7 @@ def claims_of(length: int, rows: Sequence[dict[str, dict[str, float]]], sights: 
                 (more["retrieval"] or 0) > 0,
             )
         )
-        only = {
-            name: {key: each[key] for key in ("agreement", "kl", "intervals")} for name, each in figures.items()
-        }
+        only = {name: {key: one[key] for key in ("agreement", "kl", "intervals")} for name, one in figures.items()}
         if (length, budget) == (4096, 512):
             wanted = f"at least {AGREEMENT} of the likeliest tokens are the full cache's"
             holds = figures["clusterkv"]["agreement"] >= AGREEMENT

@@ -171,16 +171,12 @@ class Grouped(Sight):
         sinks, new = torch.arange(self.sinks), torch.arange(groups.end, layer.length)
         return torch.cat([sinks, new]).to(layer.keys.device)
 
-    def _masked(
-        self, layer: Layer, groups: Groups, chosen: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _masked(self, layer: Layer, groups: Groups, chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         assert layer.queries is not None
-        heads, tokens = layer.queries.shape[:2]
+        heads = layer.queries.shape[0]
         seen = torch.zeros((*chosen.shape[:3], layer.entries), dtype=torch.bool, device=chosen.device)
         seen.scatter_(-1, chosen, True)
         seen[..., self._always(layer, groups)] = True
-        first = layer.length - tokens
-        seen[:, :, : max(0, self.budget - first)] = True  # their text is not longer than the budget
         seen = seen.flatten(0, 1).repeat_interleave(heads // (seen.shape[0] * seen.shape[1]), 0)[None]
         if mask is None:
             return seen
