@@ -51,6 +51,7 @@ def main(
 ) -> None:
     """Compare sights."""
     cake = load_cake(model, None, dtype="float32")
+    assert isinstance(cake.engine, TransformersEngine)
     seen: list[Grouped] = [
         kind(budget=budget, tokens=tokens)
         for budget in number_list(budgets, int, "budgets")
@@ -141,7 +142,7 @@ class Watch(Sight):
     def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
         assert layer.queries is not None
         some = layer.queries[:, ::_EVERY]
-        logits = some.float().unflatten(0, (layer.heads, -1)) @ layer.keys[:, None, : self.end].float().mT
+        logits = some.float().reshape(layer.heads, -1, *some.shape[1:]) @ layer.keys[:, None, : self.end].float().mT
         shares = (logits * layer.scaling).softmax(-1)
         for sight in self.sights:
             groups = self.memos[label(sight), layer.index].get("groups")

@@ -794,7 +794,7 @@ class Cake:
             notes += self._stored.why_nothing(found)
         with self._hints.needed(request.id, found):
             prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
-        self._compressing.apply(request, prefill, prompt)
+        self._compressing.apply(request, prefill, prompt, found, self._saver if asked.save else None)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:

@@ -166,7 +166,7 @@ def test_a_token_that_one_query_does_not_see_is_seen_by_the_next() -> None:
 
 def ids_of(engine: TransformersEngine, tokens: int) -> list[int]:
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randint(3, engine.vocabulary_size, (tokens,), generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randint(3, engine.vocabulary_size, (tokens,), generator=generator).tolist()
 
 
 def looked(engine: TransformersEngine, token_ids: list[int], recipe: str) -> Any:

@@ -35,6 +35,11 @@ class Groups(NamedTuple):
     sizes: torch.Tensor
     marks: tuple[torch.Tensor, ...]
 
+    def to(self, device: torch.device) -> Groups:
+        """The same on a device."""
+        marks = tuple(mark.to(device) for mark in self.marks)
+        return Groups(self.end, self.order.to(device), self.sizes.to(device), marks)
+
     def then(self, later: Groups) -> Groups:
         """These, and those of the entries behind them."""
         marks = tuple(torch.cat(pair, 1) for pair in zip(self.marks, later.marks, strict=True))
@@ -122,6 +127,9 @@ class Grouped(Sight):
             (kv_heads, queries per kv head, tokens, groups).
         """
 
+    def groups_layer(self, index: int) -> bool:
+        return index >= self.full_layers
+
     def prepare(self, layers: Sequence[Layer]) -> None:
         """Put a prompt's entries into groups, if it is longer than the budget."""
         for layer in layers:
@@ -158,13 +166,14 @@ class Grouped(Sight):
     def chosen(self, layer: Layer, groups: Groups) -> torch.Tensor:
         """The entries of groups that each query sees: (kv_heads, queries per kv head or 1, tokens, budget - sinks)."""
         assert layer.queries is not None
-        queries = layer.queries.float().unflatten(0, (layer.heads, -1))
+        queries = layer.queries.float()
+        queries = queries.view(layer.heads, -1, *queries.shape[1:])
         if self.average:
             queries = queries.mean(1, keepdim=True)
         return groups.best(self.score(queries, groups), self.budget - self.sinks)
 
     def _chooses(self, layer: Layer) -> bool:
-        return layer.index >= self.full_layers and layer.length > self.budget
+        return self.groups_layer(layer.index) and layer.length > self.budget
 
     def _always(self, layer: Layer, groups: Groups) -> torch.Tensor:
         """The entries that every query sees."""

@@ -35,7 +35,7 @@ class Pages(Grouped):
     def group(self, layer: Layer, start: int, end: int) -> Groups:
         keys = layer.keys[:, start:end].float()
         full = (end - start) // self.tokens * self.tokens
-        parts = [keys[:, :full].unflatten(1, (-1, self.tokens))] if full else []
+        parts = [keys[:, :full].reshape(layer.heads, -1, self.tokens, keys.shape[2])] if full else []
         if full < end - start:
             parts.append(keys[:, None, full:])
         marks = tuple(torch.cat([getattr(part, of)(2) for part in parts], 1) for of in ("amin", "amax"))
