@@ -167,7 +167,7 @@ class Grouped(Sight):
         """The entries of groups that each query sees: (kv_heads, queries per kv head or 1, tokens, budget - sinks)."""
         assert layer.queries is not None
         queries = layer.queries.float()
-        queries = queries.view(layer.heads, -1, *queries.shape[1:])
+        queries = queries.reshape(layer.heads, -1, *queries.shape[1:])
         if self.average:
             queries = queries.mean(1, keepdim=True)
         return groups.best(self.score(queries, groups), self.budget - self.sinks)
