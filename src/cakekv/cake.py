@@ -804,7 +804,7 @@ class Cake:
             prefill = self._streaming.prefill(request, prompt, asked.on_progress)
         else:
             found, prefill = self._from_stores(request, prompt, capacity, asked)
-            self._compressing.apply(request, prefill, prompt)
+            self._compressing.apply(request, prefill, prompt, found, self._saver if asked.save else None)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:

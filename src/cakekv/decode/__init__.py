@@ -10,6 +10,8 @@ from cakekv.recipes import parameters_of
 
 SIGHTS = {
     "whole": "cakekv.decode.whole:Whole",
+    "clusterkv": "cakekv.decode.clusterkv:ClusterKV",
+    "pages": "cakekv.decode.pages:Pages",
 }
 """Module and class by name."""
 

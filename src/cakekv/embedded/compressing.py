@@ -10,6 +10,8 @@ from cakekv.compress.base import Marked, Method
 from cakekv.decode.base import Sight
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.saver import Saver
+from cakekv.embedded.stored import Found
 from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine, UnsupportedModel
 from cakekv.options import CakeOptions
 from cakekv.prompt import Tokenized
@@ -43,6 +45,8 @@ class Compressing:
                 f"decode {self.sight.name} needs a cache that has everything, and compress {dropping.name} lets go "
                 "of tokens: give one of them"
             )
+        if self.sight is not None:
+            self.sight.check_chunks(options.chunk_tokens)
         wanted = [one for one in (self.method, self._stored, self.sight) if one is not None]
         try:
             arms.engine.compressible(wanted)
@@ -57,8 +61,13 @@ class Compressing:
         """Whether answers attend to all that is in a prompt's cache."""
         return self.method is None and self.sight is None
 
-    def apply(self, request: Request, prefill: Prefill, prompt: Tokenized) -> None:
-        """Replace a prefill's cache by what is left of it; its report says how much that is."""
+    def apply(
+        self, request: Request, prefill: Prefill, prompt: Tokenized, found: Found, saver: Saver | None = None
+    ) -> None:
+        """Replace a prefill's cache by what is left of it; its report says how much that is.
+
+        What a sight works out of the chunks that were `found` goes to the saver, if there is one.
+        """
         engine, report, began = self._arms.engine, prefill.report, monotonic()
         if self._stored is not None:
             report.kept_share = engine.kept_share(prefill.cache, len(prefill.token_ids))
@@ -73,7 +82,11 @@ class Compressing:
             else:
                 assert self.sight is not None
                 report.decode = self.sight.recipe
-                left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt))
+                read = found.beside.spans(report.notes) if found.beside is not None else {}
+                left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt), read)
+                is_exact = not (report.lossy_tokens or report.after_lossy_tokens or report.blended_tokens)
+                if found.beside is not None and saver is not None and is_exact and found.still():
+                    found.beside.save(saver, {n: one.memo.get("spans", {}) for n, one in enumerate(left.stored)}, read)
         if left is not prefill.cache:
             report.kept_share = left.kept_share
             report.cache_bytes = left.held_bytes

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cakekv.codec.on_device import DeviceDecoder
     from cakekv.compress.base import Marked, Method
     from cakekv.decode.base import Sight
+    from cakekv.decode.groups import Groups
     from cakekv.reuse.blend import Blend
 
 Cache = TypeVar("Cache")
@@ -195,8 +197,18 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
         raise UnsupportedEngine("this engine keeps all tokens of a prompt: give no compress")
 
-    def look(self, cache: Cache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()) -> Any:
-        """A copy of a prompt's complete cache of which `compute`, at the end of the text, sees what a sight says."""
+    def look(
+        self,
+        cache: Cache,
+        token_ids: Sequence[int],
+        sight: Sight,
+        marked: Sequence[Marked] = (),
+        spans: Mapping[int, Mapping[int, Groups]] = MappingProxyType({}),
+    ) -> Any:
+        """A copy of a prompt's complete cache of which `compute`, at the end of the text, sees what a sight says.
+
+        `spans`: what the sight has worked out before, by layer, as in `Sight.beside`.
+        """
         raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
 
     @abstractmethod

@@ -7,7 +7,8 @@ a method's choice does not depend on what was loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from cakekv.errors import BadInput, UnsupportedModel
 
 if TYPE_CHECKING:
     from cakekv.decode.base import Sight
+    from cakekv.decode.groups import Groups
 
 _SPAN = 256
 """Tokens that run again at once."""
@@ -73,6 +75,7 @@ def look(
     token_ids: Sequence[int],
     sight: Sight,
     marked: Sequence[Marked] = (),
+    spans: Mapping[int, Mapping[int, Groups]] = MappingProxyType({}),
 ) -> RaggedCache:
     """A prompt's complete cache as a sight has it, in a copy.
 
@@ -88,11 +91,16 @@ def look(
         Says what is attended to.
     marked : sequence of Marked
         Positions of the prompt that are marked.
+    spans : mapping
+        As for `Engine.look`.
     """
     if isinstance(cache, RaggedCache):
         raise BadInput(f"decode {sight.name} needs a cache that has everything: give no compress")
     tap = engine.tap
     ragged = ragged_view(cache, len(token_ids), sight.method)
+    for number, known in spans.items():
+        own = ragged.stored[number]
+        own.memo["spans"] = {end: groups.to(own.positions.device) for end, groups in known.items()}
     layers = _seen(engine, tap, cache, ragged, token_ids, sight.rows, marked)
     ragged.look(sight, layers)
     if sight.method is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cakekv.codec.base import Segment
 from cakekv.compress.base import Marked, Method
 from cakekv.decode.base import Sight
+from cakekv.decode.groups import Groups
 from cakekv.engine.absent import present_only
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
 from cakekv.engine.blending import blend, check_blends
@@ -374,10 +376,15 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return choose(self, cache, token_ids, method, marked)
 
     def look(
-        self, cache: TwoEndedCache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()
+        self,
+        cache: TwoEndedCache,
+        token_ids: Sequence[int],
+        sight: Sight,
+        marked: Sequence[Marked] = (),
+        spans: Mapping[int, Mapping[int, Groups]] = MappingProxyType({}),
     ) -> RaggedCache:
         """As `Engine.look`."""
-        return look(self, cache, token_ids, sight, marked)
+        return look(self, cache, token_ids, sight, marked, spans)
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
