@@ -82,6 +82,10 @@ class Kernels:
     mixing: torch.Tensor
     offset: torch.Tensor
 
+    def to(self, device: torch.device) -> Kernels:
+        """The same on a device."""
+        return Kernels(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def of_queries(self, queries: torch.Tensor) -> torch.Tensor:
         """Features of queries: phi of (heads, n, width), (heads, n, features)."""
         return gelu(gelu(queries @ self.query_in) @ self.query_out).abs()
@@ -123,6 +127,45 @@ class Kernels:
         weight = torch.einsum("hgnr,hr->hgn", groups, state.features).flatten(0, 1)
         value = torch.einsum("hgnr,hrv->hgnv", groups, state.products).flatten(0, 1)
         return weighed(weight, value, output, log_sum - self.offset[:, None])
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in float32.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (heads, n, width)
+    keys, values : Tensor
+        (kv_heads, entries, width)
+    mask : Tensor or None
+        (1 or heads, n, entries): True where a query attends, or a float that is added to its logits.
+    scaling, softcap : float
+        As in `Layer`.
+
+    Returns
+    -------
+    output : Tensor
+        (heads, n, width)
+    log_sum : Tensor
+        (heads, n): logarithms of the sums of weights.
+    """
+    groups = queries.float().unflatten(0, (keys.shape[0], -1))
+    logits = (groups @ keys.float()[:, None].transpose(2, 3) * scaling).flatten(0, 1)
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else logits + mask
+    log_sum = logits.logsumexp(-1)
+    weights = (logits - log_sum[..., None]).exp().unflatten(0, (keys.shape[0], -1))
+    return (weights @ values.float()[:, None]).flatten(0, 1), log_sum
 
 
 def weighed(weight: torch.Tensor, value: torch.Tensor, output: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:

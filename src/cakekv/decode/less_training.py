@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cakekv.decode.less_kernels import Kernels, weighed
+from cakekv.decode.less_kernels import Kernels, attention, weighed
 from cakekv.engine.cache import TwoEndedLayer
 from cakekv.engine.tap import Attending
 from cakekv.errors import BadInput, UnsupportedModel
@@ -173,36 +173,12 @@ class _Watch:
             if at not in self.how:
                 self.how[at] = attending.scaling, attending.softcap
                 expected = output[0].transpose(0, 1).to("cpu", torch.float32)
-                there = torch.ones(parts[0].shape[1], parts[0].shape[1], dtype=torch.bool).tril()
+                there = torch.ones(2 * parts[0].shape[1:2], dtype=torch.bool).tril()
                 found, _ = attention(parts[0], parts[1], parts[2], there, *self.how[at])
                 if not float((found - expected).norm()) <= _TOLERANCE * float(expected.norm()):
                     raise UnsupportedModel(f"layer {at} attends in a way of its own, which LESS does not know")
             self.seen.setdefault(at, []).append(Seen(*(part.to(torch.float16) for part in parts)))
         return output
-
-
-def attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    there: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float32, and the logarithms of the sums of its weights: (heads, n, width) and (heads, n)."""
-    groups = queries.float().unflatten(0, (keys.shape[0], -1))
-    logits = groups @ keys.float()[:, None].transpose(2, 3) * scaling
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.flatten(0, 1)
-    if bias is not None:
-        logits = logits + bias
-    if there is not None:
-        logits = logits.masked_fill(~there, float("-inf"))
-    log_sum = logits.logsumexp(-1)
-    weights = (logits - log_sum[..., None]).exp().unflatten(0, (keys.shape[0], -1))
-    return (weights @ values.float()[:, None]).flatten(0, 1), log_sum
 
 
 def example(layer: LayerSeen, text: Seen, sinks: int, recent: int, judged: bool = False) -> Example:

@@ -35,7 +35,7 @@ class Compressing:
         options: CakeOptions = arms.options
         acting = [method for method in options.compress if method.at - {"store"}]
         self.method: Method | None = acting[0] if acting else None
-        self.sight: Sight | None = options.decode
+        self.sight: Sight | None = options.decode and options.decode.for_model(arms.engine.weights_names())
         if self.method is not None and self.sight is not None:
             raise BadInput(
                 f"decode {self.sight.name} needs a cache that has everything, and compress {self.method.name} lets go "

@@ -342,7 +342,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self, cache: TwoEndedCache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()
     ) -> RaggedCache:
         """As `Engine.look`."""
-        return look(self, cache, token_ids, sight, marked)
+        return look(self, cache, token_ids, sight.for_model(self.weights_names()), marked)
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
