@@ -18,6 +18,7 @@ from cakekv.cli import (
     less,
     quality,
     serve,
+    share,
     simulate,
     simulate_cluster,
     simulate_retention,
@@ -42,6 +43,7 @@ app.command()(serve.serve)
 app.command()(vllm_args.vllm_args)
 app.add_typer(codec.app, name="codec")
 app.add_typer(less.app, name="less")
+app.add_typer(share.app, name="share")
 app.add_typer(store.app, name="store")
 simulate.app.command()(simulate_cluster.cluster)
 simulate.app.command()(simulate_retention.retention)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,6 +278,57 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         return 0 if self.window is None else max(0, length - self.window + 1)
 
 
+class SharingLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Stands for a layer that keeps nothing, and attends to what an earlier layer keeps, as KVSharer has it.
+
+    Parameters
+    ----------
+    source : CacheLayerMixin
+        The earlier layer's, without a window.
+    """
+
+    is_croppable = True
+    is_initialized = True
+    is_sliding = False
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the source keeps, the same span's included: it came before. What this layer computed is not kept."""
+        return self.source.keys, self.source.values
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.source.keys  # type: ignore[no-any-return]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.source.values  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the source's."""
+        return self.source.get_mask_sizes(query_length)  # type: ignore[no-any-return]
+
+    def get_seq_length(self) -> int:
+        """As the source's."""
+        return self.source.get_seq_length()  # type: ignore[no-any-return]
+
+    def get_max_length(self) -> int:
+        """As the source's."""
+        return self.source.get_max_length()  # type: ignore[no-any-return]
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """The source does what there is to do."""
+
+    reset = crop = batch_repeat_interleave = batch_select_indices = reorder_cache = _nothing
+
+
 _INSTEAD = "give transformers' generate() what Prefill.dynamic_cache() returns"
 
 
@@ -353,6 +405,8 @@ class TwoEndedCache(_Restored):
         Tokens to make room for.
     device : torch.device
         Where the model computes.
+    sources : mapping of int to int
+        Of layers that keep nothing and attend to what another keeps: which one's.
 
     Attributes
     ----------
@@ -367,7 +421,13 @@ class TwoEndedCache(_Restored):
         The host has no memory for so many tokens.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape | None],
+        capacity: int,
+        device: torch.device,
+        sources: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         self.capacity = capacity
         self.stored: list[TwoEndedLayer] = []
         self.stacks: list[Stack] = []
@@ -377,7 +437,10 @@ class TwoEndedCache(_Restored):
         for _, alike in groupby(kept, key=lambda shape: shape[:2]):
             self._add(list(alike), device)
         stored = iter(self.stored)
-        super().__init__(layers=[DummyLayer() if shape is None else next(stored) for shape in shapes])
+        layers = [DummyLayer() if shape is None else next(stored) for shape in shapes]
+        for layer, source in sources.items():
+            layers[layer] = SharingLayer(layers[source])
+        super().__init__(layers=layers)
 
     def _add(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
         """Add layers that differ in their windows at most."""
@@ -424,6 +487,9 @@ class TwoEndedCache(_Restored):
             layer.check_kept(length)
         cache = RestoredCache()
         cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
+        for number, layer in enumerate(cache.layers):
+            if isinstance(layer, SharingLayer):
+                cache.layers[number] = SharingLayer(cache.layers[self.layers.index(layer.source)])
         return cache
 
     def watch_below(self, end: int) -> tuple[int, int]:
