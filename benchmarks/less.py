@@ -9,9 +9,8 @@ cache, step by step along a continuation. The fair comparison is with four token
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -28,6 +27,7 @@ from cakekv.demo.model import demo_model
 from cakekv.engine.transformers import TransformersEngine, load_tokenizer
 
 SINKS = 4
+STEPS = 12
 
 
 def main(
@@ -117,9 +117,8 @@ def gap(engine: TransformersEngine, learned: Learned, document: Document, recent
 
 
 def timed(engine: TransformersEngine, learned: Learned, tokens: int, recent: int) -> dict[str, float]:
-    """Seconds of a step behind so many tokens, whose keys and values are made up."""
-    steps = 8
-    cache = engine.new_cache(tokens + steps)
+    """Seconds of a step behind so many tokens, whose keys and values are made up; the least of some, in turns."""
+    cache = engine.new_cache(tokens + STEPS)
     for layer in cache.stored:
         for region in layer.regions:
             region.normal_()
@@ -127,20 +126,14 @@ def timed(engine: TransformersEngine, learned: Learned, tokens: int, recent: int
     ids = [5] * tokens
     less = engine.look(cache, ids, Less(SINKS, recent).with_kernels(learned))
     alone = engine.compress(cache, ids, SinkRecent(sinks=SINKS, recent=recent))
-    return {
-        way: fastest(lambda step, where=where: engine.compute(where, [5], tokens + step), steps)
-        for way, where in (("full", cache), ("without", alone), ("less", less))
-    }
-
-
-def fastest(work: Callable[[int], object], times: int) -> float:
-    """The shortest time that it takes, in seconds."""
-    found = []
-    for number in range(times):
-        began = time.perf_counter()
-        work(number)
-        found.append(time.perf_counter() - began)
-    return min(found)
+    ways = {"full": cache, "without": alone, "less": less}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for step in range(STEPS):
+        for way, where in ways.items():
+            began = perf_counter()
+            engine.compute(where, [5], tokens + step)
+            found[way].append(perf_counter() - began)
+    return {way: min(times) for way, times in found.items()}
 
 
 if __name__ == "__main__":

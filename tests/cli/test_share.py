@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from cakekv.cake import Cake
 from cakekv.cli.main import app
+from cakekv.errors import BadInput
 
 
 def test_a_map_is_found_and_used(tiny_model: Path, document: Path, tmp_path: Path) -> None:
@@ -25,3 +27,17 @@ def test_a_map_is_found_and_used(tiny_model: Path, document: Path, tmp_path: Pat
     with Cake.from_pretrained(tiny_model) as plain, Cake.from_pretrained(tiny_model, share=out) as cake:
         assert 2 * cake.engine.layout.token_bytes == plain.engine.layout.token_bytes
         assert cake.identity.architecture != plain.identity.architecture
+
+
+def test_a_codec_learns_the_model_as_it_is_used(tiny_model: Path, tmp_path: Path) -> None:
+    file, learn = tmp_path / "map.json", ["--model", str(tiny_model), "--documents", "3", "--tokens", "64"]
+    assert CliRunner().invoke(app, ["share", "calibrate", *learn, "--layers", "1", "--out", str(file)]).exit_code == 0
+    assert CliRunner().invoke(app, ["codec", "learn", *learn]).exit_code == 0
+    with pytest.raises(BadInput, match="cakekv codec learn"):  # what it knows is of other layers
+        Cake.from_pretrained(tiny_model, share=1, codec="kvtc")
+    assert CliRunner().invoke(app, ["codec", "learn", *learn, "--share", "1"]).exit_code == 0
+    with Cake.from_pretrained(tiny_model, tmp_path / "kv", share=1, codec="kvtc", chunk_tokens=16) as cake:
+        text = "What is shared is kept once. " * 4
+        assert cake.generate(text, max_new_tokens=2).token_ids
+        cake.wait_saved()
+        assert cake.generate(text, max_new_tokens=2, mode="load").report.loaded_tokens > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from cakekv.cake import Cake
 from cakekv.decode import sight_named
 from cakekv.decode.less import Less
-from cakekv.decode.less_kernels import Kernels, Learned, kernels_file, read_kernels
+from cakekv.decode.less_kernels import SHIPPED, Kernels, Learned, kernels_file, read_kernels
 from cakekv.decode.less_training import Example, Settings, collect, fit, output_of
 from cakekv.engine.ragged import RaggedCache
 from cakekv.engine.transformers import TransformersEngine
@@ -188,3 +189,12 @@ def test_options() -> None:
     assert sight_named("less:recent=8").recipe == "less:sinks=4,recent=8"
     with pytest.raises(BadInput, match="recent is 0"):
         sight_named("less:recent=0")
+
+
+def test_what_comes_with_the_package_is_sound_and_small() -> None:
+    index = json.loads((SHIPPED / "index.json").read_text())
+    for file in set(index.values()):
+        assert (SHIPPED / file).stat().st_size < 8e6
+        learned = read_kernels(SHIPPED / file)
+        assert sorted(learned.layers) == list(range(30))
+        assert learned.about["documents"] == "64"

@@ -14,6 +14,7 @@ from cakekv.cake import Cake
 from cakekv.engine.sharing import Calibration, LayerMap, find_map, map_file, most_unlike_first, write_map
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
+from cakekv.prompt import Document
 from cakekv.store.memory import MemoryStore
 from tests.matrix.models import build
 
@@ -82,6 +83,17 @@ def test_conversations_and_codecs_work_with_it() -> None:
         assert again.token_ids == cake.generate(whole, max_new_tokens=4, mode="compute").token_ids
 
 
+def test_documents_move_with_it() -> None:
+    engine = TransformersEngine(build("llama"), LayerMap(((0, 2),)))
+    assert len(engine.turnable()) == len(engine.layout.layers) == 2
+    with Cake(engine, store=MemoryStore(), chunk_tokens=8, reuse="epic:link=4") as cake:
+        document = Document(PROMPT[:32])
+        cake.learn(document)
+        cake.wait_saved()
+        report = cake.prefill([PROMPT[40:50], document, [7]], mode="load").report
+        assert report.reused_tokens == 28
+
+
 def test_transformers_goes_on_with_it() -> None:
     engine = TransformersEngine(build("llama"), LayerMap(((0, 2),)))
     with Cake(engine) as cake:
@@ -134,7 +146,7 @@ def test_the_least_alike_come_first() -> None:
             cache = engine.new_cache(24)
             engine.compute(cache, text, 0)
             planes.append([cache.stored[layer].plane(number)[0] for number in (0, 1)])
-        keys.append([sum(one[number] for one in planes) / 4 for number in (0, 1)])
+        keys.append([torch.stack([one[number] for one in planes]).mean(0) for number in (0, 1)])
     for (one, other), distance in distances.items():
         apart = [
             [float((keys[one][n][head, at] - keys[other][n][head, at]).norm()) for head in range(2) for at in range(24)]

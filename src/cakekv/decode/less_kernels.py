@@ -123,7 +123,7 @@ class Kernels:
             Of what was let go of.
         """
         features = self.of_queries(queries.float())
-        groups = features.unflatten(0, (state.features.shape[0], -1))
+        groups = grouped(features, state.features.shape[0])
         weight = torch.einsum("hgnr,hr->hgn", groups, state.features).flatten(0, 1)
         value = torch.einsum("hgnr,hrv->hgnv", groups, state.products).flatten(0, 1)
         return weighed(weight, value, output, log_sum - self.offset[:, None])
@@ -157,15 +157,20 @@ def attention(
     log_sum : Tensor
         (heads, n): logarithms of the sums of weights.
     """
-    groups = queries.float().unflatten(0, (keys.shape[0], -1))
+    groups = grouped(queries.float(), keys.shape[0])
     logits = (groups @ keys.float()[:, None].transpose(2, 3) * scaling).flatten(0, 1)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else logits + mask
     log_sum = logits.logsumexp(-1)
-    weights = (logits - log_sum[..., None]).exp().unflatten(0, (keys.shape[0], -1))
+    weights = grouped((logits - log_sum[..., None]).exp(), keys.shape[0])
     return (weights @ values.float()[:, None]).flatten(0, 1), log_sum
+
+
+def grouped(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(heads, n, …) by heads of keys: (kv_heads, queries per head, n, …)."""
+    return tensor.reshape(kv_heads, -1, *tensor.shape[1:])
 
 
 def weighed(weight: torch.Tensor, value: torch.Tensor, output: torch.Tensor, log_sum: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cakekv.decode.less_kernels import Kernels, attention, weighed
+from cakekv.decode.less_kernels import Kernels, attention, grouped, weighed
 from cakekv.engine.cache import TwoEndedLayer
 from cakekv.engine.tap import Attending
 from cakekv.errors import BadInput, UnsupportedModel
@@ -207,7 +207,6 @@ def fit(
     layer: LayerSeen, settings: Settings, on_epoch: Callable[[int, float], None] = lambda epoch, error: None
 ) -> Fitted:
     """Learn one layer's kernels; a tenth of the texts is held out, and the best on these is what is returned."""
-    torch.manual_seed(settings.seed + layer.number)
     rng = random.Random(settings.seed)
     texts = [(text, settings.recent[number % len(settings.recent)]) for number, text in enumerate(layer.texts)]
     rng.shuffle(texts)
@@ -218,7 +217,7 @@ def fit(
     )
     batches = [made[begin : begin + settings.batch] for begin in range(0, len(made), settings.batch)]
     gram = layer.gram
-    kernels = _begin(layer.texts[0], made, settings)
+    kernels = _begin(layer.texts[0], made, settings, torch.Generator().manual_seed(settings.seed + layer.number))
     learning = [table for name, table in vars(kernels).items() if name != "offset"]
     for table in learning:
         table.requires_grad_()
@@ -230,7 +229,7 @@ def fit(
         for batch in batches:
             loss = _loss(kernels, batch, gram)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         halving.step()
         with torch.no_grad():
@@ -245,7 +244,7 @@ def output_of(kernels: Kernels, one: Example) -> torch.Tensor:
     """What attention returns with what is kept, and the features of what is missing: (heads, n, width)."""
     features = kernels.of_queries(one.queries)
     keys = kernels.of_keys(one.keys)
-    groups = features.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)  # (kv_heads, n, queries per head, features)
+    groups = grouped(features, keys.shape[0]).transpose(1, 2)  # (kv_heads, n, queries per head, features)
     weight = torch.einsum("hngr,hnr->hgn", groups, keys.cumsum(1)).flatten(0, 1)
     products = (keys[..., None] * one.values[:, :, None]).cumsum(1)
     value = (groups @ products).transpose(1, 2).flatten(0, 1)
@@ -274,14 +273,14 @@ def _more(made: Sequence[Example]) -> list[torch.Tensor]:
     return [one.more for one in made if one.more is not None]
 
 
-def _begin(text: Seen, made: Sequence[Example], settings: Settings) -> Kernels:
+def _begin(text: Seen, made: Sequence[Example], settings: Settings, generator: torch.Generator) -> Kernels:
     """Kernels that say next to nothing yet."""
     heads, width = text.queries.shape[0], text.queries.shape[2]
     kv_heads, hidden, features = text.keys.shape[0], settings.hidden, settings.features
 
     def drawn(*sizes: int) -> torch.Tensor:
-        limit = (6 / (sizes[-1] + sizes[-2])) ** 0.5
-        return (torch.rand(sizes) * 2 - 1) * limit
+        limit: float = (6 / (sizes[-1] + sizes[-2])) ** 0.5
+        return (torch.rand(sizes, generator=generator) * 2 - 1) * limit
 
     small = torch.full((kv_heads, features), 1e-4)
     return Kernels(
@@ -311,7 +310,7 @@ def _projection(model: Any, at: int) -> torch.Tensor:
                 weight = getattr(getattr(module, name, None), "weight", None)
                 if isinstance(weight, torch.Tensor) and weight.ndim == 2:
                     conv = type(getattr(module, name)).__name__ == "Conv1D"
-                    return (weight.T if conv else weight).detach().to("cpu", torch.float32).dequantize()
+                    return (weight.T if conv else weight).detach().to("cpu", torch.float32)
     raise UnsupportedModel(
         f"the output projection of layer {at} cannot be told: it is none of {', '.join(_PROJECTIONS)}"
     )
