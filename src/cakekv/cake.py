@@ -298,11 +298,13 @@ class Cake:
         *,
         dtype: str = "auto",
         device: str | None = None,
+        share: int | str | os.PathLike[str] | None = None,
         **options: Unpack[CakeKeywords],
     ) -> Self:
         """Load a model and its tokenizer with transformers: a folder, or a name in the local Hugging Face cache.
 
-        The options are those of `Cake`.
+        `share` is for layers to share what others keep: how many, as `cakekv share calibrate` found, or the file that
+        it wrote. Answers are not exact then. The options are those of `Cake`.
 
         Raises
         ------
@@ -318,7 +320,7 @@ class Cake:
         except ModuleNotFoundError as error:
             raise UnsupportedEngine(f"a model needs more packages ({error}): pip install 'cakekv[engine]'") from error
 
-        engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device)
+        engine = TransformersEngine.from_pretrained(os.fspath(model), dtype=dtype, device=device, share=share)
         return cls(engine, load_tokenizer(os.fspath(model)), store, **options)
 
     @_handed_over

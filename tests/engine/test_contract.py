@@ -17,6 +17,7 @@ import pytest
 
 from cakekv.cake import Cake
 from cakekv.engine.base import Engine
+from cakekv.engine.sharing import LayerMap
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.keys import chunk_keys
@@ -32,6 +33,7 @@ PROMPT = random.Random(3).choices(range(3, 90), k=PREFIX + 5)
 ENGINES: dict[str, Callable[[], Engine[Any, Any]]] = {
     "toy": ToyEngine,
     "transformers": lambda: TransformersEngine(build("llama")),
+    "sharing": lambda: TransformersEngine(build("llama"), LayerMap(((0, 2),))),
 }
 """Each makes an engine of the same weights whenever it is called. Add one, and every test here runs for it."""
 

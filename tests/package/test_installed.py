@@ -123,6 +123,12 @@ def test_types_come_along(bare: Installed) -> None:
     assert bare.run("python", "-c", marked) == "True\n"
 
 
+def test_kernels_of_the_demo_model_come_along(bare: Installed) -> None:
+    folder = "from importlib.resources import files; folder = files('cakekv') / 'decode/weights'; "
+    said = bare.run("python", "-c", f"{folder}print(*(file.name for file in folder.iterdir()))")
+    assert {"index.json", "smollm2-135m-instruct.less"} <= set(said.split())
+
+
 def test_the_newest_transformers_is_tested(installed: Installed) -> None:
     """The extra admits no version that would be warned of."""
     assert installed.run("python", "-c", "from cakekv.engine import versions; print(versions.is_newer())") == "False\n"

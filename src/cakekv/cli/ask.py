@@ -85,6 +85,13 @@ def ask(
             "(docs/decode.md). Answers are not exact then."
         ),
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            help="So many layers keep nothing, and share what others keep, as cakekv share calibrate found; or the "
+            "file that it wrote (docs/decode.md). Answers are not exact then."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: sampled.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
@@ -129,7 +136,7 @@ def ask(
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
     with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
-        with load_cake(model, tier, tenant, codec, reuse=reuse, compress=compress, decode=decode) as cake:
+        with load_cake(model, tier, tenant, codec, reuse=reuse, compress=compress, decode=decode, share=share) as cake:
             texts = [
                 read_document(name, cake.tokenizer, DEMO_TOKENS if tokens is None and name == "demo" else tokens)
                 for name in documents

@@ -27,6 +27,9 @@ def learn(
     dtype: Annotated[
         str, typer.Option(help="What to run the model in, such as float32; auto: what it was saved in.")
     ] = "auto",
+    share: Annotated[
+        str | None, typer.Option(help="With so many layers shared, as they are to be used; see cakekv share calibrate.")
+    ] = None,
 ) -> None:
     """Learn a model's basis for the codec kvtc, once per model: in which directions its keys and values vary, and how
     much errors in each would change what it says.
@@ -50,7 +53,7 @@ def learn(
     from cakekv.codec.texts import learning_texts
     from cakekv.engine.sensitivity import look_at
 
-    cake = load_cake(model, None, dtype=dtype)
+    cake = load_cake(model, None, dtype=dtype, share=share)
     engine, length = cake.engine, min(tokens, cake.engine.max_context)
     read = list(learning_texts(cake.tokenizer, documents, length, texts))
     shown = track(enumerate(read), "Learning", total=len(read), console=NEWS, transient=True)

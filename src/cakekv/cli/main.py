@@ -15,8 +15,10 @@ from cakekv.cli import (
     bench,
     codec,
     demo,
+    less,
     quality,
     serve,
+    share,
     simulate,
     simulate_cluster,
     simulate_retention,
@@ -40,6 +42,8 @@ app.command()(quality.quality)
 app.command()(serve.serve)
 app.command()(vllm_args.vllm_args)
 app.add_typer(codec.app, name="codec")
+app.add_typer(less.app, name="less")
+app.add_typer(share.app, name="share")
 app.add_typer(store.app, name="store")
 simulate.app.command()(simulate_cluster.cluster)
 simulate.app.command()(simulate_retention.retention)

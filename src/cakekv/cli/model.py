@@ -26,6 +26,7 @@ def load_cake(
     metrics: Metrics | None = None,
     compress: str | None = None,
     decode: str | None = None,
+    share: str | None = None,
 ) -> Cake:
     """A `Cake` of the demo's model ("demo"), a folder, or a model name.
 
@@ -62,4 +63,4 @@ def load_cake(
         }
         if chunk_tokens is not None:
             options["chunk_tokens"] = chunk_tokens
-        return Cake.from_pretrained(model, store, dtype=dtype, **options)
+        return Cake.from_pretrained(model, store, dtype=dtype, share=share, **options)

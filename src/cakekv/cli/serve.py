@@ -42,6 +42,10 @@ def serve(
     decode: Annotated[
         str | None, typer.Option(help=f"What an answer's tokens attend to: {one_of(SIGHTS)} (docs/decode.md).")
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(help="So many layers share what others keep, as cakekv share calibrate found (docs/decode.md)."),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help=f"Who goes first when several ask: {one_of(POLICIES)}.")
     ] = "marginal_saving",
@@ -88,6 +92,7 @@ def serve(
         metrics=Metrics(registry),
         compress=compress,
         decode=decode,
+        share=share,
     )
     service = Service(
         cake,

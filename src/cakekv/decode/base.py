@@ -6,7 +6,7 @@ A sight is one file. Nothing is let go of: what one step does not see, the next 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -66,6 +66,21 @@ class Sight(ABC):
 
     def check_chunks(self, chunk_tokens: int) -> None:  # noqa: B027  # some store nothing
         """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them."""
+
+    def for_model(self, names: Iterable[str]) -> Sight:
+        """The same with what was learned of a model, for one that has to learn; as `Codec.for_model`.
+
+        Parameters
+        ----------
+        names : iterable of str
+            As `Engine.weights_names`.
+
+        Raises
+        ------
+        BadInput
+            Nothing was learned of it.
+        """
+        return self
 
     def prepare(self, layers: Sequence[Layer]) -> None:  # noqa: B027  # some need nothing
         """Look at a prompt's complete cache, before the first step: of each layer that sees everything."""

@@ -38,7 +38,7 @@ class Compressing:
         acting = [method for method in options.compress if method.at - {"store"}]
         self.method: Method | None = acting[0] if acting else None
         self._stored: Method | None = next((one for one in options.compress if "store" in one.at), None)
-        self.sight: Sight | None = options.decode
+        self.sight: Sight | None = options.decode and options.decode.for_model(arms.engine.weights_names())
         dropping = self.method or self._stored
         if dropping is not None and self.sight is not None:
             raise BadInput(

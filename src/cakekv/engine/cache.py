@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -318,6 +319,59 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 _NOT_STORED = "they were not stored. Have Cake.generate answer, or give no compress that acts at store"
+
+
+class SharingLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Stands for a layer that keeps nothing, and attends to what an earlier layer keeps, as KVSharer has it.
+
+    Parameters
+    ----------
+    source : CacheLayerMixin
+        The earlier layer's, without a window.
+    """
+
+    is_croppable = True
+    is_initialized = True
+    is_sliding = False
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the source keeps, the same span's included: it came before. What this layer computed is not kept."""
+        return self.source.keys, self.source.values
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.source.keys  # type: ignore[no-any-return]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.source.values  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the source's."""
+        return self.source.get_mask_sizes(query_length)  # type: ignore[no-any-return]
+
+    def get_seq_length(self) -> int:
+        """As the source's."""
+        return self.source.get_seq_length()  # type: ignore[no-any-return]
+
+    def get_max_length(self) -> int:
+        """As the source's."""
+        return self.source.get_max_length()  # type: ignore[no-any-return]
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """The source does what there is to do."""
+
+    reset = crop = batch_repeat_interleave = batch_select_indices = reorder_cache = _nothing
+
+
 _INSTEAD = "give transformers' generate() what Prefill.dynamic_cache() returns"
 
 
@@ -396,6 +450,8 @@ class TwoEndedCache(_Restored):
         Where the model computes.
     sparse : bool
         Whether rows may be absent from chunks that are placed.
+    sources : mapping of int to int
+        Of layers that keep nothing and attend to what another keeps: which one's.
 
     Attributes
     ----------
@@ -411,7 +467,12 @@ class TwoEndedCache(_Restored):
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device, sparse: bool = False
+        self,
+        shapes: Sequence[LayerShape | None],
+        capacity: int,
+        device: torch.device,
+        sparse: bool = False,
+        sources: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.capacity = capacity
         self.sparse = sparse
@@ -423,7 +484,10 @@ class TwoEndedCache(_Restored):
         for _, alike in groupby(kept, key=lambda shape: shape[:2]):
             self._add(list(alike), device)
         stored = iter(self.stored)
-        super().__init__(layers=[DummyLayer() if shape is None else next(stored) for shape in shapes])
+        layers = [DummyLayer() if shape is None else next(stored) for shape in shapes]
+        for layer, source in sources.items():
+            layers[layer] = SharingLayer(layers[source])
+        super().__init__(layers=layers)
 
     def _add(self, shapes: Sequence[LayerShape], device: torch.device) -> None:
         """Add layers that differ in their windows at most."""
@@ -498,6 +562,9 @@ class TwoEndedCache(_Restored):
             layer.check_kept(length)
         cache = RestoredCache()
         cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
+        for number, layer in enumerate(cache.layers):
+            if isinstance(layer, SharingLayer):
+                cache.layers[number] = SharingLayer(cache.layers[self.layers.index(layer.source)])
         return cache
 
     def check_present(self, start: int, end: int) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -33,6 +34,7 @@ from cakekv.engine.live import LiveModel
 from cakekv.engine.ragged import RaggedCache
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import Chooser, choose_token
+from cakekv.engine.sharing import LayerMap, find_map
 from cakekv.engine.support import accepts, cache_argument, check_config, probe, shapes_of
 from cakekv.engine.tap import Tap
 from cakekv.engine.transfer import transfer_for
@@ -40,7 +42,7 @@ from cakekv.engine.turning import check_turns
 from cakekv.engine.versions import explain_if_newer, is_newer, warn_of_newer
 from cakekv.errors import BadInput, CacheRewritten, UnsupportedEngine, UnsupportedModel
 from cakekv.forks import on_fork
-from cakekv.keys import RAW, Identity, fingerprint_files
+from cakekv.keys import RAW, Identity, canonical, fingerprint_files
 from cakekv.layout import KVLayout
 from cakekv.quantities import whole
 from cakekv.reuse.blend import Blend
@@ -70,16 +72,21 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         The model, on one device, weights in memory. It is put into evaluation mode (dropout off). It may change while
         the engine lives, for instance have its adapters switched: each request is for the model as it is then. What
         must stay is its device, and what its layers keep.
+    share : LayerMap or None
+        Which layers keep nothing, and attend to what another keeps; see `cakekv.engine.sharing`. What it computes is
+        not what the model computes, and its chunks are its own.
 
     Raises
     ------
+    BadInput
+        The map is not for this model.
     UnsupportedModel
         The model keeps something else than keys and values per token, or is on a device that is not supported.
     UnsupportedEngine
         The installed transformers is too old, or newer than any that was tested and a trial restore fails.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, share: LayerMap | None = None) -> None:
         self._activates = hasattr(model, "get_base_model")
         if self._activates:
             if any(config.is_prompt_learning for config in model.peft_config.values()):
@@ -90,9 +97,9 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self.device: torch.device = model.device
         self._transfer = transfer_for(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            self._shapes = probe(bare)
-        stored = [shape for shape in self._shapes if shape is not None]
-        self.layout = KVLayout(tuple(shape.layout for shape in stored))
+            self.shapes = probe(bare)
+        stored = [shape for shape in self.shapes if shape is not None]
+        self._share(share)
         self._dtype = "+".join(sorted({str(plane.dtype) for shape in stored for plane in shape[:2]}))
         self.max_context = context_length(model.config)
         self._looking = Lock()
@@ -133,7 +140,11 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+        cls,
+        name_or_folder: str | Path,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        share: int | str | PathLike[str] | None = None,
     ) -> Self:
         """Load a model from a folder, or by its name on the Hugging Face hub.
 
@@ -144,6 +155,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         dtype : str or torch.dtype
             "float32", "bfloat16", "float16", or "auto" for what the weights are stored in. Processors without
             instructions for bfloat16 are several times as fast in float32, which takes twice the memory.
+        share : int, str, or Path, optional
+            How many layers attend to what another keeps, as `cakekv share calibrate` found; or the file that it wrote.
         device : str or torch.device, optional
             CUDA if there is one, else the CPU, if not given.
 
@@ -184,11 +197,19 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             raise BadInput(f"the model {source!r} is incomplete: it lacks {len(missing)} tensors, such as {missing[0]}")
         engine = cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         engine._read_from = source
+        if share is not None:
+            engine._share(find_map(share, engine.model_names()))
         return engine
+
+    def _share(self, share: LayerMap | None) -> None:
+        """Have layers shared from now on; nothing was computed yet."""
+        self.share, self._kept = share, share.kept(self.shapes) if share else self.shapes
+        self.layout = KVLayout(tuple(shape.layout for shape in self._kept if shape is not None))
 
     def rotations(self) -> list[Rotation]:
         """As `Engine.rotations`."""
-        return find_rotations(self.model)
+        found = zip((at for at, shape in enumerate(self.shapes) if shape), find_rotations(self.model), strict=True)
+        return [rotation for at, rotation in found if self._kept[at]]
 
     def turnable(self) -> list[Rotation]:
         """As `Engine.turnable`."""
@@ -202,7 +223,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
             self._look()
             return Identity(
                 weights=self._live.names.weights,
-                architecture=self._live.names.architecture,
+                architecture=self._architecture(),
                 dtype=self._dtype.replace("torch.", ""),
                 layout=layout_text(self.layout),
                 chunk_tokens=chunk_tokens,
@@ -211,8 +232,20 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 recipe=recipe,
             )
 
+    def _architecture(self) -> str:
+        name = self._live.names.architecture
+        return name if self.share is None else canonical({"architecture": name, "share": self.share.digest})
+
     def weights_names(self) -> Iterator[str]:
-        """As `Engine.weights_names`; then that of the files it was read from, whatever it computes in."""
+        """As `Engine.weights_names`; then that of the files it was read from, whatever it computes in.
+
+        If layers are shared, others than without: what was learned of the layers is not for these.
+        """
+        mark = f"{self.share.digest} " if self.share else ""
+        yield from (mark + name for name in self.model_names())
+
+    def model_names(self) -> Iterator[str]:
+        """As `weights_names`, whether layers are shared or not."""
         yield from super().weights_names()
         if self._read_from:
             from huggingface_hub import snapshot_download
@@ -262,7 +295,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if self._live.form != self._form:
             with torch.autocast(self.device.type, enabled=False):
                 shapes = shapes_of(self._live.model)
-            if shapes != self._shapes:
+            if shapes != self.shapes:
                 return "the model's layers keep other keys and values than when its engine was made: make a new engine"
             self._form = self._live.form
         return ""
@@ -282,7 +315,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def _new_cache(self, capacity: int, sparse: bool = False) -> TwoEndedCache:
         if not 1 <= capacity <= self.max_context:
             raise BadInput(f"a cache can have 1 to {self.max_context} tokens (the model's context), not {capacity}")
-        cache = TwoEndedCache(self._shapes, capacity, self.device, sparse)
+        cache = TwoEndedCache(self._kept, capacity, self.device, sparse, self.share.sources if self.share else {})
         if self.device.type == "cuda":
             # The allocator may hand out memory that kernels queued earlier on this stream still use, and loads come
             # in on another stream.
@@ -364,6 +397,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def compressible(self, methods: Sequence[Method | Sight]) -> None:
         """As `Engine.compressible`."""
+        if methods and self.share:
+            raise UnsupportedModel("layers that share another's keys and values cannot be shown to it: give no share")
         if any(isinstance(method, Method) and method.compact for method in methods):
             self.turnable()
         if methods:
@@ -384,7 +419,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         spans: Mapping[int, Mapping[int, Groups]] = MappingProxyType({}),
     ) -> RaggedCache:
         """As `Engine.look`."""
-        return look(self, cache, token_ids, sight, marked, spans)
+        return look(self, cache, token_ids, sight.for_model(self.weights_names()), marked, spans)
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
@@ -398,6 +433,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def blendable(self, way: Blend) -> None:
         """As `Engine.blendable`."""
+        if self.share:
+            raise UnsupportedModel("layers that share another's keys and values cannot be driven one by one")
         check_blends(self, way)
 
     def blend(

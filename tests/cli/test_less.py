@@ -1,0 +1,32 @@
+"""cakekv less train: once per model; then decode=less, which needed it, works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from cakekv.cli.main import app
+from cakekv.decode.less_kernels import read_kernels
+
+
+def _train(model: Path, *more: str) -> list[str]:
+    return ["less", "train", "--model", str(model), "--documents", "3", "--tokens", "96", "--epochs", "1", *more]
+
+
+def test_a_model_is_learned_twice_alike(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.less"
+    run = CliRunner().invoke(app, _train(tiny_model, "--out", str(out)))
+    assert run.exit_code == 0, run.output
+    learned = read_kernels(out)
+    assert learned.digest in run.output
+    assert sorted(learned.layers) == [0, 1]
+    assert learned.about["recent"] == "28"
+    assert CliRunner().invoke(app, _train(tiny_model, "--out", str(out))).exit_code == 0
+    assert read_kernels(out).digest == learned.digest
+
+
+def test_too_few_texts(tiny_model: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, _train(tiny_model, "--texts", str(tmp_path), "--documents", "4"))
+    assert run.exit_code != 0
+    assert "not enough text" in run.output
