@@ -12,13 +12,13 @@ from cakekv.recipes import parameters_of
 METHODS = {
     "sink_recent": "cakekv.compress.sink_recent:SinkRecent",
     "heavy_hitter": "cakekv.compress.heavy_hitter:HeavyHitter",
-    "elastic_cache": "cakekv.compress.elastic_cache:ElasticCache",
-    "kvmerger": "cakekv.compress.kvmerger:KVMerger",
-    "cascading": "cakekv.compress.cascading:Cascading",
     "key_norm": "cakekv.compress.key_norm:KeyNorm",
     "dbudgetkv": "cakekv.compress.dbudgetkv:DBudgetKV",
     "corm": "cakekv.compress.corm:Corm",
     "vl_cache": "cakekv.compress.vl_cache:VLCache",
+    "elastic_cache": "cakekv.compress.elastic_cache:ElasticCache",
+    "kvmerger": "cakekv.compress.kvmerger:KVMerger",
+    "cascading": "cakekv.compress.cascading:Cascading",
 }
 """Module and class by name."""
 
