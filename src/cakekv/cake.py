@@ -780,7 +780,7 @@ class Cake:
         tokenized = self._tokenizing.prompt(prompt, notes, tenant)
         tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
         self.engine.check_prompt(tokenized.token_ids)
-        return tokenized
+        return tokenized if self._compressing.is_exact else self._tokenizing.with_question(prompt, tokenized)
 
     def _restore(
         self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions

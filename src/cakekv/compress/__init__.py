@@ -12,6 +12,9 @@ from cakekv.recipes import parameters_of
 METHODS = {
     "sink_recent": "cakekv.compress.sink_recent:SinkRecent",
     "heavy_hitter": "cakekv.compress.heavy_hitter:HeavyHitter",
+    "dbudgetkv": "cakekv.compress.dbudgetkv:DBudgetKV",
+    "corm": "cakekv.compress.corm:Corm",
+    "vl_cache": "cakekv.compress.vl_cache:VLCache",
 }
 """Module and class by name."""
 

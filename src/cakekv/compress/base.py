@@ -6,8 +6,8 @@ A method is one file. The shortest is `sink_recent`; a method that looks at atte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cakekv.errors import BadInput
@@ -107,6 +107,19 @@ class Layer:
     def first(self, count: int) -> torch.Tensor:
         """(kv_heads, entries), bool: the entries of the first `count` tokens of the sequence."""
         return (self.positions >= 0) & (self.positions < count)
+
+    def visible(self) -> torch.Tensor:
+        """(kv_heads, rows, entries), bool: what each of the queries sees."""
+        assert self.query_positions is not None, "there are no queries of a chunk that is being saved"
+        return self.present[:, None] & (self.positions[:, None] <= self.query_positions[None, :, None])
+
+    def by_rows(self, rows: int = 64) -> Iterator[Layer]:
+        """The layer with so many of its queries at a time: all rows of attention at once may take too much memory."""
+        assert self.queries is not None, "there are no queries of a chunk that is being saved"
+        assert self.query_positions is not None
+        for begin in range(0, len(self.query_positions), rows):
+            part = slice(begin, begin + rows)
+            yield replace(self, queries=self.queries[:, part], query_positions=self.query_positions[part])
 
     def attention(self, last: int | None = None) -> torch.Tensor:
         """Rows of attention, worked out anew from queries and keys.

@@ -79,6 +79,9 @@ class Compressing:
 
 
 def marked(prompt: Tokenized) -> Sequence[Marked]:
-    """What is marked of a prompt: what stands behind its last document is the question."""
-    end = max((place.end for place in prompt.documents), default=0)
-    return [Marked(end, len(prompt.token_ids), "question")] if 0 < end < len(prompt.token_ids) else []
+    """What is marked of a prompt. Unless its question is known, that is what follows its last document and image."""
+    if any(mark.what == "question" for mark in prompt.marked):
+        return prompt.marked
+    end = max([0, *(place.end for place in prompt.documents), *(mark.end for mark in prompt.marked)])
+    tokens = len(prompt.token_ids)
+    return [*prompt.marked, Marked(end, tokens, "question")] if 0 < end < tokens else prompt.marked
