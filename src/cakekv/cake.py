@@ -34,6 +34,7 @@ from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
+from cakekv.embedded.streaming import Streaming
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
 from cakekv.engine.choice import Choice
@@ -155,7 +156,7 @@ class Cake:
     compress : str, Method, sequence of them, or None
         How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
         as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. Two
-        methods, "kvmerger:at=store+corm", must act at different times.
+        methods, "kvmerger:when=store+corm", must act at different times.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
@@ -240,6 +241,7 @@ class Cake:
         self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
         self._compressing = Compressing(self._arms)
+        self._streaming = Streaming(self._arms, self._compressing.method)
         self._stored = StoredPrefixes(self._arms, self.tiers)
         self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
@@ -495,6 +497,8 @@ class Cake:
         request = self._arms.arbiter.request(monotonic())
         asked = PrefillOptions(mode=mode)
         tokenized = self._tokens(prompt, request.notes)
+        if self._streaming.takes(tokenized.token_ids):
+            return [self._streaming.planned(tokenized.token_ids)]
         found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
@@ -709,8 +713,10 @@ class Cake:
         sampling = asked.sampling
         tokenized = self._tokens(prompt, request.notes, asked.tenant)
         choose = self.engine.chooser(sampling, tokenized.token_ids)
-        capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
-        prefill, found = self._restore(request, tokenized, capacity, asked)
+        capacity = len(tokenized.token_ids) + asked.max_new_tokens
+        if not self._streaming.has_no_end:
+            capacity = min(capacity, self.engine.max_context)
+        prefill, found = self._restore(request, tokenized, min(capacity, self.engine.max_context), asked)
         saver = self._answer_saver(prefill, found) if asked.save else None
         answering = Answering(self._tokenizing.text if wants_text else None, asked.stops)
         answer = self._decode(request, prefill, found, choose, answering, asked.max_new_tokens, capacity, saver)
@@ -779,22 +785,18 @@ class Cake:
             return prompt
         tokenized = self._tokenizing.prompt(prompt, notes, tenant)
         tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
-        self.engine.check_prompt(tokenized.token_ids)
+        self._streaming.check(tokenized.token_ids)
         return tokenized if self._compressing.is_exact else self._tokenizing.with_question(prompt, tokenized)
 
     def _restore(
         self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions
     ) -> tuple[Prefill, Found]:
-        notes = request.notes
-        notes += self._why_no_stores
-        said = len(notes)
-        found = self._stored.lookup(prompt, notes)
-        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
-        if not any(found.holders) and not has_saved and len(notes) == said:
-            notes += self._stored.why_nothing(found)
-        with self._hints.needed(request.id, found):
-            prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
-        self._compressing.apply(request, prefill, prompt)
+        if self._streaming.takes(prompt.token_ids):
+            found = self._stored.unasked(prompt)
+            prefill = self._streaming.prefill(request, prompt, asked.on_progress)
+        else:
+            found, prefill = self._from_stores(request, prompt, capacity, asked)
+            self._compressing.apply(request, prefill, prompt)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:
@@ -804,6 +806,19 @@ class Cake:
                 document = prompt.token_ids[place.start : place.end]
                 self._learn_later(document, again=place in found.damaged, tenant=prompt.tenant)
         return prefill, found
+
+    def _from_stores(
+        self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions
+    ) -> tuple[Found, Prefill]:
+        notes = request.notes
+        notes += self._why_no_stores
+        said = len(notes)
+        found = self._stored.lookup(prompt, notes)
+        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
+        if not any(found.holders) and not has_saved and len(notes) == said:
+            notes += self._stored.why_nothing(found)
+        with self._hints.needed(request.id, found):
+            return found, self._restore_found(request, found, prompt.token_ids, capacity, asked)
 
     def _restore_found(
         self, request: Request, found: Found, token_ids: list[int], capacity: int, asked: PrefillOptions

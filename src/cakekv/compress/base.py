@@ -141,7 +141,7 @@ class Layer:
         queries, at = self.queries, self.query_positions
         if last is not None:
             queries, at = queries[:, -last:], at[-last:]
-        grouped = queries.float().unflatten(0, (self.heads, -1))
+        grouped = queries.float().view(self.heads, -1, *queries.shape[1:])
         logits = torch.einsum("hgrd,hed->hgre", grouped, self.keys.float()) * self.scaling
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -159,8 +159,19 @@ class Layer:
             (kv_heads, entries), float32. Of all rows so far if the method asked for `ALL`, and `last` is None.
         """
         if self.total is not None and last is None:
-            return self.total.unflatten(0, (self.heads, -1)).mean(1)
+            return self.total.view(self.heads, -1, self.total.shape[1]).mean(1)
         return self.attention(last).mean(1).sum(1)
+
+
+class Strides(NamedTuple):
+    """How a method takes a text of any length: so many tokens at once, over what is left of those before."""
+
+    entries: int
+    """How many of a head are left at most."""
+    tokens: int
+    """Of a stride."""
+    always: bool = False
+    """Whether prompts are taken so that would fit into the model's context, too."""
 
 
 class Merged(NamedTuple):
@@ -202,6 +213,11 @@ class Method(ABC):
     def rows(self) -> int:
         """How many of the prompt's last queries it wants to see: 0 for none, or `ALL`."""
         return 0
+
+    @property
+    def strides(self) -> Strides | None:
+        """Of a method that is `compact` and acts at `decode`: how it takes texts of any length; None: it does not."""
+        return None
 
     @abstractmethod
     def keep(self, layers: Sequence[Layer]) -> Sequence[torch.Tensor | None]:

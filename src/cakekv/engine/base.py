@@ -234,8 +234,15 @@ class Engine(ABC, Generic[Cache, Logits]):
     def staging(self, size: int) -> memoryview:
         """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""
 
-    def check_prompt(self, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, token_ids: Sequence[int], *, must_fit: bool = True) -> None:
         """Refuse a prompt that the model cannot take.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            The prompt.
+        must_fit : bool
+            Whether it may not be longer than the context.
 
         Raises
         ------
@@ -253,7 +260,7 @@ class Engine(ABC, Generic[Cache, Logits]):
                 f"token id {tokens[wrong[0]]} at position {wrong[0]} is out of range: "
                 f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
             )
-        if tokens.size > self.max_context:
+        if must_fit and tokens.size > self.max_context:
             raise PromptTooLong(
                 f"the prompt has {tokens.size} tokens, but the model's context is {self.max_context} tokens: shorten it"
             )

@@ -6,7 +6,7 @@ up to consecutive positions, and their keys are turned each time they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -214,6 +214,15 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.rotation is not None or hidden > _DEAD * self.used:
             self.close_up()
 
+    def leave_window(self) -> None:
+        """Let go of what no later token sees."""
+        assert self.window is not None
+        passed = int((self.positions <= self.length - self.window).all(0).sum())
+        self._keys, self._values, self._positions = (
+            one[:, passed:] for one in (self._keys, self._values, self._positions)
+        )
+        self.used -= passed
+
     def hide_one_more(self) -> None:
         """Put an entry in front that nothing may see, of other keys and values than any."""
         self._keys = torch.nn.functional.pad(self._keys[:, : self.used], (0, 0, 1, 0), value=1.0)
@@ -374,10 +383,13 @@ class RaggedCache(Cache):  # type: ignore[misc]
         if self._fresh < method.stride:
             return
         for number, layer in enumerate(self.stored):
-            seen = self._seen(number, layer)
-            kept = method.step(seen)
-            if kept is not None:
-                layer.apply(kept, method, seen)
+            if layer.window is not None:
+                layer.leave_window()
+            else:
+                seen = self._seen(number, layer)
+                kept = method.step(seen)
+                if kept is not None:
+                    layer.apply(kept, method, seen)
             self._queries[number] = None
         self._fresh = 0
         self.align()
@@ -464,7 +476,7 @@ def ragged_view(
     rotations : sequence of Rotation or None
         Given if entries move up: how the keys of each layer are turned.
     """
-    turns = iter(rotations or [None] * len(cache.stored))
+    turns: Iterator[Rotation | None] = iter(rotations or [None] * len(cache.stored))
     layers: list[Any] = []
     for layer in cache.layers:
         if not isinstance(layer, TwoEndedLayer):
