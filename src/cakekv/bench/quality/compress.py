@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from cakekv.bench.quality.earlier import check_settings, went_on
 from cakekv.bench.quality.intervals import figures_of
 from cakekv.bench.quality.judge import Reference, paired
 from cakekv.compress import method_named
-from cakekv.compress.base import Marked, Method
+from cakekv.compress.base import Layer, Marked, Merged, Method
 from cakekv.decode import sight_named
 from cakekv.decode.base import Sight
 from cakekv.engine.cache import TwoEndedCache
@@ -44,11 +44,12 @@ class Measured:
         The document's.
     kl : float
         Mean Kullback-Leibler divergence of the next-token distribution from the full cache's, in nats, over the
-        continuation. Its first token is predicted by the prompt, whatever is kept of it, and does not count.
+        continuation; or over the needles' answers, where questions come first. What the prompt itself predicts, before
+        anything is let go of, does not count.
     agreement : float
         Share of those positions at which the likeliest token is the same.
     nats : float
-        Mean negative log-likelihood of the continuation's own tokens, in nats.
+        Mean negative log-likelihood of the tokens there, in nats.
     asked, found : int
         Needles that the full cache answers, and those of them that are answered.
     gold_nats : float
@@ -161,12 +162,10 @@ def judge(
         said[EXACT].append(_said(part, reference, logits))
         asked += said[EXACT][-1].found
         sizes[EXACT] = 1.0, ragged_view(exact, end).held_bytes, 0.0, token_s
+        shown: dict[int, _Shown] = {}
         for name, way in ways.items():
             exact.set_length(end)
-            began = perf_counter()
-            apply = engine.look if isinstance(way, Sight) else engine.compress
-            left = apply(exact, part.prompt, way, part.marked)  # type: ignore[operator]  # each takes its own kind
-            choose_s = perf_counter() - began
+            left, choose_s = _left(engine, exact, part, way, shown)
             cache = left if isinstance(left, RaggedCache) else ragged_view(exact, end)
             kept, size = cache.kept_share, cache.held_bytes
             stride = None if isinstance(way, Method) and "decode" not in way.at else getattr(way, "stride", 1)
@@ -174,6 +173,59 @@ def judge(
             said[name].append(_said(part, reference, logits))
             sizes[name] = kept, size, choose_s, token_s
     return {name: _total(document.kind, ones, asked, sizes[name]) for name, ones in said.items()}
+
+
+@dataclass(frozen=True)
+class _Shown(Method):
+    """Looks at rows of a prompt for all methods that want as many, so that it is done once."""
+
+    name: ClassVar[str] = "shown"
+    rows: int = 0
+    layers: list[Layer] = field(default_factory=list)
+    took: list[float] = field(default_factory=list)
+    """Seconds, once it has looked."""
+    method: Method | None = None
+
+    @property
+    def at(self) -> frozenset[str]:
+        return self.method.at if self.method else frozenset({"prefill"})
+
+    def keep(self, layers: Sequence[Layer]) -> Sequence[torch.Tensor | None]:
+        if self.method is None:
+            self.layers.extend(layers)
+            return [None] * len(layers)
+        for layer, seen in zip(layers, self.layers, strict=True):
+            for name in ("queries", "query_positions", "scaling", "softcap", "total"):
+                setattr(layer, name, getattr(seen, name))
+        return self.method.keep(layers)
+
+    def merge(self, layer: Layer, kept: torch.Tensor) -> Merged | None:
+        assert self.method is not None
+        return self.method.merge(layer, kept)
+
+    def step(self, layer: Layer) -> torch.Tensor | None:
+        assert self.method is not None
+        return self.method.step(layer)
+
+
+def _left(
+    engine: TransformersEngine, exact: TwoEndedCache, part: _Part, way: Method | Sight, shown: dict[int, _Shown]
+) -> tuple[TwoEndedCache | RaggedCache, float]:
+    """What a method leaves of the full cache, or a sight sees, and the seconds it took: also where they were shared."""
+    looked_s = 0.0
+    if isinstance(way, Method) and way.rows and way.stride == 1 and not way.compact:
+        began = perf_counter()
+        if way.rows not in shown:
+            shown[way.rows] = _Shown(way.rows)
+            engine.compress(exact, part.prompt, shown[way.rows], part.marked)
+            shown[way.rows].took.append(perf_counter() - began)
+        way, looked_s = replace(shown[way.rows], rows=0, method=way), shown[way.rows].took[0]
+    began = perf_counter()
+    if isinstance(way, Sight):
+        left: TwoEndedCache | RaggedCache = engine.look(exact, part.prompt, way, part.marked)
+    else:
+        left = engine.compress(exact, part.prompt, way, part.marked)
+    return left, looked_s + perf_counter() - began
 
 
 def follow_singly(
@@ -226,18 +278,22 @@ def _parts(document: Document, question_first: bool) -> list[_Part]:
     context, continuation = document.context, document.continuation
     if len(continuation) < 2:
         raise BadInput("a continuation of 2 tokens or more is needed: the first one is predicted by the prompt")
+    if question_first and not document.needles:
+        raise BadInput("the question comes first, but there is no needle to ask for")
     if not question_first:
         needles, at = [], len(continuation)
         for needle in document.needles:
             at += len(needle.question)
             needles.append(range(at, at := at + len(needle.answer)))
         return [_Part(context, document.tail, [], len(continuation) - 1, needles)]
-    parts = [_Part(context, continuation, [], len(continuation) - 1, [])]
+    parts = []
     for needle in document.needles:
         prompt = [*context, *needle.question]
         marked = [Marked(len(context), len(prompt), "question")]
         # a token more, so that there is a step even behind an answer of one token
-        parts.append(_Part(prompt, [*needle.answer, needle.answer[-1]], marked, 0, [range(len(needle.answer))]))
+        parts.append(
+            _Part(prompt, [*needle.answer, needle.answer[-1]], marked, len(needle.answer), [range(len(needle.answer))])
+        )
     return parts
 
 
@@ -252,12 +308,9 @@ def _said(part: _Part, reference: Reference, logits: torch.Tensor) -> _Said:
     own = likely.gather(1, gold[:, None])[:, 0]
     right = likely.argmax(-1) == gold
     spans = [slice(max(0, one.start - 1), one.stop - 1) for one in part.needles]
-    compared = (0.0, 0.0, 0.0)
-    if part.predicted:
-        kl, agreement, _ = reference.compare(logits)
-        compared = kl, agreement, -float(own[: part.predicted].mean())
+    kl, agreement, _ = reference.compare(logits)
     return _Said(
-        compared,
+        (kl, agreement, -float(own[: part.predicted].mean())),
         [bool(right[span].all()) for span in spans],
         sum(float(own[span].sum()) for span in spans),
         sum(span.stop - span.start for span in spans),
@@ -269,7 +322,8 @@ def _total(kind: str, ones: Sequence[_Said], asked: Sequence[bool], sizes: tuple
     tokens = sum(one.gold_tokens for one in ones)
     nats = sum(one.gold_nats for one in ones) / max(tokens, 1)
     both = sum(mine and known for mine, known in zip(found, asked, strict=True))
-    return Measured(kind, *ones[0].compared, sum(asked), both, nats, *sizes)
+    compared = (fmean(column) for column in zip(*(one.compared for one in ones), strict=True))
+    return Measured(kind, *compared, sum(asked), both, nats, *sizes)
 
 
 def summary(name: str, option: str | None, fingerprint: str | None, ones: Sequence[Measured]) -> dict[str, Any]:
@@ -316,10 +370,21 @@ class CompressResults:
     @property
     def is_complete(self) -> bool:
         """Whether all were judged on all documents."""
-        return all(len(ones) >= self.settings["documents"] for ones in self.judged.values())
+        return not self.lacks(self.settings["documents"] - 1)
 
-    def read(self, file: Path) -> None:
+    def lacks(self, number: int) -> bool:
+        """Whether there is something to judge on a document."""
+        return any(len(ones) <= number for ones in self.judged.values())
+
+    def read(self, file: Path, *within: str) -> None:
         """Keep what a file of results has, but for what has changed since it was judged.
+
+        Parameters
+        ----------
+        file : Path
+            As `cakekv quality --compress --json` writes it.
+        within : str
+            Names that lead to the results, if they are not at the top of it.
 
         Raises
         ------
@@ -328,6 +393,8 @@ class CompressResults:
         """
         try:
             data = json.loads(file.read_text())
+            for name in within:
+                data = data[name]
             before, methods = data["settings"], list(data["methods"])
             judged = {one["name"]: [Measured(**document) for document in one["documents"]] for one in methods}
             said = {one["name"]: (one["option"], one["fingerprint"]) for one in methods if one["name"] != EXACT}
