@@ -126,6 +126,7 @@ def test_the_question_of_a_chat_is_the_last_message_of_its_user() -> None:
     (mark,) = told(Truncated(chat, range(3, 7)))
     assert mark.end == len(prompt) - 4
     assert asked(prompt[:3] + prompt[7:], [mark]) == "<user>dad<end><assistant>"
+    assert list(told(Truncated(chat, range(len(prompt) - 3, len(prompt) - 1)))) == []
 
 
 def test_so_it_is_once_answers_have_their_own_tokens() -> None:

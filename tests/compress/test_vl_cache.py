@@ -44,6 +44,7 @@ def naive(layers: Sequence[Layer], method: VLCache, rows: Sequence[int]) -> list
                     received[head // toy.GROUP][token] += share / toy.GROUP
             gammas.append(zeroed / causal)
         densities.append(1 - sum(gammas) / len(gammas))
+        assert method.look(layer)[0] == pytest.approx(densities[-1])
         scores.append(received)
     exact = [density * method.share * len(layers) * tokens / sum(densities) for density in densities]
     assert all(0.01 * tokens <= one <= tokens for one in exact), "nothing to clip"
@@ -52,12 +53,12 @@ def naive(layers: Sequence[Layer], method: VLCache, rows: Sequence[int]) -> list
     for number in sorted(range(len(exact)), key=lambda number: budgets[number] - exact[number])[: total - sum(budgets)]:
         budgets[number] += 1
     assert sum(budgets) == total
-    kept = []
-    for budget, received in zip(budgets, scores, strict=True):
+    kept: list[list[list[int]]] = []
+    for budget, of_heads in zip(budgets, scores, strict=True):
         recent = round(method.recent * budget)
         kept.append([])
-        for head in received:
-            best = sorted(range(tokens - recent), key=lambda token: -head[token])[: budget - recent]
+        for received in of_heads:
+            best = sorted(range(tokens - recent), key=received.__getitem__, reverse=True)[: budget - recent]
             kept[-1].append(sorted([*best, *range(tokens - recent, tokens)]))
     return kept
 
@@ -109,6 +110,7 @@ def test_what_a_row_cannot_see_does_not_make_it_sparse() -> None:
     late = replace(even, index=2)
     method = VLCache(0.3, rows_of="prompt")
     kept = method.keep([even, late, sparse])
+    assert method.look(even)[0] == 1.0
     one, other, least = (int(mask[0].sum()) for mask in kept if mask is not None)
     assert one == other > least
     assert one + other + least == round(0.3 * 3 * TOKENS)

@@ -60,7 +60,7 @@ class VLCache(Method):
         if self.share == 1 or not layers:
             return [None] * len(layers)
         tokens = layers[0].length
-        seen = [self._look(layer) for layer in layers]
+        seen = [self.look(layer) for layer in layers]
         total = round(self.share * tokens * len(layers))
         budgets = apportioned([density for density, _ in seen], total, max(1, round(_LEAST * tokens)), tokens)
         return [
@@ -72,8 +72,8 @@ class VLCache(Method):
         scores = scores.masked_fill(recent, float("inf")).masked_fill(~layer.present, float("-inf"))
         return top(scores, budget) & layer.present
 
-    def _look(self, layer: Layer) -> tuple[float, torch.Tensor]:
-        """How dense attention is in the rows, of 1, and (kv_heads, entries) how much of it every entry receives."""
+    def look(self, layer: Layer) -> tuple[float, torch.Tensor]:
+        """How dense the rows are, as a share of what they see; how much every entry receives, (kv_heads, entries)."""
         import torch
 
         scores = torch.zeros(layer.positions.shape, device=layer.keys.device)
