@@ -14,7 +14,7 @@ from cakekv.results import Progress
 from cakekv.store.memory import MemoryStore
 from tests.matrix.models import CONTEXT, VOCABULARY, build
 
-RECIPE = "cascading:size=64,sinks=8,stride_tokens=96"
+RECIPE = "cascading:size=64,sinks=8,stride_tokens=96,answer_tokens=1"
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def test_prompts_may_always_be_taken_in_strides(engine: TransformersEngine) -> N
 
 def test_strides_leave_room(engine: TransformersEngine) -> None:
     """A stride and what is left before it fit into the context together."""
-    with cake_of(engine, "cascading:size=200") as cake:
+    with cake_of(engine, "cascading:size=200,answer_tokens=11") as cake:
         report = cake.prefill(prompt_of(400)).report
-    assert {span.tokens for span in report.spans} == {CONTEXT - 200, 400 % (CONTEXT - 200)}
+    assert {span.tokens for span in report.spans} == {CONTEXT - 210, 400 % (CONTEXT - 210)}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_strides_leave_room(engine: TransformersEngine) -> None:
     [
         (None, "the prompt has 300 tokens, but the model's context is 256 tokens: shorten it$"),
         ("sink_recent:recent=32", "context is 256 tokens: shorten it$"),
-        ("cascading", "shorten it, or have compress cascading keep fewer than its 512 tokens"),
+        ("cascading", "shorten it, or have compress cascading keep fewer than its 527 tokens"),
     ],
 )
 def test_still_too_long(engine: TransformersEngine, compress: str | None, says: str) -> None:

@@ -190,7 +190,7 @@ def test_nothing_goes_while_there_is_room() -> None:
 def test_a_replay_and_an_answer(dtype: torch.dtype) -> None:
     """The size stays, whatever comes, one token or several."""
     engine = engine_of(dtype=dtype)
-    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16", engine)
+    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16,answer_tokens=1", engine)
     assert isinstance(cache, RaggedCache)
     assert [layer.used for layer in cache.stored] == [24] * 3
     position = 60
@@ -200,6 +200,17 @@ def test_a_replay_and_an_answer(dtype: torch.dtype) -> None:
         assert [layer.used for layer in cache.stored] == [24] * 3
         assert [layer.rope_length for layer in cache.stored] == [24] * 3
         assert all(layer.positions[:, -1].tolist() == [position - 1] * HEADS for layer in cache.stored)
+
+
+def test_tokens_of_an_answer_may_wait() -> None:
+    engine = engine_of()
+    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16,answer_tokens=8", engine)
+    assert isinstance(cache, RaggedCache)
+    used = []
+    for step in range(24):
+        engine.compute(cache, [5], 60 + step)
+        used.append(cache.stored[0].used)
+    assert used == [*range(25, 32), 24] * 3
 
 
 def test_a_stream_is_what_a_replay_chooses() -> None:
@@ -220,7 +231,7 @@ def test_a_stream_is_what_a_replay_chooses() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 def test_short_prompts(tokens: int) -> None:
     engine = engine_of()
-    cache = compressed("cascading:size=8,cascades=2,stride_tokens=4", engine, tokens)
+    cache = compressed("cascading:size=8,cascades=2,stride_tokens=4,answer_tokens=1", engine, tokens)
     assert isinstance(cache, RaggedCache)
     assert cache.stored[0].used == min(tokens, 8)
     for step in range(12):
@@ -231,7 +242,7 @@ def test_short_prompts(tokens: int) -> None:
 def test_windows_stay_windows() -> None:
     """Layers with a window keep what it shows, and let go of what it has passed."""
     engine = engine_of("qwen2-mixed")
-    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16", engine)
+    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16,answer_tokens=1", engine)
     assert isinstance(cache, RaggedCache)
     for step in range(40):
         engine.compute(cache, [5], 60 + step)
@@ -251,8 +262,8 @@ def test_a_cache_with_holes_is_refused() -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        *("size=7", "cascades=0", "cascades=33", "sinks=-1", "beta=1", "beta=nan", "stride_tokens=0", "reduce=sum"),
-        *("last_rows=-1", "prefill=never"),
+        *("size=7", "cascades=0", "cascades=33", "sinks=-1", "beta=1", "beta=nan", "stride_tokens=0"),
+        *("answer_tokens=0", "reduce=sum", "last_rows=-1", "prefill=never"),
     ],
 )
 def test_refused(recipe: str) -> None:

@@ -201,8 +201,6 @@ class Method(ABC):
     """Grows whenever the same parameters keep something else."""
     times: ClassVar[frozenset[str]] = frozenset({"prefill"})
     compact: ClassVar[bool] = False
-    stride: ClassVar[int] = 1
-    """At `decode`: so many tokens of an answer come between two calls of `step`."""
 
     @property
     def at(self) -> frozenset[str]:
@@ -213,6 +211,11 @@ class Method(ABC):
     def rows(self) -> int:
         """How many of the prompt's last queries it wants to see: 0 for none, or `ALL`."""
         return 0
+
+    @property
+    def stride(self) -> int:
+        """At `decode`: so many tokens of an answer come between two calls of `step`."""
+        return 1
 
     @property
     def strides(self) -> Strides | None:

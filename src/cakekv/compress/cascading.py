@@ -45,8 +45,9 @@ class Cascading(Method):
     beta : float
         Of the moving average; the paper's. Its code has 0.9999999 by now.
     stride_tokens : int
-        Tokens that enter at once; also of a replay. The paper has 4096 for retrieval of passkeys. While an answer
-        grows, they enter one by one.
+        Tokens that enter at once; also of a replay. The paper has 4096 for retrieval of passkeys.
+    answer_tokens : int
+        The same while an answer grows: so many wait besides `size`. The paper has 1, which takes more time.
     reduce : {"mean", "max"}
         What is made of the attention of several query heads to the same key.
     shared : bool
@@ -66,6 +67,7 @@ class Cascading(Method):
     sinks: int = 64
     beta: float = 0.9999
     stride_tokens: int = 1024
+    answer_tokens: int = 16
     reduce: str = "mean"
     shared: bool = False
     last_rows: int = 0
@@ -77,6 +79,7 @@ class Cascading(Method):
         self.check("sinks", 0 <= self.sinks < 2**31, "0 or more tokens")
         self.check("beta", 0 <= self.beta < 1, "0 or more, below 1")
         self.check("stride_tokens", 0 < self.stride_tokens < 2**31, "1 or more tokens")
+        self.check("answer_tokens", 0 < self.answer_tokens < 2**31, "1 or more tokens")
         self.check("reduce", self.reduce in ("mean", "max"), "mean or max")
         self.check("last_rows", 0 <= self.last_rows < 2**31, "0 or more rows")
         self.check("prefill", self.prefill in ("replay", "stride"), "replay or stride")
@@ -87,8 +90,12 @@ class Cascading(Method):
         return self.last_rows or _EVERY_ROW
 
     @property
+    def stride(self) -> int:
+        return self.answer_tokens
+
+    @property
     def strides(self) -> Strides:
-        return Strides(self.size, self.stride_tokens, self.prefill == "stride")
+        return Strides(self.size + self.answer_tokens - 1, self.stride_tokens, self.prefill == "stride")
 
     def keep(self, layers: Sequence[Layer]) -> Sequence[torch.Tensor | None]:
         return [self._replay(layer) for layer in layers]
@@ -134,7 +141,7 @@ class Cascading(Method):
         assert layer.queries is not None
         rows = layer.attention()
         ages = torch.arange(rows.shape[2] - 1, -1, -1, device=rows.device)
-        received = torch.einsum("hgre,r->hge", rows, self.beta**ages).double() * (1 - self.beta)
+        received = torch.matmul(self.beta**ages, rows).double() * (1 - self.beta)
         over = (0, 1) if self.shared else 1
         received = received.mean(over) if self.reduce == "mean" else received.amax(over)
         scores = received.expand(layer.heads, -1).clone()
@@ -144,7 +151,7 @@ class Cascading(Method):
         return kept
 
     def _cascade(self, scores: torch.Tensor, sizes: list[int], start: int, tokens: int) -> torch.Tensor:
-        """Which entries are left; all heads have as many of them, ordered by position: sinks, oldest cascade, .. newest.
+        """Which entries are left; all heads have as many: sinks, the oldest cascade, .., the newest.
 
         Parameters
         ----------
