@@ -33,6 +33,7 @@ from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
+from cakekv.embedded.speculating import steps
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
@@ -746,6 +747,7 @@ class Cake:
     ) -> Iterator[Piece]:
         logits, start = prefill.logits, len(prefill.token_ids)
         position = start
+        step = steps(self.engine, prefill, self.options.decode, min(capacity, start + max_new_tokens - 1))
         reason: FinishReason = "length"
         for _ in range(max_new_tokens):
             choice = choose(logits)
@@ -762,7 +764,7 @@ class Cake:
                 break
             check()
             with self._arms.arbiter.turn(request):
-                logits = self.engine.compute(prefill.cache, [choice.token], position)
+                logits = step(choice.token, position)
             position += 1
             if saver is not None:
                 saver.computed(answering.sure(position - start))

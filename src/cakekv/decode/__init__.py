@@ -9,6 +9,7 @@ from cakekv.errors import BadInput
 from cakekv.recipes import parameters_of
 
 SIGHTS = {
+    "quantspec": "cakekv.decode.quantspec:QuantSpec",
     "whole": "cakekv.decode.whole:Whole",
 }
 """Module and class by name."""

@@ -94,8 +94,7 @@ def look(
     ragged.look(sight, layers)
     if sight.method is not None:
         ragged.choose(sight.method, layers)
-    ragged.own()
-    return ragged
+    return sight.hold(ragged)
 
 
 class _Watch:

@@ -133,6 +133,12 @@ class RestoreReport:
         Bytes of the cache that the answer begins with; 0 if everything is kept and seen.
     compress_s : float
         Seconds that this took, after the first token's logits.
+    answer_steps : int
+        Of an answer that may draft tokens: steps so far, one for each token behind which another was chosen.
+    drafted_tokens, accepted_tokens : int
+        How many of its tokens were drafted, as far as it came to them, and how many of those are in it.
+    answer_read_bytes : int
+        Bytes of keys and values that its steps have read, to draft and to verify.
     positions : list of PositionRun
         What every position is, if documents were reused, or what is left of a truncated prompt.
     misses : list of Miss
@@ -172,6 +178,10 @@ class RestoreReport:
     kept_share: float = 1.0
     cache_bytes: int = 0
     compress_s: float = 0.0
+    answer_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    answer_read_bytes: int = 0
     positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)
@@ -188,6 +198,16 @@ class RestoreReport:
     def lossy_share(self) -> float:
         """The part of the prompt's positions that was loaded inexactly."""
         return self.lossy_tokens / self.prompt_tokens
+
+    @property
+    def acceptance(self) -> float | None:
+        """The part of drafted tokens that was accepted; None if there were none."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
+
+    @property
+    def step_read_bytes(self) -> float | None:
+        """Bytes of keys and values read per step of an answer that may draft tokens; None before its first step."""
+        return self.answer_read_bytes / self.answer_steps if self.answer_steps else None
 
     def miss_reasons(self) -> dict[str, int]:
         """Tokens per reason of a miss."""
