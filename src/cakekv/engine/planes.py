@@ -74,11 +74,10 @@ class Planes:
 
     def read(self, both: bool) -> torch.Tensor:
         """(heads, tokens, width), float32: as the upper plane has them, or both."""
-        shape = self.heads, self._scales.shape[2], -1, self.width
+        shape, at = (self.heads, self._scales.shape[2], self.codec.group, self.width), 2
         if self.role == "values":
-            shape = self.heads, self.tokens, self._across, -1
+            shape, at = (self.heads, self.tokens, self._across, self.width // self._across), 3
         # The arithmetic of `TwoPlane.decode_tensors`, step by step.
-        at = 2 if self.role == "keys" else 3
         scales, lows = self._scales.float().unsqueeze(at + 1)
         values = self._levels(0).view(shape).mul_(scales).add_(lows)
         if both:
