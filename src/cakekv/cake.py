@@ -25,6 +25,7 @@ from cakekv.embedded.answering import Answering, Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
+from cakekv.embedded.completing import complete
 from cakekv.embedded.compressing import Compressing
 from cakekv.embedded.executor import Executor, check
 from cakekv.embedded.hints import Hints
@@ -815,11 +816,16 @@ class Cake:
         saver = None
         if asked.save and self._saver is not None and found.keys:
             saver = PromptSaver(self._saver, found, cache, partial(arms.arbiter.lent, request))
-        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress)
+        completes = self._compressing.completes
+        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress, completes)
         logits = restore.run()
-        report = restore.report()
-        restore.release()
-        return Prefill(token_ids, cache, logits, report)
+        prefill = Prefill(token_ids, cache, logits, restore.report())
+        try:
+            if completes:
+                complete(arms, request, restore, prefill)
+        finally:
+            restore.release()
+        return prefill
 
     def _learn(
         self,

@@ -77,7 +77,9 @@ def recoded(codec: TwoPlane, role: Any, values: torch.Tensor, parts: int = 2) ->
 
 @pytest.mark.parametrize("gamma", [0, 1, 5, 11])
 @pytest.mark.parametrize("length", [9, 2 * RECENT, 2 * RECENT + 1, 101])
-def test_answers_are_those_of_eight_bits(engine: TransformersEngine, prompt: list[int], gamma: int, length: int) -> None:
+def test_answers_are_those_of_eight_bits(
+    engine: TransformersEngine, prompt: list[int], gamma: int, length: int
+) -> None:
     """Of prompts of which nothing is rounded at first, or most; while an answer grows, the buffer fills twice."""
     given = answer(engine, gamma, prompt[:length])
     assert given.token_ids == eight_bits(engine, prompt[:length], 60)
@@ -88,7 +90,9 @@ def test_answers_are_those_of_eight_bits(engine: TransformersEngine, prompt: lis
     assert 0 <= report.accepted_tokens <= report.drafted_tokens
     if gamma:
         assert report.accepted_tokens > 0, "nothing was accepted, and so nothing was tested"
-        assert report.acceptance == report.accepted_tokens / report.drafted_tokens
+        judged = report.accepted_tokens + report.rejected_tokens
+        assert report.acceptance == report.accepted_tokens / judged
+        assert judged <= report.drafted_tokens
 
 
 def test_rounding_changes_an_answer(engine: TransformersEngine, prompt: list[int]) -> None:
@@ -316,7 +320,7 @@ def test_what_is_rounded_of_a_prompt(tokens: int, rounded: int) -> None:
         ("quantspec:gamma=65", "gamma is 65, but must be 0 to 64"),
         ("quantspec:group=7", "group is 7, but must be an even number"),
         ("quantspec:group=0", "group is 0, but must be an even number"),
-        ("quantspec:recent=32", "recent is 32, but must be at least 64"),
+        ("quantspec:recent=16", "recent is 16, but must be at least 32"),
         ("quantspec:draft=lower", "draft is lower, but must be upper or recent"),
         ("quantspec:bits=3", "no parameter 'bits=3'"),
     ],

@@ -37,7 +37,7 @@ class QuantSpec(Sight):
     name: ClassVar[str] = "quantspec"
     speculates: ClassVar[bool] = True
     gamma: int = 5
-    group: int = 64
+    group: int = 32
     recent: int = 128
     draft: str = "upper"
 

@@ -55,6 +55,11 @@ class Compressing:
         """Whether answers attend to all that was computed."""
         return self.method is None and self.sight is None
 
+    @property
+    def completes(self) -> bool:
+        """Whether parts of chunks that a restore has left are read behind it, while an answer is drafted."""
+        return self.sight is not None and self.sight.speculates and self._arms.options.reuse is None
+
     def apply(self, request: Request, prefill: Prefill, prompt: Tokenized) -> None:
         """Replace a prefill's cache by what is left of it; its report says how much that is."""
         if self.is_exact:

@@ -49,6 +49,7 @@ class Speculating:
         self._engine, self._cache, self._report = engine, prefill.cache, prefill.report
         self._gamma: int = sight.gamma
         self._end = end
+        self._ahead = prefill.drafts
         self._drafts: list[int] = []
         """Those behind the last chosen token, and the logits behind each of them."""
         self._logits: Sequence[Any] = ()
@@ -66,19 +67,26 @@ class Speculating:
                 self._drafts, self._logits = self._drafts[1:], self._logits[1:]
                 return self._logits[0]
             report.drafted_tokens += len(self._drafts)
+            report.rejected_tokens += 1
         self._cache.settle(position)
-        self._drafts = self._draft(token, position)
+        most = min(self._gamma, self._end - position - 1)
+        ahead, self._ahead = self._ahead, []
+        if ahead and ahead[0] == token:
+            self._drafts = ahead[1 : most + 1]
+        else:
+            self._drafts = draft(self._engine, self._cache, token, position, most)
         check()
         self._logits = self._engine.verify(self._cache, [token, *self._drafts], position)
         report.answer_read_bytes = self._cache.read_bytes
         return self._logits[0]
 
-    def _draft(self, token: int, position: int) -> list[int]:
-        """What probably comes behind a token."""
-        drafts: list[int] = []
-        most = min(self._gamma, self._end - position - 1, self._cache.room - 1)
-        while len(drafts) < most and token not in self._engine.stop_tokens:
-            check()
-            token = self._engine.draft(self._cache, token, position + len(drafts))
-            drafts.append(token)
-        return drafts
+
+def draft(engine: Engine[Any, Any], cache: Any, token: int, position: int, most: int) -> list[int]:
+    """What probably comes behind a token, up to a stop token, and as far as the cache has room to verify it."""
+    drafts: list[int] = []
+    most = min(most, cache.room - 1)
+    while len(drafts) < most and token not in engine.stop_tokens:
+        check()
+        token = engine.draft(cache, token, position + len(drafts))
+        drafts.append(token)
+    return drafts
