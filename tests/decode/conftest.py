@@ -1,5 +1,13 @@
-"""The tiny model and prompt of `tests/cake`."""
+from __future__ import annotations
 
-from tests.cake.conftest import engine, prompt
+from collections.abc import Iterator
 
-__all__ = ["engine", "prompt"]
+import pytest
+
+from tests.threads import single_thread
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield

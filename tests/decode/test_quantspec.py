@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cakekv.cake import Cake
 from cakekv.codec.base import Plane
@@ -18,21 +18,36 @@ from cakekv.engine.planes import Planes, PlanesCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.results import Generation
-from tests.cake.conftest import CHUNK
 from tests.cake.test_asyncio import Letters
 from tests.cake.test_forks import in_child
 from tests.matrix.models import build
 
-GROUP, RECENT = 8, 16
+CHUNK, GROUP, RECENT = 16, 8, 16
 SMALL = f"group={GROUP},recent={RECENT}"
 
 
 @pytest.fixture(scope="module")
-def engine(engine: TransformersEngine) -> TransformersEngine:
+def engine() -> TransformersEngine:
     """Answers as long as they may be."""
-    endless = TransformersEngine(engine.model)
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+    )
+    endless = TransformersEngine(LlamaForCausalLM(config).float())
     endless.stop_tokens = frozenset()
     return endless
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return np.random.default_rng(3).integers(0, 211, 20 * CHUNK + 5).tolist()
 
 
 def cake_of(engine: TransformersEngine, gamma: int, **options: Any) -> Cake:
@@ -185,7 +200,7 @@ def test_two_streams_at_once(engine: TransformersEngine, prompt: list[int]) -> N
 def test_a_cancelled_stream(engine: TransformersEngine, prompt: list[int]) -> None:
     """Nothing of it is left in the next, and nothing is saved of either."""
     with cake_of(engine, 5, store="memory://") as cake:
-        stream = cake.stream(prompt, max_new_tokens=60)
+        stream: Any = cake.stream(prompt, max_new_tokens=60)
         for _ in range(7):
             next(stream)
         stream.close()

@@ -74,12 +74,13 @@ class _Completing:
 
     def run(self, computed: Sequence[range]) -> None:
         """Draft, wait, and compute these runs of positions again."""
-        prefill, arms = self._prefill, self._arms
+        prefill, arms, sight = self._prefill, self._arms, self._arms.options.decode
+        assert sight is not None
         try:
             with self._placing:
                 self._hire()
                 with arms.arbiter.turn(self._request):
-                    view = arms.engine.look(prefill.cache, prefill.token_ids, arms.options.decode)
+                    view = arms.engine.look(prefill.cache, prefill.token_ids, sight)
             self._draft(view)
             del view
             self._await()

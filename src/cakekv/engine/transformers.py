@@ -319,10 +319,10 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         with cache.drafting():
             return int(self._forward_ragged(cache, [token], position, 1)[0].argmax())
 
-    def verify(self, cache: Any, token_ids: Sequence[int], start: int) -> torch.Tensor:
+    def verify(self, cache: Any, token_ids: Sequence[int], start: int) -> list[torch.Tensor]:
         """As `Engine.verify`."""
         cache.give_up(start)
-        return self._forward_ragged(cache, token_ids, start, len(token_ids))
+        return list(self._forward_ragged(cache, token_ids, start, len(token_ids)))
 
     @property
     def tap(self) -> Tap:
