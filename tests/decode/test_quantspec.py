@@ -14,7 +14,7 @@ from cakekv.cake import Cake
 from cakekv.codec.base import Plane
 from cakekv.codec.two_plane import TwoPlane
 from cakekv.decode.quantspec import QuantSpec
-from cakekv.engine.planes import Planes, PlanesCache
+from cakekv.engine.halves import Halves, HalvesCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.results import Generation
@@ -90,8 +90,9 @@ def recoded(codec: TwoPlane, role: Any, values: torch.Tensor, parts: int = 2) ->
     return torch.from_numpy(decoded)
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 5, 11])
-@pytest.mark.parametrize("length", [9, 2 * RECENT, 2 * RECENT + 1, 101])
+@pytest.mark.parametrize(
+    ("gamma", "length"), [(5, 9), (0, 2 * RECENT), (5, 2 * RECENT + 1), (0, 101), (1, 101), (5, 101), (11, 101)]
+)
 def test_answers_are_those_of_eight_bits(
     engine: TransformersEngine, prompt: list[int], gamma: int, length: int
 ) -> None:
@@ -136,7 +137,7 @@ def test_however_tokens_are_chosen(engine: TransformersEngine, prompt: list[int]
         assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("length", [1, 2, 3, 8])
 def test_max_new_tokens_in_the_middle_of_a_run(engine: TransformersEngine, prompt: list[int], length: int) -> None:
     whole, cut = answer(engine, 6, prompt), answer(engine, 6, prompt, max_new_tokens=length)
     assert cut.token_ids == whole.token_ids[:length]
@@ -146,7 +147,7 @@ def test_max_new_tokens_in_the_middle_of_a_run(engine: TransformersEngine, promp
 
 def test_stop_tokens_in_the_middle_of_a_run(engine: TransformersEngine, prompt: list[int]) -> None:
     whole = answer(engine, 6, prompt).token_ids
-    for place in (0, 1, 5, 8, 13, 21):
+    for place in (0, 1, 8, 13):
         stopping = TransformersEngine(engine.model)
         stopping.stop_tokens = frozenset([whole[place]])
         cut = answer(stopping, 6, prompt)
@@ -257,14 +258,14 @@ def test_a_restored_prompt(engine: TransformersEngine, prompt: list[int]) -> Non
     assert loaded.token_ids == expected
 
 
-def held(cache: PlanesCache) -> list[torch.Tensor]:
+def held(cache: HalvesCache) -> list[torch.Tensor]:
     """Everything that a cache has, copied."""
     layers: list[Any] = cache.stored
     return [
         tensor.clone()
         for layer in layers
-        for planes in layer._planes
-        for tensor in (planes._scales, planes._codes, layer._keys[:, : layer.used], layer._values[:, : layer.used])
+        for halves in layer._halves
+        for tensor in (halves._scales, halves._codes, layer._keys[:, : layer.used], layer._values[:, : layer.used])
     ]
 
 
@@ -307,16 +308,16 @@ def test_memory_and_bytes_read(engine: TransformersEngine, prompt: list[int]) ->
 
 @pytest.mark.parametrize("role", ["keys", "values"])
 @pytest.mark.parametrize("width", [8, 24, 32])
-def test_planes_are_the_codecs(role: Any, width: int) -> None:
-    """Bit for bit, in two pieces, both planes and the upper alone."""
+def test_halves_are_the_codecs(role: Any, width: int) -> None:
+    """Bit for bit, in two pieces, both halves and the upper alone."""
     values = torch.randn(3, 48, width, generator=torch.Generator().manual_seed(2)) * 3
     codec = TwoPlane(group=16 if role == "keys" or not width % 16 else width)
-    planes = Planes(role, 16, values)
-    planes.add(values[:, :32])
-    planes.add(values[:, 32:])
+    halves = Halves(role, QuantSpec(group=16), values)
+    halves.add(values[:, :32])
+    halves.add(values[:, 32:])
     for parts in (1, 2):
         expected = torch.cat([recoded(codec, role, piece, parts) for piece in (values[:, :32], values[:, 32:])], 1)
-        assert torch.equal(planes.read(both=parts == 2), expected)
+        assert torch.equal(halves.read(both=parts == 2), expected)
 
 
 @pytest.mark.parametrize(

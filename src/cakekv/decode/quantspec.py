@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from cakekv.codec.two_plane import TwoPlane
 from cakekv.decode.base import Sight
 
 if TYPE_CHECKING:
     from cakekv.engine.ragged import RaggedCache
+
+Role = Literal["keys", "values"]
 
 MOST_DRAFTS = 64
 
@@ -47,12 +50,16 @@ class QuantSpec(Sight):
         self.check("recent", self.group <= self.recent < 2**31, f"at least {self.group} tokens, which is group")
         self.check("draft", self.draft in ("upper", "recent"), "upper or recent")
 
+    def codec(self, role: Role, width: int) -> TwoPlane:
+        """What rounds keys or values of such a width; a token's values together, if they cannot be cut into groups."""
+        return TwoPlane(group=width if role == "values" and width % self.group else self.group)
+
     def rounded(self, exact: int) -> int:
         """Of so many tokens in full precision, how many the oldest are that are to be rounded."""
         return 0 if exact <= 2 * self.recent else (exact - self.recent) // self.group * self.group
 
     def hold(self, cache: RaggedCache) -> RaggedCache:
         """As `Sight.hold`: a copy in two precisions."""
-        from cakekv.engine.planes import PlanesCache
+        from cakekv.engine.halves import HalvesCache
 
-        return PlanesCache(cache, self)
+        return HalvesCache(cache, self)

@@ -192,6 +192,8 @@ class _Completing:
                 except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
                     reason = failure_reason(error)
             with self._changed:
+                if self.cancelled and reason:
+                    return
                 name, report = self._arms.tiers[tier].name, self._prefill.report
                 outcome = reason or "placed"
                 report.loads.append(

@@ -1,18 +1,17 @@
-"""A KV cache in two precisions: eight bits in two planes of four, and the newest tokens in full precision."""
+"""A KV cache in two precisions: eight bits in two halves of four, and the newest tokens as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from cakekv.codec.base import Plane
 from cakekv.codec.tensors import unpacked
-from cakekv.codec.two_plane import TwoPlane
-from cakekv.decode.quantspec import QuantSpec
+from cakekv.decode.quantspec import QuantSpec, Role
 from cakekv.engine.ragged import RaggedCache, RaggedLayer
 from cakekv.engine.tap import Attending
 from cakekv.errors import BadInput
@@ -20,19 +19,16 @@ from cakekv.errors import BadInput
 _SINKS = 4
 """What drafts from the newest tokens see of the first ones."""
 
-Role = Literal["keys", "values"]
 
-
-class Planes:
+class Halves:
     """A layer's keys, or its values, of its oldest tokens, as the codec `two_plane` writes them.
 
     Parameters
     ----------
     role : {"keys", "values"}
-        Keys are rounded in groups of tokens, values in groups of channels, or all of a token's if they cannot be cut
-        into groups.
-    group : int
-        Elements that share a scale.
+        Which.
+    sight : QuantSpec
+        How to round them.
     like : Tensor
         (heads, tokens, width), of any number of tokens: where it is.
 
@@ -42,11 +38,10 @@ class Planes:
         How many.
     """
 
-    def __init__(self, role: Role, group: int, like: torch.Tensor) -> None:
+    def __init__(self, role: Role, sight: QuantSpec, like: torch.Tensor) -> None:
         self.role = role
         self.heads, _, self.width = like.shape
-        fits = role == "keys" or self.width % group == 0
-        self.codec = TwoPlane(group=group if fits else self.width)
+        self.codec = sight.codec(role, self.width)
         self._across = self.width if role == "keys" else self.width // self.codec.group
         self.tokens = 0
         self._device = like.device
@@ -73,7 +68,7 @@ class Planes:
         self.tokens += tokens
 
     def read(self, both: bool) -> torch.Tensor:
-        """(heads, tokens, width), float32: as the upper plane has them, or both."""
+        """(heads, tokens, width), float32: as the upper half has them, or both."""
         shape, at = (self.heads, self._scales.shape[2], self.codec.group, self.width), 2
         if self.role == "values":
             shape, at = (self.heads, self.tokens, self._across, self.width // self._across), 3
@@ -84,16 +79,16 @@ class Planes:
             values.add_(self._levels(1).view(shape).sub_(8).mul_(scales * (1 / 16)))
         return values.view(self.heads, self.tokens, self.width)
 
-    def _levels(self, plane: int) -> torch.Tensor:
-        return unpacked(self._codes[plane].reshape(1, -1), 4, self.heads, self.tokens, self.width)[0].float()
+    def _levels(self, half: int) -> torch.Tensor:
+        return unpacked(self._codes[half].reshape(1, -1), 4, self.heads, self.tokens, self.width)[0].float()
 
     def nbytes(self, both: bool) -> int:
-        """Bytes of the upper plane with its scales, or of both."""
+        """Bytes of the upper half with its scales, or of both."""
         return self._scales.nbytes + self._codes.nbytes // (1 if both else 2)
 
 
-class PlanesLayer(RaggedLayer):
-    """One layer: planes of its oldest tokens, and the newest as they are.
+class HalvesLayer(RaggedLayer):
+    """One layer: its oldest tokens in two halves, and the newest as they are.
 
     Parameters
     ----------
@@ -117,15 +112,15 @@ class PlanesLayer(RaggedLayer):
         )
         self.drafting = False
         self._sight = sight
-        self._planes = Planes("keys", sight.group, keys), Planes("values", sight.group, values)
+        self._halves = Halves("keys", sight, keys), Halves("values", sight, values)
         if cut:
-            for planes, whole in zip(self._planes, (keys, values), strict=True):
-                planes.add(whole[:, :cut])
+            for halves, whole in zip(self._halves, (keys, values), strict=True):
+                halves.add(whole[:, :cut])
 
     @property
     def rounded(self) -> int:
-        """Tokens that are in the planes."""
-        return self._planes[0].tokens
+        """Tokens that are in two halves."""
+        return self._halves[0].tokens
 
     @property
     def keys(self) -> torch.Tensor:
@@ -144,8 +139,8 @@ class PlanesLayer(RaggedLayer):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of both planes, and of the newest tokens."""
-        return sum(planes.nbytes(True) for planes in self._planes) + super().held_bytes
+        """Bytes of both halves, and of the newest tokens."""
+        return sum(halves.nbytes(True) for halves in self._halves) + super().held_bytes
 
     @property
     def kept_bytes(self) -> int:
@@ -155,7 +150,7 @@ class PlanesLayer(RaggedLayer):
     @property
     def read_bytes(self) -> int:
         """Bytes that a step reads of it now."""
-        upper = sum(planes.nbytes(self._reads_both) for planes in self._planes)
+        upper = sum(halves.nbytes(self._reads_both) for halves in self._halves)
         if self._is_sparse:
             upper = round(upper * (len(self._columns()) - self.used) / self.rounded) if self.rounded else 0
         return upper + super().held_bytes
@@ -195,8 +190,8 @@ class PlanesLayer(RaggedLayer):
         """Round the oldest tokens of the buffer, if it holds too many."""
         cut = self._sight.rounded(self.used)
         if cut:
-            for planes, buffer in zip(self._planes, (self._keys, self._values), strict=True):
-                planes.add(buffer[:, :cut])
+            for halves, buffer in zip(self._halves, (self._keys, self._values), strict=True):
+                halves.add(buffer[:, :cut])
             left = slice(cut, self.used)
             self._keys, self._values = self._keys[:, left].clone(), self._values[:, left].clone()
             self._positions = self._positions[:, left].clone()
@@ -213,17 +208,17 @@ class PlanesLayer(RaggedLayer):
 
     @property
     def _cut(self) -> int:
-        """Where the newest tokens begin that drafts see besides the first: the upper plane is half of both."""
+        """Where the newest tokens begin that drafts see besides the first."""
         return self.rounded - self.rounded // 2 + self._sinks
 
     def _read(self, number: int, buffer: torch.Tensor) -> torch.Tensor:
-        rounded = self._planes[number].read(self._reads_both).to(buffer.dtype)
+        rounded = self._halves[number].read(self._reads_both).to(buffer.dtype)
         if self._is_sparse:
             rounded = torch.cat([rounded[:, : self._sinks], rounded[:, self._cut :]], 1)
         return torch.cat([rounded, buffer[:, : self.used]], 1)[None]
 
 
-class PlanesCache(RaggedCache):
+class HalvesCache(RaggedCache):
     """What `QuantSpec` holds of a prompt's cache, and what an answer adds to it.
 
     Layers with a window, which read little, stay as they are.
@@ -245,13 +240,13 @@ class PlanesCache(RaggedCache):
         layers: list[Any] = []
         for layer in cache.layers:
             if isinstance(layer, RaggedLayer) and layer.window is None:
-                layer = PlanesLayer(layer, sight)
+                layer = HalvesLayer(layer, sight)
             elif isinstance(layer, RaggedLayer):
                 layer.close_up()  # into memory of its own
             layers.append(layer)
         super().__init__(layers)
         self.read_bytes = 0
-        self._rounding = [layer for layer in layers if isinstance(layer, PlanesLayer)]
+        self._rounding = [layer for layer in layers if isinstance(layer, HalvesLayer)]
 
     @property
     def room(self) -> int:
@@ -261,7 +256,7 @@ class PlanesCache(RaggedCache):
     def attend(self, attending: Attending) -> torch.Tensor:
         """The `Hand` of forwards over it."""
         layer = self.layer_of(attending)
-        self.read_bytes += layer.read_bytes if isinstance(layer, PlanesLayer) else layer.held_bytes
+        self.read_bytes += layer.read_bytes if isinstance(layer, HalvesLayer) else layer.held_bytes
         return super().attend(attending)
 
     @contextmanager
