@@ -9,8 +9,8 @@ from cakekv.errors import BadInput
 from cakekv.recipes import parameters_of
 
 SIGHTS = {
-    "quantspec": "cakekv.decode.quantspec:QuantSpec",
     "whole": "cakekv.decode.whole:Whole",
+    "quantspec": "cakekv.decode.quantspec:QuantSpec",
 }
 """Module and class by name."""
 

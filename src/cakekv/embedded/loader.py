@@ -402,8 +402,7 @@ class Loader:
         views = segments(header.shape, buffer)
         for index, code in read.items():
             views[index][:] = code
-        room = lambda: buffers.enter_context(self._staging.buffer())  # noqa: E731
-        return self._decoded(coder, header, wanted, buffer, load, room)
+        return self._decoded(coder, header, wanted, buffer, load, lambda: buffers.enter_context(self._staging.buffer()))
 
     def _layers(self, load: Load) -> list[int]:
         wanted = range(self._coders.usual.layers) if load.windowed else self._unwindowed
