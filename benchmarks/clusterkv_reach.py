@@ -62,7 +62,7 @@ def _claim(budget: int, tokens: int, rows: Sequence[dict[int, dict[str, float]]]
     figures: dict[str, Any] = figures_of({kind: [(row[budget][kind], 1.0) for row in rows] for kind in _KINDS})
     return Claim(
         f"clusterkv reach: {budget} of {tokens} tokens",
-        f"at most {WORTHWHILE} of a prefix's chunks hold what its first token selects, so that loading these first pays",
+        f"at most {WORTHWHILE} of a prefix's chunks hold what its first token selects: to load these first pays",
         figures,
         figures["chunks"] <= WORTHWHILE,
     )
