@@ -96,7 +96,9 @@ class Reach(Sight):
 
     def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
         groups = self.memos[layer.index].get("groups")
-        for sight in self.sights if groups is not None else ():
+        for sight in self.sights:
+            if groups is None:
+                continue
             chosen = sight.chosen(layer, groups).flatten(1)
             rows = torch.zeros((layer.heads, layer.entries), dtype=torch.bool).scatter_(1, chosen, True)
             rows[:, : sight.sinks] = True
