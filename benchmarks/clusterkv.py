@@ -73,7 +73,7 @@ def main(
                 "recall_of_every": _EVERY,
                 "sights": [one.recipe for one in seen],
             }
-            write_systems(json_file, "clusterkv", claims, settings)
+            write_systems(json_file, "clusterkv:", claims, settings)
 
 
 def judged(engine: TransformersEngine, document: Document, sights: Sequence[Grouped]) -> dict[str, dict[str, float]]:
