@@ -49,7 +49,7 @@ class Layer:
     positions : Tensor
         (kv_heads, entries), int64: where each entry stood in the text; -1 for none.
     length : int
-        Tokens of the sequence so far, whether kept or not.
+        Tokens of the sequence so far, whether kept or not; of a chunk that is being saved, up to its end.
     queries : Tensor or None
         (heads, rows, width), as attention gets them: of the newest `rows` tokens, as many as the method asks for.
         None for a chunk that is being saved.
