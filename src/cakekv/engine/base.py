@@ -113,6 +113,20 @@ class Engine(ABC, Generic[Cache, Logits]):
     def new_cache(self, capacity: int) -> Cache:
         """An empty KV cache with room for `capacity` tokens."""
 
+    def new_sparse_cache(self, capacity: int) -> Cache:
+        """As `new_cache`, for chunks of which rows may be absent, as `Codec.drops` says: nothing attends to those.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The engine attends to all that is loaded.
+        """
+        raise UnsupportedEngine("this engine attends to all that is loaded: give no compress that acts at store")
+
+    def kept_share(self, cache: Cache, length: int) -> float:
+        """Of the rows of all layers and heads of a cache's first `length` tokens, the part that is there."""
+        return 1.0
+
     @abstractmethod
     def compute(self, cache: Cache, token_ids: Sequence[int], start: int, gate: Gate | None = None) -> Logits:
         """Run the model over the span of `token_ids` that begins at position `start`.

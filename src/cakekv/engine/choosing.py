@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cakekv.compress.base import ALL, Layer, Marked, Method
+from cakekv.engine.absent import attend_present, positions_of
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
 from cakekv.engine.ragged import RaggedCache, RaggedLayer, ragged_view
 from cakekv.engine.tap import Attending, Tap
@@ -108,6 +109,7 @@ class _Watch:
                 (at, layer) for at, layer in enumerate(cache.layers) if isinstance(layer, TwoEndedLayer)
             )
         }
+        self.layers: list[Any] = [_ReadLayer(one) if isinstance(one, TwoEndedLayer) else one for one in cache.layers]
         self.sums = sums
         self.length = length
         self.queries: dict[int, list[torch.Tensor]] = {}
@@ -123,14 +125,14 @@ class _Watch:
                 self._add(number, attending)
             else:
                 self.queries.setdefault(number, []).append(attending.query[0])
-        return attending.ordinary()
+        return attend_present(self.layers[attending.layer], attending)
 
     def _add(self, number: int, attending: Attending) -> None:
         """Add the rows of these queries up."""
         queries, keys = attending.query[0], attending.key[0]
         tokens, end = queries.shape[1], keys.shape[1]
         at = torch.arange(end - tokens, end, device=keys.device)
-        positions = torch.arange(end, device=keys.device).expand(keys.shape[0], -1)
+        positions = positions_of(self.layers[attending.layer], 0, end)
         layer = Layer(
             number, len(self.windows), keys, attending.value[0], positions, end, queries, at, *self.scaling[number]
         )
@@ -141,9 +143,8 @@ class _Watch:
 class _ReadLayer(TwoEndedLayer):
     """A layer of the cache that is not written to: what tokens that run again would write is there."""
 
-    def __init__(self, layer: TwoEndedLayer, start: int) -> None:
+    def __init__(self, layer: TwoEndedLayer) -> None:
         self.__dict__.update(layer.__dict__)  # the same memory
-        self.length = start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -171,9 +172,10 @@ def _seen(
     watch = _Watch(cache, wanted == ALL, length)
     if rows:
         start = length - rows
-        reading = Cache(
-            layers=[_ReadLayer(one, start) if isinstance(one, TwoEndedLayer) else one for one in cache.layers]
-        )
+        reading = Cache(layers=watch.layers)
+        for one in watch.layers:
+            if isinstance(one, _ReadLayer):
+                one.length = start
         with torch.inference_mode(), tap.handing(watch) as twin:
             for begin in range(start, length, _SPAN):
                 end = min(begin + _SPAN, length)

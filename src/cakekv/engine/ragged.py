@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cakekv.compress.base import Layer, Method
+from cakekv.engine.absent import positions_of, visible
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
 from cakekv.engine.tap import Attending
 from cakekv.engine.versions import Cache, CacheLayerMixin
@@ -163,11 +164,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens == 1 and not self._hides and self.bias is None and not self._passes_window():
             return None
-        positions = self.positions
-        at = torch.arange(self.length - tokens, self.length, device=positions.device)[:, None]
-        seen = (positions[:, None] >= 0) & (positions[:, None] <= at)
-        if self.window is not None:
-            seen &= positions[:, None] > at - self.window
+        seen = visible(self.positions, self.length, tokens, self.window)
         if self.bias is None and not self._hides:
             return seen[None, :1]
         per_head = heads // self.heads
@@ -476,8 +473,7 @@ def ragged_view(
         rotation = next(turns)
         if rotation is not None:
             keys = _turned(keys.float(), rotation, first, -1)
-        positions = torch.arange(first, length, device=keys.device).repeat(keys.shape[0], 1)
-        layers.append(RaggedLayer(keys, values, positions, length, layer.window, rotation))
+        layers.append(RaggedLayer(keys, values, positions_of(layer, first, length), length, layer.window, rotation))
     return RaggedCache(layers, method)
 
 
