@@ -18,6 +18,7 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.codec.rows import codec_of_rows
 from cakekv.compress.base import Method
 from cakekv.decode.base import Sight
 from cakekv.embedded.answer_saver import AnswerSaver
@@ -154,8 +155,9 @@ class Cake:
         Answers are not exact then, and their reports say so. None: what no stored prefix has is computed.
     compress : str, Method, sequence of them, or None
         How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
-        as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. Two
-        methods, "kvmerger:at=store+corm", must act at different times.
+        as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. One that
+        acts at store, "key_norm:when=store", makes stored chunks smaller, as `codec` does. Two methods,
+        "kvmerger:when=store+corm", must act at different times.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
@@ -218,7 +220,8 @@ class Cake:
         )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
-        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
+        codec = codec_of_rows(options.codec, options.compress)
+        options = replace(options, codec=codec.for_model(engine.weights_names()))
         self.options = options
         self.engine = engine
         self.tokenizer = tokenizer
@@ -808,7 +811,8 @@ class Cake:
     def _restore_found(
         self, request: Request, found: Found, token_ids: list[int], capacity: int, asked: PrefillOptions
     ) -> Prefill:
-        arms, cache = self._arms, self.engine.new_cache(capacity)
+        arms, engine = self._arms, self.engine
+        cache = engine.new_sparse_cache(capacity) if self.codec.drops else engine.new_cache(capacity)
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
         saver = None
         if asked.save and self._saver is not None and found.keys:
