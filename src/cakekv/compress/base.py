@@ -128,7 +128,7 @@ class Layer:
         queries, at = self.queries, self.query_positions
         if last is not None:
             queries, at = queries[:, -last:], at[-last:]
-        grouped = queries.float().unflatten(0, (self.heads, -1))
+        grouped = queries.float().view(self.heads, -1, *queries.shape[1:])
         logits = torch.einsum("hgrd,hed->hgre", grouped, self.keys.float()) * self.scaling
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -146,7 +146,7 @@ class Layer:
             (kv_heads, entries), float32. Of all rows so far if the method asked for `ALL`, and `last` is None.
         """
         if self.total is not None and last is None:
-            return self.total.unflatten(0, (self.heads, -1)).mean(1)
+            return self.total.view(self.heads, -1, self.total.shape[1]).mean(1)
         return self.attention(last).mean(1).sum(1)
 
 

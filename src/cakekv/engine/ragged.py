@@ -6,7 +6,8 @@ up to consecutive positions, and their keys are turned each time they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -464,7 +465,7 @@ def ragged_view(
     rotations : sequence of Rotation or None
         Given if entries move up: how the keys of each layer are turned.
     """
-    turns = iter(rotations or [None] * len(cache.stored))
+    turns: Iterator[Rotation | None] = iter(rotations) if rotations is not None else repeat(None)
     layers: list[Any] = []
     for layer in cache.layers:
         if not isinstance(layer, TwoEndedLayer):

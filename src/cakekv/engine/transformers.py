@@ -451,6 +451,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def held_bytes(self, cache: TwoEndedCache) -> int:
         """As `Engine.held_bytes`."""
+        if isinstance(cache, RaggedCache):
+            return cache.held_bytes
         return sum(region.nbytes for layer in cache.stored for region in layer.regions)
 
     def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:
