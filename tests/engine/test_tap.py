@@ -313,5 +313,9 @@ def test_what_cannot_be_asked() -> None:
     ragged = engine.compress(cache, prompt_of(engine), Chosen(some_of(2)))
     with pytest.raises(BadInput, match="goes on at 40"):
         engine.compute(ragged, [1], 20)
+    with pytest.raises(BadInput, match="does not fit"):
+        engine.compute(ragged, [1] * 300, TOKENS)
     with pytest.raises(BadInput, match="holes"):
         ragged.dynamic_cache(10)
+    with pytest.raises(BadInput, match=r"goes on in engine\.compute"), torch.inference_mode():
+        engine.model(input_ids=torch.tensor([[1]]), past_key_values=ragged)

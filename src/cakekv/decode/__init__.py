@@ -9,8 +9,10 @@ from cakekv.errors import BadInput
 from cakekv.recipes import parameters_of
 
 SIGHTS = {
-    "less": "cakekv.decode.less:Less",
     "whole": "cakekv.decode.whole:Whole",
+    "pages": "cakekv.decode.pages:Pages",
+    "clusterkv": "cakekv.decode.clusterkv:ClusterKV",
+    "less": "cakekv.decode.less:Less",
 }
 """Module and class by name."""
 

@@ -16,7 +16,9 @@ from cakekv.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
+    from cakekv.decode.sidecar import Sidecar
     from cakekv.engine.tap import Attending
+    from cakekv.keys import ChunkKey
 
 
 class View(NamedTuple):
@@ -45,6 +47,25 @@ class Sight(ABC):
     def method(self) -> Method | None:
         """What lets go of entries beside it; None: nothing does."""
         return None
+
+    def beside(self, keys: Sequence[ChunkKey], chunk_tokens: int) -> list[Sidecar]:
+        """What is stored beside a prompt's chunks, of what `prepare` works out: in `Layer.memo`, as `spans`, by end.
+
+        Parameters
+        ----------
+        keys : sequence of ChunkKey
+            Of the prompt's full chunks.
+        chunk_tokens : int
+            Tokens of each.
+        """
+        return []
+
+    def groups_layer(self, index: int) -> bool:
+        """Whether there is something beside chunks of a layer, if that sees everything."""
+        return False
+
+    def check_chunks(self, chunk_tokens: int) -> None:  # noqa: B027  # some store nothing
+        """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them."""
 
     def for_model(self, names: Iterable[str]) -> Sight:
         """The same with what was learned of a model, for one that has to learn; as `Codec.for_model`.

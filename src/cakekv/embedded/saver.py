@@ -92,6 +92,13 @@ class _Job(NamedTuple):
     may_be_stored: bool
 
 
+class _Beside(NamedTuple):
+    """What waits to be stored beside chunks."""
+
+    key: ChunkKey
+    data: memoryview
+
+
 class _Note(NamedTuple):
     """An identity that waits to be left in the store."""
 
@@ -126,7 +133,7 @@ class Saver:
         self._staging = staging
         self._options = options
         self._introduced: set[bytes] = set()
-        self._queue: queue.SimpleQueue[_Job | _Note | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | _Beside | _Note | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         """Guards the following, and the report."""
@@ -170,9 +177,17 @@ class Saver:
         if self._closed or self.knows(identity):
             return
         self._introduced.add(identity.root)
+        self._put(_Note(identity.root.hex(), identity.fields()))
+
+    def save_beside(self, key: ChunkKey, data: memoryview) -> None:
+        """Hand over what is stored beside chunks, a few hundredths of their bytes; it is not missed where it fails."""
+        if not self._closed and not self.hangs:
+            self._put(_Beside(key, data))
+
+    def _put(self, job: _Beside | _Note) -> None:
         with self._changed:
             self._pending += 1
-        self._queue.put(_Note(identity.root.hex(), identity.fields()))
+        self._queue.put(job)
         self._begin()
 
     def save(
@@ -312,7 +327,7 @@ class Saver:
             self._pending += 1
             return True
 
-    def _done(self, job: _Job | _Note) -> None:
+    def _done(self, job: _Job | _Beside | _Note) -> None:
         """The job is over, one way or the other."""
         with self._changed:
             self._pending -= 1
@@ -343,7 +358,7 @@ class Saver:
                 if job is not None:
                     self._drop(job, kind, reason)
 
-    def _drop(self, job: _Job | _Note, kind: str, reason: str) -> None:
+    def _drop(self, job: _Job | _Beside | _Note, kind: str, reason: str) -> None:
         if isinstance(job, _Job):
             self._lost(kind, reason)
         self._done(job)
@@ -366,6 +381,8 @@ class Saver:
             try:
                 if isinstance(job, _Job):
                     self._write(job)
+                elif isinstance(job, _Beside):
+                    self.store.write(job.key, job.data)
                 else:
                     self.store.remember_identity(job.root, job.fields)
             except BaseException as error:  # also what no store should raise, and a lack of memory: the next may do
@@ -376,7 +393,7 @@ class Saver:
                 self._done(job)
                 del job  # what it keeps may be large, and the next one may take its time
 
-    def _next(self) -> _Job | _Note | None:
+    def _next(self) -> _Job | _Beside | _Note | None:
         """What comes next; None when the thread has to end, also because nothing has come for a while."""
         with suppress(queue.Empty):
             return self._queue.get(timeout=IDLE_S)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cakekv.codec.base import first_exact_chunk
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.sidecars import Beside, Sidecars
 from cakekv.embedded.tails import Tails, tails_at
 from cakekv.embedded.turnable import Turnable
 from cakekv.engine.base import Engine, EngineState
@@ -26,6 +27,9 @@ from cakekv.store.asking import Asker, Late, Question
 from cakekv.store.base import Store
 from cakekv.store.maintenance.explain import why_nothing_is_stored
 from cakekv.store.sizes import Sizes, doubt_of
+
+if TYPE_CHECKING:  # it needs torch
+    from cakekv.decode.sidecar import Sidecar
 
 Answer = TypeVar("Answer")
 Holders = dict[tuple[int, ChunkKey], tuple[int, ...]]
@@ -75,6 +79,8 @@ class Found:
     """Under whose keys its answer is saved; None: it is not. Known after the restore."""
     ends_whole: bool = True
     """Whether the cache has all layers of what stands behind the prompt's last full chunk; known after the restore."""
+    beside: Beside | None = None
+    """What a sight has stored beside the chunks."""
     lookup_s: float = 0.0
     """Seconds that asking took."""
     documents: Sequence[Place] = ()
@@ -125,6 +131,7 @@ class StoredPrefixes:
         self.tails = Tails()
         self._first = self._named = Named(self._engine.state(), self._identify())
         self._turnable = Turnable(arms)
+        self._sidecars = Sidecars(arms)
 
     def now(self) -> Named:
         """What computes now, in the calling thread."""
@@ -143,10 +150,14 @@ class StoredPrefixes:
         tails = self._remembered(Chain(named.identity.root, keys), token_ids) if is_named else []
         others = [serving.key for chain in [*chains, tails] for serving in chain]
         others += [serving.key for level in levels for _, serving in level.place(self._chunks(level))]
+        sight = self._arms.options.decode
+        beside = sight.beside(keys, tokens) if sight is not None else []
+        others += [sidecar.key for sidecar in beside]
         held = self._held(list(dict.fromkeys([*keys, *others])), notes)
         chain = serve_chain(keys, tokens, len(token_ids))
         found = self._found(named, keys, chain, prompt, held)
         found.is_named = is_named
+        found.beside = self._begin_beside(beside, held) if beside else None
         chunks = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
         found.tail = tail = self._tail(found.own, chunks, token_ids, tails, held) if is_named else None
         if chains or levels or tail is not None:
@@ -162,6 +173,15 @@ class StoredPrefixes:
             self._lay_out(found, prefix, holders, served, served_by)
         found.lookup_s = monotonic() - began
         return found
+
+    def _begin_beside(self, wanted: list[Sidecar], held: dict[ChunkKey, list[tuple[int, int]]]) -> Beside:
+        """Begin to read what is stored beside the chunks, each from the first tier that has it."""
+        by_tier: dict[int, list[Sidecar]] = {}
+        for sidecar in wanted:
+            for tier, _ in held.get(sidecar.key, ())[:1]:
+                by_tier.setdefault(tier, []).append(sidecar)
+        read = self._sidecars.read
+        return Beside(wanted, [self._ask.begin(tier, partial(read, sidecars=those)) for tier, those in by_tier.items()])
 
     def _tail(
         self,
@@ -196,6 +216,10 @@ class StoredPrefixes:
         found = self._found(named, keys, chain, Tokenized(token_ids), self._held(keys, notes))
         found.lookup_s = monotonic() - began
         return found
+
+    def unasked(self, prompt: Tokenized) -> Found:
+        """For a prompt of which nothing is to be loaded or saved."""
+        return Found(self._engine, self.now(), [], len(prompt.token_ids), [], [], [], 0, is_named=False)
 
     def _named_for(self, tenant: str | None, notes: list[str]) -> tuple[Named, bool]:
         """What computes now, for a tenant, and whether its chunks are loaded and saved."""
@@ -365,6 +389,8 @@ class StoredPrefixes:
     def keys_of(self, prompt: Tokenized, with_tails: bool = False) -> list[ChunkKey]:
         """The keys of a prompt's chunks: of its documents, and then its own full ones; and of all tails it may have.
 
+        `with_tails`, also those of what is stored beside them.
+
         Raises
         ------
         BadInput
@@ -379,6 +405,9 @@ class StoredPrefixes:
         keys += chunk_keys(named.identity, prompt.token_ids)
         if with_tails:
             tokens, parents = self._coder.exact.tokens, [named.identity.root, *keys]
+            sight = self._arms.options.decode
+            own = chunk_keys(named.identity, prompt.token_ids)
+            keys += [one.key for one in sight.beside(own, tokens)] if sight is not None else []
             for chunk, parent in enumerate(parents):
                 keys += tail_keys(parent, prompt.token_ids[chunk * tokens : (chunk + 1) * tokens - 1])
         return keys
@@ -446,15 +475,17 @@ class Lookup:
             self._log(index, operation, answer)
         return answers
 
+    def begin(self, index: int, ask: Callable[[Store], Answer]) -> Question[Answer] | StoreError:
+        """Ask one tier something; or why it cannot be asked."""
+        try:
+            if self._hangs(index):
+                raise Late("it is not asked, since none of its reads has come back for a while")
+            return self._askers[index].ask(partial(ask, self._tiers[index]))
+        except StoreError as error:
+            return error
+
     def _answers(self, ask: Callable[[int, Store], Answer]) -> list[Answer | StoreError]:
-        questions: list[Question[Answer] | StoreError] = []
-        for index, (tier, asker) in enumerate(zip(self._tiers, self._askers, strict=True)):
-            try:
-                if self._hangs(index):
-                    raise Late("it is not asked, since none of its reads has come back for a while")
-                questions.append(asker.ask(partial(ask, index, tier)))
-            except StoreError as error:
-                questions.append(error)
+        questions = [self.begin(index, partial(ask, index)) for index in range(len(self._tiers))]
         answers: list[Answer | StoreError] = []
         for question in questions:
             try:

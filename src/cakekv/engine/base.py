@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cakekv.codec.on_device import DeviceDecoder
     from cakekv.compress.base import Marked, Method
     from cakekv.decode.base import Sight
+    from cakekv.decode.groups import Groups
     from cakekv.reuse.blend import Blend
 
 Cache = TypeVar("Cache")
@@ -113,6 +115,20 @@ class Engine(ABC, Generic[Cache, Logits]):
     def new_cache(self, capacity: int) -> Cache:
         """An empty KV cache with room for `capacity` tokens."""
 
+    def new_sparse_cache(self, capacity: int) -> Cache:
+        """As `new_cache`, for chunks of which rows may be absent, as `Codec.drops` says: nothing attends to those.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The engine attends to all that is loaded.
+        """
+        raise UnsupportedEngine("this engine attends to all that is loaded: give no compress that acts at store")
+
+    def kept_share(self, cache: Cache, length: int) -> float:
+        """Of the rows of all layers and heads of a cache's first `length` tokens, the part that is there."""
+        return 1.0
+
     @abstractmethod
     def compute(self, cache: Cache, token_ids: Sequence[int], start: int, gate: Gate | None = None) -> Logits:
         """Run the model over the span of `token_ids` that begins at position `start`.
@@ -181,8 +197,18 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
         raise UnsupportedEngine("this engine keeps all tokens of a prompt: give no compress")
 
-    def look(self, cache: Cache, token_ids: Sequence[int], sight: Sight, marked: Sequence[Marked] = ()) -> Any:
-        """A copy of a prompt's complete cache of which `compute`, at the end of the text, sees what a sight says."""
+    def look(
+        self,
+        cache: Cache,
+        token_ids: Sequence[int],
+        sight: Sight,
+        marked: Sequence[Marked] = (),
+        spans: Mapping[int, Mapping[int, Groups]] = MappingProxyType({}),
+    ) -> Any:
+        """A copy of a prompt's complete cache of which `compute`, at the end of the text, sees what a sight says.
+
+        `spans`: what the sight has worked out before, by layer, as in `Sight.beside`.
+        """
         raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
 
     @abstractmethod
@@ -234,8 +260,15 @@ class Engine(ABC, Generic[Cache, Logits]):
     def staging(self, size: int) -> memoryview:
         """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""
 
-    def check_prompt(self, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, token_ids: Sequence[int], *, must_fit: bool = True) -> None:
         """Refuse a prompt that the model cannot take.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            The prompt.
+        must_fit : bool
+            Whether it may not be longer than the context.
 
         Raises
         ------
@@ -253,7 +286,7 @@ class Engine(ABC, Generic[Cache, Logits]):
                 f"token id {tokens[wrong[0]]} at position {wrong[0]} is out of range: "
                 f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
             )
-        if tokens.size > self.max_context:
+        if must_fit and tokens.size > self.max_context:
             raise PromptTooLong(
                 f"the prompt has {tokens.size} tokens, but the model's context is {self.max_context} tokens: shorten it"
             )

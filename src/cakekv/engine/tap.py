@@ -59,7 +59,10 @@ class Attending:
     _attend: Callable[..., Any]
 
     def attend(self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The model's attention over these keys and values; (1, tokens, heads, width). A boolean mask will do."""
+        """The model's attention over these keys and values; (1, tokens, heads, width). A boolean mask will do.
+
+        There may be as many heads of keys as of queries.
+        """
         if mask is not None and mask.dtype is torch.bool and self.additive:
             mask = torch.zeros(mask.shape, dtype=self.query.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(self.query.dtype).min
@@ -135,9 +138,11 @@ def _function(inner: str) -> Callable[..., Any]:
         function = ALL_ATTENTION_FUNCTIONS["sdpa"] if inner == "sdpa" else _eager_of(module)
         if scaling is None:
             scaling = query.shape[-1] ** -0.5
+        kv_heads = key.shape[1]
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Any:
-            return function(module, query, key, value, mask, scaling=scaling, **options)
+            asked = module if key.shape[1] == kv_heads else _Ungrouped(module)
+            return function(asked, query, key, value, mask, scaling=scaling, **options)
 
         hand: Hand | None = getattr(_HANDS, "hand", None)
         layer = getattr(module, "layer_idx", None)
@@ -149,6 +154,18 @@ def _function(inner: str) -> Callable[..., Any]:
         return hand(attending), None
 
     return tapped
+
+
+class _Ungrouped:
+    """A module of attention as it is, but for that each query has keys of its own."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _eager_of(module: Any) -> Callable[..., Any]:
