@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,7 +47,11 @@ def test_sharing_is_compared_with_the_model() -> None:
     shared = logits(engine, TEXT, LayerMap(((0, 2),)))
     assert divergence(found, found) == 0 < divergence(shared, found)
     row = {"layers": 4, "perplexity": 9.0}
-    rows = {"unshared": 1, "dissimilar, 4 layers": row, "similar, 4 layers": {**row, "perplexity": 10.0}}
+    rows: dict[str, Any] = {
+        "unshared": 1,
+        "dissimilar, 4 layers": row,
+        "similar, 4 layers": {**row, "perplexity": 10.0},
+    }
     rows |= {"random 0, 4 layers": {**row, "perplexity": 9.5}}
     losses = {(name, 4): [loss] * 3 for name, loss in (("dissimilar", 2.0), ("similar", 2.3), ("random 0", 2.1))}
     said = claim(rows, losses, 4, 1)
