@@ -26,6 +26,7 @@ from cakekv.embedded.answering import Answering, Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.coders import Coders
+from cakekv.embedded.completing import complete
 from cakekv.embedded.compressing import Compressing
 from cakekv.embedded.executor import Executor, check
 from cakekv.embedded.hints import Hints
@@ -34,6 +35,7 @@ from cakekv.embedded.planning import Planning
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
+from cakekv.embedded.speculating import steps
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
 from cakekv.embedded.streaming import Streaming
 from cakekv.embedded.tokenizing import Tokenizing
@@ -158,7 +160,8 @@ class Cake:
         How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
         as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. One that
         acts at store, "key_norm:when=store", makes stored chunks smaller, as `codec` does. Two methods,
-        "kvmerger:when=store+corm", must act at different times.
+        "kvmerger:when=store+corm", must act at different times. With "cascading", prompts and answers may be longer
+        than the model's context: such prompts are computed in strides, and nothing of them is loaded or saved.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
@@ -759,6 +762,7 @@ class Cake:
     ) -> Iterator[Piece]:
         logits, start = prefill.logits, len(prefill.token_ids)
         position = start
+        step = steps(self.engine, prefill, self.options.decode, min(capacity, start + max_new_tokens - 1))
         reason: FinishReason = "length"
         for _ in range(max_new_tokens):
             choice = choose(logits)
@@ -775,7 +779,7 @@ class Cake:
                 break
             check()
             with self._arms.arbiter.turn(request):
-                logits = self.engine.compute(prefill.cache, [choice.token], position)
+                logits = step(choice.token, position)
             position += 1
             if saver is not None:
                 saver.computed(answering.sure(position - start))
@@ -839,11 +843,16 @@ class Cake:
         saver = None
         if asked.save and self._saver is not None and found.keys:
             saver = PromptSaver(self._saver, found, cache, partial(arms.arbiter.lent, request))
-        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress)
+        completes = self._compressing.completes
+        restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress, completes)
         logits = restore.run()
-        report = restore.report()
-        restore.release()
-        return Prefill(token_ids, cache, logits, report)
+        prefill = Prefill(token_ids, cache, logits, restore.report())
+        try:
+            if completes:
+                complete(arms, request, restore, prefill)
+        finally:
+            restore.release()
+        return prefill
 
     def _learn(
         self,

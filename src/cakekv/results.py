@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cakekv.engine.choice import Choice
@@ -47,12 +47,15 @@ class Prefill:
         Of the prompt's last token, shape (vocabulary,).
     report : RestoreReport
         How the cache came about.
+    drafts : list of int
+        What an answer probably begins with, if it was drafted while parts of chunks were still read.
     """
 
     token_ids: list[int]
     cache: Any
     logits: Any
     report: RestoreReport
+    drafts: list[int] = field(default_factory=list)
 
     def dynamic_cache(self, tokens: int | None = None) -> DynamicCache:
         """A copy of the cache as transformers' own `DynamicCache`, for its `generate` or a forward of the model.

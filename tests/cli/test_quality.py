@@ -122,3 +122,38 @@ def test_ways_of_reuse_are_judged(tiny_model: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert complaint in result.stderr
     assert CliRunner().invoke(app, ["quality"]).exit_code == 2
+
+
+def test_what_keeps_fewer_tokens_is_judged(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "compress.json"
+    common = ["quality", "--model", tiny_model, "--documents", 2, "--tokens", 256, "--continuation", 16]
+
+    def judge(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(one) for one in [*common, "--json", file, *arguments]])
+
+    result = judge("--compress", "sink_recent:share=0.5", "--decode", "whole")
+    assert result.exit_code == 0, result.stderr
+    assert "sink_recent:share=0.5" in result.stdout
+    result = judge("--compress", "heavy_hitter:share=0.5", "--add")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(file.read_text())
+    assert [(one["name"], one["kept"]) for one in data["methods"]] == [
+        ("exact", 1),
+        ("sink_recent:share=0.5", 0.5),
+        ("whole", 1),
+        ("heavy_hitter:share=0.5", 0.5),
+    ]
+    assert data["methods"][1]["kl"] > 0
+    for arguments, complaint in (
+        (["--compress", "sink_recent:share=0.5", "--add"], "all of these already"),
+        (["--compress", "sink_recent", "--question-first", "--add"], "questions"),
+        (["--compress", "sink_recant"], "sink_recant"),
+        (["--compress", "sink_recent:share=2"], "share is 2"),
+        (["--decode", "hole"], "hole"),
+        (["--compress", "sink_recent", "--recipe", "int8"], "--recipe"),
+        (["--compress", "sink_recent", "--computed", 0.5], "--computed"),
+        (["--compress", "sink_recent", "--prompts", 2], "--prompts"),
+    ):
+        result = judge(*arguments)
+        assert result.exit_code == 2
+        assert complaint in result.stderr

@@ -235,5 +235,11 @@ def _summarize(report: RestoreReport) -> None:
             f"Not exact: the answer {does} ({report.compress or report.decode}), "
             f"{format_bytes(report.cache_bytes)}, chosen in {report.compress_s:.2f} s; it is not saved."
         )
+    if report.acceptance is not None:
+        NEWS.print(
+            f"{report.drafted_tokens:,} tokens were drafted; {report.accepted_tokens:,} of them are in the answer "
+            f"({report.acceptance:.0%} of those that it came to). A token read "
+            f"{format_bytes(round(report.step_read_bytes or 0))} of keys and values."
+        )
     for reason, tokens in report.miss_reasons().items():
         NEWS.print(f"{tokens:,} tokens were computed because: {reason}", style="dim")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,8 @@ import typer
 
 from cakekv.cli.console import NEWS, RESULTS, one_of, write_json
 from cakekv.codec import CODECS
+from cakekv.compress import METHODS
+from cakekv.decode import SIGHTS
 from cakekv.errors import BadInput
 from cakekv.reuse import WAYS, reuse_named
 
@@ -27,6 +29,17 @@ def quality(
         list[str] | None,
         typer.Option(help=f'A way to reuse documents: {one_of(WAYS)}; with parameters "epic:link=16". Repeatable.'),
     ] = None,
+    compress: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A way to keep fewer tokens: {one_of(METHODS)}; with parameters, as for Cake. Repeatable."),
+    ] = None,
+    decode: Annotated[
+        list[str] | None,
+        typer.Option(help=f"What a decode step sees: {one_of(SIGHTS)}; with parameters, as for Cake. Repeatable."),
+    ] = None,
+    question_first: Annotated[
+        bool, typer.Option("--question-first", help="With --compress: choose once the question about a needle is read.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     add: Annotated[
         bool, typer.Option("--add", help="Keep what is in the JSON file; judge only what it lacks.")
@@ -58,7 +71,7 @@ def quality(
         str, typer.Option(help="What to run it in, such as float32; auto: what it was saved in.")
     ] = "auto",
 ) -> None:
-    """Judge codecs, or ways to reuse documents: what they do to a model's answers, against the exact cache.
+    """Judge codecs, ways to reuse documents, or compression: what they do to answers, against the exact cache.
 
     Codecs: each document's keys and values are encoded, decoded and put back; then the model goes on. kl is the
     divergence of its next-token distribution, in nats; agreement the share of positions with the same likeliest token;
@@ -70,6 +83,11 @@ def quality(
     Ways to reuse: each prompt is several documents that were computed by themselves, then what follows the last one,
     then questions; the answers to some need one document, to some two. gold nats is the mean log-likelihood of the
     right answers' tokens. Intervals are over prompts, and what is claimed of the ways is under "claims".
+
+    Compression: each document is computed, and what of its cache a method keeps, or a sight sees, is gone on with:
+    token by token where a choice is made on every step. kept is the share of the entries of all layers and heads;
+    choose s the seconds that the choice takes, token s those of a step. Questions come after the choice, unless
+    --question-first.
 
     In sixteen bits the model's own roundings let the slightest change of the cache flip near ties: --dtype float32
     shows what is the codec's, or the way's, doing.
@@ -85,9 +103,15 @@ def quality(
         cakekv quality --recipe kivi:window=0 --computed 0 --computed 0.5 --json both-arms.json
 
         cakekv quality --reuse turned --reuse epic:link=16 --dtype float32 --json reuse.json
+
+        cakekv quality --compress heavy_hitter:share=0.5 --compress sink_recent:share=0.5 --dtype float32
     """
-    if bool(recipe) == bool(reuse):
-        raise BadInput("say what to judge: codecs with --recipe, or ways to reuse documents with --reuse")
+    fewer = bool(compress or decode)
+    if bool(recipe) + bool(reuse) + fewer != 1:
+        raise BadInput(
+            "say what to judge: codecs with --recipe, ways to reuse documents with --reuse, or fewer tokens with "
+            "--compress and --decode"
+        )
     if add and json_file is None:
         raise BadInput("--add needs the file that it adds to: --json FILE")
     if reuse:
@@ -100,7 +124,23 @@ def quality(
         )
         return
     if prompts is not None:
-        raise BadInput("--prompts goes with --reuse: codecs are judged on single documents")
+        raise BadInput("--prompts goes with --reuse: all else is judged on single documents")
+    if fewer:
+        if computed:
+            raise BadInput("--computed goes with --recipe: here all of a document is computed")
+        judge_compress(
+            dict.fromkeys(compress or (), "compress") | dict.fromkeys(decode or (), "decode"),
+            json_file,
+            add=add,
+            documents=documents or 24,
+            tokens=tokens or 1536,
+            continuation=continuation or 128,
+            question_first=question_first,
+            texts=texts,
+            model=model,
+            dtype=dtype,
+        )
+        return
     _judge_codecs(
         list(dict.fromkeys(recipe or ())),
         json_file,
@@ -233,6 +273,61 @@ def judge_reuse(
             f"{'holds' if claim['holds'] else 'fails'}: {claim['claim']}: {claim['measured']:.1%} "
             f"[{low:.1%}, {high:.1%}]"
         )
+
+
+def judge_compress(
+    ways: Mapping[str, str],
+    json_file: Path | None,
+    *,
+    add: bool,
+    documents: int,
+    tokens: int,
+    continuation: int,
+    question_first: bool,
+    texts: Path | None,
+    model: str,
+    dtype: str,
+) -> None:
+    """Judge methods and sights: by recipe, the option that it is for; other parameters as of `quality`."""
+    from rich.progress import track
+
+    from cakekv.bench.machine import describe_run
+    from cakekv.bench.quality.compress import CompressResults
+    from cakekv.bench.quality.documents import make_documents
+    from cakekv.cli.model import load_cake
+
+    settings = {"model": model, "dtype": dtype, "documents": documents, "tokens": tokens, "continuation": continuation}
+    settings["questions"] = "first" if question_first else "last"
+    results = CompressResults(describe_run(), settings, ways)
+    if add and json_file is not None and json_file.exists():
+        results.read(json_file)
+    if results.is_complete:
+        raise BadInput(f"{json_file} has all of these already")
+    cake = load_cake(model, None, dtype=dtype)
+    cake.engine.compressible(list(results.ways.values()))
+    made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
+    for number, document in enumerate(track(made, "Judging", console=NEWS, transient=True)):
+        results.judge(cake.engine, number, document)  # type: ignore[arg-type]  # load_cake makes transformers engines
+        if json_file is not None:  # so that an interrupted run leaves what it has
+            write_json(json_file, results.to_dict())
+    RESULTS.print(_compress_table(results.figures()))
+
+
+def _compress_table(figures: dict[str, dict[str, Any]]) -> Any:
+    return _table(
+        "keeps",
+        figures,
+        {
+            "agreement": ".3f",
+            "kl": ".4f",
+            "retrieval": ".2f",
+            "gold_nats": ".3f",
+            "kept": ".1%",
+            "cache_bytes": ",.0f",
+            "choose_s": ".2f",
+            "token_s": ".3f",
+        },
+    )
 
 
 def _reuse_table(methods: Iterable[dict[str, Any]]) -> Any:

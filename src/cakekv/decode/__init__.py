@@ -13,6 +13,7 @@ SIGHTS = {
     "pages": "cakekv.decode.pages:Pages",
     "clusterkv": "cakekv.decode.clusterkv:ClusterKV",
     "less": "cakekv.decode.less:Less",
+    "quantspec": "cakekv.decode.quantspec:QuantSpec",
 }
 """Module and class by name."""
 

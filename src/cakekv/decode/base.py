@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from cakekv.decode.sidecar import Sidecar
+    from cakekv.engine.ragged import RaggedCache
     from cakekv.engine.tap import Attending
     from cakekv.keys import ChunkKey
 
@@ -37,6 +38,9 @@ class Sight(ABC):
     """What a decode step sees. Its fields are its parameters; what it knows of a sequence is in `Layer.memo`."""
 
     name: ClassVar[str]
+    speculates: ClassVar[bool] = False
+    """Whether tokens are drafted from a cheaper view; then it has a field `gamma`, and `hold` returns a cache that can
+    do so (see `cakekv.embedded.speculating`)."""
 
     @property
     def rows(self) -> int:
@@ -84,6 +88,11 @@ class Sight(ABC):
 
     def prepare(self, layers: Sequence[Layer]) -> None:  # noqa: B027  # some need nothing
         """Look at a prompt's complete cache, before the first step: of each layer that sees everything."""
+
+    def hold(self, cache: RaggedCache) -> RaggedCache:
+        """What the steps go on with, once all is prepared: a copy of a view of a prompt's cache."""
+        cache.own()
+        return cache
 
     def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
         """What the newest tokens attend to.

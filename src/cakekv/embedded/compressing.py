@@ -61,6 +61,11 @@ class Compressing:
         """Whether answers attend to all that is in a prompt's cache."""
         return self.method is None and self.sight is None
 
+    @property
+    def completes(self) -> bool:
+        """Whether parts of chunks that a restore has left are read behind it, while an answer is drafted."""
+        return self.sight is not None and self.sight.speculates and self._arms.options.reuse is None
+
     def apply(
         self, request: Request, prefill: Prefill, prompt: Tokenized, found: Found, saver: Saver | None = None
     ) -> None:

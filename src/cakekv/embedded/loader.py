@@ -8,15 +8,18 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cakekv.chunk import ChunkHeader, Form, segments
 from cakekv.codec.base import Segment
+from cakekv.codec.coder import ChunkCoder
 from cakekv.embedded.arbiter import Arbiter, Request
 from cakekv.embedded.coders import Coders
 from cakekv.errors import CorruptChunk, MissingChunk, NoAnswer, StoreError
 from cakekv.keys import ChunkKey
 from cakekv.load.decoding import decoded_layers
-from cakekv.load.reading import Abandoned, Headers, Progress, Wanted, failure_reason, read_chunk
+from cakekv.load.pieces import byte_ranges
+from cakekv.load.reading import Abandoned, Cancellable, Headers, Progress, Wanted, failure_reason, fill, read_chunk
 from cakekv.load.staging import StagingPool
 from cakekv.logs import emit
 from cakekv.restore.flights import Load
@@ -53,6 +56,23 @@ class Restoring(Protocol):
         """Something has become of a load."""
 
 
+class Kept(NamedTuple):
+    """What was read of a chunk, in the coded form."""
+
+    header: ChunkHeader
+    segments: dict[int, bytes]
+    """By number."""
+
+
+class Unfinished(Protocol):
+    """A chunk of which only parts were read."""
+
+    @property
+    def serving(self) -> Serving: ...
+    @property
+    def kept(self) -> Kept: ...
+
+
 class Loads:
     """The loads of one restore, as the loader keeps track of them.
 
@@ -65,15 +85,18 @@ class Loads:
     ----------
     headers : Headers
         Of the chunks that it loads in pieces.
+    kept : dict or None
+        By number, what was read of chunks that were read in part, if somebody will want the rest.
     in_flight : int
         Loads that workers are at.
     crash : BaseException or None
         What a worker met with that no store may raise.
     """
 
-    def __init__(self, restore: Restoring) -> None:
+    def __init__(self, restore: Restoring, keeps: bool = False) -> None:
         self.restore = restore
         self.headers: Headers = {}
+        self.kept: dict[int, Kept] | None = {} if keeps else None
         self.in_flight = 0
         self.crash: BaseException | None = None
 
@@ -322,10 +345,64 @@ class Loader:
         buffer, coder, position = room(), self._coders.of(serving.tokens), serving.position
         wanted = Wanted(serving.key, position, self._layers(load), load.parts, is_piece=load.group is not None)
         header = read_chunk(self._tiers[load.tier], coder, wanted, buffer, load, progress, loads.headers)
-        segments: list[Segment | None] = [None] * coder.layers
+        if loads.kept is not None:
+            self._keep(loads.kept, load, coder, header, wanted, buffer)
+        return self._decoded(coder, header, wanted, buffer, load, room)
+
+    def _decoded(
+        self,
+        coder: ChunkCoder,
+        header: ChunkHeader,
+        wanted: Wanted,
+        buffer: memoryview,
+        load: Cancellable,
+        room: Callable[[], memoryview],
+    ) -> list[Segment | None]:
+        decoded: list[Segment | None] = [None] * coder.layers
         for layer, segment in decoded_layers(coder, header, wanted, buffer, load, room, self._decoder):
-            segments[layer] = segment
-        return segments
+            decoded[layer] = segment
+        return decoded
+
+    def _keep(
+        self,
+        kept: dict[int, Kept],
+        load: Load,
+        coder: ChunkCoder,
+        header: ChunkHeader,
+        wanted: Wanted,
+        buffer: memoryview,
+    ) -> None:
+        """Copy what was read of a chunk, if that is only a part of it."""
+        kept.pop(load.chunk, None)
+        if header.shape.form is Form.CODED and load.parts is not None:
+            views = segments(header.shape, buffer)
+            indices = coder.segments_of(header.shape, wanted.layers, wanted.parts)
+            kept[load.chunk] = Kept(header, {index: bytes(views[index]) for index in indices})
+
+    def read_rest(
+        self, tier: int, rest: Unfinished, load: Cancellable, progress: Progress, buffers: ExitStack
+    ) -> list[Segment | None]:
+        """Read what was left of a chunk, verify and decode all of it; layers that it was not read for are None.
+
+        Raises
+        ------
+        CorruptChunk, MissingChunk, StoreError
+            As for `read_chunk`.
+        Abandoned
+            The load was cancelled.
+        """
+        header, read = rest.kept
+        serving, coder = rest.serving, self._coders.of(rest.serving.tokens)
+        wanted = Wanted(serving.key, serving.position, sorted({index % coder.layers for index in read}))
+        buffer = buffers.enter_context(self._staging.buffer())
+        with self._tiers[tier].open(serving.key) as reader:
+            left = [index for index in coder.segments_of(header.shape, wanted.layers) if index not in read]
+            for start, end in byte_ranges(header.shape, left, with_header=False):
+                fill(reader, buffer, start, end, load, progress)
+        views = segments(header.shape, buffer)
+        for index, code in read.items():
+            views[index][:] = code
+        return self._decoded(coder, header, wanted, buffer, load, lambda: buffers.enter_context(self._staging.buffer()))
 
     def _layers(self, load: Load) -> list[int]:
         wanted = range(self._coders.usual.layers) if load.windowed else self._unwindowed

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from threading import get_ident
 from time import monotonic
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from cakekv.codec.base import Segment
 from cakekv.embedded.arms import Arms
 from cakekv.embedded.executor import LOOK_S, check
-from cakekv.embedded.loader import Loads
+from cakekv.embedded.loader import Kept, Loads
 from cakekv.embedded.planning import Planning
 from cakekv.embedded.saver import PromptSaver
 from cakekv.embedded.stored import CHANGED
@@ -31,6 +32,21 @@ _LAST_LOADS_S = 0.3
 """Seconds that loads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
 _LONGEST_WAIT_S = 3600.0
 """After this long, whoever waits for a load looks again, however patient the deadline is."""
+
+
+class Rest(NamedTuple):
+    """A chunk of which only parts were read."""
+
+    chunk: int
+    start: int
+    tokens: int
+    """As of its `Load`."""
+    positions: range
+    """What it covers: without the prompt's last one, which is computed."""
+    serving: Serving
+    tiers: Sequence[int]
+    """Those that have it."""
+    kept: Kept
 
 
 class _LoadLost(Exception):
@@ -54,6 +70,8 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         Is handed the chunks that were computed, in order, while it is this request's turn.
     on_progress : callable or None
         Told of every change, from several threads.
+    keeps : bool
+        Whether what is `left` of chunks will be asked for.
     """
 
     def __init__(
@@ -64,6 +82,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         cache: Cache,
         saver: PromptSaver | None = None,
         on_progress: OnProgress | None = None,
+        keeps: bool = False,
     ) -> None:
         self.request = planning.request
         self.planner = planning.planner
@@ -75,7 +94,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         self._cache: Cache | None = cache
         self._saver = saver
         self._on_progress = on_progress
-        self._loads = Loads(self)
+        self._loads = Loads(self, keeps)
         self._coverage = planning.planner.coverage
         self._chunk_tokens = arms.coder.exact.tokens
         self._group_of = [number for number, group in enumerate(arms.groups) for _ in group]
@@ -160,6 +179,19 @@ class EmbeddedRestore(Generic[Cache, Logits]):
         if not self._planning.found.still():
             report.notes.append(CHANGED)
         return report
+
+    def left(self) -> tuple[list[Rest], list[range]]:
+        """The chunks of which only parts were read, and the runs of positions that were computed behind the first."""
+        coverage, codec, kept = self._coverage, self._arms.coder.codec, self._loads.kept or {}
+        positions = [range(start, end) for start, end in pairwise(coverage.starts)]
+        rests = []
+        for chunk, parts in sorted(self._parts.items()):
+            serving = self._serving(chunk)
+            if serving is not None and chunk in kept and 0 < parts < codec.parts_read:
+                tokens, tiers = coverage.load_tokens(chunk), coverage.holders[chunk]
+                rests.append(Rest(chunk, coverage.starts[chunk], tokens, positions[chunk], serving, tiers, kept[chunk]))
+        behind = range(rests[0].chunk if rests else coverage.chunks, coverage.chunks)
+        return rests, [positions[chunk] for chunk in behind if coverage.state[chunk] is State.COMPUTED]
 
     def _tell_reuse(self, report: RestoreReport) -> None:
         """Say which positions were reused, and what was made of the others."""
@@ -346,7 +378,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
 
     # -------------------------------------------------------------------- loads
 
-    def place(self, load: Load, segments: Sequence[Segment | None]) -> int:
+    def place(self, load: Load | Rest, segments: Sequence[Segment | None]) -> int:
         """As `Restoring.place`."""
         cache = self._cache
         assert cache is not None, "a load was placed after the end of its restore"

@@ -211,6 +211,20 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
         raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
 
+    def draft(self, cache: Any, token: int, position: int) -> int:
+        """The likeliest token behind `token`, as the cheaper view of a cache has it that `look` has returned.
+
+        The cache goes on behind `token`, until it is told to `verify` or to `settle`.
+        """
+        raise UnsupportedEngine("this engine drafts nothing: give no decode")
+
+    def verify(self, cache: Any, token_ids: Sequence[int], start: int) -> Sequence[Logits]:
+        """The logits of all these tokens, in place of whatever was drafted behind `start`.
+
+        None of them is rounded, or whatever else the cache does with tokens that stay, before it is told to `settle`.
+        """
+        raise UnsupportedEngine("this engine drafts nothing: give no decode")
+
     @abstractmethod
     def place(self, cache: Cache, start: int, tokens: int, segments: Sequence[Segment | None]) -> int:
         """Copy a chunk's segments into the cache; called from loader threads while `compute` runs elsewhere.

@@ -105,9 +105,9 @@ def look(
     ragged.look(sight, layers)
     if sight.method is not None:
         ragged.choose(sight.method, layers)
-    ragged.own()
-    ragged.capacity = engine.max_context
-    return ragged
+    held = sight.hold(ragged)
+    held.capacity = engine.max_context
+    return held
 
 
 class _Watch:

@@ -366,17 +366,51 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 yield self.model
 
     def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        logits = self._forward_ragged(cache, token_ids, start, 1)[0]
+        with torch.inference_mode():
+            cache.grew(len(token_ids))
+        return logits
+
+    def _forward_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int, rows: int) -> torch.Tensor:
+        """The logits of the last `rows` tokens, which the cache has then."""
         cache.set_length(start)
+        arguments = dict.fromkeys(self.arguments, rows)
         try:
             with torch.inference_mode(), self.tap.handing(cache.attend) as twin, cache.driven():
-                last = self.forward_of(twin, cache, token_ids, **self.arguments).logits[0, -1]
+                last = self.forward_of(twin, cache, token_ids, **arguments).logits[0, -rows:]
                 logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         except BaseException:
             cache.give_up(start)
             raise
-        with torch.inference_mode():
-            cache.grew(len(token_ids))
         return logits
+
+    def draft(self, cache: Any, token: int, position: int) -> int:
+        """As `Engine.draft`."""
+        with cache.drafting():
+            return int(self._forward_ragged(cache, [token], position, 1)[0].argmax())
+
+    def verify(self, cache: Any, token_ids: Sequence[int], start: int) -> list[torch.Tensor]:
+        """As `Engine.verify`."""
+        cache.give_up(start)
+        return list(self._forward_ragged(cache, token_ids, start, len(token_ids)))
+
+    def logits(self, cache: TwoEndedCache | RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        """Compute a span, as `compute` does, and return what is said behind each of its tokens.
+
+        Returns
+        -------
+        Tensor
+            (tokens, vocabulary), float32, on the CPU.
+        """
+        if isinstance(cache, RaggedCache):
+            logits = self._forward_ragged(cache, token_ids, start, len(token_ids))
+            with torch.inference_mode():
+                cache.grew(len(token_ids))
+            return logits
+        cache.set_length(start)
+        with torch.inference_mode(), cache.forwarding():
+            said: torch.Tensor = self.forward(cache, token_ids).logits[0]
+            return said.to("cpu", torch.float32, copy=True)
 
     @property
     def tap(self) -> Tap:

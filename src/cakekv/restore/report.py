@@ -133,6 +133,16 @@ class RestoreReport:
         Bytes of the cache that the answer begins with; 0 if everything is kept and seen.
     compress_s : float
         Seconds that this took, after the first token's logits.
+    draft_s : float
+        Seconds until an answer was drafted from parts of chunks, the others of which were still to be read; `ttft_s`
+        is when they had come. 0 if all were read at once.
+    answer_steps : int
+        Of an answer that may draft tokens: steps so far, one for each token behind which another was chosen.
+    drafted_tokens, accepted_tokens, rejected_tokens : int
+        How many tokens were drafted, how many of those are in the answer, and how many were not chosen there. The
+        others stood behind one that was not chosen. Drafts that the answer did not come to are not counted.
+    answer_read_bytes : int
+        Bytes of keys and values that its steps have read, to draft and to verify.
     positions : list of PositionRun
         What every position is, if documents were reused, or what is left of a truncated prompt.
     misses : list of Miss
@@ -172,6 +182,12 @@ class RestoreReport:
     kept_share: float = 1.0
     cache_bytes: int = 0
     compress_s: float = 0.0
+    draft_s: float = 0.0
+    answer_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
+    answer_read_bytes: int = 0
     positions: list[PositionRun] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     spans: list[SpanRecord] = field(default_factory=list)
@@ -188,6 +204,17 @@ class RestoreReport:
     def lossy_share(self) -> float:
         """The part of the prompt's positions that was loaded inexactly."""
         return self.lossy_tokens / self.prompt_tokens
+
+    @property
+    def acceptance(self) -> float | None:
+        """How likely a draft behind accepted ones was accepted, too; None if there were none."""
+        judged = self.accepted_tokens + self.rejected_tokens
+        return self.accepted_tokens / judged if judged else None
+
+    @property
+    def step_read_bytes(self) -> float | None:
+        """Bytes of keys and values read per step of an answer that may draft tokens; None before its first step."""
+        return self.answer_read_bytes / self.answer_steps if self.answer_steps else None
 
     def miss_reasons(self) -> dict[str, int]:
         """Tokens per reason of a miss."""

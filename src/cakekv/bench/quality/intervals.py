@@ -40,6 +40,16 @@ def interval(weighted: Sequence[tuple[float, float]], level: float = 0.95) -> tu
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
 
 
+def spread(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """The coefficient of variation over documents, standard deviation by mean, and its interval as of `interval`."""
+    column = np.array(values, np.float64)
+    times = np.vstack([np.ones(len(column)), _times_drawn(len(column))]) / len(column)
+    means = times @ column
+    coefficients = np.sqrt(np.maximum(times @ column**2 - means**2, 0.0)) / means
+    low, high = np.quantile(coefficients[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(coefficients[0]), float(low), float(high)
+
+
 def figures_of(columns: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
     """The mean of each column of (value, weight), and `intervals` by name, as JSON can hold them."""
     figures: dict[str, Any] = {}

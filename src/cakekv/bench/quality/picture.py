@@ -66,7 +66,7 @@ def quality_picture(models: Mapping[str, Mapping[str, Measured]], path: Path) ->
     figure.set_layout_engine("none")
     for row, measured in enumerate(models.values()):
         for ax, column in zip(axes[2 * row : 2 * row + 2], ("agreement", "kl"), strict=True):
-            _label(ax, {recipe: (one.bytes_per_token, getattr(one, column)) for recipe, one in measured.items()})
+            label(ax, {recipe: (one.bytes_per_token, getattr(one, column)) for recipe, one in measured.items()})
     save_figure(figure, path)
 
 
@@ -79,17 +79,7 @@ def _panel(ax: Any, measured: Mapping[str, Measured], column: str, codecs: Seque
     best = frontier([(one.bytes_per_token, sign * getattr(one, column)) for one in measured.values()])
     ax.plot([x for x, _ in best], [sign * y for _, y in best], color=WASTED, linewidth=1.2, zorder=1)
     for recipe, one in measured.items():
-        at = codecs.index(_codec(recipe))
-        style = {"color": _COLOURS[at % len(_COLOURS)], "marker": _MARKERS[at % len(_MARKERS)]}
-        ax.plot(
-            one.bytes_per_token,
-            getattr(one, column),
-            **style,
-            markersize=7,
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            zorder=3,
-        )
+        ax.plot(one.bytes_per_token, getattr(one, column), **marker(codecs.index(_codec(recipe))))
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.margins(x=0.12, y=0.12)
@@ -101,7 +91,13 @@ def _panel(ax: Any, measured: Mapping[str, Measured], column: str, codecs: Seque
     ax.set_ylabel("agreement (more is better)" if column == "agreement" else "KL divergence, nats (less is better)")
 
 
-def _label(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
+def marker(number: int) -> dict[str, Any]:
+    """How a point of the codec, or whatever it is, with this number looks."""
+    style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    return style | {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3}
+
+
+def label(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Name each point beside it, where the name covers neither a point nor another name."""
     from matplotlib.transforms import Bbox
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cakekv.bench.quality import documents as judged_on
+from cakekv.bench.quality.earlier import check_settings, went_on
 from cakekv.bench.quality.intervals import figures_of
 from cakekv.bench.quality.judge import Reference, answers, follow, paired
 from cakekv.bench.quality.rag import RagPrompt
@@ -316,7 +317,7 @@ class ReuseResults:
             self._beside = {"ttft": data["ttft"]} if "ttft" in data else {}
             if not add or set(data) == {"ttft"}:
                 return
-            before, command, machine = data["settings"], str(data["command"]), dict(data["machine"])
+            before, command = data["settings"], went_on(data, self._run)
             judged = {
                 str(method["name"]): [Measured.of_dict(prompt) for prompt in method["prompts"]]
                 for method in data["methods"]
@@ -328,16 +329,10 @@ class ReuseResults:
             raise BadInput(
                 f"cannot add to {file}: it is no file that `cakekv quality --reuse --json` wrote ({error!r})"
             ) from error
-        for name in _SAME:
-            if before.get(name) != self._settings[name]:
-                raise BadInput(
-                    f"cannot add to {file}: it was measured with {name} {before.get(name)}, and this is "
-                    f"{self._settings[name]}"
-                )
+        check_settings(file, before, self._settings, _SAME)
         if len(exact) > self._settings["prompts"]:
             raise BadInput(f"cannot add to {file}: it has {len(exact)} prompts, so that as many have to be judged")
-        elsewhere = "" if machine.get("processor") == self._run["machine"]["processor"] else " on another machine,"
-        self._run["command"] = f"{command}; then{elsewhere} {self._run['command']}"
+        self._run["command"] = command
         self._judged = judged | {way: [] for way in self._judged if way not in judged}
 
     def judge(self, engine: TransformersEngine, number: int, prompt: RagPrompt) -> None:
