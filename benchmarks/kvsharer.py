@@ -84,9 +84,9 @@ def main(
     claims.append(
         Claim(
             "kvsharer seconds per token",
-            f"A step at {long} tokens is faster with {len(share.pairs)} layers shared",
+            f"A step at {long} tokens takes as long with {len(share.pairs)} layers shared, within a tenth",
             {**seconds, "bytes_kept": 1 - len(share.pairs) / len(engine.shapes)},
-            seconds["shared"] < seconds["full"],
+            abs(seconds["shared"] / seconds["full"] - 1) < 0.1,
         )
     )
     settings = {"documents": documents, "tokens": tokens, "texts": texts, "seeds": seeds}

@@ -60,11 +60,11 @@ def train(
             status.update(f"Learning layer {layer.number} …")
             fitted[layer.number] = fit(layer, settings)
     about = {"documents": documents, "tokens": length, "epochs": epochs, "sinks": settings.sinks}
-    about["recent"] = ",".join(map(str, settings.recent))  # type: ignore[assignment]
-    learned = Learned(
-        {number: one.kernels for number, one in fitted.items()}, {name: str(value) for name, value in about.items()}
-    )
+    said = {name: str(value) for name, value in about.items()}
+    said["recent"] = ",".join(map(str, settings.recent))
+    learned = Learned({number: one.kernels for number, one in fitted.items()}, said)
     data = learned.to_bytes()
+    digest = Learned.from_bytes(data).digest  # which checks it
     files = [kernels_file(name) for name in engine.weights_names()] + ([out] if out else [])
     write_kernels(data, files)
     table = Table(title="Mean square error of each layer's output on held-out texts", title_justify="left")
@@ -73,6 +73,6 @@ def train(
     for number, one in fitted.items():
         table.add_row(str(number), f"{one.without:.3g}", f"{one.four_more:.3g}", f"{one.error:.3g}")
     RESULTS.print(table)
-    RESULTS.print(f"kernels {Learned.from_bytes(data).digest}: {len(data):,} bytes, from {len(read)} documents")
+    RESULTS.print(f"kernels {digest}: {len(data):,} bytes, from {len(read)} documents")
     for file in files:
         RESULTS.print(str(file))

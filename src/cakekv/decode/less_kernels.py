@@ -105,8 +105,9 @@ class Kernels:
         gone : Tensor
             (kv_heads, entries), bool: the entries to sum up.
         """
-        features = self.of_keys(keys.float()) * gone[..., None]
-        return State(features.transpose(1, 2) @ values.float(), features.sum(1))
+        columns = gone.any(0)
+        features = self.of_keys(keys[:, columns].float()) * gone[:, columns, None]
+        return State(features.transpose(1, 2) @ values[:, columns].float(), features.sum(1))
 
     def joined(self, queries: torch.Tensor, output: torch.Tensor, log_sum: torch.Tensor, state: State) -> torch.Tensor:
         """Attention over what is kept and over a state, as one softmax would weigh them.

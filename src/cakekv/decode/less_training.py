@@ -17,7 +17,7 @@ import torch
 from cakekv.decode.less_kernels import Kernels, attention, grouped, weighed
 from cakekv.engine.cache import TwoEndedLayer
 from cakekv.engine.tap import Attending
-from cakekv.errors import BadInput, UnsupportedModel
+from cakekv.errors import BadInput, CakeError, UnsupportedModel
 
 if TYPE_CHECKING:
     from cakekv.engine.transformers import TransformersEngine
@@ -206,7 +206,13 @@ def example(layer: LayerSeen, text: Seen, sinks: int, recent: int, judged: bool 
 def fit(
     layer: LayerSeen, settings: Settings, on_epoch: Callable[[int, float], None] = lambda epoch, error: None
 ) -> Fitted:
-    """Learn one layer's kernels; a tenth of the texts is held out, and the best on these is what is returned."""
+    """Learn one layer's kernels; a tenth of the texts is held out, and the best on these is what is returned.
+
+    Raises
+    ------
+    CakeError
+        The layer's numbers are none that can be learned from.
+    """
     rng = random.Random(settings.seed)
     texts = [(text, settings.recent[number % len(settings.recent)]) for number, text in enumerate(layer.texts)]
     rng.shuffle(texts)
@@ -237,6 +243,8 @@ def fit(
         on_epoch(epoch, error)
         if error < least:
             least, best = error, Kernels(**{name: table.detach().clone() for name, table in vars(kernels).items()})
+    if best is kernels:
+        raise CakeError(f"nothing could be learned of layer {layer.number}: its errors are no numbers")
     return Fitted(best, least, error_of([one.kept for one in held], held, gram), error_of(_more(held), held, gram))
 
 

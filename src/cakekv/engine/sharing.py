@@ -278,7 +278,7 @@ def cache_with(engine: TransformersEngine, tokens: int, share: LayerMap | None) 
     """A cache for a forward of the model with some layers shared."""
     if share is None:
         return TwoEndedCache(engine.shapes, tokens, engine.device)
-    return TwoEndedCache(share.kept(engine.shapes), tokens, engine.device, share.sources)
+    return TwoEndedCache(share.kept(engine.shapes), tokens, engine.device, sources=share.sources)
 
 
 def most_unlike_first(distances: Mapping[Pair, float]) -> list[Pair]:
