@@ -252,7 +252,7 @@ def token_ids(prompt: Any) -> list[int]:
     return tokens
 
 
-def marked_in(prompt: Any, start: int = 0) -> list[Marked]:
+def marked_in(prompt: Any, start: int = 0) -> tuple[Marked, ...]:
     """Where images are in a mapping from a processor that says so, as "mm_token_type_ids"; of other prompts, nothing.
 
     Parameters
@@ -268,29 +268,29 @@ def marked_in(prompt: Any, start: int = 0) -> list[Marked]:
         It does not say it of every token.
     """
     if not isinstance(prompt, Mapping):
-        return []
+        return ()
     given = next((name for name in _TYPES if prompt.get(name) is not None), None)
     if given is None:
-        return []
+        return ()
     types, tokens = token_ids(prompt[given]), token_ids(prompt["input_ids"])
     if len(types) != len(tokens):
         raise BadInput(f"the prompt's {given} has {len(types)} entries for {len(tokens)} tokens: give one of each")
-    marked, end = [], start
+    marked, end = list[Marked](), start
     for kind, run in groupby(types[_seen(prompt, tokens)]):
         begin, end = end, end + len(list(run))
         if kind:
             marked.append(Marked(begin, end, _MODALITIES.get(kind, "image")))
-    return marked
+    return tuple(marked)
 
 
-def marked_without(marked: Sequence[Marked], dropped: range) -> list[Marked]:
+def marked_without(marked: Sequence[Marked], dropped: range) -> tuple[Marked, ...]:
     """What is marked of a prompt once these positions of it are left out."""
 
     def moved(position: int) -> int:
         return position - max(0, min(position, dropped.stop) - dropped.start)
 
-    left = [Marked(moved(start), moved(end), what) for start, end, what in marked]
-    return [mark for mark in left if mark.start < mark.end]
+    left = (Marked(moved(start), moved(end), what) for start, end, what in marked)
+    return tuple(mark for mark in left if mark.start < mark.end)
 
 
 def _unpadded(encoding: Mapping[str, Any]) -> list[int]:

@@ -54,8 +54,8 @@ def told(prompt: Any, made: Any = MERGED) -> Sequence[Marked]:
 )
 def test_images_of_a_processor(name: str, form: Any) -> None:
     given = {"input_ids": list(range(8)), name: form(TYPES)}
-    assert marked_in(given) == IMAGES
-    assert marked_in(given, 100) == [Marked(start + 100, end + 100, what) for start, end, what in IMAGES]
+    assert list(marked_in(given)) == IMAGES
+    assert list(marked_in(given, 100)) == [Marked(start + 100, end + 100, what) for start, end, what in IMAGES]
 
 
 def test_padding_does_not_count() -> None:
@@ -66,12 +66,12 @@ def test_padding_does_not_count() -> None:
             "token_type_ids": [[7, 7, *TYPES, 7]],
         }
     )
-    assert marked_in(encoding) == IMAGES
+    assert list(marked_in(encoding)) == IMAGES
 
 
 @pytest.mark.parametrize("prompt", ["text", [1, 2], {"input_ids": [1, 2]}, {"input_ids": [1], "token_type_ids": None}])
 def test_of_other_prompts_nothing_is_marked(prompt: Any) -> None:
-    assert marked_in(prompt) == []
+    assert marked_in(prompt) == ()
 
 
 def test_types_of_another_length_are_refused() -> None:
@@ -91,7 +91,7 @@ def test_types_of_another_length_are_refused() -> None:
     ],
 )
 def test_marks_move_with_what_is_left(dropped: range, left: list[Marked]) -> None:
-    assert marked_without([Marked(10, 20, "image")], dropped) == left
+    assert list(marked_without([Marked(10, 20, "image")], dropped)) == left
 
 
 def test_a_method_is_told_of_images_and_of_the_question_behind_them() -> None:

@@ -87,7 +87,7 @@ class Tokenizing:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
             marked += marked_in(part.content if isinstance(part, Document) else part, len(tokens))
             tokens += own
-        return Tokenized(tokens, places, tenant=tenant, marked=marked)
+        return Tokenized(tokens, places, tenant=tenant, marked=tuple(marked))
 
     def fitted(self, prompt: Prompt, tokenized: Tokenized, context: int, notes: list[str]) -> Tokenized:
         """A prompt, truncated to the model's context if it is a chat that may be.
@@ -122,7 +122,7 @@ class Tokenizing:
         start = end - len(asked)
         if not asked or tokenized.token_ids[start:] != asked:
             return tokenized
-        return tokenized._replace(marked=[Marked(start, end, "question")])
+        return tokenized._replace(marked=(Marked(start, end, "question"),))
 
     def _truncated(self, prompt: Truncated, notes: list[str], tenant: str | None) -> Tokenized:
         content, dropped = prompt.content, prompt.dropped
