@@ -156,7 +156,8 @@ class Cake:
     compress : str, Method, sequence of them, or None
         How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
         as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. Two
-        methods, "kvmerger:when=store+corm", must act at different times.
+        methods, "kvmerger:when=store+corm", must act at different times. With "cascading", prompts and answers may be
+        longer than the model's context: such prompts are computed in strides, and nothing of them is loaded or saved.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from cakekv.compress import method_named
 from cakekv.embedded.streaming import take
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput, PromptTooLong
+from cakekv.report.trace import trace_json
 from cakekv.results import Progress
 from cakekv.store.memory import MemoryStore
 from tests.matrix.models import CONTEXT, VOCABULARY, build
@@ -32,7 +35,8 @@ def cake_of(engine: TransformersEngine, compress: str | None = RECIPE, store: Me
 
 def answer_of(engine: TransformersEngine, prompt: list[int], tokens: int) -> list[int]:
     """By hand."""
-    method, cache = method_named(RECIPE), None
+    method = method_named(RECIPE)
+    cache: Any = None
     for start in range(0, len(prompt), 96):
         cache, logits = take(engine, method, cache, prompt[start : start + 96], start)
     answer: list[int] = []
@@ -56,6 +60,8 @@ def test_a_prompt_longer_than_the_context(engine: TransformersEngine) -> None:
     assert report.compress.startswith("cascading:size=64")
     assert report.kept_share == pytest.approx(64 / 700)
     assert report.cache_bytes == 64 * engine.held_bytes(engine.new_cache(1))
+    assert "compute" in trace_json({"compute": report})
+    assert report.frontiers[-1].front == 700
     assert any("in strides of 96 tokens" in note and "Nothing was loaded or saved" in note for note in report.notes)
     assert [one.front for one in progress] == [span.start + span.tokens for span in report.spans]
     assert [(run.start, run.tokens, run.how) for run in planned] == [(0, 700, "compute")]

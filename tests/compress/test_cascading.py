@@ -213,6 +213,20 @@ def test_tokens_of_an_answer_may_wait() -> None:
     assert used == [*range(25, 32), 24] * 3
 
 
+def test_a_forward_that_fails() -> None:
+    """Tokens that wait enter all the same."""
+    engine = engine_of()
+    cache = compressed("cascading:size=24,sinks=4,stride_tokens=16,answer_tokens=8", engine)
+    assert isinstance(cache, RaggedCache)
+    for step in range(8):
+        if step == 5:
+            with pytest.raises(IndexError):
+                engine.compute(cache, [10**6], 65)
+        engine.compute(cache, [5], 60 + step)
+    assert cache.stored[0].used == 24
+    assert cache.stored[0].positions[0, -5:].tolist() == [63, 64, 65, 66, 67]
+
+
 def test_a_stream_is_what_a_replay_chooses() -> None:
     """Attention received is the same, as long as nothing goes."""
     engine = engine_of()

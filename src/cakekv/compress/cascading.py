@@ -125,20 +125,19 @@ class Cascading(Method):
                 query_positions=layer.query_positions[rows],
                 bias=None,
             )
-            kept = self._enter(there, memory, end - start)
+            kept = self._enter(there, memory)
             left = left[kept].view(layer.heads, -1)
         layer.memo["cascades"] = memory
         return torch.zeros_like(layer.positions, dtype=torch.bool).scatter_(1, left, True)
 
     def step(self, layer: Layer) -> torch.Tensor | None:
-        assert layer.queries is not None
-        return self._enter(layer, layer.memo["cascades"], layer.queries.shape[1])
+        return self._enter(layer, layer.memo["cascades"])
 
-    def _enter(self, layer: Layer, memory: _Memory, tokens: int) -> torch.Tensor:
+    def _enter(self, layer: Layer, memory: _Memory) -> torch.Tensor:
         """Have the newest tokens enter the cascades; returns which entries are left, (kv_heads, entries)."""
         import torch
 
-        assert layer.queries is not None
+        tokens = layer.entries - memory.scores.shape[1]  # a forward that failed may have cost queries of theirs
         rows = layer.attention()
         ages = torch.arange(rows.shape[2] - 1, -1, -1, device=rows.device)
         received = torch.matmul(self.beta**ages, rows).double() * (1 - self.beta)

@@ -18,7 +18,7 @@ from cakekv.engine.base import Engine
 from cakekv.errors import PromptTooLong
 from cakekv.prompt import Tokenized
 from cakekv.restore.explanation import PlannedRun
-from cakekv.restore.report import RestoreReport, SpanRecord
+from cakekv.restore.report import FrontierPoint, RestoreReport, SpanRecord
 from cakekv.results import OnProgress, Prefill, Progress
 
 
@@ -88,16 +88,17 @@ class Streaming:
         report = RestoreReport("compute", len(token_ids), arms.options.chunk_tokens, compress=method.recipe)
         report.bytes_by_tier = {tier.name: 0 for tier in arms.tiers}
         report.codec = arms.options.codec.name
-        cache = logits = None
-        for start in range(0, len(token_ids), self.tokens):
+        cache, logits, tokens = None, None, self.tokens
+        for start in range(0, len(token_ids), tokens):
             check()
-            stride = token_ids[start : start + self.tokens]
+            stride = token_ids[start : start + tokens]
             began = monotonic() - request.arrived_s
             with arms.arbiter.turn(request):
                 cache, logits = take(arms.engine, method, cache, stride, start)
             end = start + len(stride)
             report.ttft_s = monotonic() - request.arrived_s
             report.spans.append(SpanRecord(start, len(stride), began, report.ttft_s))
+            report.frontiers.append(FrontierPoint(report.ttft_s, end, len(token_ids)))
             report.computed_tokens = end
             if on_progress is not None:
                 self._tell(on_progress, end, len(token_ids), report.ttft_s)
@@ -105,7 +106,7 @@ class Streaming:
         report.kept_share, report.cache_bytes = cache.kept_share, cache.held_bytes
         report.notes += request.notes
         report.notes.append(
-            f"The prompt was taken in strides of {self.tokens} tokens, each of which saw what {method.name} had left "
+            f"The prompt was taken in strides of {tokens} tokens, each of which saw what {method.name} had left "
             f"of the text before it; the model's context is {arms.engine.max_context} tokens. Nothing was loaded or "
             "saved."
         )
@@ -113,15 +114,11 @@ class Streaming:
 
     def _tell(self, on_progress: OnProgress, end: int, length: int, elapsed_s: float) -> None:
         arbiter = self._arms.arbiter
-        bands = [(0, end, "computed"), (end, length, "missing")]
+        bands = [(0, end, "computed"), (end, length, "missing")][: 1 if end == length else 2]
         with arbiter.lock:
             arbiter.teller = get_ident()
             try:
-                on_progress(
-                    Progress(
-                        "compute", length, 0, end, length, [band for band in bands if band[0] < band[1]], elapsed_s
-                    )
-                )
+                on_progress(Progress("compute", length, 0, end, length, bands, elapsed_s))
             finally:
                 arbiter.teller = None
 
