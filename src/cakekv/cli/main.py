@@ -16,6 +16,7 @@ from cakekv.cli import (
     codec,
     demo,
     quality,
+    scbench,
     serve,
     simulate,
     simulate_cluster,
@@ -37,6 +38,7 @@ app.command()(demo.demo)
 app.command()(ask.ask)
 app.command()(bench.bench)
 app.command()(quality.quality)
+app.command()(scbench.scbench)
 app.command()(serve.serve)
 app.command()(vllm_args.vllm_args)
 app.add_typer(codec.app, name="codec")

@@ -296,17 +296,37 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return logits
 
     def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        return self._forward_ragged(cache, token_ids, start, **self.arguments)[-1]
+
+    def _forward_ragged(
+        self, cache: RaggedCache, token_ids: Sequence[int], start: int, **arguments: Any
+    ) -> torch.Tensor:
         cache.set_length(start)
         try:
             with torch.inference_mode(), self.tap.handing(cache.attend) as twin:
-                last = self.forward_of(twin, cache, token_ids, **self.arguments).logits[0, -1]
-                logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
+                said = self.forward_of(twin, cache, token_ids, **arguments).logits[0]
+                logits: torch.Tensor = said.to("cpu", torch.float32, copy=True)
         except BaseException:
             cache.give_up(start)
             raise
         with torch.inference_mode():
             cache.grew(len(token_ids))
         return logits
+
+    def logits(self, cache: TwoEndedCache | RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
+        """Compute a span, as `compute` does, and return what is said behind each of its tokens.
+
+        Returns
+        -------
+        Tensor
+            (tokens, vocabulary), float32, on the CPU.
+        """
+        if isinstance(cache, RaggedCache):
+            return self._forward_ragged(cache, token_ids, start)
+        cache.set_length(start)
+        with torch.inference_mode(), cache.forwarding():
+            said: torch.Tensor = self.forward(cache, token_ids).logits[0]
+            return said.to("cpu", torch.float32, copy=True)
 
     @property
     def tap(self) -> Tap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def earlier(
     """
     try:
         data = json.loads(file.read_text())
-        command, machine, figures = str(data["command"]), dict(data["machine"]), data.get("recipes") or [data]
+        command, figures = went_on(data, settings), data.get("recipes") or [data]
         judged = {
             (str(one["recipe"]), float(one["computed"])): [_judgement(document) for document in one["documents"]]
             for one in figures
@@ -51,11 +51,7 @@ def earlier(
         fingerprints = {str(one["recipe"]): one["fingerprint"] for one in figures}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"cannot add to {file}: it is no file that `cakekv quality --json` wrote ({error!r})") from error
-    for name in _SAME:
-        if data.get(name) != settings[name]:
-            raise BadInput(
-                f"cannot add to {file}: it was measured with {name} {data.get(name)}, and this is {settings[name]}"
-            )
+    check_settings(file, data, settings, _SAME)
     stale = {recipe for recipe, before in fingerprints.items() if codec_of(recipe).fingerprint != before}
     stale |= {recipe for (recipe, _), ones in judged.items() if len(ones) != documents}
     if lost := sorted(stale - set(again)):
@@ -63,11 +59,22 @@ def earlier(
             f"cannot add to {file}: {lost[0]} was judged with another version of the codec, or not on "
             f"{documents} documents; judge it again with --recipe {lost[0]}"
         )
-    processor = settings["machine"]["processor"]
-    elsewhere = "" if machine.get("processor") == processor else " on another machine,"
-    return f"{command}; then{elsewhere} {settings['command']}", {
-        variant: ones for variant, ones in judged.items() if variant[0] not in stale
-    }
+    return command, {variant: ones for variant, ones in judged.items() if variant[0] not in stale}
+
+
+def check_settings(file: Path, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise `BadInput` if a file was measured with other settings of these names."""
+    for name in names:
+        if before.get(name) != now[name]:
+            raise BadInput(
+                f"cannot add to {file}: it was measured with {name} {before.get(name)}, and this is {now[name]}"
+            )
+
+
+def went_on(before: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """How a file of results will have been made once a run has added to it."""
+    elsewhere = "" if before["machine"].get("processor") == run["machine"]["processor"] else " on another machine,"
+    return f"{before['command']}; then{elsewhere} {run['command']}"
 
 
 def check_same(file: Path, before: Judgement, now: Judgement) -> None:

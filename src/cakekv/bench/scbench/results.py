@@ -1,0 +1,276 @@
+"""What was measured so far: answers by variant, session and mode, and what they say together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cakekv.bench.quality.earlier import check_settings, went_on
+from cakekv.bench.quality.intervals import figures_of
+from cakekv.bench.scbench.base import Session
+from cakekv.bench.scbench.running import MODES, TURNS, Answer, Answers, Runner, Variant
+from cakekv.errors import BadInput
+
+FULL = "full"
+"""The name of the full cache's own figures."""
+ALL = "all"
+"""As a task: all of those that the full cache can do."""
+KNOWN = 0.5
+"""The full cache can answer a question if its score is at least that."""
+ENOUGH = 0.3
+"""Of a task's questions, the full cache can answer this share, or the task does not count."""
+_SAME = ("model", "dtype", "tasks", "sessions", "tokens", "chunk_tokens", "own_answers")
+_MOST_LOST = 0.05
+
+
+class Results:
+    """Of all variants on the same sessions.
+
+    Parameters
+    ----------
+    run : mapping
+        What `describe_run` says.
+    settings : mapping
+        `model`, `dtype`, `tasks`, `sessions` (of each task), `tokens`, `chunk_tokens`, `own_answers`.
+    variants : sequence of Variant
+        What is to be judged. The full cache comes first.
+    """
+
+    def __init__(self, run: Mapping[str, Any], settings: Mapping[str, Any], variants: Sequence[Variant]) -> None:
+        self._run, self._settings = dict(run), dict(settings)
+        self._variants = [Variant(FULL), *variants]
+        self._kinds = {variant.name: variant.kind for variant in self._variants}
+        self._sessions: list[dict[str, str]] = []
+        self._judged: dict[str, list[dict[str, Answers]]] = {name: [] for name in self._kinds}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all variants were judged on all sessions."""
+        wanted = len(self._settings["tasks"]) * self._settings["sessions"]
+        return all(len(ones) >= wanted for ones in self._judged.values())
+
+    def read(self, file: Path) -> None:
+        """Keep all that a file of results has.
+
+        Raises
+        ------
+        BadInput
+            It is no such file, or was measured with other settings.
+        """
+        try:
+            data = json.loads(file.read_text())
+            before, command = data["settings"], went_on(data, self._run)
+            sessions = [{"task": str(one["task"]), "sha256": str(one["sha256"])} for one in data["sessions"]]
+            kinds = {str(one["name"]): str(one["kind"]) for one in data["methods"]}
+            judged = {str(one["name"]): [_answers(modes) for modes in one["answers"]] for one in data["methods"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(
+                f"cannot add to {file}: it is no file that `cakekv scbench --json` wrote ({error!r})"
+            ) from error
+        check_settings(file, before, self._settings, _SAME)
+        self._run["command"] = command
+        self._sessions = sessions
+        self._kinds = kinds | self._kinds
+        self._judged = judged | {name: [] for name in self._judged if name not in judged}
+
+    def judge(self, runner: Runner, number: int, session: Session) -> None:
+        """Judge those variants on a session that were not yet; sessions come in their order.
+
+        Raises
+        ------
+        BadInput
+            Results that are added to are not of this session.
+        """
+        own = {"task": session.task, "sha256": _hash(session)}
+        if number == len(self._sessions):
+            self._sessions.append(own)
+        elif self._sessions[number] != own:
+            raise BadInput("cannot add to the file: its sessions are not those that are judged now")
+        missing = [variant for variant in self._variants if len(self._judged[variant.name]) <= number]
+        found: dict[str, dict[str, Answers]] = {variant.name: {} for variant in missing}
+        for name, mode, answers in runner.run(session, missing):
+            found[name][mode] = answers
+        for name, modes in found.items():
+            self._judged[name].append(modes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to the file."""
+        return {
+            **self._run,
+            "settings": self._settings,
+            "tasks": self._tasks(),
+            "rows": list(self._rows()),
+            "claims": list(self._claims()),
+            "sessions": self._sessions,
+            "methods": [
+                {
+                    "name": name,
+                    "kind": self._kinds[name],
+                    "kept_share": {mode: _mean(one[mode].kept_share for one in ones) for mode in MODES},
+                    "answers": [
+                        {
+                            mode: [
+                                of.kept_share,
+                                [[round(one.score, 4), round(one.gold_nats, 4), one.said] for one in of.turns],
+                            ]
+                            for mode, of in modes.items()
+                        }
+                        for modes in ones
+                    ],
+                }
+                for name, ones in self._judged.items()
+                if ones
+            ],
+        }
+
+    def _tasks(self) -> list[dict[str, Any]]:
+        """How the full cache does at each task, and whether that is enough."""
+        tasks = []
+        for task in self._settings["tasks"]:
+            ones = [
+                answer.score
+                for number in self._of(task)
+                for mode in MODES
+                for answer in self._judged[FULL][number][mode].turns
+            ]
+            can = _mean(score >= KNOWN for score in ones)
+            tasks.append(
+                {"name": task, "full_can": can, "full_score": _mean(ones), "counts": can >= ENOUGH, "asked": len(ones)}
+            )
+        return tasks
+
+    def _counting(self) -> list[str]:
+        return [task["name"] for task in self._tasks() if task["counts"]]
+
+    def _of(self, *tasks: str) -> list[int]:
+        """The numbers of the sessions of some tasks."""
+        return [number for number, one in enumerate(self._sessions[: self._done]) if one["task"] in tasks]
+
+    @property
+    def _done(self) -> int:
+        return len(self._judged[FULL])
+
+    def _rows(self) -> Iterable[dict[str, Any]]:
+        """Each method's figures at each turn: first those of all tasks that count, then those of each task.
+
+        `score` is of the questions that the full cache can answer, `items` their number; `score_of_all` is of all,
+        `asked`; so is `gold_nats`, and `gold_nats_lost`, by how much the full cache's is higher.
+        """
+        counting = self._counting()
+        groups = {ALL: counting, **{task: [task] for task in self._settings["tasks"]}}
+        for task, tasks in groups.items():
+            for name, mode in ((name, mode) for mode in MODES for name in self._judged):
+                numbers = [number for number in self._of(*tasks) if number < len(self._judged[name])]
+                if not numbers:
+                    continue
+                for turn in range(len(self._judged[FULL][numbers[0]][mode].turns)):
+                    pairs = [(self._at(name, n, mode, turn), self._at(FULL, n, mode, turn)) for n in numbers]
+                    known = [own.score >= KNOWN for _, own in pairs]
+                    if not any(known):
+                        continue
+                    figures = figures_of(
+                        {
+                            "score": [(one.score, float(can)) for (one, _), can in zip(pairs, known, strict=True)],
+                            "score_of_all": [(one.score, 1.0) for one, _ in pairs],
+                            "gold_nats": [(one.gold_nats, 1.0) for one, _ in pairs],
+                            "gold_nats_lost": [(own.gold_nats - one.gold_nats, 1.0) for one, own in pairs],
+                        }
+                    )
+                    who = {"method": name, "kind": self._kinds[name], "mode": mode, "task": task, "turn": turn + 1}
+                    yield {**who, **figures, "items": sum(known), "asked": len(known)}
+
+    def _at(self, name: str, number: int, mode: str, turn: int) -> Answer:
+        return self._judged[name][number][mode].turns[turn]
+
+    def _claims(self) -> Iterable[dict[str, Any]]:
+        """What is claimed of turns, as far as it was judged: of falls from the first turn to the last.
+
+        Each is told by the score, over sessions whose first and last question the full cache can answer, and by the
+        gold answers' log-likelihood beyond that of the full cache, over all sessions of tasks that count.
+        """
+        dropping = [name for name, kind in self._kinds.items() if kind == "compress" and self._judged[name]]
+        keeping = [name for name, kind in self._kinds.items() if kind in ("codec", "decode") and self._judged[name]]
+        for figure, fall in (("score", self._fall), ("gold_nats", self._fall_in_nats)):
+            for name in dropping:
+                text = f"{name} falls from turn 1 to turn 5"
+                yield from _claim(text, figure, [fall(name)], lambda measured, low, high: low > 0)
+            for name in keeping:
+                text = f"{name} does not fall by more than {_MOST_LOST} from turn 1 to turn 5"
+                yield from _claim(text, figure, [fall(name)], lambda measured, low, high: measured <= _MOST_LOST)
+            for name in dropping:
+                for other in keeping:
+                    text = f"{name} falls more from turn 1 to turn 5 than {other}"
+                    yield from _claim(text, figure, [fall(name), fall(other)], lambda measured, low, high: low > 0)
+
+    def _fall(self, name: str) -> dict[int, float]:
+        """By session: the score at the first turn less that at the last."""
+        falls = {}
+        for number, first, last in self._ends(name):
+            if self._at(FULL, number, TURNS, 0).score >= KNOWN <= self._at(FULL, number, TURNS, -1).score:
+                falls[number] = first.score - last.score
+        return falls
+
+    def _fall_in_nats(self, name: str) -> dict[int, float]:
+        falls = {}
+        for number, first, last in self._ends(name):
+            own = [self._at(FULL, number, TURNS, turn).gold_nats for turn in (0, -1)]
+            falls[number] = (own[1] - last.gold_nats) - (own[0] - first.gold_nats)
+        return falls
+
+    def _ends(self, name: str) -> Iterable[tuple[int, Answer, Answer]]:
+        for number in self._of(*self._counting()):
+            if number < len(self._judged[name]):
+                yield number, self._at(name, number, TURNS, 0), self._at(name, number, TURNS, -1)
+
+
+def _claim(
+    claim: str,
+    figure: str,
+    falls: Sequence[Mapping[int, float]],
+    holds: Callable[[float, float, float], bool],
+) -> Iterable[dict[str, Any]]:
+    """A claim of one method's falls by session, or of those less another's, with a 95 % interval over sessions."""
+    first, *others = falls
+    column = [
+        (fall - sum(other[number] for other in others), 1.0)
+        for number, fall in first.items()
+        if all(number in other for other in others)
+    ]
+    if not column:
+        return
+    figures = figures_of({"measured": column})
+    measured, (low, high) = figures["measured"], figures["intervals"]["measured"]
+    yield {
+        "claim": claim,
+        "figure": figure,
+        "measured": measured,
+        "interval": [low, high],
+        "sessions": len(column),
+        "holds": holds(measured, low, high),
+    }
+
+
+def _written(answer: Answer) -> list[Any]:
+    return [round(answer.score, 4), round(answer.gold_nats, 4), answer.said]
+
+
+def _answers(modes: Mapping[str, Any]) -> dict[str, Answers]:
+    answers = {}
+    for mode in MODES:
+        kept_share, turns = modes[mode]
+        answers[mode] = Answers(
+            float(kept_share), [Answer(float(score), float(nats), str(said)) for score, nats, said in turns]
+        )
+    return answers
+
+
+def _hash(session: Session) -> str:
+    return hashlib.sha256(json.dumps([session.context, session.turns]).encode()).hexdigest()[:16]
+
+
+def _mean(ones: Iterable[float]) -> float:
+    values = list(ones)
+    return sum(values) / len(values) if values else 0.0
