@@ -69,9 +69,7 @@ def greedy(engine: TransformersEngine, tokenizer: Any, tokens: list[int]) -> str
     return text.strip().partition("\n")[0]
 
 
-def test_the_full_cache_answers_as_the_model_does(
-    engine: TransformersEngine, tokenizer: Any, session: Session
-) -> None:
+def test_the_full_cache_answers_as_the_model_does(engine: TransformersEngine, tokenizer: Any, session: Session) -> None:
     found = run(engine, tokenizer, session, FULL)
     history = list(session.context)
     for number, turn in enumerate(session.turns):

@@ -25,7 +25,7 @@ _FILLER = (
 
 
 class Summary(Task):
-    """A report's gist is who it is about, as what, when, and with what: so ROUGE-L is about facts alone."""
+    """A report begins with its gist: who, as what, when, with what. So ROUGE-L is about facts, not phrases."""
 
     name: ClassVar[str] = "summary"
     most: ClassVar[int] = 24
@@ -35,17 +35,13 @@ class Summary(Task):
         places, things = names(rng, entries), names(rng, entries)
         reports, questions = [], []
         for place, thing in zip(places, things, strict=True):
-            who, job, month = (rng.choice(ones.split()) for ones in (_PEOPLE, _JOBS, _MONTHS))
-            code = str(rng.randrange(1000, 10_000))
+            gist = ", ".join([*(rng.choice(ones.split()) for ones in (_PEOPLE, _JOBS, _MONTHS)), thing])
+            code = f'"{rng.randrange(100, 1000)}"'
             first, second = rng.sample(_FILLER, 2)
-            reports.append(
-                f"Report of the {place}: {who}, a {job}, came to see the {place} in {month}. {first} {second} "
-                f"{who} went home with the {thing}. The code of the {place} is {code}."
-            )
-            gist = Question(f"The {place} in four words:", f"{who}, {job}, {month}, {thing}")
-            questions.append((gist, Question(f"The code of the {place} is", code)))
+            reports.append(f'Report "{place}-": {gist}. {first} {second} The code of "{place}-" is {code}.')
+            questions.append((Question(f'Report "{place}-":', gist), Question(f'The code of "{place}-" is', code)))
         asked = rng.sample(questions, SHOTS + TURNS)
         return Written("\n".join(reports), [both[turn % 2] for turn, both in enumerate(asked)])
 
     def score(self, said: str, gold: str) -> float:
-        return contains(said, gold) if gold.isdigit() else rouge_l(said, gold)
+        return contains(said, gold) if gold[0] == '"' else rouge_l(said, gold)

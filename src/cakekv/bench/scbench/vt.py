@@ -1,4 +1,4 @@
-"""Multi-hop tracing: assignments in any order; asked for is what a variable is, over another one."""
+"""Multi-hop tracing: assignments in any order; asked for are all variables that have a value."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ from cakekv.bench.scbench.words import names
 
 
 class VariableTracing(Task):
-    """Each variable is another one, and that a number.
-
-    The original asks for the variables that have a number, which a small model cannot go back to.
-    """
+    """A value is a variable's, and that one's another's: "sand-rose", "rose-lion". Values are words, too."""
 
     name: ClassVar[str] = "vt"
-    most: ClassVar[int] = 16
+    most: ClassVar[int] = 24
 
     def write(self, rng: random.Random, entries: int) -> Written:
         entries = max(entries, SHOTS + TURNS)
-        all_names = names(rng, 2 * entries)
+        words = names(rng, 3 * entries)
+        values, variables = words[:entries], words[entries:]
         chains = [
-            (first, second, str(rng.randrange(1000, 10_000)))
-            for first, second in zip(all_names[::2], all_names[1::2], strict=True)
+            (f'"{value}-{first}"', f'"{first}-{second}"')
+            for value, first, second in zip(values, variables[::2], variables[1::2], strict=True)
         ]
-        values = [f'"{second}": {value}' for _, second, value in chains]
-        variables = [f'"{first}": "{second}"' for first, second, _ in chains]
-        rng.shuffle(values)
-        rng.shuffle(variables)
-        asked = rng.sample(chains, SHOTS + TURNS)
+        firsts, seconds = (rng.sample(column, entries) for column in zip(*chains, strict=True))
+        asked = rng.sample(range(entries), SHOTS + TURNS)
         return Written(
-            f"{{{', '.join([*values, *variables])}}}",
-            [Question(f'"{first}":', f'"{second}": {value}') for first, second, value in asked],
+            "\n".join([*firsts, *seconds]),
+            [Question(f'"{values[chain]}-":', ", ".join(chains[chain])) for chain in asked],
         )
 
     def score(self, said: str, gold: str) -> float:

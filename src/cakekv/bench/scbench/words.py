@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 
 _NOUNS = (
-    "apple arrow badge barn basket beach bell bird boat bone book bottle bridge brush bucket button cabin cake camera "
-    "candle canoe carpet castle chain chair cherry clock cloud coat coin comet copper coral cotton cradle crown desk "
-    "diamond dolphin door dragon drum eagle engine fabric falcon feather fence field flag flame flute forest fossil "
-    "fountain fox garden gate glass glove gold grape guitar hammer harbor hat helmet honey horse island ivory jacket "
-    "jewel kettle key kite knife ladder lamp lemon letter lion lock maple marble mask meadow melon mirror moon "
-    "mountain needle nest ocean olive onion orange otter owl paint palace panda paper pearl pencil pepper piano pillow "
-    "pine planet plum pocket pony potato pumpkin puzzle rabbit ribbon ring river robot rocket rope rose saddle salt "
-    "sand shell ship silver spider spoon stone tiger"
+    "actor agent angel animal apple arrow artist atom baby ball band bank bath beam bean bear bell bench bill bird "
+    "blood boat bolt bone book branch bread bridge brush bucket button camera canvas card cart castle cell chain "
+    "chair chart child circle city clay clock cloud coal coast coat coin cookie corn court cube deck dish disk doctor "
+    "dollar door dream dust earth edge engine face farm father field film finger fire fish flag floor flower food "
+    "forest fruit game gate girl glass gold grain grass guard hair hall hand heart hill hole hook horn horse house "
+    "iron jack king lake leaf letter lion lock machine market mask meal meat milk mill money moon mother motor mouse "
+    "mouth museum music nail neck nest ocean office orange organ owl paper park phone photo pine pipe planet plant "
+    "plate pool port radio rail rain ranch rice ring river road robe robot rock room root rose salt sand school "
+    "screen seat seed shell shield ship shirt shop shore snake snow sock soil song soup space star station stick "
+    "stone store storm story street student sugar summer table tail teacher torch tower town train tree tube voice "
+    "wall water wave wheel window wine wing winter wire wolf wood worm yard"
 )
 _KINDS = "small large old new cold warm round flat soft dark bright tall thin heavy clean dry"
 
