@@ -337,6 +337,27 @@ def reuse(data: dict[str, Any]) -> str:
     return text
 
 
+def sessions(data: dict[str, Any]) -> str:
+    """A row per turn."""
+    head = ["turn", "chats", "tokens", "computed", "prefix restored", "session", "after a restart", "loaded before it"]
+    rows = [
+        [
+            str(turn["turn"]),
+            str(turn["chats"]),
+            f"{turn['prompt_tokens']:.0f}",
+            *(f"{turn[f'{name}_s']:.2f} s" for name in ("compute", "restored", "sessions", "restarted")),
+            "–" if turn["loaded_share"] is None else f"{turn['loaded_share']:.0%}",
+        ]
+        for turn in data["turns"]
+    ]
+    settings = data["settings"]
+    return markdown(head, rows) + measured(
+        data,
+        f"; answers of at most {settings['new_tokens']} tokens, {settings['dtype']}, a local disk; "
+        f"{data['differ'] + data['restarted_differ']} of {2 * data['answers']} answers differ from a full prefill's",
+    )
+
+
 def overflow(data: dict[str, Any]) -> str:
     """A row per method, with intervals over documents."""
 
@@ -398,6 +419,7 @@ TABLES = {
     "packing": Table("docs/stores.md", packing),
     "packing_ttft": Table("docs/stores.md", packing_ttft),
     "reuse": Table("docs/reuse.md", reuse),
+    "sessions": Table("docs/sessions.md", sessions),
     "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),

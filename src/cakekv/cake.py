@@ -18,6 +18,7 @@ from warnings import warn
 from cakekv.calibration import KnownCosts
 from cakekv.codec.base import Codec
 from cakekv.codec.coder import ChunkCoder
+from cakekv.codec.rows import codec_of_rows
 from cakekv.compress.base import Method
 from cakekv.decode.base import Sight
 from cakekv.embedded.answer_saver import AnswerSaver
@@ -34,6 +35,7 @@ from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
 from cakekv.embedded.stored import CHANGED, Found, StoredPrefixes
+from cakekv.embedded.streaming import Streaming
 from cakekv.embedded.tokenizing import Tokenizing
 from cakekv.engine.base import Engine
 from cakekv.engine.choice import Choice
@@ -154,8 +156,9 @@ class Cake:
         Answers are not exact then, and their reports say so. None: what no stored prefix has is computed.
     compress : str, Method, sequence of them, or None
         How fewer tokens are kept once a prompt's cache is complete, while an answer grows, or of what is stored, such
-        as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. Two
-        methods, "kvmerger:at=store+corm", must act at different times.
+        as "dbudgetkv:threshold=0.01" (see `docs/compress.md`). Answers are not exact then, and are not saved. One that
+        acts at store, "key_norm:when=store", makes stored chunks smaller, as `codec` does. Two methods,
+        "kvmerger:when=store+corm", must act at different times.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
@@ -218,7 +221,8 @@ class Cake:
         )
         if not isinstance(engine, Engine):
             raise BadInput(f"the engine is of type {type(engine).__name__}: give TransformersEngine(model)")
-        options = replace(options, codec=options.codec.for_model(engine.weights_names()))
+        codec = codec_of_rows(options.codec, options.compress)
+        options = replace(options, codec=codec.for_model(engine.weights_names()))
         self.options = options
         self.engine = engine
         self.tokenizer = tokenizer
@@ -240,6 +244,7 @@ class Cake:
         self._saver = Saver(stores[0], Coders(coder, engine.layout), staging, options) if stores else None
         self._arms = Arms.of(options, engine, coder, staging, self.tiers, costs)
         self._compressing = Compressing(self._arms)
+        self._streaming = Streaming(self._arms, self._compressing.method)
         self._stored = StoredPrefixes(self._arms, self.tiers)
         self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
@@ -358,13 +363,15 @@ class Cake:
         return self._restore(request, tokenized, capacity, asked)[0]
 
     @_handed_over
-    def learn(self, document: Document | PlainPrompt) -> RestoreReport:
+    def learn(self, document: Document | PlainPrompt, *, tenant: str | None = None) -> RestoreReport:
         """Compute a document by itself and save it, so that prompts can reuse it (see `reuse`), wherever it stands.
 
         Parameters
         ----------
         document : Document, str, sequence of int, array, tensor, or mapping
             As it will stand in prompts.
+        tenant : str or None
+            As in `prefill`.
 
         Returns
         -------
@@ -380,7 +387,7 @@ class Cake:
             raise BadInput("there is no store to learn a document for: give one to Cake")
         token_ids = self._tokenizing.document(document if isinstance(document, Document) else Document(document))
         self.engine.check_prompt(token_ids)
-        return self._learn(token_ids)
+        return self._learn(token_ids, tenant=PrefillOptions(tenant=tenant).tenant)
 
     @_handed_over
     def generate(self, prompt: Prompt, **options: Unpack[AnswerKeywords]) -> Generation:
@@ -487,20 +494,22 @@ class Cake:
         return Session(self, () if messages is None else messages, tools, template, overflow, keep)
 
     @_handed_over
-    def plan(self, prompt: Prompt, *, mode: Mode = "auto") -> list[PlannedRun]:
+    def plan(self, prompt: Prompt, *, mode: Mode = "auto", tenant: str | None = None) -> list[PlannedRun]:
         """What a restore of the prompt would begin with, given what is stored and what is known of both arms.
 
         Parameters are as in `prefill`. Each run prints as a line; nothing is computed or loaded.
         """
         request = self._arms.arbiter.request(monotonic())
-        asked = PrefillOptions(mode=mode)
-        tokenized = self._tokens(prompt, request.notes)
+        asked = PrefillOptions(mode=mode, tenant=tenant)
+        tokenized = self._tokens(prompt, request.notes, asked.tenant)
+        if self._streaming.takes(tokenized.token_ids):
+            return [self._streaming.planned(tokenized.token_ids)]
         found = self._stored.lookup(tokenized, request.notes)
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
 
     @_handed_over
-    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float) -> Pinned:
+    def pin(self, prompt: Prompt | Tokenized, *, ttl_s: float, tenant: str | None = None) -> Pinned:
         """Keep a prompt's chunks, those that are stored and those that will be, from eviction for a while.
 
         A prompt is pinned in every tier that can do so (memory and disk), and counts there against `pin_share` of the
@@ -508,7 +517,7 @@ class Cake:
 
         Parameters
         ----------
-        prompt
+        prompt, tenant
             As in `prefill`.
         ttl_s : float
             Seconds from now, by the clock on the wall.
@@ -528,10 +537,10 @@ class Cake:
         --------
         >>> cake.pin(system_prompt, ttl_s=3600)    # doctest: +SKIP
         """
-        return self._hints.pin(self._tokens(prompt, []), ttl_s)
+        return self._hints.pin(self._of_tenant(prompt, tenant), ttl_s)
 
     @_handed_over
-    def release(self, prompt: Prompt | Tokenized) -> bool:
+    def release(self, prompt: Prompt | Tokenized, *, tenant: str | None = None) -> bool:
         """End the pin of a prompt, the same one that was pinned, by whichever process. Returns whether there was one.
 
         Chunks that other prompts' pins keep, too, are kept on.
@@ -543,10 +552,10 @@ class Cake:
         BadInput
             As for `pin`.
         """
-        return self._hints.release(self._tokens(prompt, []))
+        return self._hints.release(self._of_tenant(prompt, tenant))
 
     @_handed_over
-    def prefetch(self, prompt: Prompt | Tokenized) -> Prefetch:
+    def prefetch(self, prompt: Prompt | Tokenized, *, tenant: str | None = None) -> Prefetch:
         """Copy a prompt's stored chunks from the slower tiers of a tiered store to its fastest, behind the scenes.
 
         Returns at once what will be copied, as far as the fastest tier has room. Nothing is computed.
@@ -558,7 +567,7 @@ class Cake:
         BadInput
             As for `pin`.
         """
-        return self._hints.prefetch(self._tokens(prompt, []))
+        return self._hints.prefetch(self._of_tenant(prompt, tenant))
 
     @_handed_over
     def _forget(self, prompt: Tokenized) -> int:
@@ -709,8 +718,10 @@ class Cake:
         sampling = asked.sampling
         tokenized = self._tokens(prompt, request.notes, asked.tenant)
         choose = self.engine.chooser(sampling, tokenized.token_ids)
-        capacity = min(len(tokenized.token_ids) + asked.max_new_tokens, self.engine.max_context)
-        prefill, found = self._restore(request, tokenized, capacity, asked)
+        capacity = len(tokenized.token_ids) + asked.max_new_tokens
+        if not self._streaming.has_no_end:
+            capacity = min(capacity, self.engine.max_context)
+        prefill, found = self._restore(request, tokenized, min(capacity, self.engine.max_context), asked)
         saver = self._answer_saver(prefill, found) if asked.save else None
         answering = Answering(self._tokenizing.text if wants_text else None, asked.stops)
         answer = self._decode(request, prefill, found, choose, answering, asked.max_new_tokens, capacity, saver)
@@ -779,22 +790,21 @@ class Cake:
             return prompt
         tokenized = self._tokenizing.prompt(prompt, notes, tenant)
         tokenized = self._tokenizing.fitted(prompt, tokenized, self.engine.max_context, notes)
-        self.engine.check_prompt(tokenized.token_ids)
-        return tokenized
+        self._streaming.check(tokenized.token_ids)
+        return tokenized if self._compressing.is_exact else self._tokenizing.with_question(prompt, tokenized)
+
+    def _of_tenant(self, prompt: Prompt | Tokenized, tenant: str | None) -> Tokenized:
+        return self._tokens(prompt, [], PrefillOptions(tenant=tenant).tenant)
 
     def _restore(
         self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions
     ) -> tuple[Prefill, Found]:
-        notes = request.notes
-        notes += self._why_no_stores
-        said = len(notes)
-        found = self._stored.lookup(prompt, notes)
-        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
-        if not any(found.holders) and not has_saved and len(notes) == said:
-            notes += self._stored.why_nothing(found)
-        with self._hints.needed(request.id, found):
-            prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
-        self._compressing.apply(request, prefill, prompt)
+        if self._streaming.takes(prompt.token_ids):
+            found = self._stored.unasked(prompt)
+            prefill = self._streaming.prefill(request, prompt, asked.on_progress)
+        else:
+            found, prefill = self._from_stores(request, prompt, capacity, asked)
+            self._compressing.apply(request, prefill, prompt)
         self.last_report = prefill.report
         log_restore(prefill.report)
         if self.options.metrics is not None:
@@ -805,10 +815,24 @@ class Cake:
                 self._learn_later(document, again=place in found.damaged, tenant=prompt.tenant)
         return prefill, found
 
+    def _from_stores(
+        self, request: Request, prompt: Tokenized, capacity: int, asked: PrefillOptions
+    ) -> tuple[Found, Prefill]:
+        notes = request.notes
+        notes += self._why_no_stores
+        said = len(notes)
+        found = self._stored.lookup(prompt, notes)
+        has_saved = self._saver is not None and self._saver.knows(found.named.identity)
+        if not any(found.holders) and not has_saved and len(notes) == said:
+            notes += self._stored.why_nothing(found)
+        with self._hints.needed(request.id, found):
+            return found, self._restore_found(request, found, prompt.token_ids, capacity, asked)
+
     def _restore_found(
         self, request: Request, found: Found, token_ids: list[int], capacity: int, asked: PrefillOptions
     ) -> Prefill:
-        arms, cache = self._arms, self.engine.new_cache(capacity)
+        arms, engine = self._arms, self.engine
+        cache = engine.new_sparse_cache(capacity) if self.codec.drops else engine.new_cache(capacity)
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
         saver = None
         if asked.save and self._saver is not None and found.keys:

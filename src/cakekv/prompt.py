@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
+from cakekv.compress.base import Marked
 from cakekv.errors import BadInput
 from cakekv.quantities import real
 
@@ -169,6 +171,8 @@ class Tokenized(NamedTuple):
     """Of a chat, as its template writes it."""
     tenant: str | None = None
     """Whose chunks it may have; None: the tenant's that the `Cake` is for."""
+    marked: Sequence[Marked] = ()
+    """Where its images are, as a processor says, and where its question is, if that is known."""
 
 
 def parts_of(prompt: Any) -> Sequence[Any] | None:
@@ -181,7 +185,10 @@ def parts_of(prompt: Any) -> Sequence[Any] | None:
 
 
 _INT64 = np.iinfo(np.int64)
-_BESIDE = {"attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Which tokens are an image's: as processors say it, and as some of them did before."""
+_MODALITIES = {1: "image", 2: "video", 3: "audio"}
+_BESIDE = {"attention_mask", *_TYPES, "special_tokens_mask", "offset_mapping", "length"}
 """What a tokenizer may return beside the token ids without changing what a causal model computes."""
 
 
@@ -245,14 +252,60 @@ def token_ids(prompt: Any) -> list[int]:
     return tokens
 
 
+def marked_in(prompt: Any, start: int = 0) -> list[Marked]:
+    """Where images are in a mapping from a processor that says so, as "mm_token_type_ids"; of other prompts, nothing.
+
+    Parameters
+    ----------
+    prompt : object
+        As for `token_ids`.
+    start : int
+        How many tokens stand before it.
+
+    Raises
+    ------
+    BadInput
+        It does not say it of every token.
+    """
+    if not isinstance(prompt, Mapping):
+        return []
+    given = next((name for name in _TYPES if prompt.get(name) is not None), None)
+    if given is None:
+        return []
+    types, tokens = token_ids(prompt[given]), token_ids(prompt["input_ids"])
+    if len(types) != len(tokens):
+        raise BadInput(f"the prompt's {given} has {len(types)} entries for {len(tokens)} tokens: give one of each")
+    marked, end = [], start
+    for kind, run in groupby(types[_seen(prompt, tokens)]):
+        begin, end = end, end + len(list(run))
+        if kind:
+            marked.append(Marked(begin, end, _MODALITIES.get(kind, "image")))
+    return marked
+
+
+def marked_without(marked: Sequence[Marked], dropped: range) -> list[Marked]:
+    """What is marked of a prompt once these positions of it are left out."""
+
+    def moved(position: int) -> int:
+        return position - max(0, min(position, dropped.stop) - dropped.start)
+
+    left = [Marked(moved(start), moved(end), what) for start, end, what in marked]
+    return [mark for mark in left if mark.start < mark.end]
+
+
 def _unpadded(encoding: Mapping[str, Any]) -> list[int]:
     if "input_ids" not in encoding:
         raise BadInput(_no_token(encoding, 0, 1))
     if odd := sorted(str(name) for name in encoding if name != "input_ids" and name not in _BESIDE):
         raise BadInput(f"of the prompt only input_ids can be computed, but it has {', '.join(odd)}: leave that out")
     tokens = token_ids(encoding["input_ids"])
+    return tokens[_seen(encoding, tokens)]
+
+
+def _seen(encoding: Mapping[str, Any], tokens: Sequence[int]) -> slice:
+    """Where the tokens are that are no padding."""
     if encoding.get("attention_mask") is None:
-        return tokens
+        return slice(None)
     mask = token_ids(encoding["attention_mask"])
     seen = [position for position, bit in enumerate(mask) if bit]
     kept = slice(seen[0], seen[-1] + 1) if seen else slice(0)
@@ -261,7 +314,7 @@ def _unpadded(encoding: Mapping[str, Any]) -> list[int]:
             f"the prompt's attention_mask has {len(mask)} entries for {len(tokens)} tokens, or a 0 between two others: "
             "it can mark padding at either end, and nothing else"
         )
-    return tokens[kept]
+    return kept
 
 
 def _token(value: Any, position: int, length: int) -> int:

@@ -81,6 +81,22 @@ def test_what_is_fetched_is_in_the_fastest_tier(engine: Any, prompt: Any, tmp_pa
         assert cake.prefill(prompt, mode="load").report.bytes_by_tier["memory"]
 
 
+def test_hints_for_another_tenant(engine: Any, prompt: Any) -> None:
+    """They are about that tenant's chunks, and no other's."""
+    with cake_of(engine, MemoryStore()) as cake:
+        cake.prefill(prompt, tenant="ann")
+        cake.wait_saved()
+        assert any(run.how != "compute" for run in cake.plan(prompt, mode="load", tenant="ann"))
+        assert all(run.how == "compute" for run in cake.plan(prompt, mode="load"))
+        cake.pin(prompt, ttl_s=60, tenant="ann")
+        assert not cake.release(prompt)
+        assert not cake.release(prompt, tenant="bob")
+        assert cake.release(prompt, tenant="ann")
+        assert cake.learn(prompt, tenant="bob").computed_tokens == len(prompt)
+        with pytest.raises(BadInput, match="tenant must be text"):
+            cake.prefetch(prompt, tenant=3)  # type: ignore[arg-type]
+
+
 def test_for_asyncio(engine: Any, prompt: Any) -> None:
     async def hints(cake: Cake) -> Any:
         pinned = await cake.apin(prompt, ttl_s=5)
@@ -130,7 +146,7 @@ def test_a_server_is_named_that_cannot_pin(engine: Any, prompt: Any) -> None:
 def test_what_is_being_restored_is_spared(
     policy: str, all_loaded: bool, engine: Any, prompt: Any, chunk_bytes: int
 ) -> None:
-    memory = MemoryStore(20 * chunk_bytes, policy_named(policy))
+    memory = MemoryStore(21 * chunk_bytes, policy_named(policy))  # the prompt's, and one of the others'
     numbers = count()
 
     def crowd(progress: Any) -> None:

@@ -13,6 +13,8 @@ from cakekv.bench.quality.documents import KINDS, Document, Needle, make_documen
 from cakekv.bench.quality.intervals import interval
 from cakekv.bench.quality.judge import Judge, Judgement, paired, summary
 from cakekv.codec import codec_named
+from cakekv.codec.rows import Rows
+from cakekv.compress.key_norm import KeyNorm
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 
@@ -86,6 +88,16 @@ def test_bytes_are_those_of_the_store(engine: TransformersEngine, documents: lis
     assert document["coded_tokens"] == 7 * 32  # 236 tokens are older than the newest 64
     assert one["bytes_per_token"] == document["stored_bytes"] / 288
     assert one["ratio"] == document["exact_bytes"] / document["stored_bytes"]
+
+
+def test_rows_that_are_not_stored_are_not_there_for_the_judge(
+    engine: TransformersEngine, documents: list[Document]
+) -> None:
+    codecs = [Rows(method=KeyNorm(share), inner=codec_named("raw")) for share in (0.25, 0.9, 1.0)]
+    few, most, every = Judge(engine, 32).judge(documents[0], codecs)
+    assert every.kl < 1e-5 < most.kl < few.kl
+    assert few.stored_bytes < 0.5 * most.stored_bytes
+    assert every.agreement == 1.0
 
 
 def test_differences_are_of_the_same_documents(engine: TransformersEngine, documents: list[Document]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cakekv import BadInput, Cake
+from cakekv.serve.body import MOST_BYTES
 from cakekv.serve.keys import Keys, read_keys
 from cakekv.serve.running import listening
 from cakekv.serve.schema import ChatRequest, CompletionRequest
@@ -246,6 +247,36 @@ def test_bodies_that_are_no_objects(server: Threaded, content: bytes) -> None:
         response = httpx.post(f"{server.url}/v1/{path}", content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 400, response.text
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_body_that_is_too_long(server: Threaded, is_told: bool) -> None:
+    """It is refused, whether its length is said beforehand or not, and the next request is answered."""
+    piece = b'{"messages": "' + b"a" * MOST_BYTES
+    content: Any = piece if is_told else iter([piece[:1000], piece[1000:]])
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=content, timeout=60)
+    assert response.status_code == 413, response.text
+    assert response.json()["error"]["message"] == "the body is longer than 32.0 MB: shorten the prompt"
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=asked("a")).status_code == 200
+
+
+def test_scripts_of_other_pages(folder: Path, tmp_path: Path, server: Threaded) -> None:
+    """Only where they are allowed, and then with a key like anybody."""
+    page, other = ({"Origin": f"http://{name}:3000"} for name in ("localhost", "elsewhere"))
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowing = Threaded(
+        Cake.from_pretrained(folder, tmp_path / "store"), keys=Keys("master"), origins=["http://localhost:3000"]
+    )
+    try:
+        for origin, told in ((page, page["Origin"]), (other, None)):
+            before = httpx.options(f"{allowing.url}/v1/chat/completions", headers={**origin, **asks})
+            assert before.headers.get("access-control-allow-origin") == told
+            refused = httpx.get(f"{allowing.url}/v1/models", headers=origin)
+            assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (401, told)
+    finally:
+        allowing.stop()
+    said = httpx.get(f"{server.url}/v1/models", headers=page)
+    assert (said.status_code, said.headers.get("access-control-allow-origin")) == (200, None)
 
 
 def test_the_model_is_the_clients_to_name_or_not(client: Any) -> None:

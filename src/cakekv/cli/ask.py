@@ -217,7 +217,12 @@ def _summarize(report: RestoreReport) -> None:
             f"Not exact: {report.lossy_share:.0%} of the prompt's keys and values were loaded as {report.codec} keeps "
             "them; what was computed behind those is not saved.",
         )
-    if report.compress or report.decode:
+    if report.compress and not report.cache_bytes:
+        NEWS.print(
+            f"Chunks are stored without all of their rows ({report.compress}): {report.kept_share:.0%} of the prompt's "
+            "cache is there."
+        )
+    elif report.compress or report.decode:
         does = f"keeps {report.kept_share:.0%} of the cache" if report.compress else "sees what it needs of the cache"
         NEWS.print(
             f"Not exact: the answer {does} ({report.compress or report.decode}), "

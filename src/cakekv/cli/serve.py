@@ -48,6 +48,10 @@ def serve(
     running: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; others are refused with 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, where the request does not say.")] = 1024,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Another web page whose scripts may ask, such as http://localhost:3000; repeatable."),
+    ] = None,
     stop_s: Annotated[int, typer.Option(min=0, help="Seconds that answers may take to end after SIGTERM.")] = 30,
     dtype: Annotated[str, typer.Option(help="Element type of the model, such as float32.")] = "auto",
 ) -> None:
@@ -93,6 +97,7 @@ def serve(
         most_tokens=max_tokens,
         running=running,
         waiting=waiting,
+        origins=allow_origin or (),
     )
     shown = f"[{host}]" if ":" in host else host
     NEWS.print(f"Open http://{shown}:{sockets.getsockname()[1]}/ or point a client at its /v1. Ctrl-C stops.")

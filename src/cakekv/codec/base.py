@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
@@ -45,6 +45,8 @@ class Plane:
         How its elements are turned by their positions, if that was asked for (`Codec.turns_back`) and these are keys.
     start : int
         Position of its first token, if that was asked for in this way.
+    windowed : bool
+        Whether queries see only the newest tokens of its layer.
     """
 
     role: Literal["keys", "values"]
@@ -56,6 +58,7 @@ class Plane:
     dtype: str = "bfloat16"
     rotation: Rotation | None = None
     start: int = 0
+    windowed: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -114,6 +117,8 @@ class Codec(ABC):
     """Fields that change only what is read of what is stored."""
     on_device: ClassVar[bool] = False
     """Whether there is `decode_tensors`, so that a model's GPU can decode. Only for a codec that is `fixed`."""
+    drops: ClassVar[bool] = False
+    """Whether rows may be absent from what `decode` writes, so that nothing may attend to them. Their keys are NaN."""
 
     window: int = 0
 
@@ -125,6 +130,11 @@ class Codec(ABC):
         """Raise `BadInput`, which names the field, unless something `holds` of it."""
         if not holds:
             raise BadInput(f"codec {self.name}: {field} is {getattr(self, field)}, but must be {wanted}")
+
+    @property
+    def label(self) -> str:
+        """What reports call it."""
+        return self.name
 
     @property
     def fingerprint(self) -> str:
@@ -168,6 +178,32 @@ class Codec(ABC):
     @abstractmethod
     def size(self, plane: Plane, part: int = 0) -> int:
         """Bytes of a plane's code, or of one part of it: exactly if `fixed`, else at most."""
+
+    def prepare(
+        self, planes: Sequence[Sequence[Plane]], values: Sequence[Sequence[Values]], position: int
+    ) -> Sequence[Sequence[Values]]:
+        """Look at a whole chunk before its planes are encoded, one by one.
+
+        Parameters
+        ----------
+        planes : sequence of sequence of Plane
+            The planes of each layer.
+        values : sequence of sequence of Values
+            What they hold; as for `encode`. Not to be written to.
+        position : int
+            Of the chunk's first token.
+
+        Returns
+        -------
+        sequence of sequence of Values
+            What to encode instead.
+
+        Raises
+        ------
+        CannotEncode
+            With the reason.
+        """
+        return values
 
     @abstractmethod
     def encode(self, plane: Plane, values: Values, code: Code, part: int = 0) -> int:

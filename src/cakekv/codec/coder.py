@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import cast
 
 import numpy as np
 
 from cakekv.chunk import TIGHT, ChunkHeader, ChunkShape, Form, header_bytes, is_packed, read_header, seal, segments
-from cakekv.codec.base import LARGEST, Code, Codec, DamagedCode, Plane
+from cakekv.codec.base import LARGEST, Code, Codec, DamagedCode, Plane, Values
 from cakekv.errors import BadInput, CannotEncode, ChunkFault, CorruptChunk, UnknownRotation
 from cakekv.keys import ChunkKey
 from cakekv.layout import KVLayout
@@ -69,7 +69,16 @@ class ChunkCoder:
             raise BadInput(f"codec {codec.name} is for caches in {', '.join(_DTYPES)}, and this model's is {dtype}")
         self._planes = [
             [
-                Plane("values" if index else "keys", layer, self.layers, plane.heads, tokens, plane.width, dtype)
+                Plane(
+                    "values" if index else "keys",
+                    layer,
+                    self.layers,
+                    plane.heads,
+                    tokens,
+                    plane.width,
+                    dtype,
+                    windowed=kept.window is not None,
+                )
                 for index, plane in enumerate(kept.planes)
             ]
             for layer, kept in enumerate(layout.layers)
@@ -203,7 +212,7 @@ class ChunkCoder:
         Raises
         ------
         CannotEncode
-            An element is not finite, or beyond all reason.
+            An element is not finite, or beyond all reason; or for the codec's own reason.
         """
         from cakekv.codec.elements import from_elements
 
@@ -211,10 +220,11 @@ class ChunkCoder:
         if not self._shrinks:
             return None
         sources = segments(self.exact, exact)
-        decoded = []
+        decoded: list[list[Values]] = []
         placed = [self._at(planes, position) for planes in self._planes]
         for planes, source in zip(placed, sources, strict=True):
             offset = 0
+            decoded.append([])
             for plane in planes:
                 data = np.frombuffer(source, np.uint8, plane.raw_bytes, offset)
                 values = from_elements(data, plane.dtype, plane.shape)
@@ -223,12 +233,13 @@ class ChunkCoder:
                         f"the {plane.role} of layer {plane.layer}, tokens from {position}, are not all finite, "
                         "or too large; the chunk is not saved"
                     )
-                decoded.append(values)
+                decoded[-1].append(values)
                 offset += plane.raw_bytes
+        prepared = codec.prepare(placed, decoded, position)
         lengths: list[int] = []
         begin = self.longest.header_bytes
         for part in range(codec.parts):
-            every = iter(decoded)
+            every = chain.from_iterable(prepared)
             for planes in placed:
                 end = begin + self._lengths_bytes(planes)
                 used = []

@@ -12,6 +12,13 @@ from cakekv.recipes import parameters_of
 METHODS = {
     "sink_recent": "cakekv.compress.sink_recent:SinkRecent",
     "heavy_hitter": "cakekv.compress.heavy_hitter:HeavyHitter",
+    "elastic_cache": "cakekv.compress.elastic_cache:ElasticCache",
+    "kvmerger": "cakekv.compress.kvmerger:KVMerger",
+    "cascading": "cakekv.compress.cascading:Cascading",
+    "key_norm": "cakekv.compress.key_norm:KeyNorm",
+    "dbudgetkv": "cakekv.compress.dbudgetkv:DBudgetKV",
+    "corm": "cakekv.compress.corm:Corm",
+    "vl_cache": "cakekv.compress.vl_cache:VLCache",
 }
 """Module and class by name."""
 
@@ -52,6 +59,6 @@ def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tupl
         if len(acting) > 1:
             raise BadInput(
                 f"{' and '.join(acting)} cannot be combined: both choose which tokens to keep at {time}. Give one of "
-                "them, or one with at=store"
+                "them, or one with when=store"
             )
     return methods

@@ -6,8 +6,8 @@ A method is one file. The shortest is `sink_recent`; a method that looks at atte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cakekv.errors import BadInput
@@ -49,7 +49,7 @@ class Layer:
     positions : Tensor
         (kv_heads, entries), int64: where each entry stood in the text; -1 for none.
     length : int
-        Tokens of the sequence so far, whether kept or not.
+        Tokens of the sequence so far, whether kept or not; of a chunk that is being saved, up to its end.
     queries : Tensor or None
         (heads, rows, width), as attention gets them: of the newest `rows` tokens, as many as the method asks for.
         None for a chunk that is being saved.
@@ -108,6 +108,19 @@ class Layer:
         """(kv_heads, entries), bool: the entries of the first `count` tokens of the sequence."""
         return (self.positions >= 0) & (self.positions < count)
 
+    def visible(self) -> torch.Tensor:
+        """(kv_heads, rows, entries), bool: what each of the queries sees."""
+        assert self.query_positions is not None, "there are no queries of a chunk that is being saved"
+        return self.present[:, None] & (self.positions[:, None] <= self.query_positions[None, :, None])
+
+    def by_rows(self, rows: int = 64) -> Iterator[Layer]:
+        """The layer with so many of its queries at a time: all rows of attention at once may take too much memory."""
+        assert self.queries is not None, "there are no queries of a chunk that is being saved"
+        assert self.query_positions is not None
+        for begin in range(0, len(self.query_positions), rows):
+            part = slice(begin, begin + rows)
+            yield replace(self, queries=self.queries[:, part], query_positions=self.query_positions[part])
+
     def attention(self, last: int | None = None) -> torch.Tensor:
         """Rows of attention, worked out anew from queries and keys.
 
@@ -128,7 +141,7 @@ class Layer:
         queries, at = self.queries, self.query_positions
         if last is not None:
             queries, at = queries[:, -last:], at[-last:]
-        grouped = queries.float().unflatten(0, (self.heads, -1))
+        grouped = queries.float().view(self.heads, -1, *queries.shape[1:])
         logits = torch.einsum("hgrd,hed->hgre", grouped, self.keys.float()) * self.scaling
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -146,8 +159,19 @@ class Layer:
             (kv_heads, entries), float32. Of all rows so far if the method asked for `ALL`, and `last` is None.
         """
         if self.total is not None and last is None:
-            return self.total.unflatten(0, (self.heads, -1)).mean(1)
+            return self.total.view(self.heads, -1, self.total.shape[1]).mean(1)
         return self.attention(last).mean(1).sum(1)
+
+
+class Strides(NamedTuple):
+    """How a method takes a text of any length: so many tokens at once, over what is left of those before."""
+
+    entries: int
+    """How many of a head are left at most."""
+    tokens: int
+    """Of a stride."""
+    always: bool = False
+    """Whether prompts are taken so that would fit into the model's context, too."""
 
 
 class Merged(NamedTuple):
@@ -189,6 +213,11 @@ class Method(ABC):
     def rows(self) -> int:
         """How many of the prompt's last queries it wants to see: 0 for none, or `ALL`."""
         return 0
+
+    @property
+    def strides(self) -> Strides | None:
+        """Of a method that is `compact` and acts at `decode`: how it takes texts of any length; None: it does not."""
+        return None
 
     @abstractmethod
     def keep(self, layers: Sequence[Layer]) -> Sequence[torch.Tensor | None]:

@@ -99,6 +99,11 @@ def _rotations(options: CakeOptions, engine: Engine[Cache, Logits]) -> Sequence[
             "Give no reuse: prompts are computed, and their prefixes restored"
         ) from error
     if isinstance(reuse, Blend):
+        if options.codec.drops:
+            raise BadInput(
+                "reuse blend looks at all of a document, of which chunks that compress makes smaller at store have not "
+                "everything: give reuse epic, or a compress that acts later"
+            )
         try:
             engine.blendable(reuse)
         except (UnsupportedEngine, UnsupportedModel) as error:

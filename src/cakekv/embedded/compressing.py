@@ -35,35 +35,40 @@ class Compressing:
         options: CakeOptions = arms.options
         acting = [method for method in options.compress if method.at - {"store"}]
         self.method: Method | None = acting[0] if acting else None
+        self._stored: Method | None = next((one for one in options.compress if "store" in one.at), None)
         self.sight: Sight | None = options.decode
-        if self.method is not None and self.sight is not None:
+        dropping = self.method or self._stored
+        if dropping is not None and self.sight is not None:
             raise BadInput(
-                f"decode {self.sight.name} needs a cache that has everything, and compress {self.method.name} lets go "
+                f"decode {self.sight.name} needs a cache that has everything, and compress {dropping.name} lets go "
                 "of tokens: give one of them"
             )
-        wanted = [one for one in (self.method, self.sight) if one is not None]
+        wanted = [one for one in (self.method, self._stored, self.sight) if one is not None]
         try:
             arms.engine.compressible(wanted)
         except (UnknownRotation, UnsupportedEngine, UnsupportedModel) as error:
-            which = "compress" if self.method is not None else "decode"
+            which = "compress" if isinstance(wanted[0], Method) else "decode"
             raise BadInput(
                 f"{which} {wanted[0].name} does not work with this model: {error}. Give no {which}"
             ) from error
 
     @property
     def is_exact(self) -> bool:
-        """Whether answers attend to all that was computed."""
+        """Whether answers attend to all that is in a prompt's cache."""
         return self.method is None and self.sight is None
 
     def apply(self, request: Request, prefill: Prefill, prompt: Tokenized) -> None:
         """Replace a prefill's cache by what is left of it; its report says how much that is."""
+        engine, report, began = self._arms.engine, prefill.report, monotonic()
+        if self._stored is not None:
+            report.kept_share = engine.kept_share(prefill.cache, len(prefill.token_ids))
+            report.compress = self._stored.recipe if report.kept_share < 1 else ""
         if self.is_exact:
             return
-        engine, report, began = self._arms.engine, prefill.report, monotonic()
         whole = engine.held_bytes(prefill.cache) or 0
         with self._arms.arbiter.turn(request):
             if self.method is not None:
-                report.compress = self.method.recipe
+                report.compress = "+".join(filter(None, (report.compress, self.method.recipe)))
                 left = engine.compress(prefill.cache, prefill.token_ids, self.method, marked(prompt))
             else:
                 assert self.sight is not None
@@ -79,6 +84,9 @@ class Compressing:
 
 
 def marked(prompt: Tokenized) -> Sequence[Marked]:
-    """What is marked of a prompt: what stands behind its last document is the question."""
-    end = max((place.end for place in prompt.documents), default=0)
-    return [Marked(end, len(prompt.token_ids), "question")] if 0 < end < len(prompt.token_ids) else []
+    """What is marked of a prompt. Unless its question is known, that is what follows its last document and image."""
+    if any(mark.what == "question" for mark in prompt.marked):
+        return prompt.marked
+    end = max([0, *(place.end for place in prompt.documents), *(mark.end for mark in prompt.marked)])
+    tokens = len(prompt.token_ids)
+    return [*prompt.marked, Marked(end, tokens, "question")] if 0 < end < tokens else prompt.marked

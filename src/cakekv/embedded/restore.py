@@ -155,7 +155,7 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             report.lossy_tokens = sum(tokens[chunk] for chunk in self._not_exact)
             report.after_lossy_tokens = sum(span.tokens for span in report.spans if self._saw_lossy(span.start))
             self._tell_reuse(report)
-        report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._planning.found.lookup_s, codec.name
+        report.ttft_s, report.lookup_s, report.codec = self._ttft_s, self._planning.found.lookup_s, codec.label
         report.notes += self.request.notes
         if not self._planning.found.still():
             report.notes.append(CHANGED)

@@ -197,6 +197,10 @@ class StoredPrefixes:
         found.lookup_s = monotonic() - began
         return found
 
+    def unasked(self, prompt: Tokenized) -> Found:
+        """For a prompt of which nothing is to be loaded or saved."""
+        return Found(self._engine, self.now(), [], len(prompt.token_ids), [], [], [], 0, is_named=False)
+
     def _named_for(self, tenant: str | None, notes: list[str]) -> tuple[Named, bool]:
         """What computes now, for a tenant, and whether its chunks are loaded and saved."""
         named = self.now()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from cakekv.compress.base import Marked
 from cakekv.embedded.chat_overflow import fitted
 from cakekv.embedded.chat_template import ChatTemplate
 from cakekv.embedded.transcript import Transcript
@@ -20,6 +22,8 @@ from cakekv.prompt import (
     Tokenized,
     Truncated,
     check_text,
+    marked_in,
+    marked_without,
     parts_of,
     token_ids,
 )
@@ -70,9 +74,10 @@ class Tokenizing:
             return self.transcript.prompt(prompt, notes, tenant)
         parts = parts_of(prompt)
         if parts is None:
-            return Tokenized(self.tokens(prompt, notes), tenant=tenant)  # type: ignore[arg-type]  # it has no parts
-        tokens: list[int] = []
-        places = []
+            tokens = self.tokens(prompt, notes)  # type: ignore[arg-type]  # it has no parts
+            return Tokenized(tokens, tenant=tenant, marked=marked_in(prompt))
+        tokens = []
+        places, marked = [], list[Marked]()
         for part in parts:
             if isinstance(part, Document):
                 own = self.document(part)
@@ -80,8 +85,9 @@ class Tokenizing:
                     places.append(Place(len(tokens), len(own)))
             else:
                 own = self._plain(part) if tokens and isinstance(part, str) else self.tokens(part, notes)
+            marked += marked_in(part.content if isinstance(part, Document) else part, len(tokens))
             tokens += own
-        return Tokenized(tokens, places, tenant=tenant)
+        return Tokenized(tokens, places, tenant=tenant, marked=marked)
 
     def fitted(self, prompt: Prompt, tokenized: Tokenized, context: int, notes: list[str]) -> Tokenized:
         """A prompt, truncated to the model's context if it is a chat that may be.
@@ -96,6 +102,27 @@ class Tokenizing:
             if tokenized.cuts:
                 notes.append(_what_was_dropped(tokenized))
         return tokenized
+
+    def with_question(self, prompt: Prompt, tokenized: Tokenized) -> Tokenized:
+        """The same; from the last message of a chat's user on, it is marked as the question, if that can be told."""
+        while isinstance(prompt, Truncated):
+            prompt = prompt.content
+        if not isinstance(prompt, Chat) or tokenized.text is None:
+            return tokenized
+        number = max((at for at, message in enumerate(prompt.messages) if message["role"] == "user"), default=0)
+        if not number:
+            return tokenized
+        try:
+            before = self.template.text(replace(prompt, messages=prompt.messages[:number]), answering=False)
+        except BadInput:  # a template need not take a chat that ends there
+            return tokenized
+        if not tokenized.text.startswith(before):
+            return tokenized
+        asked, end = self.template.plain(tokenized.text[len(before) :]), len(tokenized.token_ids)
+        start = end - len(asked)
+        if not asked or tokenized.token_ids[start:] != asked:
+            return tokenized
+        return tokenized._replace(marked=[Marked(start, end, "question")])
 
     def _truncated(self, prompt: Truncated, notes: list[str], tenant: str | None) -> Tokenized:
         content, dropped = prompt.content, prompt.dropped
@@ -112,7 +139,8 @@ class Tokenizing:
         if not dropped:
             return before
         left = tokens[: dropped.start] + tokens[dropped.stop :]
-        return before._replace(token_ids=left, cuts=[*before.cuts, Cut(tokens, dropped, prompt.turn)])
+        cuts = [*before.cuts, Cut(tokens, dropped, prompt.turn)]
+        return before._replace(token_ids=left, cuts=cuts, marked=marked_without(before.marked, dropped))
 
     def document(self, document: Document) -> list[int]:
         """A document's token ids.

@@ -113,6 +113,20 @@ class Engine(ABC, Generic[Cache, Logits]):
     def new_cache(self, capacity: int) -> Cache:
         """An empty KV cache with room for `capacity` tokens."""
 
+    def new_sparse_cache(self, capacity: int) -> Cache:
+        """As `new_cache`, for chunks of which rows may be absent, as `Codec.drops` says: nothing attends to those.
+
+        Raises
+        ------
+        UnsupportedEngine
+            The engine attends to all that is loaded.
+        """
+        raise UnsupportedEngine("this engine attends to all that is loaded: give no compress that acts at store")
+
+    def kept_share(self, cache: Cache, length: int) -> float:
+        """Of the rows of all layers and heads of a cache's first `length` tokens, the part that is there."""
+        return 1.0
+
     @abstractmethod
     def compute(self, cache: Cache, token_ids: Sequence[int], start: int, gate: Gate | None = None) -> Logits:
         """Run the model over the span of `token_ids` that begins at position `start`.
@@ -234,8 +248,15 @@ class Engine(ABC, Generic[Cache, Logits]):
     def staging(self, size: int) -> memoryview:
         """A page-aligned buffer of `size` bytes to read chunks into (pinned where the device wants it)."""
 
-    def check_prompt(self, token_ids: Sequence[int]) -> None:
+    def check_prompt(self, token_ids: Sequence[int], *, must_fit: bool = True) -> None:
         """Refuse a prompt that the model cannot take.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            The prompt.
+        must_fit : bool
+            Whether it may not be longer than the context.
 
         Raises
         ------
@@ -253,7 +274,7 @@ class Engine(ABC, Generic[Cache, Logits]):
                 f"token id {tokens[wrong[0]]} at position {wrong[0]} is out of range: "
                 f"the model's vocabulary goes from 0 to {self.vocabulary_size - 1}"
             )
-        if tokens.size > self.max_context:
+        if must_fit and tokens.size > self.max_context:
             raise PromptTooLong(
                 f"the prompt has {tokens.size} tokens, but the model's context is {self.max_context} tokens: shorten it"
             )

@@ -109,11 +109,24 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         How many heads of the first region are keys.
     before_read : callable
         Called before a span reads the layer; returns once what it may see is there.
+    absent : Tensor or None
+        (kv_heads, capacity), bool: the rows that are not there although their position is covered. They are zeros. None
+        if there cannot be any.
+    has_absent : bool
+        Whether there may be any.
+    hides : bool
+        Whether whoever reads the layer hides them.
     """
 
     is_croppable = True
 
-    def __init__(self, shape: LayerShape, regions: list[torch.Tensor], writes: Writes | None = None) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        regions: list[torch.Tensor],
+        writes: Writes | None = None,
+        absent: torch.Tensor | None = None,
+    ) -> None:
         # Not the base class's, which sets keys and values.
         self._writes = writes or Writes()
         self.window = shape.window
@@ -128,6 +141,8 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys, values = regions if len(regions) == 2 else (regions[0][:heads], regions[0][heads:])
         self._keys, self._values = keys[None], values[None]
         self.key_heads = heads
+        self.absent = absent
+        self.has_absent = self.hides = False
         self.token_bytes = shape.layout.token_bytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -154,6 +169,10 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if key_states.requires_grad:
             raise BadInput("this cache keeps no gradients: call the model under torch.no_grad()")
+        if self.has_absent:
+            if not self.hides:
+                raise BadInput(f"rows of this cache are absent, to which a model would attend: {_NOT_STORED}")
+            self.known_absent[:, self.length : end] = False
         self._writes.begin(self.length)
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
@@ -179,6 +198,27 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         for region, before in zip(self.regions, regions, strict=True):
             self._writes.counted += 1
             region[:, positions] = before
+
+    def find_absent(self, start: int, tokens: int) -> None:
+        """Find the rows of a chunk that was placed that are absent: their keys are NaN. Zeros take their place."""
+        keys = self._keys[0, :, start : start + tokens]
+        absent = keys[..., 0].isnan()
+        if bool(absent.any()):
+            if keys.device.type == "cpu":  # by NumPy: what torch writes there it counts, as `Writes` says
+                plain = keys.view(torch.int16 if keys.itemsize == 2 else torch.int32)
+                plain.numpy()[absent.numpy()] = 0
+            else:
+                keys.masked_fill_(absent[..., None], 0.0)
+            self.known_absent[:, start : start + tokens] = absent
+            self.has_absent = True
+        elif self.has_absent:
+            self.known_absent[:, start : start + tokens] = False
+
+    @property
+    def known_absent(self) -> torch.Tensor:
+        """`absent`, where there may be any."""
+        assert self.absent is not None
+        return self.absent
 
     def plane(self, number: int) -> torch.Tensor:
         """All memory for keys (0) or values (1), (1, heads, capacity, width)."""
@@ -277,6 +317,7 @@ class TwoEndedLayer(CacheLayerMixin):  # type: ignore[misc]
         return 0 if self.window is None else max(0, length - self.window + 1)
 
 
+_NOT_STORED = "they were not stored. Have Cake.generate answer, or give no compress that acts at store"
 _INSTEAD = "give transformers' generate() what Prefill.dynamic_cache() returns"
 
 
@@ -353,6 +394,8 @@ class TwoEndedCache(_Restored):
         Tokens to make room for.
     device : torch.device
         Where the model computes.
+    sparse : bool
+        Whether rows may be absent from chunks that are placed.
 
     Attributes
     ----------
@@ -367,8 +410,11 @@ class TwoEndedCache(_Restored):
         The host has no memory for so many tokens.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Sequence[LayerShape | None], capacity: int, device: torch.device, sparse: bool = False
+    ) -> None:
         self.capacity = capacity
+        self.sparse = sparse
         self.stored: list[TwoEndedLayer] = []
         self.stacks: list[Stack] = []
         self._writes = Writes()
@@ -398,14 +444,40 @@ class TwoEndedCache(_Restored):
                 ]
             except RuntimeError as error:  # torch's OutOfMemoryError is one
                 raise _no_memory(len(shapes) * self.capacity * shapes[0].layout.token_bytes) from error
-        self.stored += [
-            TwoEndedLayer(shape, list(regions), self._writes) for shape, *regions in zip(shapes, *memory, strict=True)
-        ]
+        for shape, *regions in zip(shapes, *memory, strict=True):
+            size = shape.keys.heads, self.capacity
+            absent = torch.zeros(size, dtype=torch.bool, device=device) if self.sparse else None
+            self.stored.append(TwoEndedLayer(shape, list(regions), self._writes, absent))
 
     @property
     def length(self) -> int:
         """Where the next forward begins in the layer that is furthest behind."""
         return min(layer.length for layer in self.stored)
+
+    @property
+    def has_absent(self) -> bool:
+        """Whether rows may be absent: to run a forward, see `TransformersEngine.attending`."""
+        return any(layer.has_absent for layer in self.stored)
+
+    def find_absent(self, start: int, tokens: int, segments: Sequence[Any]) -> None:
+        """Find the rows that are absent from a chunk of which these segments, but for None, were placed."""
+        if self.sparse:
+            with torch.inference_mode():
+                for layer, segment in zip(self.stored, segments, strict=True):
+                    if segment is not None:
+                        layer.find_absent(start, tokens)
+
+    def forget_absent(self) -> None:
+        """All rows are there again."""
+        for layer in self.stored:
+            if layer.has_absent:
+                layer.known_absent.zero_()
+                layer.has_absent = False
+
+    def kept_share(self, length: int) -> float:
+        """Of the rows of all layers and heads up to `length`, the part that is there."""
+        missing = sum(int(layer.absent[:, :length].sum()) for layer in self.stored if layer.absent is not None)
+        return 1 - missing / (length * sum(layer.key_heads for layer in self.stored))
 
     def set_length(self, length: int) -> None:
         """Say that the next forward begins at `length` and that all it can see below is covered."""
@@ -418,13 +490,34 @@ class TwoEndedCache(_Restored):
         Raises
         ------
         BadInput
-            The cache does not hold so many, or layers with a window do not have what would be visible from there.
+            The cache does not hold so many, or layers with a window do not have what would be visible from there; or
+            rows are absent.
         """
+        self.check_present(0, length)
         for layer in self.stored:
             layer.check_kept(length)
         cache = RestoredCache()
         cache.layers = [layer.dynamic(length) if isinstance(layer, TwoEndedLayer) else layer for layer in self.layers]
         return cache
+
+    def check_present(self, start: int, end: int) -> None:
+        """Raise `BadInput` if rows from `start` to `end` are absent."""
+        if any(layer.has_absent and bool(layer.known_absent[:, start:end].any()) for layer in self.stored):
+            raise BadInput(f"between positions {start} and {end}, rows are absent: {_NOT_STORED}")
+
+    @contextmanager
+    def hiding(self) -> Iterator[None]:
+        """Within the `with` block, whoever reads its layers hides rows that are absent."""
+        self._hide(True)
+        try:
+            yield
+        finally:
+            self._hide(False)
+
+    def _hide(self, hides: bool) -> None:
+        if self.sparse:
+            for layer in self.stored:
+                layer.hides = hides
 
     def watch_below(self, end: int) -> tuple[int, int]:
         """Begin to watch the positions below `end`, which are covered; what it returns is for `rewritten`."""

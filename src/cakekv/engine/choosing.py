@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cakekv.compress.base import ALL, Layer, Marked, Method
+from cakekv.engine.absent import attend_present, positions_of
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
 from cakekv.engine.ragged import RaggedCache, RaggedLayer, ragged_view
 from cakekv.engine.tap import Attending, Tap
@@ -61,6 +62,8 @@ def choose(
     ragged = ragged_view(cache, len(token_ids), method, rotations)
     layers = _seen(engine, tap, cache, ragged, token_ids, method.rows, marked)
     ragged.choose(method, layers)
+    if not method.compact:
+        ragged.capacity = engine.max_context
     return ragged if ragged.has_dropped or "decode" in method.at or method.compact else cache
 
 
@@ -95,6 +98,7 @@ def look(
     if sight.method is not None:
         ragged.choose(sight.method, layers)
     ragged.own()
+    ragged.capacity = engine.max_context
     return ragged
 
 
@@ -108,6 +112,7 @@ class _Watch:
                 (at, layer) for at, layer in enumerate(cache.layers) if isinstance(layer, TwoEndedLayer)
             )
         }
+        self.layers: list[Any] = [_ReadLayer(one) if isinstance(one, TwoEndedLayer) else one for one in cache.layers]
         self.sums = sums
         self.length = length
         self.queries: dict[int, list[torch.Tensor]] = {}
@@ -123,14 +128,14 @@ class _Watch:
                 self._add(number, attending)
             else:
                 self.queries.setdefault(number, []).append(attending.query[0])
-        return attending.ordinary()
+        return attend_present(self.layers[attending.layer], attending)
 
     def _add(self, number: int, attending: Attending) -> None:
         """Add the rows of these queries up."""
         queries, keys = attending.query[0], attending.key[0]
         tokens, end = queries.shape[1], keys.shape[1]
         at = torch.arange(end - tokens, end, device=keys.device)
-        positions = torch.arange(end, device=keys.device).expand(keys.shape[0], -1)
+        positions = positions_of(self.layers[attending.layer], 0, end)
         layer = Layer(
             number, len(self.windows), keys, attending.value[0], positions, end, queries, at, *self.scaling[number]
         )
@@ -141,14 +146,14 @@ class _Watch:
 class _ReadLayer(TwoEndedLayer):
     """A layer of the cache that is not written to: what tokens that run again would write is there."""
 
-    def __init__(self, layer: TwoEndedLayer, start: int) -> None:
+    def __init__(self, layer: TwoEndedLayer) -> None:
         self.__dict__.update(layer.__dict__)  # the same memory
-        self.length = start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the next tokens see, as far as it is there."""
+        self.before_read()
         first, self.length = self._first_visible(), self.length + key_states.shape[-2]
         return self._keys[:, :, first : self.length], self._values[:, :, first : self.length]
 
@@ -171,9 +176,10 @@ def _seen(
     watch = _Watch(cache, wanted == ALL, length)
     if rows:
         start = length - rows
-        reading = Cache(
-            layers=[_ReadLayer(one, start) if isinstance(one, TwoEndedLayer) else one for one in cache.layers]
-        )
+        reading = Cache(layers=watch.layers)
+        for one in watch.layers:
+            if isinstance(one, _ReadLayer):
+                one.length = start
         with torch.inference_mode(), tap.handing(watch) as twin:
             for begin in range(start, length, _SPAN):
                 end = min(begin + _SPAN, length)
@@ -218,7 +224,7 @@ def check_tap(engine: Any, tap: Tap) -> None:
         return ragged.attend(attending)
 
     try:
-        with torch.inference_mode(), tap.handing(hand) as twin:
+        with torch.inference_mode(), tap.handing(hand) as twin, ragged.driven():
             output = engine.forward_of(twin, ragged, token_ids[start:], **engine.arguments)
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModel(f"its attention cannot be tapped: {error!r}") from error

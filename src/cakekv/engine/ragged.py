@@ -6,13 +6,18 @@ up to consecutive positions, and their keys are turned each time they are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from cakekv.compress.base import Layer, Method
+from cakekv.embedded.executor import check
+from cakekv.engine.absent import positions_of, visible
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
 from cakekv.engine.tap import Attending
 from cakekv.engine.versions import Cache, CacheLayerMixin
@@ -104,6 +109,11 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._positions[:, : self.used]
 
     @property
+    def visible(self) -> int:
+        """How many tokens the next one would see if all were kept."""
+        return self.length if self.window is None else min(self.length, self.window - 1)
+
+    @property
     def rope_length(self) -> int:
         """What the model takes for the position of the next token."""
         return self.length if self.rotation is None else self.shift + self.used
@@ -133,6 +143,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         BadInput
             They are of several sequences, or belong to a graph of gradients.
         """
+        check()
         if key_states.shape[0] != 1 or key_states.requires_grad:
             raise BadInput("a compressed cache holds one sequence, and no gradients: use it under torch.no_grad()")
         tokens = key_states.shape[2]
@@ -162,11 +173,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens == 1 and not self._hides and self.bias is None and not self._passes_window():
             return None
-        positions = self.positions
-        at = torch.arange(self.length - tokens, self.length, device=positions.device)[:, None]
-        seen = (positions[:, None] >= 0) & (positions[:, None] <= at)
-        if self.window is not None:
-            seen &= positions[:, None] > at - self.window
+        seen = visible(self.positions, self.length, tokens, self.window)
         if self.bias is None and not self._hides:
             return seen[None, :1]
         per_head = heads // self.heads
@@ -213,6 +220,15 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         hidden = self.used - int(kept.sum(1).max())
         if self.rotation is not None or hidden > _DEAD * self.used:
             self.close_up()
+
+    def leave_window(self) -> None:
+        """Let go of what no later token sees."""
+        assert self.window is not None
+        passed = int((self.positions <= self.length - self.window).all(0).sum())
+        self._keys, self._values, self._positions = (
+            one[:, passed:] for one in (self._keys, self._values, self._positions)
+        )
+        self.used -= passed
 
     def hide_one_more(self) -> None:
         """Put an entry in front that nothing may see, of other keys and values than any."""
@@ -300,15 +316,17 @@ class RaggedCache(Cache):  # type: ignore[misc]
         The layers that keep something.
     length : int
         Tokens of the text so far, kept or not.
+    capacity : int
+        Tokens that it may have.
     """
-
-    capacity = 2**63 - 1
 
     def __init__(self, layers: list[Any], method: Method | None = None, sight: Sight | None = None) -> None:
         super().__init__(layers=layers)
         self.stored = [layer for layer in layers if isinstance(layer, RaggedLayer)]
         self.method = method
         self.sight = sight
+        self.capacity = sys.maxsize
+        self._is_driven = False
         self._numbers = {at: number for number, at in enumerate(_stored_at(layers))}
         self._new: dict[int, Attending] = {}
         self._fresh = 0
@@ -340,7 +358,24 @@ class RaggedCache(Cache):  # type: ignore[misc]
     def kept_share(self) -> float:
         """Of what the full cache would have, as entries of heads: how much is left."""
         kept = sum(int((layer.positions >= 0).sum()) for layer in self.stored)
-        return kept / sum(layer.heads * layer.length for layer in self.stored)
+        return kept / sum(layer.heads * layer.visible for layer in self.stored)
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        """Within the `with` block, a forward adds to it, and goes through its `attend`."""
+        self._is_driven = True
+        try:
+            yield
+        finally:
+            self._is_driven = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the layer's. Raises `BadInput` in a forward that does not know what is hidden."""
+        if not self._is_driven:
+            raise BadInput("a compressed cache goes on in engine.compute(cache, token_ids, position), not in the model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def layer_of(self, attending: Attending) -> RaggedLayer:
         """The layer that attends."""
@@ -374,10 +409,13 @@ class RaggedCache(Cache):  # type: ignore[misc]
         if self._fresh < method.stride:
             return
         for number, layer in enumerate(self.stored):
-            seen = self._seen(number, layer)
-            kept = method.step(seen)
-            if kept is not None:
-                layer.apply(kept, method, seen)
+            if layer.window is not None:
+                layer.leave_window()
+            else:
+                seen = self._seen(number, layer)
+                kept = method.step(seen)
+                if kept is not None:
+                    layer.apply(kept, method, seen)
             self._queries[number] = None
         self._fresh = 0
         self.align()
@@ -464,7 +502,7 @@ def ragged_view(
     rotations : sequence of Rotation or None
         Given if entries move up: how the keys of each layer are turned.
     """
-    turns = iter(rotations or [None] * len(cache.stored))
+    turns: Iterator[Rotation | None] = iter(rotations) if rotations is not None else repeat(None)
     layers: list[Any] = []
     for layer in cache.layers:
         if not isinstance(layer, TwoEndedLayer):
@@ -475,8 +513,7 @@ def ragged_view(
         rotation = next(turns)
         if rotation is not None:
             keys = _turned(keys.float(), rotation, first, -1)
-        positions = torch.arange(first, length, device=keys.device).repeat(keys.shape[0], 1)
-        layers.append(RaggedLayer(keys, values, positions, length, layer.window, rotation))
+        layers.append(RaggedLayer(keys, values, positions_of(layer, first, length), length, layer.window, rotation))
     return RaggedCache(layers, method)
 
 

@@ -54,6 +54,7 @@ class Transfer(ABC):
                 raise BadInput(f"a layer's segment has {segment.nbytes} bytes for {move.tokens} tokens")
             place_moved(layer, start, segment, move, rotation)
             placed += layer.token_bytes * tokens
+        cache.find_absent(start, tokens, segments)
         return placed
 
     def decoder(self, coder: ChunkCoder) -> DeviceDecoder | None:
@@ -91,6 +92,7 @@ class HostTransfer(Transfer):
         for region, part in _host_pairs(cache, start, tokens, segments):
             np.copyto(region, part)
             placed += part.nbytes
+        cache.find_absent(start, tokens, segments)
         return placed
 
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
@@ -121,6 +123,7 @@ class CudaTransfer(Transfer):
                 for target, source in _tensors(layer, start, tokens, segment):
                     target.copy_(source, non_blocking=True)
                 placed += segment.nbytes
+            cache.find_absent(start, tokens, segments)
         return placed
 
     def place_moved(

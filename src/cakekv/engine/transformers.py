@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cakekv.codec.base import Segment
 from cakekv.compress.base import Marked, Method
 from cakekv.decode.base import Sight
+from cakekv.engine.absent import present_only
 from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, check_sampling
 from cakekv.engine.blending import blend, check_blends
 from cakekv.engine.cache import TwoEndedCache
@@ -266,9 +267,20 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def new_cache(self, capacity: int) -> TwoEndedCache:
         """As `Engine.new_cache`. Raises `BadInput` if the model's context has not so many tokens."""
+        return self._new_cache(capacity)
+
+    def new_sparse_cache(self, capacity: int) -> TwoEndedCache:
+        """As `Engine.new_sparse_cache`. Raises `BadInput` if the model's context has not so many tokens."""
+        return self._new_cache(capacity, sparse=True)
+
+    def kept_share(self, cache: TwoEndedCache, length: int) -> float:
+        """As `Engine.kept_share`."""
+        return cache.kept_share(length)
+
+    def _new_cache(self, capacity: int, sparse: bool = False) -> TwoEndedCache:
         if not 1 <= capacity <= self.max_context:
             raise BadInput(f"a cache can have 1 to {self.max_context} tokens (the model's context), not {capacity}")
-        cache = TwoEndedCache(self._shapes, capacity, self.device)
+        cache = TwoEndedCache(self._shapes, capacity, self.device, sparse)
         if self.device.type == "cuda":
             # The allocator may hand out memory that kernels queued earlier on this stream still use, and loads come
             # in on another stream.
@@ -285,15 +297,38 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         if isinstance(cache, RaggedCache):
             return self._compute_ragged(cache, token_ids, start)
         cache.set_length(start)
-        with torch.inference_mode(), cache.forwarding(), cache.gated(gate) if gate is not None else nullcontext():
+        with (
+            torch.inference_mode(),
+            cache.forwarding(),
+            cache.gated(gate) if gate is not None else nullcontext(),
+            self.attending(cache, some_may_come=gate is not None) as model,
+        ):
             try:
-                last = self.forward(cache, token_ids, **self.arguments).logits[0, -1]
+                last = self.forward_of(model, cache, token_ids, **self.arguments).logits[0, -1]
             except RuntimeError:
                 self.state()  # it may be that the model outgrew its caches, which says more
                 raise
             logits: torch.Tensor = last.to("cpu", torch.float32, copy=True)
         _check_filled(cache, start + tokens)
         return logits
+
+    @contextmanager
+    def attending(self, cache: TwoEndedCache, some_may_come: bool = False) -> Iterator[Any]:
+        """What forwards over a cache run within the `with` block: the model, or a twin that hides rows that are absent.
+
+        Parameters
+        ----------
+        cache : TwoEndedCache
+            Is read and written to.
+        some_may_come : bool
+            Whether chunks are placed meanwhile, before what they cover is read.
+        """
+        with cache.hiding():  # what is placed from now on is behind what a forward sees, unless some may come
+            if cache.has_absent or (cache.sparse and some_may_come):
+                with self.tap.handing(present_only(cache)) as twin:
+                    yield twin
+            else:
+                yield self.model
 
     def _compute_ragged(self, cache: RaggedCache, token_ids: Sequence[int], start: int) -> torch.Tensor:
         return self._forward_ragged(cache, token_ids, start, **self.arguments)[-1]
@@ -303,7 +338,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ) -> torch.Tensor:
         cache.set_length(start)
         try:
-            with torch.inference_mode(), self.tap.handing(cache.attend) as twin:
+            with torch.inference_mode(), self.tap.handing(cache.attend) as twin, cache.driven():
                 said = self.forward_of(twin, cache, token_ids, **arguments).logits[0]
                 logits: torch.Tensor = said.to("cpu", torch.float32, copy=True)
         except BaseException:
@@ -414,7 +449,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         return self._transfer.decoder(coder)
 
     def gather(self, cache: TwoEndedCache, start: int, tokens: int, segments: Sequence[memoryview]) -> None:
-        """As `Engine.gather`. Raises `BadInput` if the segments do not fit."""
+        """As `Engine.gather`. Raises `BadInput` if the segments do not fit, or rows are absent."""
+        cache.check_present(start, start + tokens)
         self._transfer.gather(cache, start, tokens, segments)
 
     def gatherer(self, cache: TwoEndedCache, start: int, tokens: int) -> Gather:
@@ -434,6 +470,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def held_bytes(self, cache: TwoEndedCache) -> int:
         """As `Engine.held_bytes`."""
+        if isinstance(cache, RaggedCache):
+            return cache.held_bytes
         return sum(region.nbytes for layer in cache.stored for region in layer.regions)
 
     def carry(self, work: Callable[[], Result]) -> Callable[[], Result]:

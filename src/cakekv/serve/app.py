@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from time import time
 from typing import Annotated, Any
@@ -11,11 +11,13 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from cakekv import __version__
 from cakekv.cake import Cake
 from cakekv.serve.answers import Answers, Asked, Form
+from cakekv.serve.body import LimitedBody
 from cakekv.serve.chat import ChatForm
 from cakekv.serve.completions import CompletionForm
 from cakekv.serve.conversations import Conversations
@@ -49,6 +51,8 @@ class Service:
         Longest answer to a request that says nothing of it, in tokens.
     running, waiting : int
         How many requests are answered at once, and how many more may wait.
+    origins : sequence of str
+        Origins of other web pages whose scripts may ask, such as "http://localhost:3000"; "*" for all.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class Service:
         most_tokens: int = MOST_TOKENS,
         running: int = RUNNING,
         waiting: int = WAITING,
+        origins: Sequence[str] = (),
     ) -> None:
+        self.origins = list(origins)
         self.cake = cake
         self.model = model
         self.keys = keys or Keys()
@@ -118,6 +124,11 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="cakekv", version=__version__, lifespan=lifespan)
     app.state.keys = service.keys
+    app.add_middleware(LimitedBody)
+    if service.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     add_handlers(app)
     add_page(app)
 

@@ -157,7 +157,10 @@ class Judge:
             if not 0.0 <= share < 1.0:
                 raise BadInput(f"the computed share is from 0 to below 1, not {share}")
         engine, context = self._engine, document.context
-        exact, cache = (engine.new_cache(len(context) + len(document.tail)) for _ in range(2))
+        capacity = len(context) + len(document.tail)
+        exact = engine.new_cache(capacity)
+        drops = any(codec.drops for codec in codecs)
+        cache = engine.new_sparse_cache(capacity) if drops else engine.new_cache(capacity)
         for start in range(0, len(context), _SPAN):
             engine.compute(exact, context[start : start + _SPAN], start)
         reference = Reference(follow(engine, exact, document), len(document.continuation))
@@ -175,6 +178,7 @@ class Judge:
         reference: Reference,
     ) -> Judgement:
         end = len(document.context)
+        cache.forget_absent()
         for theirs, ours in zip(exact.stored, cache.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, :end] = source[:, :end]
@@ -231,8 +235,8 @@ def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document)
     start = len(document.context)
     kept = [[region[:, start - 1 : start].clone() for region in layer.regions] for layer in cache.stored]
     cache.set_length(start - 1)
-    with torch.inference_mode():
-        output = engine.forward(cache, [document.context[-1], *document.tail[:-1]])
+    with torch.inference_mode(), engine.attending(cache) as model:
+        output = engine.forward_of(model, cache, [document.context[-1], *document.tail[:-1]])
         logits: torch.Tensor = output.logits[0].to("cpu", torch.float32)
     for layer, regions in zip(cache.stored, kept, strict=True):
         for region, one in zip(layer.regions, regions, strict=True):

@@ -20,6 +20,7 @@ def learn(
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
     tenant: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = "",
     codec: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = "raw",
+    compress: Annotated[str | None, typer.Option(help="As in `cakekv ask`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compute documents by themselves and save them, so that prompts can reuse them wherever they stand.
@@ -33,7 +34,7 @@ def learn(
     from cakekv.cli.model import load_cake
 
     rows = []
-    with open_store(store) as found, load_cake(model, found, tenant, codec) as cake:
+    with open_store(store) as found, load_cake(model, found, tenant, codec, compress=compress) as cake:
         for name in documents:
             text = read_document(name, cake.tokenizer, DEMO_TOKENS if name == "demo" else None)
             with NEWS.status(f"Computing {name} …"):

@@ -44,6 +44,7 @@ class PromptOptions:
     ] = None
     tenant: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = ""
     codec: Annotated[str, typer.Option(help="As in `cakekv ask`.")] = "raw"
+    compress: Annotated[str | None, typer.Option(help="As in `cakekv ask`.")] = None
     chunk_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per chunk. [default: 64]")] = None
     identity: Annotated[
         str | None,
@@ -75,7 +76,7 @@ class PromptOptions:
 
         from cakekv.cli.model import load_cake
 
-        with load_cake(self.model, None, self.tenant, self.codec, self.chunk_tokens) as cake:
+        with load_cake(self.model, None, self.tenant, self.codec, self.chunk_tokens, compress=self.compress) as cake:
             if self.tokens is not None:
                 token_ids = read_tokens(self.tokens)
             else:

@@ -1,0 +1,1 @@
+"""What every method that keeps fewer tokens must do (`test_contract.py`), and what each of them keeps."""
