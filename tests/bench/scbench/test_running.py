@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cakekv.bench.quality.judge import Judge
 from cakekv.bench.scbench import task_named
 from cakekv.bench.scbench.base import Session
 from cakekv.bench.scbench.running import MODES, REQUESTS, TURNS, Answers, Runner, Variant
@@ -152,3 +153,22 @@ def _windowed(engine: TransformersEngine, context: list[int], window: list[int],
             torch.tensor([tail]), past_key_values=cache, position_ids=positions, attention_mask=None
         ).logits[0, -len(turn.answer) - 1 : -1]
     return float(logits.log_softmax(-1).gather(1, torch.tensor(turn.answer)[:, None]).mean())
+
+
+def test_chunks_are_encoded_once(
+    engine: TransformersEngine, tokenizer: Any, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges: list[tuple[int, int]] = []
+    transcode = Judge.transcode
+
+    def noting(judge: Judge, cache: Any, first: int, end: int, codec: Any) -> Any:
+        ranges.append((first, end - codec.window))
+        return transcode(judge, cache, first, end, codec)
+
+    monkeypatch.setattr(Judge, "transcode", noting)
+    run(engine, tokenizer, session, Variant("int8", codec=codec_named("int8")))
+    context, prompt = len(session.context), len(session.context) + len(session.turns[0].question)
+    assert ranges[:2] == [(0, context // 64 * 64), (0, prompt // 64 * 64)]
+    later = ranges[1:]
+    assert len(later) > 1
+    assert all(one[1] == other[0] for one, other in zip(later, later[1:], strict=False))

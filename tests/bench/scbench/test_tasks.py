@@ -67,7 +67,7 @@ def test_variables_are_those_of_the_value() -> None:
     assert len(of) == 120
     for question, gold in questions:
         value = question.strip('":-')
-        assert gold == f'"{value}-{of[value]}", "{of[value]}-{of[of[value]]}"'
+        assert gold == f'"{value}-{of[value]}-{of[of[value]]}"'
 
 
 def test_the_most_frequent_number_is_asked_for() -> None:

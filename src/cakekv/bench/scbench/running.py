@@ -149,13 +149,13 @@ class Runner:
         return [self._ask(session, turn, variant, cache, length)[0] for turn in session.turns]
 
     def _turns(self, session: Session, variant: Variant, cache: Any, before: torch.Tensor) -> list[Answer]:
-        answers, coded = [], 0
+        answers = []
         for number, turn in enumerate(session.turns):
             length = cache.length
-            if variant.codec is not None:
-                coded = self._encode(variant.codec, cache, coded)
             answer, cache = self._ask(session, turn, variant, cache, length, None if number else before)
             answers.append(answer)
+            if variant.codec is not None:
+                self._encode(variant.codec, cache, length)
         return answers
 
     def _left(
@@ -180,20 +180,15 @@ class Runner:
         self._encode(variant.codec, scratch, 0)
         return scratch
 
-    def _encode(self, codec: Codec, cache: TwoEndedCache, first: int) -> int:
-        """Encode and decode in place all complete chunks behind `first` that the codec's window does not keep exact.
+    def _encode(self, codec: Codec, cache: TwoEndedCache, before: int) -> None:
+        """Encode and decode in place the chunks that have become complete since a cache had `before` tokens.
 
-        Returns
-        -------
-        int
-            Where the first chunk begins that is not coded.
+        Those that the codec's window keeps exact come later.
         """
         size = self._chunk_tokens
-        first = first // size * size
-        end = (cache.length - codec.window) // size * size
+        first, end = (max(0, (length - codec.window) // size * size) for length in (before, cache.length))
         if first < end:
             self._judge.transcode(cache, first, end + codec.window, codec)
-        return max(first, end)
 
     def _ask(
         self,
@@ -219,9 +214,10 @@ class Runner:
         task, one_by_one = self._tasks[session.task], variant.acts_at_each_step
         question, gold = turn.question if before is None else [], turn.answer + session.end
         going = _fork(cache, length)
-        rows = [self._forward(going, question)[-1:] if before is None else before]
-        rows.append(self._forward(going, gold, one_by_one)[:-1])
-        logits = torch.cat(rows)
+        rows = self._forward(going, question, gold, one_by_one)
+        if before is not None:
+            rows = torch.cat([before, rows])
+        logits = rows[-len(gold) - 1 : -1]
         count = len(turn.answer)
         chosen = torch.log_softmax(logits[:count], -1).gather(1, torch.tensor(turn.answer)[:, None])
         likeliest: list[int] = logits.argmax(-1).tolist()
@@ -235,14 +231,12 @@ class Runner:
         history = gold if not self._own_answers else self._line(said, session.end)
         if history != gold or (going is cache and not has_ended):
             going = _fork(cache, length)
-            self._forward(going, question + history)
+            self._forward(going, question, history, one_by_one)
         return answer, going
 
     def _say(self, cache: Any, question: list[int], said: list[int], task: Task, one_by_one: bool) -> None:
         """Go on saying the likeliest token, to the end of a line."""
-        if question:
-            self._forward(cache, question)
-        logits = self._forward(cache, said, one_by_one)
+        logits = self._forward(cache, question, said, one_by_one)
         while True:
             said.append(int(logits[-1].argmax()))
             if self._has_ended(said, task):
@@ -263,11 +257,12 @@ class Runner:
         words = [token for token in said if token not in self._engine.stop_tokens]
         return words if END in self._tokenizer.decode(words) else words + end
 
-    def _forward(self, cache: Any, token_ids: Sequence[int], one_by_one: bool = False) -> torch.Tensor:
-        """Compute tokens at the end of a cache: the logits behind each, (tokens, vocabulary)."""
-        if one_by_one:
-            return torch.cat([self._forward(cache, [token]) for token in token_ids])
-        return self._engine.logits(cache, token_ids, cache.length)
+    def _forward(
+        self, cache: Any, question: list[int], answer: Sequence[int] = (), one_by_one: bool = False
+    ) -> torch.Tensor:
+        """Compute tokens at the end of a cache, those of an answer perhaps one by one: (tokens, vocabulary)."""
+        parts = [question, *([token] for token in answer)] if one_by_one else [[*question, *answer]]
+        return torch.cat([self._engine.logits(cache, part, cache.length) for part in parts if part])
 
 
 def _fork(cache: Any, length: int) -> Any:

@@ -19,17 +19,12 @@ class VariableTracing(Task):
     def write(self, rng: random.Random, entries: int) -> Written:
         entries = max(entries, SHOTS + TURNS)
         words = names(rng, 3 * entries)
-        values, variables = words[:entries], words[entries:]
-        chains = [
-            (f'"{value}-{first}"', f'"{first}-{second}"')
-            for value, first, second in zip(values, variables[::2], variables[1::2], strict=True)
-        ]
-        firsts, seconds = (rng.sample(column, entries) for column in zip(*chains, strict=True))
-        asked = rng.sample(range(entries), SHOTS + TURNS)
-        return Written(
-            "\n".join([*firsts, *seconds]),
-            [Question(f'"{values[chain]}-":', ", ".join(chains[chain])) for chain in asked],
-        )
+        chains = list(zip(words[::3], words[1::3], words[2::3], strict=True))
+        firsts = [f'"{value}-{first}"' for value, first, _ in chains]
+        seconds = [f'"{first}-{second}"' for _, first, second in chains]
+        lines = [*rng.sample(firsts, entries), *rng.sample(seconds, entries)]
+        asked = rng.sample(chains, SHOTS + TURNS)
+        return Written("\n".join(lines), [Question(f'"{chain[0]}-":', f'"{"-".join(chain)}"') for chain in asked])
 
     def score(self, said: str, gold: str) -> float:
         return contains_all(said, [gold])
