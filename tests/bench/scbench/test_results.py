@@ -95,6 +95,10 @@ def test_what_a_file_lacks_is_added(tmp_path: Path) -> None:
     del at_once["command"]
     assert added == at_once
 
+    fewer = Results(RUN, settings(sessions=2), VARIANTS)
+    file.write_text(json.dumps(at_once | {"command": "here"}))
+    with pytest.raises(BadInput, match="4 sessions"):
+        fewer.read(file)
     other = Results(RUN, settings(tokens=600), VARIANTS)
     with pytest.raises(BadInput, match="tokens 500"):
         other.read(file)

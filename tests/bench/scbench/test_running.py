@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -171,4 +172,4 @@ def test_chunks_are_encoded_once(
     assert ranges[:2] == [(0, context // 64 * 64), (0, prompt // 64 * 64)]
     later = ranges[1:]
     assert len(later) > 1
-    assert all(one[1] == other[0] for one, other in zip(later, later[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(later))

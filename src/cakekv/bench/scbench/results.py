@@ -22,7 +22,7 @@ KNOWN = 0.5
 """The full cache can answer a question if its score is at least that."""
 ENOUGH = 0.3
 """Of a task's questions, the full cache can answer this share, or the task does not count."""
-_SAME = ("model", "dtype", "tasks", "sessions", "tokens", "chunk_tokens", "own_answers")
+_SAME = ("model", "dtype", "tasks", "tokens", "chunk_tokens", "own_answers")
 _MOST_LOST = 0.05
 
 
@@ -49,8 +49,11 @@ class Results:
     @property
     def is_complete(self) -> bool:
         """Whether all variants were judged on all sessions."""
-        wanted = len(self._settings["tasks"]) * self._settings["sessions"]
-        return all(len(ones) >= wanted for ones in self._judged.values())
+        return all(len(ones) >= self._wanted for ones in self._judged.values())
+
+    @property
+    def _wanted(self) -> int:
+        return len(self._settings["tasks"]) * int(self._settings["sessions"])
 
     def read(self, file: Path) -> None:
         """Keep all that a file of results has.
@@ -58,7 +61,7 @@ class Results:
         Raises
         ------
         BadInput
-            It is no such file, or was measured with other settings.
+            It is no such file, or was measured with other settings, or with more sessions.
         """
         try:
             data = json.loads(file.read_text())
@@ -71,6 +74,8 @@ class Results:
                 f"cannot add to {file}: it is no file that `cakekv scbench --json` wrote ({error!r})"
             ) from error
         check_settings(file, before, self._settings, _SAME)
+        if len(sessions) > self._wanted:
+            raise BadInput(f"cannot add to {file}: it has {before['sessions']} sessions of each task: ask for as many")
         self._run["command"] = command
         self._sessions = sessions
         self._kinds = kinds | self._kinds
