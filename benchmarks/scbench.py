@@ -21,7 +21,11 @@ from cakekv.cli.scbench import judge_sessions, print_results, variants_named
 from cakekv.errors import CakeError
 
 CODECS = ("int8", "kivi:bits=4")
-METHODS = ("heavy_hitter:share=0.2,rows=16", "heavy_hitter:share=0.2", "sink_recent:share=0.2")
+METHODS = (
+    *("heavy_hitter:share=0.2,rows=16", "sink_recent:share=0.2"),
+    *("dbudgetkv", "corm:window=64,recent=64", "vl_cache:share=0.2"),
+    *("elastic_cache:share=0.2", "kvmerger", "cascading:size=256"),
+)
 SIGHTS: tuple[str, ...] = ()
 
 
@@ -31,7 +35,10 @@ def main(
     print_file: Annotated[
         Path | None, typer.Option("--print", help="Print what this file has, and nothing else.")
     ] = None,
-    sessions: Annotated[int, typer.Option(min=1, help="Of each task.")] = 8,
+    codec: Annotated[list[str] | None, typer.Option(help="Only what is given; repeatable.")] = None,
+    compress: Annotated[list[str] | None, typer.Option(help="Likewise.")] = None,
+    decode: Annotated[list[str] | None, typer.Option(help="Likewise.")] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Of each task.")] = 3,
     tokens: Annotated[int, typer.Option(min=256, help="Of each context.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
@@ -40,8 +47,9 @@ def main(
     if print_file is not None:
         print_results(json.loads(print_file.read_text()))
         return
+    given = [compress or (), codec or (), decode or ()]
     judge_sessions(
-        variants_named(METHODS, CODECS, SIGHTS),
+        variants_named(*(given if any(given) else (METHODS, CODECS, SIGHTS))),
         json_file,
         add=add,
         tasks=task or tuple(TASKS),
