@@ -22,7 +22,7 @@ from cakekv.errors import CakeError
 
 CODECS = ("int8", "kivi:bits=4")
 METHODS = (
-    *("heavy_hitter:share=0.2,rows=16", "sink_recent:share=0.2"),
+    *("heavy_hitter:share=0.2,rows=16,pool=7", "sink_recent:share=0.2"),
     *("dbudgetkv", "corm:window=64,recent=64", "vl_cache:share=0.2"),
     *("elastic_cache:share=0.2", "kvmerger", "cascading:size=256"),
 )
@@ -38,7 +38,7 @@ def main(
     codec: Annotated[list[str] | None, typer.Option(help="Only what is given; repeatable.")] = None,
     compress: Annotated[list[str] | None, typer.Option(help="Likewise.")] = None,
     decode: Annotated[list[str] | None, typer.Option(help="Likewise.")] = None,
-    sessions: Annotated[int, typer.Option(min=1, help="Of each task.")] = 3,
+    sessions: Annotated[int, typer.Option(min=1, help="Of each task.")] = 2,
     tokens: Annotated[int, typer.Option(min=256, help="Of each context.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",

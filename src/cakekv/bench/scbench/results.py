@@ -185,6 +185,8 @@ class Results:
                         }
                     )
                     who = {"method": name, "kind": self._kinds[name], "mode": mode, "task": task, "turn": turn + 1}
+                    if task != ALL:
+                        del figures["intervals"]  # of few sessions
                     yield {**who, **figures, "items": sum(known), "asked": len(known)}
 
     def _at(self, name: str, number: int, mode: str, turn: int) -> Answer:
