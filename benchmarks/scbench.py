@@ -22,7 +22,7 @@ from cakekv.errors import CakeError
 
 CODECS = ("int8", "kivi:bits=4")
 METHODS = (
-    *("heavy_hitter:share=0.2,rows=16,pool=7", "sink_recent:share=0.2"),
+    *("heavy_hitter:share=0.2,recent=0.25,rows=16,pool=7", "sink_recent:share=0.2"),
     *("dbudgetkv", "corm:window=64,recent=64", "vl_cache:share=0.2"),
     *("elastic_cache:share=0.2", "kvmerger", "cascading:size=256"),
 )
