@@ -72,7 +72,8 @@ def test_scores_are_of_what_the_full_cache_can_do() -> None:
 
 def test_claims_are_of_falls_from_the_first_turn_to_the_last() -> None:
     claims = {(one["claim"], one["figure"]): one for one in judged().to_dict()["claims"]}
-    assert len(claims) == 6
+    assert len(claims) == 9
+    assert {one["measured"] for (_, figure), one in claims.items() if figure == "gold_nats_seen"} == {0.0}
     for figure in ("score", "gold_nats"):
         pair = claims["sink_recent falls more from turn 1 to turn 5 than int8", figure]
         assert (pair["measured"], pair["interval"], pair["holds"], pair["sessions"]) == (1.0, [1.0, 1.0], True, 4)

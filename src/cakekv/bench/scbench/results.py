@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cakekv.bench.quality.earlier import check_settings, went_on
 from cakekv.bench.quality.intervals import figures_of
 from cakekv.bench.scbench.base import Session
-from cakekv.bench.scbench.running import MODES, TURNS, Answer, Answers, Runner, Variant
+from cakekv.bench.scbench.running import MODES, REQUESTS, TURNS, Answer, Answers, Runner, Variant
 from cakekv.errors import BadInput
 
 FULL = "full"
@@ -137,7 +137,7 @@ class Results:
         for task in self._settings["tasks"]:
             ones = [
                 answer.score
-                for number in self._of(task)
+                for number in self._of([task], FULL)
                 for mode in MODES
                 for answer in self._judged[FULL][number][mode].turns
             ]
@@ -150,13 +150,10 @@ class Results:
     def _counting(self) -> list[str]:
         return [task["name"] for task in self._tasks() if task["counts"]]
 
-    def _of(self, *tasks: str) -> list[int]:
-        """The numbers of the sessions of some tasks."""
-        return [number for number, one in enumerate(self._sessions[: self._done]) if one["task"] in tasks]
-
-    @property
-    def _done(self) -> int:
-        return len(self._judged[FULL])
+    def _of(self, tasks: Collection[str], name: str) -> list[int]:
+        """The numbers of the sessions of some tasks on which a method was judged."""
+        done = min(len(self._judged[FULL]), len(self._judged[name]))
+        return [number for number, one in enumerate(self._sessions[:done]) if one["task"] in tasks]
 
     def _rows(self) -> Iterable[dict[str, Any]]:
         """Each method's figures at each turn: first those of all tasks that count, then those of each task.
@@ -168,7 +165,7 @@ class Results:
         groups = {ALL: counting, **{task: [task] for task in self._settings["tasks"]}}
         for task, tasks in groups.items():
             for name, mode in ((name, mode) for mode in MODES for name in self._judged):
-                numbers = [number for number in self._of(*tasks) if number < len(self._judged[name])]
+                numbers = self._of(tasks, name)
                 if not numbers:
                     continue
                 for turn in range(len(self._judged[FULL][numbers[0]][mode].turns)):
@@ -195,12 +192,15 @@ class Results:
     def _claims(self) -> Iterable[dict[str, Any]]:
         """What is claimed of turns, as far as it was judged: of falls from the first turn to the last.
 
-        Each is told by the score, over sessions whose first and last question the full cache can answer, and by the
-        gold answers' log-likelihood beyond that of the full cache, over all sessions of tasks that count.
+        Each is told by the score, over sessions whose first and last question the full cache can answer; by the gold
+        answers' log-likelihood less the full cache's; and by how much higher that is than for the same questions as
+        requests (`gold_nats_seen`), so that it does not matter which questions come first and last. The latter two are
+        over all sessions of tasks that count.
         """
         dropping = [name for name, kind in self._kinds.items() if kind == "compress" and self._judged[name]]
         keeping = [name for name, kind in self._kinds.items() if kind in ("codec", "decode") and self._judged[name]]
-        for figure, fall in (("score", self._fall), ("gold_nats", self._fall_in_nats)):
+        falls = {"score": self._fall, "gold_nats": self._fall_in_nats, "gold_nats_seen": self._fall_of_seen}
+        for figure, fall in falls.items():
             for name in dropping:
                 text = f"{name} falls from turn 1 to turn 5"
                 yield from _claim(text, figure, [fall(name)], lambda measured, low, high: low > 0)
@@ -214,23 +214,24 @@ class Results:
 
     def _fall(self, name: str) -> dict[int, float]:
         """By session: the score at the first turn less that at the last."""
-        falls = {}
-        for number, first, last in self._ends(name):
-            if self._at(FULL, number, TURNS, 0).score >= KNOWN <= self._at(FULL, number, TURNS, -1).score:
-                falls[number] = first.score - last.score
-        return falls
+        return {
+            number: self._at(name, number, TURNS, 0).score - self._at(name, number, TURNS, -1).score
+            for number in self._of(self._counting(), name)
+            if all(self._at(FULL, number, TURNS, turn).score >= KNOWN for turn in (0, -1))
+        }
 
-    def _fall_in_nats(self, name: str) -> dict[int, float]:
-        falls = {}
-        for number, first, last in self._ends(name):
-            own = [self._at(FULL, number, TURNS, turn).gold_nats for turn in (0, -1)]
-            falls[number] = (own[1] - last.gold_nats) - (own[0] - first.gold_nats)
-        return falls
+    def _fall_in_nats(self, name: str, mode: str = TURNS) -> dict[int, float]:
+        return {
+            n: self._lost(name, n, mode, -1) - self._lost(name, n, mode, 0) for n in self._of(self._counting(), name)
+        }
 
-    def _ends(self, name: str) -> Iterable[tuple[int, Answer, Answer]]:
-        for number in self._of(*self._counting()):
-            if number < len(self._judged[name]):
-                yield number, self._at(name, number, TURNS, 0), self._at(name, number, TURNS, -1)
+    def _fall_of_seen(self, name: str) -> dict[int, float]:
+        unseen = self._fall_in_nats(name, REQUESTS)
+        return {number: fall - unseen[number] for number, fall in self._fall_in_nats(name).items()}
+
+    def _lost(self, name: str, number: int, mode: str, turn: int) -> float:
+        """By how much the full cache's log-likelihood of a gold answer is higher."""
+        return self._at(FULL, number, mode, turn).gold_nats - self._at(name, number, mode, turn).gold_nats
 
 
 def _claim(
