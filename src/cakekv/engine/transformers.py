@@ -408,8 +408,8 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
                 cache.grew(len(token_ids))
             return logits
         cache.set_length(start)
-        with torch.inference_mode(), cache.forwarding():
-            said: torch.Tensor = self.forward(cache, token_ids).logits[0]
+        with torch.inference_mode(), cache.forwarding(), self.attending(cache) as model:
+            said: torch.Tensor = self.forward_of(model, cache, token_ids).logits[0]
             return said.to("cpu", torch.float32, copy=True)
 
     @property
