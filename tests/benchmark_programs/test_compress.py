@@ -109,6 +109,7 @@ def test_claims_hold_or_fail_by_what_was_measured() -> None:
     }
     passkeys, perplexity = compress.cascading_claims(streams)
     assert (passkeys.measured, passkeys.holds) == (0.75, True)
+    assert perplexity.measured is not None
     assert (perplexity.measured < 0, perplexity.holds) == (True, True)
 
 

@@ -322,8 +322,8 @@ def _total(kind: str, ones: Sequence[_Said], asked: Sequence[bool], sizes: tuple
     tokens = sum(one.gold_tokens for one in ones)
     nats = sum(one.gold_nats for one in ones) / max(tokens, 1)
     both = sum(mine and known for mine, known in zip(found, asked, strict=True))
-    compared = (fmean(column) for column in zip(*(one.compared for one in ones), strict=True))
-    return Measured(kind, *compared, sum(asked), both, nats, *sizes)
+    kl, agreement, own = (fmean(column) for column in zip(*(one.compared for one in ones), strict=True))
+    return Measured(kind, kl, agreement, own, sum(asked), both, nats, *sizes)
 
 
 def summary(name: str, option: str | None, fingerprint: str | None, ones: Sequence[Measured]) -> dict[str, Any]:
