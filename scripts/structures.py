@@ -25,6 +25,8 @@ ORDER = [
     "load",
     "codec",
     "reuse",
+    "compress",
+    "decode",
     "store",
     "store/eviction",
     "store/maintenance",
@@ -43,6 +45,7 @@ ORDER = [
     "demo",
     "bench",
     "bench/quality",
+    "bench/scbench",
     "bench/vllm",
 ]
 """The folders of `src/cakekv`, as a prompt meets them; then the other drivers, and what people see."""
