@@ -62,7 +62,7 @@ def _claim(budget: int, tokens: int, rows: Sequence[dict[int, dict[str, float]]]
     figures: dict[str, Any] = figures_of({kind: [(row[budget][kind], 1.0) for row in rows] for kind in _KINDS})
     return Claim(
         f"clusterkv reach: {budget} of {tokens} tokens",
-        f"at most {WORTHWHILE} of a prefix's chunks hold what its first token selects, so loading these first pays",
+        f"at most {WORTHWHILE} of a prefix's chunks hold what its first token selects: to load these first pays",
         figures,
         figures["chunks"] <= WORTHWHILE,
     )
@@ -96,7 +96,9 @@ class Reach(Sight):
 
     def view(self, layer: Layer, mask: torch.Tensor | None) -> View:
         groups = self.memos[layer.index].get("groups")
-        for sight in self.sights if groups is not None else ():
+        for sight in self.sights:
+            if groups is None:
+                continue
             chosen = sight.chosen(layer, groups).flatten(1)
             rows = torch.zeros((layer.heads, layer.entries), dtype=torch.bool).scatter_(1, chosen, True)
             rows[:, : sight.sinks] = True

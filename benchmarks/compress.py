@@ -77,32 +77,33 @@ def main(
     claims: Annotated[
         list[str] | None, typer.Option(help="Measure only what these methods' claims need; repeatable.")
     ] = None,
+    study: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="In each study.")] = 21,
     tokens: Annotated[int, typer.Option(min=256, help="Of each document.")] = 1024,
     long_tokens: Annotated[int, typer.Option(min=256, help="Of each long document.")] = 4096,
-    continuation: Annotated[int, typer.Option(min=8, help="Tokens behind it that are predicted.")] = 64,
+    continuation: Annotated[int, typer.Option(min=8, help="Tokens behind it that are predicted.")] = 48,
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
     tiny: Annotated[bool, typer.Option("--tiny", help="Two documents, as short as can be.")] = False,
 ) -> None:
     """Measure what methods keep, and what it does to answers."""
     if tiny:
         documents, tokens, long_tokens, continuation = 2, 256, 640, 8
-    unknown = [name for name in claims or () if name not in CLAIMS]
-    if unknown:
-        raise CakeError(f"nothing is claimed of {unknown[0]!r}: choose of {', '.join(CLAIMS)}")
+    for given, known in ((claims, CLAIMS), (study, WAYS)):
+        if unknown := [name for name in given or () if name not in known]:
+            raise CakeError(f"there is no {unknown[0]!r}: choose of {', '.join(known)}")
     loaded = load_cake(model, None, dtype="float32")
     engine: TransformersEngine = loaded.engine  # type: ignore[assignment]  # load_cake makes transformers engines
     settings = {"model": model, "dtype": "float32", "documents": documents, "continuation": continuation}
-    for study in (SHORT, LONG, ASKED):
-        length = long_tokens if study == LONG else tokens
-        ways = {way: "compress" for way in WAYS[study] if not claims or way.partition(":")[0] in claims}
-        if claims and "cascading" in claims and study == LONG:
+    for name in study or WAYS:
+        length = long_tokens if name == LONG else tokens
+        ways = {way: "compress" for way in WAYS[name] if not claims or way.partition(":")[0] in claims}
+        if claims and "cascading" in claims and name == LONG:
             ways[WAYS[LONG][1]] = "compress"  # to compare with
-        if ways or (study == LONG and "corm" in (claims or ())):
+        if ways or (name == LONG and "corm" in (claims or ())):
             made = make_documents(loaded.tokenizer, documents, length, continuation)
-            said = settings | {"tokens": length, "questions": "first" if study == ASKED else "last"}
-            run_study(engine, study, made, ways, said, json_file)
-            typer.echo(f"{study} is complete")
+            said = settings | {"tokens": length, "questions": "first" if name == ASKED else "last"}
+            run_study(engine, name, made, ways, said, json_file)
+            typer.echo(f"{name} is complete")
     data = json.loads(json_file.read_text())
     for claim in data["claims"]:
         typer.echo(
@@ -149,7 +150,7 @@ def studies_of(file: Path) -> dict[str, Any]:
 def write(file: Path, study: str, found: Mapping[str, Any]) -> None:
     """Put a study into the file, and make anew what is made of all of them."""
     studies = studies_of(file) | {study: found}
-    studies = {name: studies[name] for name in (SHORT, LONG, ASKED) if name in studies}
+    studies = {name: studies[name] for name in WAYS if name in studies}
     claims = [claim for make in CLAIMS.values() for claim in make(studies)]
     first = next(iter(studies.values()))
     data = {

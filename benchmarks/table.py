@@ -358,6 +358,38 @@ def sessions(data: dict[str, Any]) -> str:
     )
 
 
+def compress(data: dict[str, Any]) -> str:
+    """A row per method and study, with intervals over documents; then a row per claim."""
+
+    def cell(one: dict[str, Any], name: str, form: str) -> str:
+        low, high = one["intervals"][name]
+        return "–" if one[name] is None else f"{one[name]:{form}} ({low:{form}}–{high:{form}})"
+
+    columns = {"kept": ".1%", "kl": ".3f", "agreement": ".3f", "retrieval": ".2f"}
+    rows = [
+        [f"`{one['name']}`", one["study"], *(cell(one, name, form) for name, form in columns.items())]
+        for one in data["methods"]
+        if one["name"] != "exact"
+    ]
+    settings = [study["settings"] | {"name": name} for name, study in data["studies"].items()]
+    counts = {one["study"]: one["documents"] for one in data["methods"]}
+    studies = ", ".join(f"`{one['name']}`: {counts[one['name']]} of {one['tokens']:,} tokens" for one in settings)
+    text = markdown(["method", "documents", "kept", "KL, nats", "agreement", "retrieval"], rows)
+    text += measured(data, f"; documents {studies}; float32")
+    rows = [
+        [f"`{one['method']}`", one["claim"], "–", "no"]
+        if one["measured"] is None
+        else [
+            f"`{one['method']}`",
+            one["claim"],
+            "{:.3g} ({:.3g} to {:.3g})".format(one["measured"], *one["interval"]),
+            "yes" if one["holds"] else "no",
+        ]
+        for one in data["claims"]
+    ]
+    return text + "\n\n" + markdown(["method", "claim", "measured", "holds"], rows)
+
+
 def overflow(data: dict[str, Any]) -> str:
     """A row per method, with intervals over documents."""
 
@@ -420,6 +452,7 @@ TABLES = {
     "packing_ttft": Table("docs/stores.md", packing_ttft),
     "reuse": Table("docs/reuse.md", reuse),
     "sessions": Table("docs/sessions.md", sessions),
+    "compress": Table("docs/compress.md", compress),
     "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),

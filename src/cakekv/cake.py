@@ -831,6 +831,8 @@ class Cake:
         has_saved = self._saver is not None and self._saver.knows(found.named.identity)
         if not any(found.holders) and not has_saved and len(notes) == said:
             notes += self._stored.why_nothing(found)
+        if found.beside is not None:
+            found.beside.begin()
         with self._hints.needed(request.id, found):
             return found, self._restore_found(request, found, prompt.token_ids, capacity, asked)
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -146,6 +147,30 @@ def test_what_cannot_be_read_is_computed(
     assert [miss.reason.partition(":")[0] for miss in given.misses if miss.start < CHUNKS] == [reason] * 5
     exact = answer(engine, MemoryStore(), prompt, 0.0)
     assert answer(engine, SecondTime(store, happens), prompt, 0.0).token_ids == exact.token_ids
+
+
+def test_another_tier_delivers_the_rest(engine: TransformersEngine, store: MemoryStore, prompt: list[int]) -> None:
+    """What one tier has lost in the meantime, another still has; and a prefill alone is complete, too."""
+    expected = answer(engine, store, prompt, float("inf"))
+    tiers = [ThrottledStore(SecondTime(store, gone), 1e6), ThrottledStore(filled(engine, prompt), 1e5)]
+    options: Any = {
+        "codec": CODEC,
+        "ttft_target_s": 0.0,
+        "layered_finish": False,
+        "decode": "quantspec:group=16,recent=16",
+    }
+    with Cake(engine, None, tiers, chunk_tokens=CHUNK, **options) as cake:
+        prefill = cake.prefill(prompt, mode="load", save=False)
+    assert prefill.report.level_tokens == {"2 of 2": CHUNKS}
+    assert prefill.report.misses == [miss for miss in prefill.report.misses if miss.start >= CHUNKS]
+    assert int(prefill.logits.argmax()) == expected.token_ids[0]
+
+
+def test_two_at_once(engine: TransformersEngine, store: MemoryStore, prompt: list[int]) -> None:
+    expected = answer(engine, store, prompt, float("inf")).token_ids
+    with cake_of(engine, store, 0.0) as cake, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(cake.generate, prompt, mode="load", save=False, max_new_tokens=30) for _ in range(2)]
+        assert [one.result().token_ids for one in asked] == [expected] * 2
 
 
 def test_a_tier_that_hangs(engine: TransformersEngine, store: MemoryStore, prompt: list[int]) -> None:

@@ -74,6 +74,17 @@ def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Pa
     assert (code, "blend" in err) == (2, True)
 
 
+def test_drafts_are_told_of(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
+    report = run_json(*common, "--decode", "quantspec:gamma=3")["report"]
+    assert report["decode"] == "quantspec:gamma=3,group=32,recent=128,draft=upper"  # type: ignore[index]
+    assert report["drafted_tokens"] >= report["accepted_tokens"]  # type: ignore[index]
+    code, _, err = run(*common, "--decode", "quantspec:gamma=3")
+    assert (code, "tokens were drafted" in err) == (0, True)
+    code, _, err = run(*common, "--decode", "quantspec:gamma=100")
+    assert (code, "gamma is 100, but must be 0 to 64" in err) == (2, True)
+
+
 def test_the_answer_alone_goes_to_standard_output(tiny_model: Path, document: Path, tmp_path: Path) -> None:
     common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
     answer = run_json(*common)["answer"]

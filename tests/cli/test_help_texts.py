@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cakekv.bench.scbench import TASKS
 from cakekv.codec import CODECS
+from cakekv.compress import METHODS
+from cakekv.decode import SIGHTS
 from cakekv.restore.priority import POLICIES as PRIORITIES
 from cakekv.reuse import WAYS
 from cakekv.simulate.cluster.hardware import PEAK_FLOPS
@@ -42,6 +45,7 @@ app(sys.argv[1:])
         ("ask", WAYS),
         ("quality", CODECS),
         ("quality", WAYS),
+        ("scbench", [*CODECS, *METHODS, *SIGHTS, *TASKS]),
         ("vllm-args", CODECS),
         ("simulate cluster", [*PRIORITIES, *PEAK_FLOPS]),
         ("simulate retention", [*EVICTIONS, *PEAK_FLOPS]),

@@ -93,10 +93,10 @@ def test_bytes_are_those_of_the_store(engine: TransformersEngine, documents: lis
 def test_rows_that_are_not_stored_are_not_there_for_the_judge(
     engine: TransformersEngine, documents: list[Document]
 ) -> None:
-    codecs = [Rows(method=KeyNorm(share), inner=codec_named("raw")) for share in (0.25, 0.9, 1.0)]
+    codecs = [Rows(method=KeyNorm(share), inner=codec_named("raw")) for share in (0.25, 0.75, 1.0)]
     few, most, every = Judge(engine, 32).judge(documents[0], codecs)
     assert every.kl < 1e-5 < most.kl < few.kl
-    assert few.stored_bytes < 0.5 * most.stored_bytes
+    assert few.stored_bytes < 0.6 * most.stored_bytes
     assert every.agreement == 1.0
 
 

@@ -57,8 +57,8 @@ def naive(layers: Sequence[Layer], method: VLCache, rows: Sequence[int]) -> list
     for budget, of_heads in zip(budgets, scores, strict=True):
         recent = round(method.recent * budget)
         kept.append([])
-        for received in of_heads:
-            best = sorted(range(tokens - recent), key=received.__getitem__, reverse=True)[: budget - recent]
+        for scored in of_heads:
+            best = sorted(range(tokens - recent), key=scored.__getitem__, reverse=True)[: budget - recent]
             kept[-1].append(sorted([*best, *range(tokens - recent, tokens)]))
     return kept
 

@@ -20,6 +20,7 @@ from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import CorruptChunk
 from cakekv.keys import ChunkKey
 from cakekv.restore.report import RestoreReport
+from cakekv.store.base import ChunkReader
 from cakekv.store.faulty import FaultPlan, FaultyStore
 from cakekv.store.memory import MemoryStore
 from tests.matrix.models import build
@@ -202,6 +203,24 @@ def test_a_prompt_that_is_not_saved_leaves_no_clusters(engine: TransformersEngin
         cake.prefill(PROMPT, save=False)
         cake.wait_saved()
     assert store.stats().chunks == 0
+
+
+def test_to_plan_reads_nothing(engine: TransformersEngine) -> None:
+    opened: list[ChunkKey] = []
+
+    class Watched(MemoryStore):
+        def open(self, key: ChunkKey) -> ChunkReader:
+            opened.append(key)
+            return super().open(key)
+
+    store = Watched()
+    answered(engine, store)
+    opened.clear()
+    with Cake(engine, None, store, chunk_tokens=CHUNK, decode=RECIPE) as cake:
+        assert cake.plan(PROMPT)
+        assert not opened
+        cake.prefill(PROMPT)
+    assert set(_beside(engine)) <= set(opened)
 
 
 def test_what_is_forgotten_leaves_no_clusters(engine: TransformersEngine) -> None:

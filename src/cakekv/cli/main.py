@@ -17,6 +17,7 @@ from cakekv.cli import (
     demo,
     less,
     quality,
+    scbench,
     serve,
     share,
     simulate,
@@ -39,6 +40,7 @@ app.command()(demo.demo)
 app.command()(ask.ask)
 app.command()(bench.bench)
 app.command()(quality.quality)
+app.command()(scbench.scbench)
 app.command()(serve.serve)
 app.command()(vllm_args.vllm_args)
 app.add_typer(codec.app, name="codec")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cakekv.embedded.arms import Arms
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
@@ -22,17 +22,33 @@ Read = dict["Sidecar", "dict[int, Groups] | str"]
 """What a sidecar holds, by layer; or why that is not to be had."""
 
 
-class Beside(NamedTuple):
-    """What is stored beside the chunks of one prompt, or should be."""
+class Beside:
+    """What is stored beside the chunks of one prompt, or should be.
 
-    wanted: Sequence[Sidecar]
-    questions: Sequence[Question[Read] | StoreError]
+    Parameters
+    ----------
+    wanted : sequence of Sidecar
+        All of the prompt.
+    ask : sequence of callable
+        For each tier that holds some: puts the question what they hold.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Sidecar], ask: Sequence[Callable[[], Question[Read] | StoreError]] = ()
+    ) -> None:
+        self.wanted = wanted
+        self._ask = ask
+        self._questions: list[Question[Read] | StoreError] = []
+
+    def begin(self) -> None:
+        """Begin to read."""
+        self._questions = [put() for put in self._ask]
 
     def spans(self, notes: list[str]) -> Spans:
-        """What could be read; trouble is noted. Waits for it, but not longer than for any answer of a tier."""
+        """What could be read since `begin`; trouble is noted. Waits no longer for it than for any answer of a tier."""
         spans: Spans = {}
         troubles = []
-        for question in self.questions:
+        for question in self._questions:
             try:
                 read = question if isinstance(question, StoreError) else question.answer()
             except StoreError as error:

@@ -157,7 +157,7 @@ class StoredPrefixes:
         chain = serve_chain(keys, tokens, len(token_ids))
         found = self._found(named, keys, chain, prompt, held)
         found.is_named = is_named
-        found.beside = self._begin_beside(beside, held) if beside else None
+        found.beside = self._beside(beside, held) if beside else None
         chunks = max((chunk + 1 for chunk, holders in enumerate(found.holders) if holders), default=0)
         found.tail = tail = self._tail(found.own, chunks, token_ids, tails, held) if is_named else None
         if chains or levels or tail is not None:
@@ -174,14 +174,14 @@ class StoredPrefixes:
         found.lookup_s = monotonic() - began
         return found
 
-    def _begin_beside(self, wanted: list[Sidecar], held: dict[ChunkKey, list[tuple[int, int]]]) -> Beside:
-        """Begin to read what is stored beside the chunks, each from the first tier that has it."""
+    def _beside(self, wanted: list[Sidecar], held: dict[ChunkKey, list[tuple[int, int]]]) -> Beside:
+        """What is stored beside the chunks, each to be read from the first tier that has it."""
         by_tier: dict[int, list[Sidecar]] = {}
         for sidecar in wanted:
             for tier, _ in held.get(sidecar.key, ())[:1]:
                 by_tier.setdefault(tier, []).append(sidecar)
-        read = self._sidecars.read
-        return Beside(wanted, [self._ask.begin(tier, partial(read, sidecars=those)) for tier, those in by_tier.items()])
+        read, begin = self._sidecars.read, self._ask.begin
+        return Beside(wanted, [partial(begin, tier, partial(read, sidecars=those)) for tier, those in by_tier.items()])
 
     def _tail(
         self,

@@ -538,7 +538,7 @@ class TwoEndedCache(_Restored):
                 layer.known_absent.zero_()
                 layer.has_absent = False
 
-    def kept_share(self, length: int) -> float:
+    def present_share(self, length: int) -> float:
         """Of the rows of all layers and heads up to `length`, the part that is there."""
         missing = sum(int(layer.absent[:, :length].sum()) for layer in self.stored if layer.absent is not None)
         return 1 - missing / (length * sum(layer.key_heads for layer in self.stored))

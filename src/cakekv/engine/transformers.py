@@ -310,7 +310,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def kept_share(self, cache: TwoEndedCache, length: int) -> float:
         """As `Engine.kept_share`."""
-        return cache.kept_share(length)
+        return cache.present_share(length) if isinstance(cache, TwoEndedCache) else 1.0
 
     def _new_cache(self, capacity: int, sparse: bool = False) -> TwoEndedCache:
         if not 1 <= capacity <= self.max_context:

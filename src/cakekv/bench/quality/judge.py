@@ -64,7 +64,7 @@ class Judgement:
     decode_gbps: float
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """As in `Judgement`."""
 
     stored_bytes: int
@@ -182,7 +182,7 @@ class Judge:
         for theirs, ours in zip(exact.stored, cache.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, :end] = source[:, :end]
-        stored = self._transcode(cache, int(computed * end) // self._chunk_tokens * self._chunk_tokens, end, codec)
+        stored = self.transcode(cache, int(computed * end) // self._chunk_tokens * self._chunk_tokens, end, codec)
         kl, agreement, likeliest = reference.compare(follow(self._engine, cache, document))
         asked = answers(document, reference.likeliest)
         found = [one for one, known in zip(answers(document, likeliest), asked, strict=True) if known]
@@ -196,7 +196,7 @@ class Judge:
             self._coders[codec] = coder
         return self._coders[codec]
 
-    def _transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> _Stored:
+    def transcode(self, cache: TwoEndedCache, first: int, end: int, codec: Codec) -> Stored:
         """Encode and decode the context's chunks from `first` on in place, as saving and loading them would."""
         engine, tokens, coder = self._engine, self._chunk_tokens, self._coder(codec)
         decoder = engine.decoder(coder)
@@ -224,7 +224,7 @@ class Judge:
         if not count:
             raise BadInput(f"nothing of {end} tokens is loaded in chunks of {tokens}: judge longer documents")
         encode, decode = (median(column) for column in zip(*speeds, strict=True)) if speeds else (math.nan, math.nan)
-        return _Stored(stored, coded, count * coder.exact.total_bytes, count * tokens, coded_tokens, encode, decode)
+        return Stored(stored, coded, count * coder.exact.total_bytes, count * tokens, coded_tokens, encode, decode)
 
 
 def follow(engine: TransformersEngine, cache: TwoEndedCache, document: Document) -> torch.Tensor:
