@@ -1,0 +1,1 @@
+"""What every sight must let an answer see, and what each of them does besides."""
