@@ -30,7 +30,7 @@ EXACT = "exact"
 COMPRESS, DECODE = "compress", "decode"
 _SAME = ("model", "dtype", "tokens", "continuation", "questions")
 _SPAN = 512
-_SINGLY = 8
+_SINGLY = 4
 """Tokens that are fed one by one even where all could be fed at once, to see how long a step takes."""
 
 

@@ -41,11 +41,14 @@ def compress_picture(studies: Mapping[str, Mapping[str, Any]], path: Path) -> No
         ax.set_title(f"{name}: {settings['tokens']:,} tokens{asked}", loc="left", fontsize=10, fontweight="bold")
         ax.set_yscale("log")
         ax.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-        ax.margins(x=0.15, y=0.12)
+        ax.set_xlim(0, 1)
         ax.minorticks_off()
         ax.grid(color="#eeeeee")
         ax.set_xlabel("share of the cache that is kept")
         ax.set_ylabel("KL divergence, nats (less is better)")
+    divergences = [kl for points in shown for _, kl in points.values()]
+    for ax in axes:
+        ax.set_ylim(min(divergences) / 2, max(divergences) * 2)
     figure.canvas.draw()  # places labels by what has been laid out
     figure.set_layout_engine("none")
     for ax, points in zip(axes, shown, strict=True):
