@@ -109,7 +109,7 @@ def judged(engine: TransformersEngine, document: Document, sights: Sequence[Grou
 def followed(engine: TransformersEngine, cache: RaggedCache, document: Document) -> torch.Tensor:
     """Logits that predict each token of the document's tail: (tokens, vocabulary). The cache stays as it is."""
     start, token_ids = cache.length, [document.context[-1], *document.tail[:-1]]
-    with torch.inference_mode(), engine.tap.handing(cache.attend) as twin:
+    with torch.inference_mode(), engine.tap.handing(cache.attend) as twin, cache.driven():
         logits: torch.Tensor = engine.forward_of(twin, cache, token_ids).logits[0].float()
     cache.give_up(start)
     return logits
