@@ -390,6 +390,24 @@ def compress(data: dict[str, Any]) -> str:
     return text + "\n\n" + markdown(["method", "claim", "measured", "holds"], rows)
 
 
+def scbench(data: dict[str, Any]) -> str:
+    """A row per method: its score in each turn, and how likely right answers were in the first and the last."""
+    cells = {
+        (row["method"], row["turn"]): row for row in data["rows"] if (row["mode"], row["task"]) == ("turns", "all")
+    }
+    turns = sorted({turn for _, turn in cells})
+    ends = turns[0], turns[-1]
+    rows = [
+        [
+            f"`{method}`",
+            *(f"{cells[method, turn]['score']:.2f}" for turn in turns),
+            " → ".join(f"{cells[method, turn]['gold_nats']:.2f}" for turn in ends),
+        ]
+        for method in dict.fromkeys(method for method, _ in cells)
+    ]
+    return markdown(["method", *(f"turn {turn}" for turn in turns), "gold nats, first → last"], rows) + measured(data)
+
+
 def overflow(data: dict[str, Any]) -> str:
     """A row per method, with intervals over documents."""
 
@@ -453,6 +471,7 @@ TABLES = {
     "reuse": Table("docs/reuse.md", reuse),
     "sessions": Table("docs/sessions.md", sessions),
     "compress": Table("docs/compress.md", compress),
+    "scbench": Table("docs/compress.md", scbench),
     "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
     "trust": Table("docs/stores.md", trust),
