@@ -390,6 +390,22 @@ def compress(data: dict[str, Any]) -> str:
     return text + "\n\n" + markdown(["method", "claim", "measured", "holds"], rows)
 
 
+def decode_steps(data: dict[str, Any]) -> str:
+    """A row per method and sight."""
+    rows = [
+        [
+            f"`{one['name']}`",
+            f"{one['kept']:.0%}",
+            f"{one['cache_bytes'] / 1e6:.0f} MB",
+            f"{one['choose_s']:.1f} s",
+            f"{one['token_s'] * 1e3:.0f} ms",
+        ]
+        for one in data["ways"]
+    ]
+    more = f"; {data['tokens']:,} tokens, {data['dtype']}; the tap took {data['tap_share']:.1%} of the prefill"
+    return markdown(["", "kept", "cache", "chosen in", "per token"], rows) + measured(data, more)
+
+
 def scbench(data: dict[str, Any]) -> str:
     """A row per method: its score in each turn, and how likely right answers were in the first and the last."""
     cells = {
@@ -471,6 +487,7 @@ TABLES = {
     "reuse": Table("docs/reuse.md", reuse),
     "sessions": Table("docs/sessions.md", sessions),
     "compress": Table("docs/compress.md", compress),
+    "decode_steps": Table("docs/compress.md", decode_steps),
     "scbench": Table("docs/compress.md", scbench),
     "overflow": Table("docs/overflow.md", overflow),
     "tiers": Table("docs/stores.md", tiers),
