@@ -159,7 +159,8 @@ def write(file: Path, study: str, found: Mapping[str, Any]) -> None:
         "claims": [claim._asdict() for claim in claims],
         "studies": studies,
     }
-    write_json(file, data)
+    rest = json.loads(file.read_text()) if file.exists() else {}  # such as the TTFTs of another program
+    write_json(file, rest | data)
 
 
 def entries(study: str, found: Mapping[str, Any], claims: Sequence[Claim]) -> list[dict[str, Any]]:
