@@ -1,11 +1,62 @@
-"""Reads the parameters of a recipe, such as "bits=2,window=128" in "kivi:bits=2,window=128"."""
+"""Recipes: a name with parameters, such as "kivi:bits=2,window=128"."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cakekv.errors import BadInput
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind = TypeVar("Kind")
+
+
+def recipe_of(name: str, one: DataclassInstance) -> str:
+    """The recipe of what has this name, and its fields as parameters."""
+    said = {True: "yes", False: "no"}
+    options = ",".join(
+        f"{field}={said[value] if isinstance(value, bool) else value}" for field, value in asdict(one).items()
+    )
+    return f"{name}:{options}" if options else name
+
+
+def made_by(
+    recipe: str, kinds: Mapping[str, str | type[Kind]], unknown: str, prefix: str, number: str = "a number"
+) -> Kind:
+    """What a recipe names, with its parameters.
+
+    Parameters
+    ----------
+    recipe : str
+        Such as "kivi:bits=2,window=128".
+    kinds : mapping
+        Dataclasses by name; or where they are, as "module:class", to be imported only if they are named.
+    unknown : str
+        What a name is called that there is not: "unknown codec".
+    prefix : str
+        Stands before names in messages about parameters: "codec".
+    number : str
+        As for `parameters_of`.
+
+    Raises
+    ------
+    BadInput
+        There is no such name or parameter, or a parameter's value is out of range.
+    """
+    name, _, rest = recipe.partition(":")
+    if name not in kinds:
+        raise BadInput(f"{unknown} {name!r}: choose one of {', '.join(kinds)}")
+    found = kinds[name]
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        kind: type[Kind] = getattr(import_module(module), attribute)
+    else:
+        kind = found
+    return kind(**parameters_of(kind, rest, f"{prefix} {name}", number))
 
 
 def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number") -> dict[str, Any]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from cakekv.codec.base import Codec
-from cakekv.errors import BadInput
-from cakekv.recipes import parameters_of
+from cakekv.recipes import made_by
 
 CODECS = {
     "raw": "cakekv.codec.raw:Raw",
@@ -35,9 +32,4 @@ def codec_named(recipe: str) -> Codec:
     BadInput
         There is no such codec or parameter, or a parameter's value is out of range.
     """
-    name, _, rest = recipe.partition(":")
-    if name not in CODECS:
-        raise BadInput(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
-    module, _, kind = CODECS[name].partition(":")
-    codec: type[Codec] = getattr(import_module(module), kind)
-    return codec(**parameters_of(codec, rest, f"codec {name}"))
+    return made_by(recipe, CODECS, "unknown codec", "codec")

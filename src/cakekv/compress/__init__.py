@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 
 from cakekv.compress.base import TIMES, Method
 from cakekv.errors import BadInput
-from cakekv.recipes import parameters_of
+from cakekv.recipes import made_by
 
 METHODS = {
     "sink_recent": "cakekv.compress.sink_recent:SinkRecent",
@@ -31,12 +30,7 @@ def method_named(recipe: str) -> Method:
     BadInput
         There is no such method or parameter, or a parameter's value is out of range.
     """
-    name, _, rest = recipe.partition(":")
-    if name not in METHODS:
-        raise BadInput(f"unknown method to keep fewer tokens {name!r}: choose one of {', '.join(METHODS)}")
-    module, _, kind = METHODS[name].partition(":")
-    method: type[Method] = getattr(import_module(module), kind)
-    return method(**parameters_of(method, rest, f"compress {name}"))
+    return made_by(recipe, METHODS, "unknown method to keep fewer tokens", "compress")
 
 
 def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tuple[Method, ...]:

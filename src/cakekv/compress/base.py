@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cakekv.errors import BadInput
 from cakekv.keys import canonical
+from cakekv.recipes import recipe_of
 from cakekv.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -137,17 +138,15 @@ class Layer:
         import torch
 
         assert self.queries is not None, "there are no queries of a chunk that is being saved"
-        assert self.query_positions is not None
-        queries, at = self.queries, self.query_positions
+        queries, seen = self.queries, self.visible()
         if last is not None:
-            queries, at = queries[:, -last:], at[-last:]
+            queries, seen = queries[:, -last:], seen[:, -last:]
         grouped = queries.float().view(self.heads, -1, *queries.shape[1:])
         logits = torch.einsum("hgrd,hed->hgre", grouped, self.keys.float()) * self.scaling
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.bias is not None:
             logits += self.bias[:, None, None].float()
-        seen = self.present[:, None] & (self.positions[:, None] <= at[None, :, None])
         return logits.masked_fill_(~seen[:, None], float("-inf")).softmax(-1)
 
     def received(self, last: int | None = None) -> torch.Tensor:
@@ -253,11 +252,7 @@ class Method(ABC):
     @property
     def recipe(self) -> str:
         """Its name with its parameters, as `cakekv.compress.method_named` reads it."""
-        said = {True: "yes", False: "no"}
-        options = ",".join(
-            f"{name}={said[value] if isinstance(value, bool) else value}" for name, value in asdict(self).items()
-        )
-        return f"{self.name}:{options}" if options else self.name
+        return recipe_of(self.name, self)
 
     @property
     def fingerprint(self) -> str:

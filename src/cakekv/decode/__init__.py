@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from cakekv.decode.base import Sight
-from cakekv.errors import BadInput
-from cakekv.recipes import parameters_of
+from cakekv.recipes import made_by
 
 SIGHTS = {
     "whole": "cakekv.decode.whole:Whole",
@@ -26,9 +23,4 @@ def sight_named(recipe: str) -> Sight:
     BadInput
         There is no such sight or parameter, or a parameter's value is out of range.
     """
-    name, _, rest = recipe.partition(":")
-    if name not in SIGHTS:
-        raise BadInput(f"unknown way to decode {name!r}: choose one of {', '.join(SIGHTS)}")
-    module, _, kind = SIGHTS[name].partition(":")
-    sight: type[Sight] = getattr(import_module(module), kind)
-    return sight(**parameters_of(sight, rest, f"decode {name}"))
+    return made_by(recipe, SIGHTS, "unknown way to decode", "decode")

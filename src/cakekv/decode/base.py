@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from cakekv.compress.base import Layer, Method
 from cakekv.errors import BadInput
+from cakekv.recipes import recipe_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +119,4 @@ class Sight(ABC):
     @property
     def recipe(self) -> str:
         """Its name with its parameters, as `cakekv.decode.sight_named` reads it."""
-        said = {True: "yes", False: "no"}
-        options = ",".join(
-            f"{name}={said[value] if isinstance(value, bool) else value}" for name, value in asdict(self).items()
-        )
-        return f"{self.name}:{options}" if options else self.name
+        return recipe_of(self.name, self)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cakekv.errors import BadInput
-from cakekv.recipes import parameters_of
+from cakekv.recipes import made_by
 from cakekv.reuse.base import Reuse
 from cakekv.reuse.blend import Blend
 from cakekv.reuse.epic import Epic, Naive, Turned
@@ -19,7 +18,5 @@ def reuse_named(recipe: str) -> Reuse:
     BadInput
         There is no such way or parameter, or a parameter's value is out of range.
     """
-    name, _, rest = recipe.partition(":")
-    if name not in WAYS:
-        raise BadInput(f"unknown way to reuse documents {name!r}: choose one of {', '.join(WAYS)}")
-    return WAYS[name](**parameters_of(WAYS[name], rest, f"reuse {name}", "a whole number of 0 or more"))
+    number = "a whole number of 0 or more"
+    return made_by(recipe, WAYS, "unknown way to reuse documents", "reuse", number)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 from cakekv.prompt import Place
+from cakekv.recipes import recipe_of
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,7 @@ class Reuse(ABC):
     @property
     def recipe(self) -> str:
         """Its name with its parameters, as `cakekv.reuse.reuse_named` reads it."""
-        said = {True: "yes", False: "no"}
-        options = ",".join(
-            f"{name}={said[value] if isinstance(value, bool) else value}" for name, value in asdict(self).items()
-        )
-        return f"{self.name}:{options}" if options else self.name
+        return recipe_of(self.name, self)
 
     @property
     def turns(self) -> bool:
