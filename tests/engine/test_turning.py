@@ -10,7 +10,7 @@ import torch
 from cakekv.engine.base import Move
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
-from cakekv.engine.turning import _plain, _turned, _turned_by_host
+from cakekv.engine.turning import _plain, _turned_by_host, turned
 from cakekv.errors import BadInput, UnknownRotation
 from cakekv.rotation import Rotation
 from tests.matrix.models import CONFIGS, build, tiny
@@ -75,7 +75,7 @@ def test_a_device_turns_as_the_host_does(dtype: torch.dtype, interleaved: bool) 
     keys = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = keys.clone()
     rotation = Rotation((1.0, 0.1, 0.01), interleaved)
-    one, other = _turned(keys[:, 1:], rotation, 77), _turned_by_host(keys[:, 1:], rotation, 77)
+    one, other = turned(keys[:, 1:], rotation.turns(77, 1), interleaved), _turned_by_host(keys[:, 1:], rotation, 77)
     assert torch.equal(keys, before), "what was read stays as it is"
     assert torch.allclose(one, torch.from_numpy(other).view(dtype), atol=float(torch.finfo(dtype).eps))
     assert torch.equal(one[..., 6:], keys[:, 1:, 6:])

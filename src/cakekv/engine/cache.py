@@ -625,6 +625,11 @@ class TwoEndedCache(_Restored):
                 layer.before_read = _go_on
 
 
+def numbers_of(layers: Sequence[Any], kind: type[Any]) -> dict[int, int]:
+    """By the model's number of each layer of this kind: its number among those, ascending."""
+    return {at: number for number, at in enumerate(at for at, layer in enumerate(layers) if isinstance(layer, kind))}
+
+
 def _host_memory(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory in huge pages where the system has them: what is copied into new memory waits mostly for its pages."""
     length = math.prod(size) * dtype.itemsize

@@ -15,7 +15,7 @@ import torch
 
 from cakekv.compress.base import ALL, Layer, Marked, Method
 from cakekv.engine.absent import attend_present, positions_of
-from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
+from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer, numbers_of
 from cakekv.engine.ragged import RaggedCache, RaggedLayer, ragged_view
 from cakekv.engine.tap import Attending, Tap
 from cakekv.engine.versions import Cache
@@ -114,12 +114,7 @@ class _Watch:
     """The `Hand` of tokens that run again: notes what a method wants to see."""
 
     def __init__(self, cache: TwoEndedCache, sums: bool, length: int) -> None:
-        self.numbers = {
-            at: number
-            for number, (at, _) in enumerate(
-                (at, layer) for at, layer in enumerate(cache.layers) if isinstance(layer, TwoEndedLayer)
-            )
-        }
+        self.numbers = numbers_of(cache.layers, TwoEndedLayer)
         self.layers: list[Any] = [_ReadLayer(one) if isinstance(one, TwoEndedLayer) else one for one in cache.layers]
         self.sums = sums
         self.length = length
@@ -236,8 +231,7 @@ def check_tap(engine: Any, tap: Tap) -> None:
             output = engine.forward_of(twin, ragged, token_ids[start:], **engine.arguments)
     except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, RuntimeError) as error:
         raise UnsupportedModel(f"its attention cannot be tapped: {error!r}") from error
-    at = [number for number, layer in enumerate(ragged.layers) if isinstance(layer, RaggedLayer)]
-    if tapped != at:
+    if tapped != list(numbers_of(ragged.layers, RaggedLayer)):
         raise UnsupportedModel("its attention cannot be tapped: not every layer asks for a registered function, once")
     logits = output.logits[0, -1].float().cpu()
     expected = engine.compute(cache, token_ids[start:], start)

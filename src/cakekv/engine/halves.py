@@ -143,11 +143,6 @@ class HalvesLayer(RaggedLayer):
         return sum(halves.nbytes(True) for halves in self._halves) + super().held_bytes
 
     @property
-    def kept_bytes(self) -> int:
-        """The same: nothing is let go of."""
-        return self.held_bytes
-
-    @property
     def read_bytes(self) -> int:
         """Bytes that a step reads of it now."""
         upper = sum(halves.nbytes(self._reads_both) for halves in self._halves)

@@ -18,8 +18,9 @@ import torch
 from cakekv.compress.base import Layer, Method
 from cakekv.embedded.executor import check
 from cakekv.engine.absent import positions_of, visible
-from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer
+from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer, numbers_of
 from cakekv.engine.tap import Attending
+from cakekv.engine.turning import turned
 from cakekv.engine.versions import Cache, CacheLayerMixin
 from cakekv.errors import BadInput
 from cakekv.rotation import Rotation
@@ -123,12 +124,6 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Bytes of its columns, those of heads that have no entry there included."""
         width = self._keys.shape[2] * self._keys.itemsize + self._values.shape[2] * self._values.itemsize
         return self.heads * self.used * width
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of its entries."""
-        width = self._keys.shape[2] * self._keys.itemsize + self._values.shape[2] * self._values.itemsize
-        return int((self.positions >= 0).sum()) * width
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: it begins with entries."""
@@ -327,7 +322,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         self.sight = sight
         self.capacity = sys.maxsize
         self._is_driven = False
-        self._numbers = {at: number for number, at in enumerate(_stored_at(layers))}
+        self._numbers = numbers_of(layers, RaggedLayer)
         self._new: dict[int, Attending] = {}
         self._fresh = 0
         """Tokens since the method was asked last."""
@@ -343,11 +338,6 @@ class RaggedCache(Cache):  # type: ignore[misc]
     def held_bytes(self) -> int:
         """Memory of all layers' columns."""
         return sum(layer.held_bytes for layer in self.stored)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Memory of all entries."""
-        return sum(layer.kept_bytes for layer in self.stored)
 
     @property
     def has_dropped(self) -> bool:
@@ -517,25 +507,9 @@ def ragged_view(
     return RaggedCache(layers, method)
 
 
-def _stored_at(layers: Sequence[Any]) -> list[int]:
-    return [at for at, layer in enumerate(layers) if isinstance(layer, RaggedLayer)]
-
-
 def _turned(keys: torch.Tensor, rotation: Rotation, start: int, sign: int) -> torch.Tensor:
     """Keys, (heads, tokens, width), turned by the positions from `start` on, or back."""
-    pairs = len(rotation.frequencies)
-    if not pairs:
+    if not rotation.frequencies:
         return keys
-    tables = torch.from_numpy(np.array(rotation.turns(start, keys.shape[1]))).to(keys.device)
-    cosine, sine = tables[0], tables[1] * sign
-    turned = keys.clone()
-    part = keys[..., : 2 * pairs]
-    if rotation.interleaved:
-        one, other = part[..., ::2], part[..., 1::2]
-        turned[..., 0 : 2 * pairs : 2] = one * cosine - other * sine
-        turned[..., 1 : 2 * pairs : 2] = other * cosine + one * sine
-    else:
-        one, other = part.chunk(2, -1)
-        turned[..., :pairs] = one * cosine - other * sine
-        turned[..., pairs : 2 * pairs] = other * cosine + one * sine
-    return turned
+    cosine, sine = rotation.turns(start, keys.shape[1])
+    return turned(keys, np.stack([cosine, sign * sine]), rotation.interleaved)

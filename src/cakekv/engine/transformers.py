@@ -111,6 +111,7 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self.arguments = {"logits_to_keep": 1} if accepts(bare, "logits_to_keep") else {}
         self._cache_argument = cache_argument(bare)
         self._tap: tuple[int, Tap] | None = None
+        self._turns: tuple[int, list[Rotation]] | None = None
         on_fork(self)
         if is_newer():
             self._try_out()
@@ -213,9 +214,12 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
 
     def turnable(self) -> list[Rotation]:
         """As `Engine.turnable`."""
-        rotations = self.rotations()
-        check_turns(self, rotations)
-        return rotations
+        revision = self.state().revision
+        if self._turns is None or self._turns[0] != revision:
+            rotations = self.rotations()
+            check_turns(self, rotations)
+            self._turns = revision, rotations
+        return self._turns[1]
 
     def identity(self, chunk_tokens: int, tenant: str = "", recipe: str = RAW) -> Identity:
         """As `Engine.identity`. The first call reads all weights, later ones what was written to since."""

@@ -11,7 +11,7 @@ from cakekv.codec.base import Segment
 from cakekv.engine.base import Move
 from cakekv.engine.cache import TwoEndedLayer
 from cakekv.errors import UnknownRotation
-from cakekv.rotation import Rotation
+from cakekv.rotation import Rotation, Turns
 
 _TOKENS, _BY = 24, 1000
 _TOLERANCE = 0.1
@@ -49,7 +49,8 @@ def place_moved(layer: TwoEndedLayer, start: int, segment: Segment, move: Move, 
         if region.device.type != "cpu":
             source = source.to(region.device, non_blocking=True)
             if keys:
-                target[:keys] = _turned(source[:keys], rotation, move.by)
+                assert rotation is not None
+                target[:keys] = turned(source[:keys], rotation.turns(move.by, 1), rotation.interleaved)
             target[keys:] = source[keys:]
             continue
         # By NumPy and numba, as `HostTransfer` says; 16-bit elements are copied as numbers.
@@ -97,18 +98,26 @@ def check_turns(engine: Any, rotations: list[Rotation]) -> None:
                 )
 
 
-def _turned(keys: torch.Tensor, rotation: Rotation | None, by: int) -> torch.Tensor:
-    """Keys, (heads, tokens, width), turned by so many positions, on their device."""
-    assert rotation is not None
-    pairs = len(rotation.frequencies)
-    cosine, sine = torch.from_numpy(rotation.turns(by, 1)[:, 0].copy()).to(keys.device)
-    turned = keys.to(torch.float32, copy=True)
-    part = turned[..., : 2 * pairs]
-    one, other = (part[..., ::2], part[..., 1::2]) if rotation.interleaved else part.chunk(2, -1)
+def turned(keys: torch.Tensor, turns: Turns, interleaved: bool) -> torch.Tensor:
+    """Keys turned in float32, on their device.
+
+    Parameters
+    ----------
+    keys : Tensor
+        (heads, tokens, width).
+    turns : Turns
+        As of `Rotation.turns`, of every token, or of one for all; of at least one pair.
+    interleaved : bool
+        As in `Rotation`.
+    """
+    cosine, sine = torch.from_numpy(turns.copy()).to(keys.device)
+    result = keys.to(torch.float32, copy=True)
+    part = result[..., : 2 * turns.shape[-1]]
+    one, other = (part[..., ::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
     first, second = one * cosine - other * sine, other * cosine + one * sine
     one.copy_(first)
     other.copy_(second)
-    return turned.to(keys.dtype)
+    return result.to(keys.dtype)
 
 
 def _turned_by_host(keys: torch.Tensor, rotation: Rotation | None, by: int) -> np.ndarray[Any, Any]:
