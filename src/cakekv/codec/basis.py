@@ -17,13 +17,13 @@ from blake3 import blake3
 
 from cakekv.calibration import cache_folder, write_cached
 from cakekv.errors import BadInput
+from cakekv.learned import read_learned, sealed, unsealed
 
 Array = npt.NDArray[np.float32]
 
 MAX_BYTES = 2 << 30
 """A longer file is no basis."""
 _FORMAT = b"cakekv basis 1\n"
-_DIGEST = 32
 _TABLES = {"mean": 2, "rows": 3, "scale": 2, "spread": 2}
 """Of every plane, with their numbers of dimensions."""
 _LARGEST = 1e30
@@ -117,7 +117,7 @@ class Basis:
                 kind = np.float16 if name == "rows" else np.float32
                 tables[f"{role}.{layer}.{name}"] = np.ascontiguousarray(getattr(plane, name), kind)
         body = save(dict(sorted(tables.items())))
-        return _FORMAT + blake3(body).digest() + body
+        return sealed(_FORMAT, body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Basis:
@@ -131,11 +131,7 @@ class Basis:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        head, body = data[: len(_FORMAT)], data[len(_FORMAT) + _DIGEST :]
-        if head != _FORMAT:
-            raise BadInput("it is none, or of another version of cakekv")
-        if blake3(body).digest() != data[len(_FORMAT) : len(_FORMAT) + _DIGEST]:
-            raise BadInput("its checksum is wrong")
+        body = unsealed(_FORMAT, data, "it is none, or of another version of cakekv")
         try:
             tables = load(body)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -200,12 +196,7 @@ def read_basis(file: Path) -> Basis:
     BadInput
         It cannot be read, or is not sound; names the file.
     """
-    try:
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
-            raise BadInput("it is no file, or far too long")
-        return Basis.from_bytes(file.read_bytes())
-    except (BadInput, OSError) as error:
-        raise BadInput(f"the basis {file} cannot be used: {error}; remove it, and run cakekv codec learn") from error
+    return read_learned(file, MAX_BYTES, Basis.from_bytes, "basis", "remove it, and run cakekv codec learn")
 
 
 def find_basis(names: Iterable[str]) -> Basis:

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu
 
 from cakekv.calibration import cache_folder, write_cached
 from cakekv.errors import BadInput
+from cakekv.learned import read_learned, sealed, unsealed
 
 MAX_BYTES = 1 << 30
 """A longer file holds no kernels."""
@@ -26,7 +27,6 @@ SHIPPED = Path(__file__).with_name("weights")
 """Kernels that come with the package, and `index.json`: the fingerprints of weights they are for."""
 FLOOR = 1e-6
 _FORMAT = b"cakekv less 1\n"
-_DIGEST = 32
 _LARGEST = 6e4
 
 
@@ -209,7 +209,7 @@ class Learned:
             for field in fields(kernels)
         }
         body = save(tables, metadata={"about": json.dumps(dict(self.about), sort_keys=True)})
-        return _FORMAT + blake3(body).digest() + body
+        return sealed(_FORMAT, body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -223,11 +223,7 @@ class Learned:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        mark, body = data[: len(_FORMAT)], data[len(_FORMAT) + _DIGEST :]
-        if mark != _FORMAT:
-            raise BadInput("it holds none, or those of another version of cakekv")
-        if blake3(body).digest() != data[len(_FORMAT) : len(_FORMAT) + _DIGEST]:
-            raise BadInput("its checksum is wrong")
+        body = unsealed(_FORMAT, data, "it holds none, or those of another version of cakekv")
         try:
             tables = load(body)
             head = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
@@ -298,12 +294,7 @@ def read_kernels(file: Path) -> Learned:
     BadInput
         They cannot be read, or are not sound; names the file.
     """
-    try:
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
-            raise BadInput("it is no file, or far too long")
-        return Learned.from_bytes(file.read_bytes())
-    except (BadInput, OSError) as error:
-        raise BadInput(f"the kernels {file} cannot be used: {error}; remove it, and run cakekv less train") from error
+    return read_learned(file, MAX_BYTES, Learned.from_bytes, "kernels", "remove it, and run cakekv less train")
 
 
 def find_kernels(names: Iterable[str]) -> Learned:

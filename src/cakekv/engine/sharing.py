@@ -23,6 +23,7 @@ from cakekv.calibration import cache_folder, write_cached
 from cakekv.engine.cache import LayerShape, TwoEndedCache
 from cakekv.errors import BadInput
 from cakekv.keys import canonical
+from cakekv.learned import read_learned
 
 if TYPE_CHECKING:
     from cakekv.engine.transformers import TransformersEngine
@@ -176,12 +177,10 @@ def find_map(share: int | str | PathLike[str], names: Iterable[str]) -> LayerMap
 
 
 def _read(file: Path, names: Sequence[str]) -> LayerMap:
-    try:
-        if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-            raise BadInput("it is no file, or far too long")
-        return LayerMap.from_bytes(file.read_bytes(), names)
-    except (BadInput, OSError) as error:
-        raise BadInput(f"the map of layers {file} cannot be used: {error}; run cakekv share calibrate") from error
+    def read(data: bytes) -> LayerMap:
+        return LayerMap.from_bytes(data, names)
+
+    return read_learned(file, _MAX_BYTES, read, "map of layers", "run cakekv share calibrate")
 
 
 def write_map(data: bytes, files: Sequence[Path]) -> None:
