@@ -268,14 +268,51 @@ def test_an_interrupted_step_can_be_taken_again() -> None:
     last = ragged.stored[-1]
     update = last.update
 
-    def interrupted(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
     last.update = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.compute(ragged, MORE, TOKENS)
     last.update = update
     assert torch.equal(engine.compute(ragged, MORE, TOKENS), expected)
+
+
+def test_an_interrupted_step_costs_no_queries() -> None:
+    """A method that is asked every so many tokens still sees the queries of those that were computed before."""
+    engine = TransformersEngine(build("llama"))
+    cache, _ = computed(engine)
+    seen: list[torch.Tensor] = []
+
+    class Strided(Chosen):
+        times = frozenset({"prefill", "decode"})
+        stride = 3
+
+        def step(self, layer: Layer) -> torch.Tensor | None:
+            assert layer.queries is not None
+            assert layer.query_positions is not None
+            assert layer.query_positions.tolist() == list(range(TOKENS, TOKENS + 3))
+            seen.append(layer.queries.clone())
+            return None
+
+    def answer(interrupts: bool) -> list[torch.Tensor]:
+        ragged = engine.compress(cache, prompt_of(engine), Strided(some_of(2)))
+        assert isinstance(ragged, RaggedCache)
+        engine.compute(ragged, MORE[:2], TOKENS)
+        if interrupts:
+            last = ragged.stored[-1]
+            update, last.update = last.update, interrupted
+            with pytest.raises(KeyboardInterrupt):
+                engine.compute(ragged, MORE[2:3], TOKENS + 2)
+            last.update = update
+        seen.clear()
+        engine.compute(ragged, MORE[2:3], TOKENS + 2)
+        return list(seen)
+
+    expected = answer(interrupts=False)
+    assert len(expected) == len(cache.stored)
+    assert all(torch.equal(one, other) for one, other in zip(answer(interrupts=True), expected, strict=True))
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_adapters_are_followed() -> None:

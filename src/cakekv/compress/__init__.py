@@ -39,7 +39,7 @@ def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tupl
     Raises
     ------
     BadInput
-        As for `method_named`; or two of them act at the same time.
+        As for `method_named`; or two of them act at the same time, or one at store beside one that moves tokens up.
     """
     if recipes is None:
         return ()
@@ -55,4 +55,7 @@ def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tupl
                 f"{' and '.join(acting)} cannot be combined: both choose which tokens to keep at {time}. Give one of "
                 "them, or one with when=store"
             )
+    for method in methods:
+        if method.compact and len(methods) > 1:
+            raise BadInput(f"{method.name} moves tokens up, and needs a cache that has everything: give it alone")
     return methods

@@ -388,7 +388,7 @@ class RaggedCache(Cache):  # type: ignore[misc]
         """Forget what a forward that failed has added behind `length`."""
         for layer in self.stored:
             layer.crop(length - layer.length)
-        self._queries = [None] * len(self.stored)
+        self._queries = [None if one is None else one[:, : self._fresh] for one in self._queries]
 
     def grew(self, tokens: int) -> None:
         """A forward has added so many tokens: let the method choose, where it does so while a text grows."""
