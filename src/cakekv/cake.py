@@ -32,6 +32,7 @@ from cakekv.embedded.executor import Executor, check
 from cakekv.embedded.hints import Hints
 from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
+from cakekv.embedded.recalling import Recaller, RecallLost, reading_until, restored_again
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
@@ -61,6 +62,7 @@ from cakekv.store.opening import open_store
 from cakekv.store.packed import warm_up_packing
 
 if TYPE_CHECKING:
+    from cakekv.decode.sidecar import Sidecar
     from cakekv.metrics import Metrics
 
 __all__ = [
@@ -249,6 +251,7 @@ class Cake:
         self._compressing = Compressing(self._arms)
         self._streaming = Streaming(self._arms, self._compressing.method)
         self._stored = StoredPrefixes(self._arms, self.tiers)
+        self._recaller = Recaller(self._arms, self.tiers)
         self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
         self._executor = Executor(self._arms.arbiter.wake)
@@ -510,6 +513,9 @@ class Cake:
         if self._streaming.takes(tokenized.token_ids):
             return [self._streaming.planned(tokenized.token_ids)]
         found = self._stored.lookup(tokenized, request.notes)
+        recalled = self._recaller.planned(found, len(tokenized.token_ids), asked.mode)
+        if recalled is not None:
+            return self._recaller.runs(recalled, len(tokenized.token_ids))
         with self._arms.arbiter.lock:
             return Planning(self._arms, request, len(tokenized.token_ids), found, asked.mode).runs()
 
@@ -623,6 +629,7 @@ class Cake:
     def _finish(self) -> None:
         if self._is_finished:
             return
+        self._recaller.close()
         if self._saver is not None:
             self._saver.close()
         try:
@@ -730,6 +737,8 @@ class Cake:
         saver = self._answer_saver(prefill, found) if asked.save else None
         answering = Answering(self._tokenizing.text if wants_text else None, asked.stops)
         answer = self._decode(request, prefill, found, choose, answering, asked.max_new_tokens, capacity, saver)
+        if prefill.recall is not None:
+            answer = reading_until(answer, prefill)
         return prefill.report, answer if tokenized.text is None else self._remembered(tokenized, answer)
 
     def _remembered(self, chat: Tokenized, answer: Iterator[Piece]) -> Iterator[Piece]:
@@ -762,6 +771,7 @@ class Cake:
     ) -> Iterator[Piece]:
         logits, start = prefill.logits, len(prefill.token_ids)
         position = start
+        fed: list[int] = []
         step = steps(self.engine, prefill, self.options.decode, min(capacity, start + max_new_tokens - 1))
         reason: FinishReason = "length"
         for _ in range(max_new_tokens):
@@ -778,8 +788,14 @@ class Cake:
             if position == capacity:
                 break
             check()
-            with self._arms.arbiter.turn(request):
-                logits = step(choice.token, position)
+            fed.append(choice.token)
+            try:
+                with self._arms.arbiter.turn(request):
+                    logits = step(choice.token, position)
+            except RecallLost as lost:
+                restored_again(prefill, lost)
+                with self._arms.arbiter.turn(request):
+                    logits = self.engine.compute(prefill.cache, fed, start)
             position += 1
             if saver is not None:
                 saver.computed(answering.sure(position - start))
@@ -834,7 +850,32 @@ class Cake:
         if found.beside is not None:
             found.beside.begin()
         with self._hints.needed(request.id, found):
-            return found, self._restore_found(request, found, prompt.token_ids, capacity, asked)
+            recalled = self._recalled(request, found, prompt, capacity, asked)
+            return found, recalled or self._restore_found(request, found, prompt.token_ids, capacity, asked)
+
+    def _recalled(
+        self, request: Request, found: Found, prompt: Tokenized, capacity: int, asked: PrefillOptions
+    ) -> Prefill | None:
+        """A prompt of which only what its queries select was read; None if it has to be restored whole."""
+        plan = self._recaller.planned(found, len(prompt.token_ids), asked.mode)
+        if plan is None:
+            return None
+        again = partial(self._restored_whole, prompt, capacity, asked)
+        return self._recaller.recall(request, found, plan, prompt.token_ids, capacity, again)
+
+    def _restored_whole(
+        self, prompt: Tokenized, capacity: int, asked: PrefillOptions, damaged: Sidecar | None
+    ) -> Prefill:
+        """What becomes of a prompt the rest of which could not be read: its sidecar may be damaged."""
+        request = self._arms.arbiter.request(monotonic())
+        found = self._stored.lookup(prompt, request.notes)
+        if found.beside is not None:
+            found.beside.begin()
+            if damaged is not None:
+                found.beside.distrust(damaged)
+        prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
+        self._compressing.apply(request, prefill, prompt, found, self._saver if asked.save else None)
+        return prefill
 
     def _restore_found(
         self, request: Request, found: Found, token_ids: list[int], capacity: int, asked: PrefillOptions

@@ -13,6 +13,8 @@ from cakekv.restore.report import RestoreReport
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+    from cakekv.embedded.recalling import Reading
+
 
 class Progress(NamedTuple):
     """A restore at one moment."""
@@ -49,6 +51,8 @@ class Prefill:
         How the cache came about.
     drafts : list of int
         What an answer probably begins with, if it was drafted while parts of chunks were still read.
+    recall : object or None
+        Reads the rest of a prefix of which the first token has read what its queries select.
     """
 
     token_ids: list[int]
@@ -56,6 +60,7 @@ class Prefill:
     logits: Any
     report: RestoreReport
     drafts: list[int] = field(default_factory=list)
+    recall: Reading | None = None
 
     def dynamic_cache(self, tokens: int | None = None) -> DynamicCache:
         """A copy of the cache as transformers' own `DynamicCache`, for its `generate` or a forward of the model.

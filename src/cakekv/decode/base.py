@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cakekv.engine.ragged import RaggedCache
     from cakekv.engine.tap import Attending
     from cakekv.keys import ChunkKey
+    from cakekv.layout import KVLayout
 
 
 class View(NamedTuple):
@@ -69,8 +70,13 @@ class Sight(ABC):
         """Whether there is something beside chunks of a layer, if that sees everything."""
         return False
 
-    def check_chunks(self, chunk_tokens: int) -> None:  # noqa: B027  # some store nothing
-        """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them."""
+    @property
+    def lazy(self) -> bool:
+        """Whether what is `beside` has rows, of which a first token reads those that its queries select."""
+        return False
+
+    def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:  # noqa: B027  # some store nothing
+        """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them, and the model."""
 
     def for_model(self, names: Iterable[str]) -> Sight:
         """The same with what was learned of a model, for one that has to learn; as `Codec.for_model`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,11 +11,13 @@ from typing import ClassVar
 
 import torch
 
+from cakekv.chunk import MAX_LAYERS
 from cakekv.compress.base import Layer
 from cakekv.decode.groups import Grouped, Groups
 from cakekv.decode.kmeans import kmeans
 from cakekv.decode.sidecar import LONGEST, Sidecar, sidecar_key
 from cakekv.keys import ChunkKey, canonical
+from cakekv.layout import KVLayout
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class ClusterKV(Grouped):
     span : int
         So many tokens of a prompt are put into clusters of their own at a time, which are stored beside its chunks; 0:
         the whole prompt, as in the paper, whose clusters are found anew each time.
+    lazy : bool
+        Whether keys and values are stored beside the clusters once more, in their order, so that a first token reads
+        only those that its queries select.
     window : int
         So many new tokens are put into clusters of their own at a time.
     window_clusters : int
@@ -39,6 +45,7 @@ class ClusterKV(Grouped):
     name: ClassVar[str] = "clusterkv"
     tokens: int = 80
     span: int = 0
+    lazy: bool = False
     window: int = 320
     window_clusters: int = 4
     iterations: int = 10
@@ -47,6 +54,7 @@ class ClusterKV(Grouped):
         super().__post_init__()
         self.check("tokens", self.tokens >= 1, "1 or more")
         self.check("span", self.span == 0 or self.sinks < self.span < LONGEST, "0, or more than sinks, below 65536")
+        self.check("lazy", not self.lazy or self.span > 0, "no unless there is a span, such as span=512")
         self.check("window", self.window >= 1, "1 or more")
         self.check("window_clusters", 1 <= self.window_clusters <= self.window, "1 to window")
         self.check("iterations", self.iterations >= 1, "1 or more")
@@ -59,16 +67,25 @@ class ClusterKV(Grouped):
     def fingerprint(self) -> str:
         """Names all that decides which clusters a prompt has, as stable text."""
         names = ("tokens", "span", "sinks", "full_layers", "iterations")
-        return canonical({"decode": self.name, "version": 1, **{name: getattr(self, name) for name in names}})
+        rows = {"rows": True} if self.lazy else {}
+        return canonical({"decode": self.name, "version": 1, **{name: getattr(self, name) for name in names}, **rows})
 
     def beside(self, keys: Sequence[ChunkKey], chunk_tokens: int) -> list[Sidecar]:
         ends = range(self.span, len(keys) * chunk_tokens + 1, self.span) if self.span else ()
         return [
-            Sidecar(sidecar_key(keys[end // chunk_tokens - 1], self.fingerprint), end - self.span, end) for end in ends
+            Sidecar(sidecar_key(keys[end // chunk_tokens - 1], self.fingerprint), end - self.span, end, self.lazy)
+            for end in ends
         ]
 
-    def check_chunks(self, chunk_tokens: int) -> None:
+    def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:
         self.check("span", self.span % chunk_tokens == 0, f"a multiple of chunk_tokens, {chunk_tokens}")
+        if self.lazy:
+            self.check("lazy", layout.window is None, "no: layers of this model have a sliding window")
+            per_head = 2 + math.ceil(self.span / self.tokens)
+            most = len(layout.layers) + per_head * sum(layer.planes[0].heads for layer in layout.layers)
+            self.check(
+                "span", most <= MAX_LAYERS, f"shorter, or tokens greater: {most} clusters of a span are too many"
+            )
 
     def group(self, layer: Layer, start: int, end: int) -> Groups:
         if start > self.sinks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from cakekv.compress.base import Layer
 from cakekv.decode.base import Sight, View
 
 _MEMO = "groups"
+RECALL = "recall"
+"""In `Layer.memo`, while rows of a layer are not read yet: a `Recall`."""
 
 
 class Groups(NamedTuple):
@@ -69,6 +71,17 @@ class Groups(NamedTuple):
         group = torch.searchsorted(ends, slots, right=True)
         at = slots + (begins - ends + sizes).gather(-1, group)
         return self.order[:, None, None].expand(*ranked.shape[:3], -1).gather(-1, at)
+
+
+class Recall(NamedTuple):
+    """How a layer gets the rows that it has not read yet."""
+
+    entries: Callable[[torch.Tensor], None]
+    """Returns once these entries are there: (kv_heads, ..., entries), int64."""
+    scored: Callable[[torch.Tensor], None]
+    """Is told how much the groups promise, (kv_heads, groups): what is read next."""
+    all: Callable[[], None]
+    """Returns once everything is there."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,9 @@ class Grouped(Sight):
         if groups is None or groups.order.shape[1] <= self.budget - self.sinks:
             return super().view(layer, mask)
         chosen = self.chosen(layer, groups)
+        recall: Recall | None = layer.memo.get(RECALL)
+        if recall is not None:
+            recall.entries(chosen)
         if queries.shape[1] > 1 or mask is not None:
             return View(layer.keys[None], layer.values[None], self._masked(layer, groups, chosen, mask))
         columns = chosen[:, :, 0].flatten(0, 1)
@@ -170,7 +186,12 @@ class Grouped(Sight):
         queries = queries.reshape(layer.heads, -1, *queries.shape[1:])
         if self.average:
             queries = queries.mean(1, keepdim=True)
-        return groups.best(self.score(queries, groups), self.budget - self.sinks)
+        scores = self.score(queries, groups)
+        recall: Recall | None = layer.memo.get(RECALL)
+        if recall is not None:
+            mass = scores * layer.scaling + groups.sizes.log()[:, None, None]
+            recall.scored(mass.softmax(-1).sum((1, 2)))
+        return groups.best(scores, self.budget - self.sinks)
 
     def _chooses(self, layer: Layer) -> bool:
         return self.groups_layer(layer.index) and layer.length > self.budget

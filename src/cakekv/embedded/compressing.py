@@ -46,7 +46,7 @@ class Compressing:
                 "of tokens: give one of them"
             )
         if self.sight is not None:
-            self.sight.check_chunks(options.chunk_tokens)
+            self.sight.check_chunks(options.chunk_tokens, arms.engine.layout)
         wanted = [one for one in (self.method, self._stored, self.sight) if one is not None]
         try:
             arms.engine.compressible(wanted)
@@ -77,7 +77,7 @@ class Compressing:
         if self._stored is not None:
             report.kept_share = engine.kept_share(prefill.cache, len(prefill.token_ids))
             report.compress = self._stored.recipe if report.kept_share < 1 else ""
-        if self.is_exact:
+        if self.is_exact or prefill.recall is not None:
             return
         whole = engine.held_bytes(prefill.cache) or 0
         with self._arms.arbiter.turn(request):
@@ -91,7 +91,9 @@ class Compressing:
                 left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt), read)
                 is_exact = not (report.lossy_tokens or report.after_lossy_tokens or report.blended_tokens)
                 if found.beside is not None and saver is not None and is_exact and found.still():
-                    found.beside.save(saver, {n: one.memo.get("spans", {}) for n, one in enumerate(left.stored)}, read)
+                    made = {number: one.memo.get("spans", {}) for number, one in enumerate(left.stored)}
+                    planes = [one.planes for one in left.stored] if self.sight.lazy else []
+                    found.beside.save(saver, made, planes.__getitem__, read)
         if left is not prefill.cache:
             report.kept_share = left.kept_share
             report.cache_bytes = left.held_bytes

@@ -96,7 +96,7 @@ class _Beside(NamedTuple):
     """What waits to be stored beside chunks."""
 
     key: ChunkKey
-    data: memoryview
+    make: Callable[[], memoryview]
 
 
 class _Note(NamedTuple):
@@ -179,10 +179,10 @@ class Saver:
         self._introduced.add(identity.root)
         self._put(_Note(identity.root.hex(), identity.fields()))
 
-    def save_beside(self, key: ChunkKey, data: memoryview) -> None:
-        """Hand over what is stored beside chunks, a few hundredths of their bytes; it is not missed where it fails."""
+    def save_beside(self, key: ChunkKey, make: Callable[[], memoryview]) -> None:
+        """Have something be made and stored beside chunks; it is not missed where that fails."""
         if not self._closed and not self.hangs:
-            self._put(_Beside(key, data))
+            self._put(_Beside(key, make))
 
     def _put(self, job: _Beside | _Note) -> None:
         with self._changed:
@@ -382,7 +382,7 @@ class Saver:
                 if isinstance(job, _Job):
                     self._write(job)
                 elif isinstance(job, _Beside):
-                    self.store.write(job.key, job.data)
+                    self.store.write(job.key, job.make())
                 else:
                     self.store.remember_identity(job.root, job.fields)
             except BaseException as error:  # also what no store should raise, and a lack of memory: the next may do

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from cakekv.chunk import ALIGNMENT, header_bytes_of, read_header
 from cakekv.embedded.arms import Arms
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
 from cakekv.load.reading import Progress, failure_reason, fill
 from cakekv.store.asking import Question
-from cakekv.store.base import Store
+from cakekv.store.base import ChunkReader, Store
 
 if TYPE_CHECKING:
     from cakekv.decode.groups import Groups
-    from cakekv.decode.sidecar import Sidecar
+    from cakekv.decode.sidecar import Beginning, Planes, Sidecar
     from cakekv.embedded.saver import Saver
 
 Spans = dict[int, dict[int, "Groups"]]
 """By layer, and by the position where they end."""
-Read = dict["Sidecar", "dict[int, Groups] | str"]
-"""What a sidecar holds, by layer; or why that is not to be had."""
+Read = dict["Sidecar", "dict[int, Groups] | Beginning | str"]
+"""What a sidecar holds, by layer, or its beginning, if it has rows; or why that is not to be had."""
 
 
 class Beside:
@@ -31,14 +34,35 @@ class Beside:
         All of the prompt.
     ask : sequence of callable
         For each tier that holds some: puts the question what they hold.
+    tiers : mapping of Sidecar to int
+        Which tier they are asked of.
+    token_bytes : int
+        About how many bytes of them there are per token, without rows.
+
+    Attributes
+    ----------
+    beginnings : dict
+        Of those that have rows: what was read of them, once `spans` has returned.
     """
 
     def __init__(
-        self, wanted: Sequence[Sidecar], ask: Sequence[Callable[[], Question[Read] | StoreError]] = ()
+        self,
+        wanted: Sequence[Sidecar],
+        ask: Sequence[Callable[[], Question[Read] | StoreError]] = (),
+        tiers: Mapping[Sidecar, int] = MappingProxyType({}),
+        token_bytes: int = 0,
     ) -> None:
         self.wanted = wanted
+        self.tiers = tiers
+        self.token_bytes = token_bytes
+        self.beginnings: dict[Sidecar, Beginning] = {}
         self._ask = ask
         self._questions: list[Question[Read] | StoreError] = []
+        self._distrusted: set[Sidecar] = set()
+
+    def distrust(self, sidecar: Sidecar) -> None:
+        """Have it made anew: its rows are damaged."""
+        self._distrusted.add(sidecar)
 
     def begin(self) -> None:
         """Begin to read."""
@@ -60,6 +84,11 @@ class Beside:
                 if isinstance(layers, str):
                     troubles.append(layers)
                     continue
+                if sidecar in self._distrusted:
+                    continue
+                if not isinstance(layers, dict):
+                    self.beginnings[sidecar] = layers
+                    layers = layers.groups
                 for layer, groups in layers.items():
                     spans.setdefault(layer, {})[sidecar.end] = groups
         if troubles:
@@ -68,12 +97,12 @@ class Beside:
             )
         return spans
 
-    def save(self, saver: Saver, made: Mapping[int, Mapping[int, Groups]], read: Spans) -> None:
-        """Write what is complete and was not read."""
+    def save(self, saver: Saver, made: Mapping[int, Mapping[int, Groups]], planes: Planes, read: Spans) -> None:
+        """Write what is complete and was not read; `planes` as for `Sidecar.seal`."""
         for sidecar in self.wanted:
             groups = {layer: spans[sidecar.end] for layer, spans in made.items() if sidecar.end in spans}
             if groups and not any(sidecar.end in spans for spans in read.values()):
-                saver.save_beside(sidecar.key, sidecar.seal(groups, len(made)))
+                saver.save_beside(sidecar.key, partial(sidecar.seal, groups, len(made), planes))
 
 
 class Sidecars:
@@ -83,25 +112,36 @@ class Sidecars:
     ----------
     arms : Arms
         The model, and its options.
+
+    Attributes
+    ----------
+    token_bytes : int
+        About how many bytes of a sidecar there are per token, without rows.
     """
 
     def __init__(self, arms: Arms[Any, Any]) -> None:
         sight = arms.options.decode
         layers = enumerate(arms.engine.layout.layers)
+        self._layers = arms.engine.layout.layers
         self._heads = {
             number: layer.planes[0].heads
             for number, layer in layers
             if sight is not None and sight.groups_layer(number) and layer.window is None
         }
+        per_group: int = getattr(sight, "tokens", 1)
+        grouped = [self._layers[number].planes[0] for number in self._heads]
+        self.token_bytes = sum(-(-plane.heads * (2 * per_group + 4 * plane.width) // per_group) for plane in grouped)
         self._token_bytes = -(-arms.coder.exact.total_bytes // arms.coder.exact.tokens)
 
     def read(self, tier: Store, sidecars: Sequence[Sidecar]) -> Read:
         """What a tier holds of them."""
         return {sidecar: self._read(tier, sidecar) for sidecar in sidecars}
 
-    def _read(self, tier: Store, sidecar: Sidecar) -> dict[int, Groups] | str:
+    def _read(self, tier: Store, sidecar: Sidecar) -> dict[int, Groups] | Beginning | str:
         try:
             with tier.open(sidecar.key) as reader:
+                if sidecar.has_rows:
+                    return self._read_beginning(reader, sidecar)
                 if reader.size > (sidecar.end - sidecar.start) * self._token_bytes:
                     raise CorruptChunk(ChunkFault.OVERLONG, f"{reader.size} bytes")
                 buffer = memoryview(bytearray(reader.size))
@@ -109,6 +149,27 @@ class Sidecars:
             return sidecar.read(buffer, self._heads)
         except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
             return failure_reason(error)
+
+    def _read_beginning(self, reader: ChunkReader, sidecar: Sidecar) -> Beginning:
+        """The groups of a sidecar, without the rows behind them."""
+        going, progress, most = _Going(), Progress(), (sidecar.end - sidecar.start) * self._token_bytes
+        first = memoryview(bytearray(min(ALIGNMENT, reader.size)))
+        fill(reader, first, 0, len(first), going, progress)
+        header_bytes = header_bytes_of(first, reader.size)
+        data = memoryview(bytearray(header_bytes))
+        data[: len(first)] = first
+        fill(reader, data, len(first), header_bytes, going, progress)
+        offsets = read_header(data, reader.size).offsets
+        end = offsets[len(self._layers)] if len(self._layers) < len(offsets) else reader.size
+        if end - header_bytes > most:
+            raise CorruptChunk(ChunkFault.OVERLONG, f"{end} bytes before its rows")
+        both = memoryview(bytearray(end))
+        both[:header_bytes] = data
+        fill(reader, both, header_bytes, end, going, progress)
+        beginning = sidecar.read_beginning(both, reader.size, self._layers)
+        if missing := self._heads.keys() - beginning.groups.keys():
+            raise CorruptChunk(ChunkFault.WRONG_SHAPE, f"it has no groups of layer {min(missing)}")
+        return beginning
 
 
 class _Going:

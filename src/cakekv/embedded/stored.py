@@ -177,11 +177,14 @@ class StoredPrefixes:
     def _beside(self, wanted: list[Sidecar], held: dict[ChunkKey, list[tuple[int, int]]]) -> Beside:
         """What is stored beside the chunks, each to be read from the first tier that has it."""
         by_tier: dict[int, list[Sidecar]] = {}
+        tiers: dict[Sidecar, int] = {}
         for sidecar in wanted:
             for tier, _ in held.get(sidecar.key, ())[:1]:
                 by_tier.setdefault(tier, []).append(sidecar)
+                tiers[sidecar] = tier
         read, begin = self._sidecars.read, self._ask.begin
-        return Beside(wanted, [partial(begin, tier, partial(read, sidecars=those)) for tier, those in by_tier.items()])
+        ask = [partial(begin, tier, partial(read, sidecars=those)) for tier, those in by_tier.items()]
+        return Beside(wanted, ask, tiers, self._sidecars.token_bytes)
 
     def _tail(
         self,

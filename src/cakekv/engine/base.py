@@ -211,6 +211,14 @@ class Engine(ABC, Generic[Cache, Logits]):
         """
         raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
 
+    def begin_recall(self, cache: Cache, length: int, sight: Sight, spans: Mapping[int, Mapping[int, Groups]]) -> Any:
+        """As `look`, in the cache's own memory, of which what is before `length` may still be missing.
+
+        `spans` has all of that. What the sight needs of the missing rows it asks for as `cakekv.decode.groups.Recall`
+        says. The view has the cache's capacity.
+        """
+        raise UnsupportedEngine("this engine sees all tokens of a prompt: give no decode")
+
     def draft(self, cache: Any, token: int, position: int) -> int:
         """The likeliest token behind `token`, as the cheaper view of a cache has it that `look` has returned.
 

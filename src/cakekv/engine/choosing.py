@@ -16,7 +16,7 @@ import torch
 from cakekv.compress.base import ALL, Layer, Marked, Method
 from cakekv.engine.absent import attend_present, positions_of
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer, numbers_of
-from cakekv.engine.ragged import RaggedCache, RaggedLayer, ragged_view
+from cakekv.engine.ragged import RaggedCache, RaggedLayer, filling_view, ragged_view
 from cakekv.engine.tap import Attending, Tap
 from cakekv.engine.versions import Cache
 from cakekv.errors import BadInput, UnsupportedModel
@@ -108,6 +108,18 @@ def look(
     held = sight.hold(ragged)
     held.capacity = engine.max_context
     return held
+
+
+def begin_recall(
+    cache: TwoEndedCache, length: int, sight: Sight, spans: Mapping[int, Mapping[int, Groups]]
+) -> RaggedCache:
+    """As `Engine.begin_recall`."""
+    ragged = filling_view(cache, length)
+    for number, known in spans.items():
+        own = ragged.stored[number]
+        own.memo["spans"] = {end: groups.to(own.positions.device) for end, groups in known.items()}
+    ragged.look(sight, [own.seen(number, len(ragged.stored)) for number, own in enumerate(ragged.stored)])
+    return ragged
 
 
 class _Watch:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cakekv.compress.base import Layer, Method
+from cakekv.decode.groups import RECALL
 from cakekv.embedded.executor import check
 from cakekv.engine.absent import positions_of, visible
 from cakekv.engine.cache import TwoEndedCache, TwoEndedLayer, numbers_of
@@ -177,6 +178,11 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
             seen = torch.where(seen, bias, float("-inf"))
         return seen.repeat_interleave(per_head, 0)[None]
 
+    @property
+    def planes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its memory for keys and values, (kv_heads, columns, width) each, in use or not."""
+        return self._keys, self._values
+
     def seen(self, index: int, layers: int) -> Layer:
         """As a method sees it, without queries."""
         return Layer(
@@ -282,6 +288,9 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _make_room(self, tokens: int) -> None:
         missing = self.used + tokens - self._keys.shape[1]
         if missing > 0:
+            recall = self.memo.get(RECALL)
+            if recall is not None:  # rows are being read into this memory
+                recall.all()
             more = max(missing, _GROWS_BY)
             self._keys, self._values = (
                 torch.nn.functional.pad(one, (0, 0, 0, more)) for one in (self._keys, self._values)
@@ -505,6 +514,20 @@ def ragged_view(
             keys = _turned(keys.float(), rotation, first, -1)
         layers.append(RaggedLayer(keys, values, positions_of(layer, first, length), length, layer.window, rotation))
     return RaggedCache(layers, method)
+
+
+def filling_view(cache: TwoEndedCache, length: int) -> RaggedCache:
+    """A cache that goes on behind `length` positions, in the same memory; what is before them may still be placed."""
+    layers: list[Any] = []
+    for layer in cache.layers:
+        if not isinstance(layer, TwoEndedLayer):
+            layers.append(layer)
+            continue
+        positions = torch.arange(layer.capacity, device=layer.regions[0].device).repeat(layer.key_heads, 1)
+        ragged = RaggedLayer(layer.plane(0)[0], layer.plane(1)[0], positions, length, layer.window)
+        ragged.used = length
+        layers.append(ragged)
+    return RaggedCache(layers)
 
 
 def _turned(keys: torch.Tensor, rotation: Rotation, start: int, sign: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from cakekv.engine.base import Engine, EngineState, Gate, Gather, Move, Result, 
 from cakekv.engine.blending import blend, check_blends
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.choice import Choice, Sampling
-from cakekv.engine.choosing import check_tap, choose, look
+from cakekv.engine.choosing import begin_recall, check_tap, choose, look
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
@@ -458,6 +458,12 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     ) -> RaggedCache:
         """As `Engine.look`."""
         return look(self, cache, token_ids, sight.for_model(self.weights_names()), marked, spans)
+
+    def begin_recall(
+        self, cache: TwoEndedCache, length: int, sight: Sight, spans: Mapping[int, Mapping[int, Groups]]
+    ) -> RaggedCache:
+        """As `Engine.begin_recall`."""
+        return begin_recall(cache, length, sight, spans)
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""

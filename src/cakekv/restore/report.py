@@ -35,7 +35,7 @@ class LoadRecord(NamedTuple):
     """Bytes read from the tier, also by loads that were abandoned or failed."""
     outcome: str
     """"placed", "overtaken" (compute got there first), "moved" (asked of another tier instead), or a failure, such as
-    "corrupt: ..."."""
+    "corrupt: ...". Of a run that is read as queries ask for it, "reading" if that was not over yet."""
     group: int | None = None
     """The group of layers, if the chunk was loaded in pieces while the suffix was computed."""
     parts: int | None = None
@@ -133,6 +133,12 @@ class RestoreReport:
         Bytes of the cache that the answer begins with; 0 if everything is kept and seen.
     compress_s : float
         Seconds that this took, after the first token's logits.
+    recalled_tokens : int
+        Loaded positions of which the first token has read only the rows that its queries selected; `computed_tokens`
+        behind them saw no others, and were not saved.
+    first_read_bytes : int
+        Bytes that were read until then, of these rows and of what they are chosen by; the rest comes while the answer
+        is computed.
     draft_s : float
         Seconds until an answer was drafted from parts of chunks, the others of which were still to be read; `ttft_s`
         is when they had come. 0 if all were read at once.
@@ -182,6 +188,8 @@ class RestoreReport:
     kept_share: float = 1.0
     cache_bytes: int = 0
     compress_s: float = 0.0
+    recalled_tokens: int = 0
+    first_read_bytes: int = 0
     draft_s: float = 0.0
     answer_steps: int = 0
     drafted_tokens: int = 0
@@ -198,7 +206,7 @@ class RestoreReport:
     @property
     def exact(self) -> bool:
         """Whether the whole cache is what a full prefill computes."""
-        return not self.lossy_tokens
+        return not (self.lossy_tokens or self.recalled_tokens)
 
     @property
     def lossy_share(self) -> float:
