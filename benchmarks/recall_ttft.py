@@ -1,0 +1,167 @@
+"""TTFT of a prefix that is read only as queries ask for it, beside one that is computed and loaded. Linux, as root.
+
+    sudo .venv/bin/python benchmarks/recall_ttft.py --json benchmarks/decode.json
+    python benchmarks/recall_ttft.py --json out/decode.json --tiny     # to try the program; needs no root
+
+Valkey on the far side of a shaped link, as in network.py, holds the prefix once, with clusters beside its chunks. The
+balanced bandwidth is that at which loading the prefix takes as long as computing it. The ways take turns, forwards and
+backwards; the first two rounds teach the costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from cakekv.bench.bound import compute_curve
+from cakekv.bench.grid import check_grid
+from cakekv.bench.link import ShapedLink
+from cakekv.bench.servers import valkey_behind
+from cakekv.bench.systems import Claim, write_systems
+from cakekv.cake import Cake
+from cakekv.cli.console import number_list
+from cakekv.cli.model import load_cake
+from cakekv.demo.document import read_document
+from cakekv.errors import CakeError
+from cakekv.restore.report import RestoreReport
+from cakekv.store.opening import open_store
+
+CLUSTERS = "tokens=32,span=1024,lazy=yes"
+WAYS = {
+    "whole": None,
+    "budget=256": f"clusterkv:budget=256,{CLUSTERS}",
+    "budget=256,average=yes": f"clusterkv:budget=256,average=yes,{CLUSTERS}",
+}
+TAUGHT = 2
+"""Rounds that do not count."""
+
+
+def main(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the results in here, beside those of others.")],
+    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto.")] = "float32",
+    prefix: Annotated[int, typer.Option(help="Length of the stored prefix, a multiple of 1,024 tokens.")] = 4096,
+    ratios: Annotated[str, typer.Option(help="Bandwidths, in multiples of the balanced one.")] = "1",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that count, at every bandwidth.")] = 3,
+    suffix_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the stored prefix.")] = 16,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A short prefix, one round, no link.")] = False,
+) -> None:
+    """Measure TTFT and bytes of a prefix of which a first token reads what its queries select."""
+    if tiny:
+        prefix, repeats = 1024, 1
+    multiples: list[float] = number_list(ratios, float, "ratios")
+    loaded = load_cake(model, None, dtype=dtype)
+    token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
+    check_grid(loaded.engine, len(token_ids), [prefix], suffix_tokens, loaded.chunk_tokens)
+    loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
+    with ExitStack() as stack:
+        link = None if tiny else stack.enter_context(ShapedLink())
+        url = stack.enter_context(valkey_behind(link))
+        prompt = token_ids[: prefix + suffix_tokens]
+        claims = measure(loaded, url, prompt, prefix, multiples, repeats, link.set_bandwidth if link else None)
+    settings = {
+        "model": model,
+        "dtype": loaded.engine.identity(loaded.chunk_tokens).dtype,
+        "chunk_tokens": loaded.chunk_tokens,
+        "prefix_tokens": prefix,
+        "suffix_tokens": suffix_tokens,
+        "clusters": CLUSTERS,
+        "link": "two network namespaces, shaped by tc tbf" if link else "none",
+    }
+    write_systems(json_file, "clusterkv lazy ttft", claims, settings)
+    for claim in claims:
+        print(claim.name, claim.measured, flush=True)
+
+
+def measure(
+    loaded: Cake,
+    url: str,
+    prompt: Sequence[int],
+    prefix: int,
+    multiples: Sequence[float],
+    repeats: int,
+    set_bandwidth: Callable[[float], None] | None = None,
+) -> list[Claim]:
+    """Restore a prompt in several ways, in turn, at every bandwidth.
+
+    Parameters
+    ----------
+    loaded : Cake
+        Whose engine and whose chunks' and spans' lengths are taken.
+    url : str
+        Of an empty server.
+    prompt : sequence of int
+        Prefix and suffix.
+    prefix : int
+        How much of it is stored.
+    multiples : sequence of float
+        Bandwidths, in multiples of that at which loading the prefix takes as long as computing it.
+    repeats : int
+        Rounds that count.
+    set_bandwidth : callable or None
+        Changes the link's, in bytes per second; None: nothing is limited.
+
+    Raises
+    ------
+    CakeError
+        The prefix could not be stored.
+    """
+    options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
+    with ExitStack() as stack:
+        cakes = {}
+        for way, sight in WAYS.items():
+            store = stack.enter_context(open_store(f"{url}?pack=no&timeout=60s"))
+            cakes[way] = stack.enter_context(Cake(loaded.engine, None, store, decode=sight, **options))
+        stored = cakes["budget=256"].prefill(prompt, mode="compute").report
+        saved = cakes["budget=256"].wait_saved()
+        if saved.failed_chunks:
+            raise CakeError(f"the prefix could not be stored: {saved.error}")
+        loading = cakes["whole"].prefill(prompt, mode="load", save=False).report
+        balanced = sum(loading.bytes_by_tier.values()) / compute_curve(stored.spans).at(prefix)
+        claims = []
+        for multiple in multiples:
+            if set_bandwidth is not None:
+                set_bandwidth(multiple * balanced)
+            runs: dict[str, list[RestoreReport]] = {way: [] for way in WAYS}
+            for turn in range(repeats + TAUGHT):
+                for way in reversed(WAYS) if turn % 2 else WAYS:
+                    taught = way == "whole" or turn >= TAUGHT
+                    prefill = cakes[way].prefill(prompt, mode="auto" if taught else "both", save=False)
+                    if prefill.recall is not None:
+                        prefill.recall.settle()
+                    runs[way].append(prefill.report)
+            claims += [_claim(way, multiple, {one: every[TAUGHT:] for one, every in runs.items()}) for way in WAYS]
+    return [claim for claim in claims if claim is not None]
+
+
+def _claim(way: str, multiple: float, runs: dict[str, list[RestoreReport]]) -> Claim | None:
+    if way == "whole":
+        return None
+    own, whole = runs[way], runs["whole"]
+    ttft_s, whole_s = (median(report.ttft_s for report in reports) for reports in (own, whole))
+    first = median(report.first_read_bytes for report in own)
+    measured = {
+        "bandwidth_ratio": multiple,
+        "ttft_s": ttft_s,
+        "whole_ttft_s": whole_s,
+        "ratio": ttft_s / whole_s,
+        "first_read_bytes": first,
+        "whole_read_bytes": median(sum(report.bytes_by_tier.values()) for report in whole),
+        "recalled_tokens": [report.recalled_tokens for report in own],
+        "repeats": {"ttft_s": [one.ttft_s for one in own], "whole_ttft_s": [one.ttft_s for one in whole]},
+    }
+    claim = "the first token comes sooner than if the prefix is computed from the front and loaded from the back"
+    return Claim(f"clusterkv lazy ttft: {way} at {multiple:g} times balance", claim, measured, ttft_s < whole_s)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except CakeError as error:
+        sys.exit(f"error: {error}")
