@@ -211,7 +211,7 @@ def test_a_front_that_ends_with_the_prompt(engine: TransformersEngine, prompt: l
     prompt = prompt[:END]
     store = filled(engine, prompt)
     with cake_of(engine, store, compress_front=True) as cake:
-        one, other = (cake.prefill(prompt, mode=mode, save=False) for mode in ("load", "compute"))  # type: ignore[arg-type]
+        one, other = (cake.prefill(prompt, mode=mode, save=False) for mode in ("load", "compute"))
     assert (one.report.loaded_tokens, other.report.loaded_tokens) == (END - 1, 0)
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
     for layer, same in zip(one.cache.stored, other.cache.stored, strict=True):
@@ -242,7 +242,7 @@ def test_a_method_goes_on_with_the_front(engine: TransformersEngine, prompt: lis
     store, found = filled(engine, prompt), []
     with cake_of(engine, store, f"{HALF}+{later}", compress_front=True) as cake:
         for mode in ("load", "compute"):
-            found.append(cake.prefill(prompt, mode=mode, save=False))  # type: ignore[arg-type]
+            found.append(cake.prefill(prompt, mode=mode, save=False))
     one, other = found
     assert one.report.kept_share == other.report.kept_share < 0.4
     for layer, same in zip(one.cache.stored, other.cache.stored, strict=True):
