@@ -106,9 +106,9 @@ def left(method: Method) -> list[torch.Tensor]:
 def test_no_parameter_is_ignored_at_store(name: str, field: str) -> None:
     method = method_named(AT_STORE[name])
     if field == "epsilon":  # which is for those that give no share
-        method = replace(method, share=0.0)
+        method = method_named("kvmerger:first_layers=0,last_layers=0,when=store")
     if field in ("recent", "rows", "answering", "distance"):
-        with pytest.raises(BadInput, match=f"{field} mean nothing with when=store"):
+        with pytest.raises(BadInput, match=f"nothing comes of {field} with when=store"):
             replace(method, **{field: OTHERS[name][field]})
         return
     other = replace(method, **{field: OTHERS[name][field]})
@@ -120,8 +120,8 @@ def test_no_parameter_is_ignored_at_store(name: str, field: str) -> None:
     ("recipe", "says"),
     [
         ("kvmerger:values=biased,when=store", "values is biased, but must be scaled or weighted with when=store"),
-        ("kvmerger:recent=0.1,rows=8,when=store", "recent and rows mean nothing with when=store"),
-        ("elastic_cache:answering=oldest,when=store", "answering mean nothing with when=store"),
+        ("kvmerger:recent=0.1,rows=8,when=store", "nothing comes of recent and rows with when=store"),
+        ("elastic_cache:answering=oldest,when=store", "nothing comes of answering with when=store"),
         ("cascading:last_rows=64,prefill=stride", "last_rows is 64, but must be 0 with prefill=stride"),
     ],
 )

@@ -254,8 +254,8 @@ class Method(ABC):
         defaults = {one.name: one.default for one in fields(self)}
         if given := [name for name in names if getattr(self, name) != defaults[name]]:
             raise BadInput(
-                f"compress {self.name}: {' and '.join(given)} mean nothing with when=store, because chunks are stored "
-                "each by itself, and without attention: leave them out, or give when=prefill"
+                f"compress {self.name}: nothing comes of {' and '.join(given)} with when=store, because chunks are "
+                "stored each by itself, and without attention: leave that out, or give when=prefill"
             )
 
     @property
