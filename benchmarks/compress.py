@@ -50,6 +50,7 @@ WAYS = {
         *("kvmerger", "kvmerger:share=0.5", "kvmerger:share=0.5,values=biased", "kvmerger:share=0.5,merging=no"),
         *("heavy_hitter:share=0.2", "heavy_hitter:share=0.5"),
         *("sink_recent:share=0.2", "sink_recent:share=0.5"),
+        *("key_norm:share=0.5", "kvmerger:share=0.5,when=store", "elastic_cache:share=0.5,when=store"),
     ),
     ASKED: tuple(f"vl_cache:share={share}{rows}" for share in (0.1, 0.2) for rows in ("", ",rows_of=prompt")),
     LONG: ("cascading", "sink_recent:recent=508"),

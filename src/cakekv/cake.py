@@ -164,6 +164,10 @@ class Cake:
         acts at store, "key_norm:when=store", makes stored chunks smaller, as `codec` does. Two methods,
         "kvmerger:when=store+corm", must act at different times. With "cascading", prompts and answers may be longer
         than the model's context: such prompts are computed in strides, and nothing of them is loaded or saved.
+    compress_front : bool
+        With a `compress` that acts at store: whether full chunks that were computed become what is stored of them, too,
+        so that an answer sees the same whatever was loaded, in less memory; it is not saved then. It is no parameter of
+        the method, because chunks are stored the same either way.
     decode : str, Sight or None
         What of the cache the tokens of an answer attend to, such as "clusterkv:budget=512" (see `docs/decode.md`).
     learn : bool
@@ -200,6 +204,7 @@ class Cake:
         quality_floor: int = 1,
         reuse: str | Reuse | None = None,
         compress: str | Method | Sequence[str | Method] | None = None,
+        compress_front: bool = False,
         decode: str | Sight | None = None,
         learn: bool = True,
         calibration: str | os.PathLike[str] | None = None,
@@ -219,6 +224,7 @@ class Cake:
             quality_floor=quality_floor,
             reuse=reuse,
             compress=compress,
+            compress_front=compress_front,
             decode=decode,
             learn=learn,
             calibration=calibration,
@@ -885,7 +891,8 @@ class Cake:
         planning = Planning(arms, request, len(token_ids), found, asked.mode)
         saver = None
         if asked.save and self._saver is not None and found.keys:
-            saver = PromptSaver(self._saver, found, cache, partial(arms.arbiter.lent, request))
+            waiting = partial(arms.arbiter.lent, request)
+            saver = PromptSaver(self._saver, found, cache, waiting, copies=self.options.compress_front)
         completes = self._compressing.completes
         restore = EmbeddedRestore(arms, planning, token_ids, cache, saver, asked.on_progress, completes)
         logits = restore.run()

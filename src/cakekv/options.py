@@ -49,6 +49,7 @@ class CakeKeywords(TypedDict, total=False):
     quality_floor: int
     reuse: str | Reuse | None
     compress: str | Method | Sequence[str | Method] | None
+    compress_front: bool
     decode: str | Sight | None
     learn: bool
     calibration: str | os.PathLike[str] | None
@@ -73,6 +74,7 @@ class CakeOptions:
     quality_floor: int
     reuse: Reuse | None
     compress: tuple[Method, ...]
+    compress_front: bool
     decode: Sight | None
     learn: bool
     calibration: str | os.PathLike[str] | None
@@ -103,6 +105,7 @@ class CakeOptions:
             quality_floor=whole("quality_floor", given["quality_floor"], 1),
             reuse=reuse_named(reuse) if isinstance(reuse, str) else reuse,
             compress=methods_named(given["compress"]),
+            compress_front=given["compress_front"],
             decode=sight_named(decode) if isinstance(decode, str) else decode,
             learn=given["learn"],
             calibration=given["calibration"],
@@ -118,6 +121,11 @@ class CakeOptions:
             raise BadInput(
                 f"quality_floor is {self.quality_floor}, "
                 f"but of codec {codec.name} 1 to {codec.parts_read} parts are read"
+            )
+        if self.compress_front and not any("store" in method.at for method in self.compress):
+            raise BadInput(
+                "compress_front makes of what is computed what is stored of it: give a compress that acts at store, "
+                "such as key_norm:share=0.5, or leave it out"
             )
 
 
@@ -214,6 +222,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         (str, Method, list, tuple, NoneType),
         'a name, such as "corm:window=64", a Method, a list of them, or None',
     ),
+    "compress_front": ((bool,), "True or False"),
     "decode": ((str, Sight, NoneType), 'a name, such as "clusterkv:budget=512", a Sight, or None'),
     "learn": ((bool,), "True or False"),
     "calibration": ((str, os.PathLike, NoneType), "a file's path, or None"),

@@ -13,11 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cakekv.bench.quality.compress import EXACT, CompressResults, follow_singly, judge, way_named
 from cakekv.bench.quality.documents import Document, Needle
+from cakekv.cake import Cake
 from cakekv.compress import method_named
 from cakekv.compress.base import Layer, Method
 from cakekv.compress.sink_recent import SinkRecent
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
+from cakekv.store.memory import MemoryStore
 
 CONTEXT = [(k * k + 3 * k) % 47 for k in range(100)]
 NEEDLES = [Needle((8, 9), (4, 30)), Needle((11,), (5, 6))]
@@ -127,6 +129,23 @@ def test_methods_that_look_at_the_same_rows_choose_as_if_alone(engine: Transform
     assert by_itself.kept_share == together[recipes[2]].kept
 
 
+@pytest.mark.parametrize("recipe", ["key_norm:share=0.5", "kvmerger:share=0.6,first_layers=0,last_layers=0,when=store"])
+def test_what_is_stored_is_judged_as_it_is_loaded(engine: TransformersEngine, document: Document, recipe: str) -> None:
+    found = judge(engine, document, ways(recipe, "sink_recent"), chunk_tokens=48)
+    with Cake(engine, store=MemoryStore(), chunk_tokens=48, compress=recipe) as cake:
+        cake.prefill(CONTEXT)
+        cake.wait_saved()
+        loaded = cake.prefill(CONTEXT, mode="load", room=len(document.tail))
+    assert loaded.report.loaded_tokens == 96
+    assert found[recipe].kept == pytest.approx(loaded.report.kept_share)
+    assert found[recipe].kept < 0.7
+    tail, count = document.tail, len(document.continuation) - 1
+    likely = engine.logits(loaded.cache, tail[:count], 100).log_softmax(-1)
+    gold = torch.tensor(document.continuation[1:])
+    assert found[recipe].nats == pytest.approx(-float(likely.gather(1, gold[:, None]).mean()), abs=1e-4)
+    assert found[recipe].nats != pytest.approx(found[EXACT].nats, abs=1e-3)
+
+
 def test_logits_are_those_of_every_token(engine: TransformersEngine) -> None:
     cache = engine.new_cache(120)
     engine.compute(cache, CONTEXT, 0)
@@ -176,6 +195,8 @@ def test_a_run_goes_on_where_it_stopped(engine: TransformersEngine, document: Do
         results(tokens=99)
     with pytest.raises(BadInput, match="has 2 documents"):
         results(documents=1)
+    with pytest.raises(BadInput, match="chunk_tokens 64, and this is 16"):
+        results(chunk_tokens=16)
     with pytest.raises(BadInput, match="not those that are judged now"):
         results("sink_recent:share=0.3").judge(engine, 0, documents[1])
     file.write_text(json.dumps(data).replace('\\"compress\\":\\"heavy_hitter\\"', '\\"compress\\":\\"another\\"'))

@@ -74,6 +74,20 @@ def test_documents_are_reused_wherever_they_stand(tiny_model: Path, document: Pa
     assert (code, "blend" in err) == (2, True)
 
 
+def test_what_is_computed_may_be_what_is_stored_of_it(tiny_model: Path, document: Path, tmp_path: Path) -> None:
+    common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
+    half = [*common, "--compress", "key_norm:share=0.5", "--compress-front"]
+    computed, loaded = run_json(*half, "--mode", "compute"), run_json(*half, "--mode", "load")
+    assert loaded["report"]["loaded_tokens"] > 1000  # type: ignore[index]
+    assert computed["answer"] == loaded["answer"]
+    shares = [one["report"]["kept_share"] for one in (computed, loaded)]  # type: ignore[index]
+    assert shares[0] == shares[1] < 0.6
+    _, _, err = run(*half)
+    assert "Not exact: the answer keeps 5" in err
+    code, _, err = run(*common, "--compress-front")
+    assert (code, "give a compress that acts at store" in " ".join(err.split())) == (2, True)
+
+
 def test_drafts_are_told_of(tiny_model: Path, document: Path, tmp_path: Path) -> None:
     common = [*ask, "--model", tiny_model, "--document", document, "--store", tmp_path / "store"]
     report = run_json(*common, "--decode", "quantspec:gamma=3")["report"]

@@ -151,9 +151,9 @@ def test_chunks_that_are_saved() -> None:
 
 def test_several_stores_add_up() -> None:
     """What stands for several tokens already counts as these."""
-    layer = without_queries(toy(4))
+    layer = toy(4)
     layer.keys, layer.bias = torch.ones(HEADS, 4, WIDTH), torch.tensor([[math.log(2.0), 0, 0, 0]] * HEADS)
-    method = KVMerger(when="store", heavy=0.0, values="biased")
+    method = KVMerger(recent=0.0, heavy=0.0, values="biased")
     [mask] = method.keep([layer])
     assert mask is not None
     merged = method.merge(layer, mask)

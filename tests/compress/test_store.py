@@ -6,6 +6,7 @@ What is expected is worked out from the full cache: every chunk's rows with the 
 from __future__ import annotations
 
 import random
+from threading import Event
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from cakekv.engine.cache import TwoEndedLayer
 from cakekv.engine.ragged import RaggedCache, RaggedLayer
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
-from cakekv.keys import chunk_keys
+from cakekv.keys import ChunkKey, chunk_keys
 from cakekv.load import pieces as cutting
 from cakekv.prompt import Document
 from cakekv.store.disk import DiskStore
@@ -35,6 +36,7 @@ from tests.matrix.models import build
 CHUNK, CHUNKS, SUFFIX = 16, 8, 5
 END = CHUNK * CHUNKS
 HALF = "key_norm:share=0.5"
+MERGED = "kvmerger:share=0.5,first_layers=0,last_layers=0,when=store"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,18 @@ def expected_absent(layer: TwoEndedLayer, share: float = 0.5) -> torch.Tensor:
     absent = torch.ones(norms.shape, dtype=torch.bool)
     kept = norms.argsort(-1)[..., : round(share * CHUNK)]
     return absent.scatter_(-1, kept, False).flatten(1) & (layer.window is None)
+
+
+class Held(MemoryStore):
+    """Writes only once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_write = Event()
+
+    def write(self, key: ChunkKey, data: memoryview) -> bool:
+        self.may_write.wait(60)
+        return super().write(key, data)
 
 
 def with_rows_dropped(full: Any) -> RaggedCache:
@@ -137,6 +151,108 @@ def test_every_meeting_point(engine: TransformersEngine, prompt: list[int], code
                 assert not own[absent].any()
                 error = float((own - theirs)[~absent].abs().max())
                 assert error < 1e-5 if codec == "raw" else error < 0.05
+
+
+@pytest.mark.parametrize("compress", [HALF, MERGED])
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_the_front_may_be_what_is_stored_of_it(
+    engine: TransformersEngine, prompt: list[int], compress: str, codec: str
+) -> None:
+    """Wherever the arms meet, the same rows are there, with the same in them, and the same is answered."""
+    options: dict[str, Any] = {"codec": codec, "compress": compress, "compress_front": True, "max_span_tokens": CHUNK}
+    whole = stored(filled(engine, prompt, **options))
+    found, loaded = [], []
+    for meeting in range(CHUNKS, -1, -1):
+        fewer = MemoryStore()
+        with cake_of(engine, fewer, **options) as cake:
+            for key in chunk_keys(cake.identity, prompt)[meeting:CHUNKS]:
+                fewer.write(key, memoryview(whole[bytes(key)]))
+            found.append(cake.prefill(prompt, mode="load", save=False))
+            loaded.append(cake.generate(prompt, mode="load", save=False, max_new_tokens=6).token_ids)
+        assert found[-1].report.loaded_tokens == (CHUNKS - meeting) * CHUNK
+    *_, restored = found
+    assert 0.3 < restored.report.kept_share < 0.8
+    assert 0 < restored.report.cache_bytes < engine.held_bytes(engine.new_cache(len(prompt)))
+    for mixed in found:
+        assert mixed.report.kept_share == restored.report.kept_share
+        assert mixed.report.compress == restored.report.compress != ""
+        torch.testing.assert_close(mixed.logits, restored.logits, rtol=1e-4, atol=1e-4)
+        for layer, other in zip(mixed.cache.stored, restored.cache.stored, strict=True):
+            assert torch.equal(layer.positions, other.positions)
+            there = (layer.positions >= 0) & (layer.positions < END)
+            for own, theirs in ((layer.keys[0], other.keys[0]), (layer.values[0], other.values[0])):
+                assert torch.equal(own[there], theirs[there])
+                torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)
+    assert all(answer == loaded[0] for answer in loaded)
+
+
+@pytest.mark.parametrize("compress", [HALF, MERGED])
+def test_what_is_made_of_the_front_is_never_saved(engine: TransformersEngine, prompt: list[int], compress: str) -> None:
+    """The chunks that are saved are those that are saved without it; answers over it are not."""
+    plain = stored(filled(engine, prompt, compress))
+    held = Held()
+    with cake_of(engine, held, compress, compress_front=True) as cake:
+        answer = cake.generate(prompt, max_new_tokens=2 * CHUNK)
+        held.may_write.set()
+        assert cake.wait_saved().failed_chunks == 0
+        assert answer.report.exact
+        assert answer.report.kept_share < 1
+        loaded = cake.prefill(prompt, mode="load")
+    assert stored(held) == plain
+    assert loaded.report.loaded_tokens == END
+    with cake_of(engine, held, None) as exact, cake_of(engine, None, None) as fresh:
+        again = exact.prefill(prompt, mode="load")
+        assert again.report.loaded_tokens == 0
+        torch.testing.assert_close(again.logits, fresh.prefill(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_front_that_ends_with_the_prompt(engine: TransformersEngine, prompt: list[int]) -> None:
+    """The last token is computed whatever is stored, over what is left of its own chunk, too."""
+    prompt = prompt[:END]
+    store = filled(engine, prompt)
+    with cake_of(engine, store, compress_front=True) as cake:
+        one, other = (cake.prefill(prompt, mode=mode, save=False) for mode in ("load", "compute"))
+    assert (one.report.loaded_tokens, other.report.loaded_tokens) == (END - 1, 0)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+    for layer, same in zip(one.cache.stored, other.cache.stored, strict=True):
+        assert torch.equal(layer.positions, same.positions)
+
+
+def test_a_front_of_which_all_is_stored(engine: TransformersEngine, prompt: list[int]) -> None:
+    """Because it is kept, because it is as new as the codec's window, or because it is shorter than a chunk."""
+    with cake_of(engine, None, None) as plain:
+        full = plain.prefill(prompt)
+        short = plain.prefill(prompt[:9])
+    with cake_of(engine, None, "key_norm:share=1", compress_front=True) as cake:
+        assert torch.equal(cake.prefill(prompt).logits, full.logits)
+    with cake_of(engine, None, compress_front=True) as cake:
+        kept = cake.prefill(prompt[:9])
+        assert torch.equal(kept.logits, short.logits)
+        assert (kept.report.kept_share, kept.report.compress) == (1.0, "")
+    with cake_of(engine, None, codec=f"int8:window={2 * CHUNK + SUFFIX}", compress_front=True) as cake:
+        layers = cake.prefill(prompt).cache.stored
+    for layer in layers:
+        newest = layer.positions[:, -2 * CHUNK - SUFFIX :]
+        assert torch.equal(newest, torch.arange(END - 2 * CHUNK, len(prompt)).expand_as(newest))
+
+
+@pytest.mark.parametrize("later", ["heavy_hitter:share=0.3,rows=8", "sink_recent:recent=40"])
+def test_a_method_goes_on_with_the_front(engine: TransformersEngine, prompt: list[int], later: str) -> None:
+    """Which it sees as it is stored: so it chooses the same, whatever was loaded."""
+    store, found = filled(engine, prompt), []
+    with cake_of(engine, store, f"{HALF}+{later}", compress_front=True) as cake:
+        for mode in ("load", "compute"):
+            found.append(cake.prefill(prompt, mode=mode, save=False))
+    one, other = found
+    assert one.report.kept_share == other.report.kept_share < 0.4
+    for layer, same in zip(one.cache.stored, other.cache.stored, strict=True):
+        assert torch.equal(layer.positions, same.positions)
+
+
+def test_a_front_is_for_methods_that_act_at_store(engine: TransformersEngine) -> None:
+    for compress in (None, "key_norm:when=prefill"):
+        with pytest.raises(BadInput, match=r"compress_front makes .*: give a compress that acts at store"):
+            cake_of(engine, None, compress, compress_front=True)
 
 
 def test_layered_finish(engine: TransformersEngine, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cakekv import BadInput, Cake
+from cakekv.cli.main import app
 from cakekv.decode import kmeans as module
 from cakekv.decode.clusterkv import clustered
 from cakekv.decode.groups import Groups
@@ -254,3 +257,21 @@ def test_a_store_that_packs_keeps_them(engine: TransformersEngine, made: list[in
 def test_a_span_is_made_of_chunks(engine: TransformersEngine) -> None:
     with pytest.raises(BadInput, match="span is 32, but must be a multiple of chunk_tokens, 24"):
         Cake(engine, None, chunk_tokens=24, decode=RECIPE)
+
+
+def test_stats_tell_clusters_from_chunks(engine: TransformersEngine, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"chunk_tokens": CHUNK, "codec": "int8", "save_answers": False}
+    with Cake(engine, None, tmp_path / "none", **common) as cake:
+        cake.generate(PROMPT, max_new_tokens=2)
+    with Cake(engine, None, tmp_path / "some", decode=RECIPE, **common) as cake:
+        cake.generate(PROMPT, max_new_tokens=2)
+    stats = [
+        json.loads(CliRunner().invoke(app, ["store", "stats", str(tmp_path / name), "--json"]).stdout)
+        for name in ("none", "some")
+    ]
+    assert "beside" not in stats[0]
+    assert stats[1]["beside"]["chunks"] == len(PROMPT) // 32
+    assert stats[1]["beside"]["bytes"] == stats[1]["bytes"] - stats[0]["bytes"] > 0
+    assert stats[1]["chunks"] == stats[0]["chunks"] + 3
+    shown = CliRunner().invoke(app, ["store", "stats", str(tmp_path / "some")]).stdout
+    assert "3 of them" in shown

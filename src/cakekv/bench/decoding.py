@@ -11,51 +11,16 @@ import numpy as np
 
 from cakekv.chunk import read_header, segments
 from cakekv.codec import codec_named
-from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.codec.elements import to_elements
 from cakekv.keys import ChunkKey
+from cakekv.load.decoding import decoded
 
 if TYPE_CHECKING:
     from cakekv.codec.on_device import DeviceDecoder
     from cakekv.engine.base import Engine
 
 _KEY = ChunkKey(bytes(ChunkKey.LENGTH))
-
-
-def decoded(
-    coder: ChunkCoder, chunk: memoryview, room: memoryview, decoder: DeviceDecoder | None = None
-) -> Sequence[Segment]:
-    """Decode all layers of a chunk, by the calling thread or by a device; nothing is verified.
-
-    Parameters
-    ----------
-    coder : ChunkCoder
-        Made the chunk.
-    chunk : memoryview
-        In the coded form.
-    room : memoryview
-        As long as the exact form: for what the CPU decodes.
-    decoder : DeviceDecoder or None
-        Decodes instead.
-
-    Returns
-    -------
-    sequence of Segment
-        By layer, as `Engine.place` wants them.
-    """
-    header = read_header(chunk, len(chunk))
-    views = segments(header.shape, chunk)
-
-    def codes(layer: int) -> list[memoryview]:
-        return [views[index] for index in coder.segments_of(header.shape, [layer])]
-
-    if decoder is not None:
-        return decoder.decode(range(coder.layers), codes)
-    targets = segments(coder.exact, room)
-    for layer, target in enumerate(targets):
-        coder.decode(layer, codes(layer), target, header.position)
-    return targets
 
 
 def decoding_speeds(

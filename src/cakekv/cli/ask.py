@@ -78,6 +78,9 @@ def ask(
             "are not exact then."
         ),
     ] = None,
+    compress_front: Annotated[
+        bool, typer.Option("--compress-front", help="With a --compress that acts at store: on what is computed, too.")
+    ] = False,
     decode: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +139,17 @@ def ask(
     rate = parse_bandwidth(bandwidth) if bandwidth is not None else None
     with open_store(store or f"{cache_folder() / 'store'}?capacity={DEFAULT_CAPACITY}") as opened:
         tier = opened if rate is None else ThrottledStore(opened, rate)
-        with load_cake(model, tier, tenant, codec, reuse=reuse, compress=compress, decode=decode, share=share) as cake:
+        with load_cake(
+            model,
+            tier,
+            tenant,
+            codec,
+            reuse=reuse,
+            compress=compress,
+            compress_front=compress_front,
+            decode=decode,
+            share=share,
+        ) as cake:
             texts = [
                 read_document(name, cake.tokenizer, DEMO_TOKENS if tokens is None and name == "demo" else tokens)
                 for name in documents

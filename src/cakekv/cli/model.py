@@ -25,6 +25,7 @@ def load_cake(
     policy: str = "marginal_saving",
     metrics: Metrics | None = None,
     compress: str | None = None,
+    compress_front: bool = False,
     decode: str | None = None,
     share: str | None = None,
 ) -> Cake:
@@ -59,6 +60,7 @@ def load_cake(
             "policy": policy,
             "metrics": metrics,
             "compress": compress,
+            "compress_front": compress_front,
             "decode": decode,
         }
         if chunk_tokens is not None:

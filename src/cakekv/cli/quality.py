@@ -87,7 +87,7 @@ def quality(
     Compression: each document is computed, and what of its cache a method keeps, or a sight sees, is gone on with:
     token by token where a choice is made on every step. kept is the share of the entries of all layers and heads;
     choose s the seconds that the choice takes, token s those of a step. Questions come after the choice, unless
-    --question-first.
+    --question-first. Of a method that acts at store, each full chunk is encoded, decoded and put back.
 
     In sixteen bits the model's own roundings let the slightest change of the cache flip near ties: --dtype float32
     shows what is the codec's, or the way's, doing.
@@ -137,6 +137,7 @@ def quality(
             continuation=continuation or 128,
             question_first=question_first,
             texts=texts,
+            chunk_tokens=chunk_tokens,
             model=model,
             dtype=dtype,
         )
@@ -285,6 +286,7 @@ def judge_compress(
     continuation: int,
     question_first: bool,
     texts: Path | None,
+    chunk_tokens: int,
     model: str,
     dtype: str,
 ) -> None:
@@ -297,7 +299,7 @@ def judge_compress(
     from cakekv.cli.model import load_cake
 
     settings = {"model": model, "dtype": dtype, "documents": documents, "tokens": tokens, "continuation": continuation}
-    settings["questions"] = "first" if question_first else "last"
+    settings |= {"questions": "first" if question_first else "last", "chunk_tokens": chunk_tokens}
     results = CompressResults(describe_run(), settings, ways)
     if add and json_file is not None and json_file.exists():
         results.read(json_file)

@@ -39,6 +39,9 @@ def serve(
     compress: Annotated[
         str | None, typer.Option(help=f"Keep fewer tokens: {one_of(METHODS)} (docs/compress.md).")
     ] = None,
+    compress_front: Annotated[
+        bool, typer.Option("--compress-front", help="With a --compress that acts at store: on what is computed, too.")
+    ] = False,
     decode: Annotated[
         str | None, typer.Option(help=f"What an answer's tokens attend to: {one_of(SIGHTS)} (docs/decode.md).")
     ] = None,
@@ -91,6 +94,7 @@ def serve(
         policy=policy,
         metrics=Metrics(registry),
         compress=compress,
+        compress_front=compress_front,
         decode=decode,
         share=share,
     )

@@ -39,7 +39,8 @@ def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tupl
     Raises
     ------
     BadInput
-        As for `method_named`; or two of them act at the same time, or one at store beside one that moves tokens up.
+        As for `method_named`; or two of them act at the same time, or behind a prefill; or one at store beside one that
+        moves tokens up.
     """
     if recipes is None:
         return ()
@@ -55,6 +56,9 @@ def methods_named(recipes: str | Method | Sequence[str | Method] | None) -> tupl
                 f"{' and '.join(acting)} cannot be combined: both choose which tokens to keep at {time}. Give one of "
                 "them, or one with when=store"
             )
+    later = [method.name for method in methods if method.at - {"store"}]
+    if len(later) > 1:
+        raise BadInput(f"{' and '.join(later)} cannot be combined: besides one at store, one method acts on a prompt")
     for method in methods:
         if method.compact and len(methods) > 1:
             raise BadInput(f"{method.name} moves tokens up, and needs a cache that has everything: give it alone")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cakekv.errors import BadInput
@@ -248,6 +248,15 @@ class Method(ABC):
         """Raise `BadInput`, which names the field, unless something `holds` of it."""
         if not holds:
             raise BadInput(f"compress {self.name}: {field} is {getattr(self, field)}, but must be {wanted}")
+
+    def check_at_store(self, *names: str) -> None:
+        """Raise `BadInput` if parameters of these names are given, which mean nothing at store."""
+        defaults = {one.name: one.default for one in fields(self)}
+        if given := [name for name in names if getattr(self, name) != defaults[name]]:
+            raise BadInput(
+                f"compress {self.name}: nothing comes of {' and '.join(given)} with when=store, because chunks are "
+                "stored each by itself, and without attention: leave that out, or give when=prefill"
+            )
 
     @property
     def recipe(self) -> str:

@@ -83,6 +83,8 @@ class Cascading(Method):
         self.check("reduce", self.reduce in ("mean", "max"), "mean or max")
         self.check("last_rows", 0 <= self.last_rows < 2**31, "0 or more rows")
         self.check("prefill", self.prefill in ("replay", "stride"), "replay or stride")
+        can_look = self.prefill == "replay" or not self.last_rows
+        self.check("last_rows", can_look, "0 with prefill=stride: the last rows are not there when strides enter")
 
     @property
     def rows(self) -> int:

@@ -61,6 +61,8 @@ class ElasticCache(Method):
         self.check("answering", self.answering in ("fixed", "oldest", "no"), "fixed, oldest or no")
         self.check("distance", 0 < self.distance < 2**31, "1 or more entries")
         self.check("when", self.when in ("prefill", "store"), "prefill or store")
+        if self.when == "store":
+            self.check_at_store("rows", "distance", *(["answering"] if self.answering == "oldest" else []))
 
     @property
     def at(self) -> frozenset[str]:

@@ -39,7 +39,7 @@ class KVMerger(Method):
     values : {"scaled", "weighted", "biased"}
         What becomes of values: their weighted sum times the size of the set, as in the paper, though this does not
         scale what softmax divides by; their weighted sum; or this, and log(size) added to the logit of attention, which
-        is right for tokens that are the same.
+        is right for tokens that are the same. Chunks have no place for that.
     first_layers, last_layers : int
         In so many layers at both ends nothing is merged.
     merging : bool
@@ -74,6 +74,10 @@ class KVMerger(Method):
         self.check("first_layers", 0 <= self.first_layers < 2**31, "0 or more layers")
         self.check("last_layers", 0 <= self.last_layers < 2**31, "0 or more layers")
         self.check("when", self.when in ("prefill", "store"), "prefill or store")
+        if self.when == "store":
+            self.check_at_store("recent", "rows")
+            is_biased = self.merging and self.values == "biased"
+            self.check("values", not is_biased, "scaled or weighted with when=store: chunks have no place for a bias")
 
     @property
     def at(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ from cakekv.compress.base import Marked, Method
 from cakekv.decode.base import Sight
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
+from cakekv.embedded.computed_front import ComputedFront
 from cakekv.embedded.saver import Saver
 from cakekv.embedded.stored import Found
 from cakekv.errors import BadInput, UnknownRotation, UnsupportedEngine, UnsupportedModel
@@ -45,6 +46,7 @@ class Compressing:
                 f"decode {self.sight.name} needs a cache that has everything, and compress {dropping.name} lets go "
                 "of tokens: give one of them"
             )
+        self._front = ComputedFront(arms) if options.compress_front else None
         if self.sight is not None:
             self.sight.check_chunks(options.chunk_tokens, arms.engine.layout)
         wanted = [one for one in (self.method, self._stored, self.sight) if one is not None]
@@ -58,8 +60,8 @@ class Compressing:
 
     @property
     def is_exact(self) -> bool:
-        """Whether answers attend to all that is in a prompt's cache."""
-        return self.method is None and self.sight is None
+        """Whether answers attend to all that a restore has put into a prompt's cache."""
+        return self.method is None and self.sight is None and self._front is None
 
     @property
     def completes(self) -> bool:
@@ -74,6 +76,9 @@ class Compressing:
         What a sight works out of the chunks that were `found` goes to the saver, if there is one.
         """
         engine, report, began = self._arms.engine, prefill.report, monotonic()
+        if self._front is not None:
+            with self._arms.arbiter.turn(request):
+                self._front.replace(prefill, found)
         if self._stored is not None:
             report.kept_share = engine.kept_share(prefill.cache, len(prefill.token_ids))
             report.compress = self._stored.recipe if report.kept_share < 1 else ""
@@ -84,8 +89,9 @@ class Compressing:
             if self.method is not None:
                 report.compress = "+".join(filter(None, (report.compress, self.method.recipe)))
                 left = engine.compress(prefill.cache, prefill.token_ids, self.method, marked(prompt))
+            elif self.sight is None:
+                left = engine.present(prefill.cache, len(prefill.token_ids))
             else:
-                assert self.sight is not None
                 report.decode = self.sight.recipe
                 read = found.beside.spans(report.notes) if found.beside is not None else {}
                 left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt), read)

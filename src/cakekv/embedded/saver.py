@@ -478,6 +478,8 @@ class PromptSaver:
         The engine's, in which they are.
     waiting : callable
         As in `Saver.save`.
+    copies : bool
+        Whether chunks are copied out of the cache at once, because it is written to once the prompt is complete.
     """
 
     def __init__(
@@ -486,11 +488,13 @@ class PromptSaver:
         found: Found,
         cache: object,
         waiting: Callable[[], AbstractContextManager[None]],
+        copies: bool = False,
     ) -> None:
         self._saver = saver
         self._cache = cache
         self._found = found
         self._waiting = waiting
+        self._copies = copies
 
     def save(self, chunks: Sequence[int], wanted_chunks: int, chain: Chain | None) -> None:
         """Save chunks that a span has completed, unless what computes is not any more what the keys name.
@@ -508,7 +512,8 @@ class PromptSaver:
         if not found.still() or chain is None:
             return
         self._saver.introduce(found.named.identity)
-        source = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
+        held = Source(self._cache, engine.held_bytes(self._cache), wanted_chunks)
+        source = UNKNOWN if self._copies else held
         for chunk in chunks:
             start, length = chunk * tokens, min(tokens, found.prompt_tokens - chunk * tokens)
             gather = engine.gatherer(self._cache, start, length)

@@ -129,6 +129,13 @@ class Engine(ABC, Generic[Cache, Logits]):
         """Of the rows of all layers and heads of a cache's first `length` tokens, the part that is there."""
         return 1.0
 
+    def present(self, cache: Cache, length: int) -> Any:
+        """What is there of a cache's first `length` tokens, without room for absent rows; the same if all is there.
+
+        `compute` goes on with it, at the end of the text.
+        """
+        return cache
+
     @abstractmethod
     def compute(self, cache: Cache, token_ids: Sequence[int], start: int, gate: Gate | None = None) -> Logits:
         """Run the model over the span of `token_ids` that begins at position `start`.

@@ -31,7 +31,7 @@ from cakekv.engine.choosing import begin_recall, check_tap, choose, look
 from cakekv.engine.deviations import surroundings
 from cakekv.engine.identify import activated_adapter, layout_text
 from cakekv.engine.live import LiveModel
-from cakekv.engine.ragged import RaggedCache
+from cakekv.engine.ragged import RaggedCache, ragged_view
 from cakekv.engine.rotation import find_rotations
 from cakekv.engine.sampling import Chooser, choose_token
 from cakekv.engine.sharing import LayerMap, find_map
@@ -315,6 +315,16 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
     def kept_share(self, cache: TwoEndedCache, length: int) -> float:
         """As `Engine.kept_share`."""
         return cache.present_share(length) if isinstance(cache, TwoEndedCache) else 1.0
+
+    def present(self, cache: TwoEndedCache, length: int) -> TwoEndedCache | RaggedCache:
+        """As `Engine.present`."""
+        if not cache.has_absent:
+            return cache
+        with torch.inference_mode():
+            left = ragged_view(cache, length)
+            left.own()
+        left.capacity = self.max_context
+        return left
 
     def _new_cache(self, capacity: int, sparse: bool = False) -> TwoEndedCache:
         if not 1 <= capacity <= self.max_context:

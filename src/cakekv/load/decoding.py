@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from cakekv.chunk import ChunkHeader, Form, segments
+from cakekv.chunk import ChunkHeader, Form, read_header, segments
 from cakekv.codec.base import Segment
 from cakekv.codec.coder import ChunkCoder
 from cakekv.load.reading import Abandoned, Cancellable, Wanted
@@ -82,3 +82,38 @@ def decoded_layers(
                 (packed,) = verified(layer)
                 unpack_segment(layer, packed, targets[layer])
             yield layer, targets[layer]
+
+
+def decoded(
+    coder: ChunkCoder, chunk: memoryview, room: memoryview, decoder: DeviceDecoder | None = None
+) -> Sequence[Segment]:
+    """Decode all layers of a chunk, by the calling thread or by a device; nothing is verified.
+
+    Parameters
+    ----------
+    coder : ChunkCoder
+        Made the chunk.
+    chunk : memoryview
+        In the coded form.
+    room : memoryview
+        As long as the exact form: for what the CPU decodes.
+    decoder : DeviceDecoder or None
+        Decodes instead.
+
+    Returns
+    -------
+    sequence of Segment
+        By layer, as `Engine.place` wants them.
+    """
+    header = read_header(chunk, len(chunk))
+    views = segments(header.shape, chunk)
+
+    def codes(layer: int) -> list[memoryview]:
+        return [views[index] for index in coder.segments_of(header.shape, [layer])]
+
+    if decoder is not None:
+        return decoder.decode(range(coder.layers), codes)
+    targets = segments(coder.exact, room)
+    for layer, target in enumerate(targets):
+        coder.decode(layer, codes(layer), target, header.position)
+    return targets

@@ -111,6 +111,7 @@ def test_what_keeps_everything_equals_the_full_cache(
         FULL,
         Variant("raw", codec=codec_named("raw")),
         Variant("all", method=method_named("heavy_hitter:share=1.0")),
+        Variant("rows", method=method_named("key_norm:share=1.0")),
         Variant("steps", method=method_named("sink_recent:recent=5000")),
         Variant("whole", sight=sight_named("whole")),
         FULL,
@@ -122,6 +123,19 @@ def test_what_keeps_everything_equals_the_full_cache(
             assert nats(one) == pytest.approx(nats(full), abs=1e-4)
             assert [turn.said for turn in one.turns] == [turn.said for turn in full.turns]
             assert one.kept_share == 1.0
+
+
+def test_what_is_stored_with_fewer_rows(engine: TransformersEngine, tokenizer: Any, session: Session) -> None:
+    """Complete chunks lose rows after each turn, as they are stored then; other variants beside it have theirs."""
+    rows, raw = Variant("rows", method=method_named("key_norm:share=0.5")), Variant("raw", codec=codec_named("raw"))
+    found = run(engine, tokenizer, session, FULL, rows, raw)
+    for mode in MODES:
+        stored, full = nats(found["rows", mode]), nats(found["full", mode])
+        assert all(abs(one - other) > 1e-3 for one, other in zip(stored[1:], full[1:], strict=True))
+        assert nats(found["raw", mode]) == pytest.approx(full, abs=1e-4)
+        assert found["raw", mode].kept_share == 1.0
+    length = len(session.context)
+    assert found["rows", REQUESTS].kept_share == pytest.approx(1 - length // 64 * 32 / length)
 
 
 def test_what_forgets_answers_otherwise(engine: TransformersEngine, tokenizer: Any, session: Session) -> None:

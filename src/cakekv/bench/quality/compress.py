@@ -15,7 +15,9 @@ import torch
 from cakekv.bench.quality.documents import Document
 from cakekv.bench.quality.earlier import check_settings, went_on
 from cakekv.bench.quality.intervals import figures_of
-from cakekv.bench.quality.judge import Reference, paired
+from cakekv.bench.quality.judge import Judge, Reference, paired
+from cakekv.codec.raw import Raw
+from cakekv.codec.rows import Rows
 from cakekv.compress import method_named
 from cakekv.compress.base import Layer, Marked, Merged, Method
 from cakekv.decode import sight_named
@@ -28,7 +30,9 @@ from cakekv.errors import BadInput
 EXACT = "exact"
 """The name of the full cache's own figures."""
 COMPRESS, DECODE = "compress", "decode"
-_SAME = ("model", "dtype", "tokens", "continuation", "questions")
+_SAME = ("model", "dtype", "tokens", "continuation", "questions", "chunk_tokens")
+_CHUNKS = {"chunk_tokens": 64}
+"""Where settings do not say."""
 _SPAN = 512
 _SINGLY = 4
 """Tokens that are fed one by one even where all could be fed at once, to see how long a step takes."""
@@ -58,7 +62,8 @@ class Measured:
         Of the entries of all layers and heads of the prompt, the share that is kept. This and what follows is of the
         last prompt, where questions come first and there are several.
     cache_bytes : int
-        Memory of what is kept, without what sights and methods note beside it.
+        Memory of what is kept, without what sights and methods note beside it. What is loaded without some of its rows
+        has room for them.
     choose_s : float
         From the complete cache to the one that is gone on with.
     token_s : float
@@ -84,14 +89,9 @@ def way_named(option: str, recipe: str) -> Method | Sight:
     Raises
     ------
     BadInput
-        There is no such method or sight, or it acts on nothing but stored chunks.
+        There is no such method or sight.
     """
-    if option == DECODE:
-        return sight_named(recipe)
-    method = method_named(recipe)
-    if not method.at - {"store"}:
-        raise BadInput(f"{recipe} acts on stored chunks only, and the judge on prompts: give it another at")
-    return method
+    return sight_named(recipe) if option == DECODE else method_named(recipe)
 
 
 class _Part(NamedTuple):
@@ -123,11 +123,13 @@ def judge(
     *,
     question_first: bool = False,
     exact: TwoEndedCache | None = None,
+    chunk_tokens: int = 64,
 ) -> dict[str, Measured]:
     """Compare methods and sights with the full cache, whose own figures come first, as `EXACT`.
 
     The model is led along the continuation and along each needle's question and answer. Behind a method that acts at
     `decode`, and over a sight, tokens come one by one, or as many at once as the method's `stride`; else all at once.
+    What a method leaves that acts at `store` is what a prompt has of which all full chunks were stored and loaded.
 
     Parameters
     ----------
@@ -142,6 +144,8 @@ def judge(
         comes afterwards, like the continuation.
     exact : TwoEndedCache or None
         Covers the context, and has room for the longest tail; computed here if not given.
+    chunk_tokens : int
+        Of which a method chooses that acts at `store`.
     """
     parts = _parts(document, question_first)
     context = document.context
@@ -165,8 +169,8 @@ def judge(
         shown: dict[int, _Shown] = {}
         for name, way in ways.items():
             exact.set_length(end)
-            left, choose_s = _left(engine, exact, part, way, shown)
-            cache = left if isinstance(left, RaggedCache) else ragged_view(exact, end)
+            left, choose_s = _left(engine, exact, part, way, shown, chunk_tokens)
+            cache = left if isinstance(left, RaggedCache) else ragged_view(left, end)
             kept, size = cache.kept_share, cache.held_bytes
             stride = None if isinstance(way, Method) and "decode" not in way.at else getattr(way, "stride", 1)
             logits, token_s = follow_singly(engine, left, part.tail[:-1], end, _steps(len(part.tail) - 1, stride))
@@ -209,10 +213,17 @@ class _Shown(Method):
 
 
 def _left(
-    engine: TransformersEngine, exact: TwoEndedCache, part: _Part, way: Method | Sight, shown: dict[int, _Shown]
+    engine: TransformersEngine,
+    exact: TwoEndedCache,
+    part: _Part,
+    way: Method | Sight,
+    shown: dict[int, _Shown],
+    chunk_tokens: int,
 ) -> tuple[TwoEndedCache | RaggedCache, float]:
     """What a method leaves of the full cache, or a sight sees, and the seconds it took: also where they were shared."""
     looked_s = 0.0
+    if isinstance(way, Method) and "store" in way.at:
+        return _loaded(engine, exact, part.prompt, Rows(method=way, inner=Raw()), chunk_tokens)
     if isinstance(way, Method) and way.rows and way.stride == 1 and not way.compact:
         began = perf_counter()
         if way.rows not in shown:
@@ -226,6 +237,22 @@ def _left(
     else:
         left = engine.compress(exact, part.prompt, way, part.marked)
     return left, looked_s + perf_counter() - began
+
+
+def _loaded(
+    engine: TransformersEngine, exact: TwoEndedCache, prompt: Sequence[int], codec: Rows, chunk_tokens: int
+) -> tuple[TwoEndedCache, float]:
+    """A prompt's cache as if all of its full chunks were loaded, and the seconds of encoding and decoding them."""
+    cache, end = engine.new_sparse_cache(exact.capacity), len(prompt)
+    for theirs, ours in zip(exact.stored, cache.stored, strict=True):
+        for source, target in zip(theirs.regions, ours.regions, strict=True):
+            target[:, :end] = source[:, :end]
+    began = perf_counter()
+    Judge(engine, chunk_tokens).transcode(cache, 0, end, codec)
+    took = perf_counter() - began
+    behind = min(end // chunk_tokens * chunk_tokens, end - 1)
+    engine.compute(cache, prompt[behind:], behind)
+    return cache, took
 
 
 def follow_singly(
@@ -356,13 +383,14 @@ class CompressResults:
     run : mapping
         What `describe_run` says.
     settings : mapping
-        `model`, `dtype`, and of the documents: `documents`, `tokens`, `continuation`; `questions`: "first" or "last".
+        `model`, `dtype`, and of the documents: `documents`, `tokens`, `continuation`; `questions`: "first" or "last";
+        `chunk_tokens`, 64 if it is not there.
     ways : mapping of str to str
         What is to be judged: by recipe, the option that it is for.
     """
 
     def __init__(self, run: Mapping[str, Any], settings: Mapping[str, Any], ways: Mapping[str, str]) -> None:
-        self.run, self.settings = dict(run), dict(settings)
+        self.run, self.settings = dict(run), _CHUNKS | dict(settings)
         self._options = dict(ways)
         self.ways = {recipe: way_named(option, recipe) for recipe, option in ways.items()}
         self.judged: dict[str, list[Measured]] = {name: [] for name in (EXACT, *ways)}
@@ -395,7 +423,7 @@ class CompressResults:
             data = json.loads(file.read_text())
             for name in within:
                 data = data[name]
-            before, methods = data["settings"], list(data["methods"])
+            before, methods = _CHUNKS | data["settings"], list(data["methods"])
             judged = {one["name"]: [Measured(**document) for document in one["documents"]] for one in methods}
             said = {one["name"]: (one["option"], one["fingerprint"]) for one in methods if one["name"] != EXACT}
             exact, command = judged[EXACT], went_on(data, self.run)
@@ -428,8 +456,8 @@ class CompressResults:
         if not missing:
             return
         ways = {name: self.ways[name] for name in missing if name != EXACT}
-        first = self.settings["questions"] == "first"
-        new = judge(engine, document, ways, question_first=first, exact=exact)
+        first, chunk_tokens = self.settings["questions"] == "first", self.settings["chunk_tokens"]
+        new = judge(engine, document, ways, question_first=first, exact=exact, chunk_tokens=chunk_tokens)
         if EXACT not in missing and not _is_same(self.judged[EXACT][number], new[EXACT]):
             raise BadInput("cannot add to the file: its documents are not those that are judged now")
         for name in missing:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from cakekv.bench.decoding import decoded
 from cakekv.bench.quality.documents import Document
 from cakekv.bench.quality.intervals import figures_of, number
 from cakekv.chunk import seal, segments
@@ -22,6 +21,7 @@ from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 from cakekv.keys import ChunkKey
+from cakekv.load.decoding import decoded
 
 _SPAN = 512
 _KEY = ChunkKey(bytes(ChunkKey.LENGTH))

@@ -12,6 +12,8 @@ import torch
 from cakekv.bench.quality.judge import Judge
 from cakekv.bench.scbench.base import END, Session, Task, Turn
 from cakekv.codec.base import Codec
+from cakekv.codec.raw import Raw
+from cakekv.codec.rows import Rows
 from cakekv.compress.base import Marked, Method
 from cakekv.decode.base import Sight
 from cakekv.engine.cache import TwoEndedCache
@@ -34,7 +36,7 @@ class Variant:
     codec : Codec or None
         Complete chunks are encoded and decoded.
     method : Method or None
-        Chooses which tokens are kept.
+        Chooses which tokens are kept; at `store`, of each complete chunk.
     sight : Sight or None
         Says what is seen.
     """
@@ -54,6 +56,13 @@ class Variant:
     def acts_at_each_step(self) -> bool:
         """Whether an answer's tokens have to come one by one."""
         return self.sight is not None or (self.method is not None and "decode" in self.method.at)
+
+    @property
+    def encoding(self) -> Codec | None:
+        """How complete chunks are encoded, if they are."""
+        if self.method is not None and "store" in self.method.at:
+            return Rows(method=self.method, inner=Raw())
+        return self.codec
 
 
 class Answer(NamedTuple):
@@ -131,7 +140,10 @@ class Runner:
         exact = engine.new_cache(capacity)
         for start in range(0, len(context), _SPAN):
             engine.compute(exact, context[start : start + _SPAN], start)
-        scratch = engine.new_cache(capacity) if any(variant.codec for variant in variants) else exact
+        codecs = [variant.encoding for variant in variants if variant.encoding is not None]
+        drops = any(codec.drops for codec in codecs)
+        new = engine.new_sparse_cache if drops else engine.new_cache
+        scratch = new(capacity) if codecs else exact
         for variant in variants:
             exact.set_length(len(context))
             cache = self._left(variant, exact, scratch, context)
@@ -154,8 +166,8 @@ class Runner:
             length = cache.length
             answer, cache = self._ask(session, turn, variant, cache, length, None if number else before)
             answers.append(answer)
-            if variant.codec is not None:
-                self._encode(variant.codec, cache, length)
+            if variant.encoding is not None:
+                self._encode(variant.encoding, cache, length)
         return answers
 
     def _left(
@@ -167,17 +179,18 @@ class Runner:
         marked: Sequence[Marked] = (),
     ) -> Any:
         """What the variant makes of a prompt's complete cache, which stays as it is."""
-        if variant.method is not None:
+        if variant.method is not None and variant.encoding is None:
             return self._engine.compress(exact, prompt, variant.method, marked)
         if variant.sight is not None:
             return self._engine.look(exact, prompt, variant.sight, marked)
-        if variant.codec is None:
+        if variant.encoding is None:
             return exact
+        scratch.forget_absent()
         for theirs, ours in zip(exact.stored, scratch.stored, strict=True):
             for source, target in zip(theirs.regions, ours.regions, strict=True):
                 target[:, : len(prompt)] = source[:, : len(prompt)]
         scratch.set_length(len(prompt))
-        self._encode(variant.codec, scratch, 0)
+        self._encode(variant.encoding, scratch, 0)
         return scratch
 
     def _encode(self, codec: Codec, cache: TwoEndedCache, before: int) -> None:
@@ -275,4 +288,4 @@ def _fork(cache: Any, length: int) -> Any:
 
 
 def _share(cache: Any) -> float:
-    return cache.kept_share if isinstance(cache, RaggedCache) else 1.0
+    return cache.kept_share if isinstance(cache, RaggedCache) else cache.present_share(cache.length)

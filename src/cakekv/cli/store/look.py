@@ -14,6 +14,7 @@ from cakekv.cli.store.opened import Json, Url, opened, say_left_out
 from cakekv.errors import StoreError
 from cakekv.quantities import format_bytes, format_time
 from cakekv.store.base import StoredChunk, StoreStats
+from cakekv.store.maintenance.beside import Beside, beside
 from cakekv.store.maintenance.listing import down, listing
 from cakekv.store.maintenance.packing import Packing, packing
 
@@ -21,7 +22,8 @@ from cakekv.store.maintenance.packing import Packing, packing
 def stats(store: Url, as_json: Json = False) -> None:
     """Show how many chunks and bytes a store holds, how much packing saves of that, and whose they are.
 
-    Exit code 1 if something could not be counted, or bears the name of a chunk and is none; that is named.
+    What sights keep beside chunks (docs/decode.md) counts among them, and is told apart by its length. Exit code 1 if
+    something could not be counted, or bears the name of a chunk and is none; that is named.
 
     Example:
 
@@ -35,28 +37,34 @@ def stats(store: Url, as_json: Json = False) -> None:
             identities = found.identities()
         except StoreError as error:
             troubles.append(str(error))
-        packed, pinned = Packing(0, 0, 0), 0
+        packed, others, pinned = Packing(0, 0, 0), Beside(0, 0), 0
         with suppress(StoreError):  # likewise
             pinned = found.pins().bytes
         with suppress(StoreError):  # which is among the troubles
-            packed = packing(found, listing(found).chunks)
+            chunks = listing(found).chunks
+            packed, others = packing(found, chunks), beside(found, chunks, identities)
     if as_json:
         plain = {"chunks": held.chunks, "bytes": held.bytes, "capacity": held.capacity, "identities": identities}
         plain["packed"] = packed._asdict()
+        plain |= {"beside": others._asdict()} if others.chunks else {}
         plain |= {"pinned_bytes": pinned} if pinned else {}
         print_json(plain | ({"uncounted": troubles} if troubles else {}))
     else:
-        _show(held, packed, pinned, identities)
+        _show(held, packed, others, pinned, identities)
     if say_left_out(troubles):
         raise typer.Exit(EXIT_FAILED)
 
 
-def _show(held: StoreStats, packed: Packing, pinned: int, identities: Mapping[str, Mapping[str, str]]) -> None:
+def _show(
+    held: StoreStats, packed: Packing, others: Beside, pinned: int, identities: Mapping[str, Mapping[str, str]]
+) -> None:
     capacity = "" if held.capacity is None else f" of {format_bytes(held.capacity)}"
     RESULTS.print(f"{held.chunks:,} chunks, {format_bytes(held.bytes)}{capacity}")
     if packed.chunks:
         saved = format_bytes(packed.unpacked_bytes - packed.bytes)
         RESULTS.print(f"{packed.chunks:,} of them packed, {format_bytes(packed.bytes)}, which saves {saved}")
+    if others.chunks:
+        RESULTS.print(f"{others.chunks:,} of them, {format_bytes(others.bytes)}, are what sights keep beside chunks")
     if pinned:
         RESULTS.print(f"{format_bytes(pinned)} pinned, stored or not")
     for root, fields in identities.items():
