@@ -92,10 +92,11 @@ class Recaller:
         prompt_tokens : int
             Its length.
         mode : {"auto", "compute", "load", "both"}
-            As in `PlannerOptions`. With "load", whatever can be is recalled, however long it takes.
+            As in `PlannerOptions`. With "load", whatever can be is recalled, however long it takes; with "compute" and
+            "both" nothing is.
         """
         arms, sight, beside = self._arms, self._arms.options.decode, found.beside
-        if sight is None or not sight.lazy or beside is None or mode == "compute" or found.starts is not None:
+        if sight is None or not sight.lazy or beside is None or mode not in ("auto", "load") or found.starts:
             return None
         sidecars: list[Sidecar] = []
         for sidecar in beside.wanted:

@@ -52,8 +52,8 @@ class RecallShape:
         computed = compute.seconds(0, front) if front else 0.0
         before = load.seconds(self.beside_bytes * end + self.first_bytes * (end - front))
         rows = (self.token_bytes - self.first_bytes) * (end - front) * min(1.0, self.share)
-        each = load.duration(round(rows / max(1, self.reads)))
-        return max(computed, before) + self.reads * each + compute.seconds(end, prompt_tokens - end)
+        asked = load.seconds(round(rows)) + self.reads * load.duration(1)
+        return max(computed, before) + asked + compute.seconds(end, prompt_tokens - end)
 
 
 class Spread:
