@@ -3,8 +3,9 @@
     python benchmarks/sights.py --json benchmarks/decode.json
     python benchmarks/sights.py --json out/decode.json --tiny     # to try the program
 
-What `cakekv quality --decode` measures, in float32. The file's list `judge` has a row per sight, with the columns of
-the `methods` of compress.json; `judged` has every document, so that an interrupted run goes on. All else in it stays.
+What `cakekv quality --decode` measures, in float32, and KVSharer against the model without. The file's list `judge` has
+a row of each, with the columns of the `methods` of compress.json; `judged` has every document, so that an interrupted
+run goes on. All else in the file stays.
 """
 
 from __future__ import annotations
@@ -17,20 +18,22 @@ from typing import Annotated, Any
 import typer
 
 from cakekv.bench.machine import describe_run
-from cakekv.bench.quality.compress import CompressResults
+from cakekv.bench.quality.compress import DECODE, SHARE, CompressResults
 from cakekv.bench.quality.documents import make_documents
 from cakekv.cli.console import write_json
 from cakekv.cli.model import load_cake
 from cakekv.errors import CakeError
 
-WAYS = ("clusterkv:budget=256,tokens=32", "clusterkv:budget=256", "pages:budget=256", "quantspec", "less")
+SIGHTS = ("clusterkv:budget=256,tokens=32", "clusterkv:budget=256", "pages:budget=256", "quantspec", "less")
 """Budgets that bite at 1,024 tokens."""
+SHARED = "share:11>27,11>28,11>23,9>25"
+"""The first four pairs that `cakekv share calibrate` finds for the demo's model: KVSharer is judged here, too."""
 COLUMNS = ("kept", "kl", "agreement", "retrieval", "nats", "gold_nats", "cache_bytes", "intervals")
 
 
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Write the results here, and go on with what is there.")],
-    way: Annotated[list[str] | None, typer.Option(help="Only this sight; repeatable.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Only this sight, or map of layers; repeatable.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="How many.")] = 21,
     tokens: Annotated[int, typer.Option(min=256, help="Of each.")] = 1024,
     continuation: Annotated[int, typer.Option(min=8, help="Tokens behind it that are predicted.")] = 48,
@@ -42,7 +45,8 @@ def main(
         documents, tokens, continuation = 2, 256, 8
     settings = {"model": model, "dtype": "float32", "documents": documents, "tokens": tokens}
     settings |= {"continuation": continuation, "questions": "last"}
-    results = CompressResults(describe_run(), settings, dict.fromkeys(way or WAYS, "decode"))
+    ways = {one: SHARE if one.startswith(f"{SHARE}:") else DECODE for one in way or (*SIGHTS, SHARED)}
+    results = CompressResults(describe_run(), settings, ways)
     if json_file.exists() and "judged" in json.loads(json_file.read_text()):
         results.read(json_file, "judged")
     loaded: Any = load_cake(model, None, dtype="float32")

@@ -123,6 +123,8 @@ def tune(
 
         tuned = tune(engine, learned.layers, read, settings, on_step, on_round)  # type: ignore[arg-type]
     RESULTS.print(f"Divergence from the full cache on texts that were held out, in nats: {tuned.kl:.4f}; before,")
-    RESULTS.print(f"{tuned.before:.4f}; without a state {tuned.without:.4f}, with {FAIR} tokens more {tuned.four_more:.4f}")
+    RESULTS.print(
+        f"{tuned.before:.4f}; without a state {tuned.without:.4f}, with {FAIR} tokens more {tuned.four_more:.4f}"
+    )
     for file in files:
         RESULTS.print(str(file))

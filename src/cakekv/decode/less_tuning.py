@@ -7,6 +7,7 @@ what is made small is the divergence of the next token's distribution from that 
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from cakekv.decode.less_kernels import Kernels, attention, grouped, weighed
@@ -24,7 +26,6 @@ from cakekv.errors import BadInput, CakeError
 if TYPE_CHECKING:
     from cakekv.engine.transformers import TransformersEngine
 
-_SHORTEST = 192
 _SPAN = 512
 
 
@@ -40,6 +41,8 @@ class Tuning:
         So many of the newest are; blocks take turns.
     blocks : int
         Of each text: so many places at which an answer is thought to begin, from early to late.
+    shortest : int
+        Tokens before the earliest of them.
     rows : int
         Tokens of a block.
     batch : int
@@ -57,6 +60,7 @@ class Tuning:
     sinks: int = 4
     recent: tuple[int, ...] = (28, 60, 124)
     blocks: int = 8
+    shortest: int = 192
     rows: int = 64
     batch: int = 2
     rounds: int = 4
@@ -70,8 +74,8 @@ class Block(NamedTuple):
 
     tokens: list[int]
     recent: int
-    before: list[tuple[torch.Tensor, torch.Tensor]]
-    """Keys and values of each layer, of the text's beginning."""
+    before: DynamicCache
+    """Of the text's beginning."""
     likely: torch.Tensor
     """(rows, vocabulary): logarithms of what the full cache says behind each token."""
     outputs: dict[int, torch.Tensor]
@@ -103,10 +107,11 @@ def blocks_of(engine: TransformersEngine, texts: Sequence[Sequence[int]], tuning
     rng = random.Random(tuning.seed)
     for number, text in enumerate(texts):
         last = len(text) - tuning.rows
-        if last < 2 * _SHORTEST:
+        if last < tuning.shortest:
             raise BadInput(f"texts of {len(text)} tokens are too short: give longer ones")
-        steps = [math.exp(rng.uniform(0, math.log(last / _SHORTEST))) for _ in range(tuning.blocks - 1)]
-        starts = [int(_SHORTEST * step) for step in sorted(steps)] + [last]
+        reach = math.log(last / tuning.shortest)
+        times = sorted(math.exp(rng.uniform(0, reach)) for _ in range(tuning.blocks - 1))
+        starts = [int(tuning.shortest * one) for one in times] + [last]
         cache, at, found = DynamicCache(config=engine.model.config), 0, []
         for turn, start in enumerate(starts):
             seen: dict[int, torch.Tensor] = {}
@@ -121,26 +126,27 @@ def blocks_of(engine: TransformersEngine, texts: Sequence[Sequence[int]], tuning
                 for begin in range(at, start, _SPAN):
                     engine.forward_of(twin, cache, text[begin : min(begin + _SPAN, start)], **engine.arguments)
                 at = start
-                before = [(layer.keys.half(), layer.values.half()) for layer in cache.layers]
+                before = _copy_of(cache, torch.float16)
                 seen.clear()
                 tokens = list(text[start : start + tuning.rows])
-                said = engine.forward_of(twin, _cache(engine, before), tokens).logits[0]
+                said = engine.forward_of(twin, _copy_of(before, engine.model.dtype), tokens).logits[0]
             recent = tuning.recent[(number + turn) % len(tuning.recent)]
             found.append(Block(tokens, recent, before, said.float().log_softmax(-1).half(), seen))
-        whole = [[part.half() for part in (layer.keys, layer.values)] for layer in cache.layers]
+        whole = _copy_of(cache, torch.float16)
         for block, start in zip(found, starts, strict=True):  # where nothing was dropped, all share the longest
-            for number, pair in enumerate(block.before):
-                if pair[0].shape[-2] == start:
-                    block.before[number] = tuple(part[..., :start, :] for part in whole[number])
+            for layer, longest in zip(block.before.layers, whole.layers, strict=True):
+                if layer.keys.shape[-2] == start:
+                    layer.keys, layer.values = longest.keys[..., :start, :], longest.values[..., :start, :]
         yield found
 
 
-def _cache(engine: TransformersEngine, before: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """Keys and values that are there already; what comes is put behind them in copies, which gradients go through."""
-    cache = DynamicCache(config=engine.model.config)
-    for number, (keys, values) in enumerate(before):
-        cache.update(keys.to(engine.model.dtype), values.to(engine.model.dtype), number)
-    return cache
+def _copy_of(cache: DynamicCache, dtype: torch.dtype) -> DynamicCache:
+    """What a forward goes on with: it puts new keys and values behind copies, and gradients go through them."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in other.layers:
+        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+    return other
 
 
 class _Answering:
@@ -162,32 +168,54 @@ class _Answering:
         rows, length = queries.shape[1], keys.shape[1]
         start = length - rows
         first = max(self.sinks, start - self.recent)  # the first row has let go of what is between
-        near = torch.cat([torch.arange(self.sinks), torch.arange(first, length)])
-        at = torch.arange(start, length)[:, None]
+        places = torch.arange(length, device=keys.device)
+        near, at = torch.cat([places[: self.sinks], places[first:]]), places[start:, None]
         seen = (near <= at) & ((near < self.sinks) | (near >= at - self.recent))
-        output, log_sum = attention(
-            queries, keys[:, near], values[:, near], seen, attending.scaling, attending.softcap
-        )
+        how = attending.scaling, attending.softcap
+        output, log_sum = attention(queries, keys[:, near], values[:, near], seen, *how)
         if number in self.kernels:
             kernels = self.kernels[number]
             gone = slice(self.sinks, max(self.sinks, length - 1 - self.recent))
-            features, gone_values = kernels.of_keys(keys[:, gone]), values[:, gone]
-            # of each row, sums over what it has let go of: what the first one has, and one more each
-            early = first - self.sinks
-            sums = features[:, :early].sum(1, keepdim=True)
-            products = (features[:, :early].transpose(1, 2) @ gone_values[:, :early])[:, None]
-            late = rows - (features.shape[1] - early)  # rows before the state begins to grow
-            more = features[:, early:]
-            sums = sums + torch.nn.functional.pad(more, (0, 0, late, 0)).cumsum(1)
-            grown = more[..., None] * gone_values[:, early:, None]
-            products = products + torch.nn.functional.pad(grown, (0, 0, 0, 0, late, 0)).cumsum(1)
+            features, lost = kernels.of_keys(keys[:, gone]), values[:, gone]
+            early = first - self.sinks  # of the first row; each row has let go of one more, once there is one
+            grown = features[:, early:, :, None] * pad(lost[:, early:, None], (0, 1), value=1.0)
+            begun = features[:, :early].transpose(1, 2) @ pad(lost[:, :early], (0, 1), value=1.0)
+            sums = begun[:, None] + pad(grown, (0, 0, 0, 0, rows - grown.shape[1], 0)).cumsum(1)
             asked = grouped(kernels.of_queries(queries), keys.shape[0])  # (kv_heads, queries per head, rows, features)
-            weight = torch.einsum("hgnr,hnr->hgn", asked, sums).flatten(0, 1)
-            value = (asked.transpose(1, 2) @ products).transpose(1, 2).flatten(0, 1)
-            output = weighed(weight, value, output, log_sum - kernels.offset[:, None])
+            answered = (asked.transpose(1, 2) @ sums).transpose(1, 2).flatten(0, 1)  # the last column is the weight
+            output = weighed(answered[..., -1], answered[..., :-1], output, log_sum - kernels.offset[:, None])
         rowwise = output.transpose(0, 1)
-        self.off[number] = rowwise.flatten(1) - self.block.outputs[number].float()
+        self.off[number] = rowwise.flatten(1) - self.block.outputs[number].to(rowwise.device, torch.float32)
         return rowwise[None].to(attending.query.dtype)
+
+
+def answer_of(
+    engine: TransformersEngine, block: Block, kernels: Mapping[int, Kernels], sinks: int, recent: int
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """What is said behind each token of a block, as an answer would; gradients go through it.
+
+    Parameters
+    ----------
+    engine : TransformersEngine
+        The model.
+    block : Block
+        Of `blocks_of`.
+    kernels : mapping of int to Kernels
+        By the number of the layer; a layer without any sees what is kept, and nothing else.
+    sinks, recent : int
+        So many first and newest tokens are kept.
+
+    Returns
+    -------
+    Tensor
+        (rows, vocabulary): logits, float32.
+    dict
+        Of each layer, the difference of its outputs from the full cache's: (rows, heads * width).
+    """
+    hand = _Answering(block, layers_that_see_everything(engine), kernels, sinks, recent)
+    with engine.tap.handing(hand) as twin:
+        said = engine.forward_of(twin, _copy_of(block.before, engine.model.dtype), block.tokens).logits[0]
+    return said.float(), hand.off
 
 
 def tune(
@@ -221,11 +249,10 @@ def tune(
         Nothing can be learned.
     """
     rng = random.Random(tuning.seed)
-    wanted = layers_that_see_everything(engine)
     grams = {}
-    for at, number in wanted.items():
+    for at, number in layers_that_see_everything(engine).items():
         weight = projection(engine.model, at)
-        grams[number] = weight.T @ weight / weight.shape[0]
+        grams[number] = (weight.T @ weight / weight.shape[0]).to(engine.device)
     made = list(blocks_of(engine, texts, tuning))
     tenth = max(1, len(made) // 10)
     rng.shuffle(made)
@@ -233,12 +260,10 @@ def tune(
     del made
 
     def answered(block: Block, kernels: Mapping[int, Kernels], more: int = 0) -> tuple[torch.Tensor, dict[int, Any]]:
-        hand = _Answering(block, wanted, kernels, tuning.sinks, block.recent + more)
-        with engine.tap.handing(hand) as twin:
-            said = engine.forward_of(twin, _cache(engine, block.before), block.tokens).logits[0]
+        said, offs = answer_of(engine, block, kernels, tuning.sinks, block.recent + more)
         expected = block.likely.float()
-        kl = (expected.exp() * (expected - said.float().log_softmax(-1))).sum(-1).mean()
-        return kl, {number: (off * (off @ grams[number])).sum() / len(off) for number, off in hand.off.items()}
+        kl = (expected.exp() * (expected - said.log_softmax(-1))).sum(-1).mean()
+        return kl, {number: (off * (off @ grams[number])).sum() / len(off) for number, off in offs.items()}
 
     def judged(kernels: Mapping[int, Kernels], more: int = 0) -> tuple[float, dict[int, float]]:
         with torch.no_grad():
@@ -248,9 +273,8 @@ def tune(
 
     without, scales = judged({})
     four_more, _ = judged({}, FAIR)
-    best = {number: _copied(one) for number, one in layers.items()}
-    before = least = judged(best)[0]
-    kernels = {number: _copied(one) for number, one in layers.items()}
+    best, kernels = layers, {number: _copied(one, engine.device) for number, one in layers.items()}
+    before = least = judged(kernels)[0]
     learning = [table.requires_grad_() for one in kernels.values() for table in vars(one).values()]
     optimizer = torch.optim.Adam(learning, lr=tuning.rate)
     steps, step = tuning.rounds * (len(blocks) // tuning.batch), 0
@@ -275,12 +299,13 @@ def tune(
             on_step(step, steps, total)
         found, _ = judged(kernels)
         if found < least:
-            least, best = found, {number: _copied(one) for number, one in kernels.items()}
+            least, best = found, {number: _copied(one, "cpu") for number, one in kernels.items()}
         on_round(Tuned(best, least, before, without, four_more))
     if not math.isfinite(least):
         raise CakeError("nothing could be learned: what the model says is no numbers")
     return Tuned(best, least, before, without, four_more)
 
 
-def _copied(kernels: Kernels) -> Kernels:
-    return Kernels(*(getattr(kernels, field.name).detach().clone() for field in fields(kernels)))
+def _copied(kernels: Kernels, device: torch.device | str) -> Kernels:
+    tables = (getattr(kernels, field.name).detach() for field in fields(kernels))
+    return Kernels(*(table.to(device, copy=True) for table in tables))

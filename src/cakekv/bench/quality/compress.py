@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,12 +23,13 @@ from cakekv.decode import sight_named
 from cakekv.decode.base import Sight
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.ragged import RaggedCache, ragged_view
+from cakekv.engine.sharing import LayerMap, cache_with
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 
 EXACT = "exact"
 """The name of the full cache's own figures."""
-COMPRESS, DECODE = "compress", "decode"
+COMPRESS, DECODE, SHARE = "compress", "decode", "share"
 _SAME = ("model", "dtype", "tokens", "continuation", "questions")
 _SPAN = 512
 _SINGLY = 4
@@ -78,16 +80,25 @@ class Measured:
     token_s: float
 
 
-def way_named(option: str, recipe: str) -> Method | Sight:
-    """What an option, "compress" or "decode", names.
+Way = Method | Sight | LayerMap
+"""What is judged."""
+
+
+def way_named(option: str, recipe: str) -> Way:
+    """What an option names: "compress", "decode", or "share", for "share:11>27,9>25", an earlier layer and a later one.
 
     Raises
     ------
     BadInput
-        There is no such method or sight, or it acts on nothing but stored chunks.
+        There is no such method or sight, or it acts on nothing but stored chunks; or it is no map of layers.
     """
     if option == DECODE:
         return sight_named(recipe)
+    if option == SHARE:
+        pairs = re.findall(r"(\d+)>(\d+)", recipe)
+        if recipe != f"share:{','.join(map('>'.join, pairs))}" or not pairs:
+            raise BadInput(f"{recipe!r:.80} is no map of layers, such as share:11>27,9>25")
+        return LayerMap(tuple((int(earlier), int(later)) for earlier, later in pairs))
     method = method_named(recipe)
     if not method.at - {"store"}:
         raise BadInput(f"{recipe} acts on stored chunks only, and the judge on prompts: give it another at")
@@ -119,7 +130,7 @@ class _Said(NamedTuple):
 def judge(
     engine: TransformersEngine,
     document: Document,
-    ways: Mapping[str, Method | Sight],
+    ways: Mapping[str, Way],
     *,
     question_first: bool = False,
     exact: TwoEndedCache | None = None,
@@ -135,8 +146,8 @@ def judge(
         The model.
     document : Document
         What is read and what is asked.
-    ways : mapping of str to Method or Sight
-        By name.
+    ways : mapping of str to Method, Sight or LayerMap
+        By name. With layers shared, the whole prompt is computed again.
     question_first : bool
         Whether the question about a needle is part of the prompt, marked "question", when a method chooses. Else it
         comes afterwards, like the continuation.
@@ -166,9 +177,14 @@ def judge(
         for name, way in ways.items():
             exact.set_length(end)
             left, choose_s = _left(engine, exact, part, way, shown)
-            cache = left if isinstance(left, RaggedCache) else ragged_view(exact, end)
-            kept, size = cache.kept_share, cache.held_bytes
-            stride = None if isinstance(way, Method) and "decode" not in way.at else getattr(way, "stride", 1)
+            if isinstance(way, LayerMap):
+                kept = 1 - len(way.pairs) / len(engine.shapes)
+                size = round(kept * sizes[EXACT][1])
+            else:
+                cache = left if isinstance(left, RaggedCache) else ragged_view(exact, end)
+                kept, size = cache.kept_share, cache.held_bytes
+            singly = isinstance(way, Sight) or (isinstance(way, Method) and "decode" in way.at)
+            stride = getattr(way, "stride", 1) if singly else None
             logits, token_s = follow_singly(engine, left, part.tail[:-1], end, _steps(len(part.tail) - 1, stride))
             said[name].append(_said(part, reference, logits))
             sizes[name] = kept, size, choose_s, token_s
@@ -209,9 +225,14 @@ class _Shown(Method):
 
 
 def _left(
-    engine: TransformersEngine, exact: TwoEndedCache, part: _Part, way: Method | Sight, shown: dict[int, _Shown]
+    engine: TransformersEngine, exact: TwoEndedCache, part: _Part, way: Way, shown: dict[int, _Shown]
 ) -> tuple[TwoEndedCache | RaggedCache, float]:
     """What a method leaves of the full cache, or a sight sees, and the seconds it took: also where they were shared."""
+    if isinstance(way, LayerMap):
+        shared = cache_with(engine, exact.capacity, way)
+        for start in range(0, len(part.prompt), _SPAN):
+            engine.compute(shared, part.prompt[start : start + _SPAN], start)
+        return shared, 0.0  # nothing was chosen
     looked_s = 0.0
     if isinstance(way, Method) and way.rows and way.stride == 1 and not way.compact:
         began = perf_counter()
@@ -454,8 +475,10 @@ class CompressResults:
         }
 
 
-def _fingerprint(way: Method | Sight | None) -> str | None:
-    """What decides what a method keeps; of a sight, its parameters."""
+def _fingerprint(way: Way | None) -> str | None:
+    """What decides what a method keeps; of a sight, its parameters; of a map of layers, its digest."""
+    if isinstance(way, LayerMap):
+        return way.digest
     return way.fingerprint if isinstance(way, Method) else None if way is None else way.recipe
 
 
