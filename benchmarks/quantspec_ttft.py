@@ -68,7 +68,8 @@ def main(
     if tiny:
         prefix, repeats = 512, 1
     loaded = load_cake(model, None, dtype=dtype)
-    loaded.engine.stop_tokens = frozenset()  # the answer has as many tokens as are asked for
+    engine: Any = loaded.engine
+    engine.stop_tokens = frozenset()  # the answer has as many tokens as are asked for
     token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
     check_grid(loaded.engine, len(token_ids), [prefix], suffix_tokens, loaded.chunk_tokens)
     loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow

@@ -47,7 +47,7 @@ def in_turns(ways: Mapping[str, Callable[[], Result]], repeats: int) -> dict[str
     """Run every way so many times, in rounds, forwards and backwards; one round more, the first, teaches the costs."""
     found: dict[str, list[Result]] = {name: [] for name in ways}
     for number in range(repeats + 1):
-        for name in reversed(ways) if number % 2 else ways:
+        for name in reversed(list(ways)) if number % 2 else ways:
             found[name].append(ways[name]())
     return {name: results[1:] for name, results in found.items()}
 

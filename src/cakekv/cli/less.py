@@ -81,9 +81,9 @@ def train(
 @app.command()
 def tune(
     model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
-    documents: Annotated[int, typer.Option(min=2, help="From how many documents; their kinds take turns.")] = 32,
+    documents: Annotated[int, typer.Option(min=2, help="From how many documents; their kinds take turns.")] = 24,
     tokens: Annotated[int, typer.Option(min=512, help="Length of each, in tokens.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to go through them.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to go through them.")] = 3,
     texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the kernels here, too.")] = None,
     dtype: Annotated[

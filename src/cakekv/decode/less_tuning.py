@@ -63,8 +63,8 @@ class Tuning:
     shortest: int = 192
     rows: int = 64
     batch: int = 2
-    rounds: int = 4
-    rate: float = 5e-4
+    rounds: int = 3
+    rate: float = 1e-3
     layers: float = 0.3
     seed: int = 0
 

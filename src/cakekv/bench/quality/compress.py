@@ -29,6 +29,8 @@ from cakekv.errors import BadInput
 
 EXACT = "exact"
 """The name of the full cache's own figures."""
+Way = Method | Sight | LayerMap
+"""What is judged."""
 COMPRESS, DECODE, SHARE = "compress", "decode", "share"
 _SAME = ("model", "dtype", "tokens", "continuation", "questions")
 _SPAN = 512
@@ -84,25 +86,30 @@ Way = Method | Sight | LayerMap
 """What is judged."""
 
 
-def way_named(option: str, recipe: str) -> Way:
-    """What an option names: "compress", "decode", or "share", for "share:11>27,9>25", an earlier layer and a later one.
+def way_named(option: str, recipe: str) -> Method | Sight:
+    """What an option, "compress" or "decode", names.
 
     Raises
     ------
     BadInput
-        There is no such method or sight, or it acts on nothing but stored chunks; or it is no map of layers.
+        There is no such method or sight, or it acts on nothing but stored chunks.
     """
     if option == DECODE:
         return sight_named(recipe)
-    if option == SHARE:
-        pairs = re.findall(r"(\d+)>(\d+)", recipe)
-        if recipe != f"share:{','.join(map('>'.join, pairs))}" or not pairs:
-            raise BadInput(f"{recipe!r:.80} is no map of layers, such as share:11>27,9>25")
-        return LayerMap(tuple((int(earlier), int(later)) for earlier, later in pairs))
     method = method_named(recipe)
     if not method.at - {"store"}:
         raise BadInput(f"{recipe} acts on stored chunks only, and the judge on prompts: give it another at")
     return method
+
+
+def _way_or_map(option: str, recipe: str) -> Way:
+    """As `way_named`; and of "share", "share:11>27,9>25" names a map of layers, an earlier one and a later one each."""
+    if option != SHARE:
+        return way_named(option, recipe)
+    pairs = re.findall(r"(\d+)>(\d+)", recipe)
+    if not pairs or recipe != f"share:{','.join(map('>'.join, pairs))}":
+        raise BadInput(f"{recipe!r:.80} is no map of layers, such as share:11>27,9>25")
+    return LayerMap(tuple((int(earlier), int(later)) for earlier, later in pairs))
 
 
 class _Part(NamedTuple):
@@ -385,7 +392,7 @@ class CompressResults:
     def __init__(self, run: Mapping[str, Any], settings: Mapping[str, Any], ways: Mapping[str, str]) -> None:
         self.run, self.settings = dict(run), dict(settings)
         self._options = dict(ways)
-        self.ways = {recipe: way_named(option, recipe) for recipe, option in ways.items()}
+        self.ways = {recipe: _way_or_map(option, recipe) for recipe, option in ways.items()}
         self.judged: dict[str, list[Measured]] = {name: [] for name in (EXACT, *ways)}
 
     @property
@@ -428,7 +435,7 @@ class CompressResults:
         if len(exact) > self.settings["documents"]:
             raise BadInput(f"cannot add to {file}: it has {len(exact)} documents, so that as many have to be judged")
         for recipe, (option, fingerprint) in said.items():
-            way = self.ways[recipe] = way_named(option, recipe)
+            way = self.ways[recipe] = _way_or_map(option, recipe)
             self._options[recipe] = option
             if fingerprint != _fingerprint(way):
                 judged[recipe] = []
