@@ -54,7 +54,7 @@ def main(
         documents, tokens, also, continuation, long = 2, 256, [300], 2, 300
     engine = TransformersEngine.from_pretrained(demo_model(), dtype="float32")
     learned, tokenizer = find_kernels(engine.weights_names()), load_tokenizer(demo_model())
-    settings = {"documents": documents, "tokens": tokens, "continuation": continuation, "sinks": SINKS}
+    settings: dict[str, Any] = {"documents": documents, "tokens": tokens, "continuation": continuation, "sinks": SINKS}
     settings |= {"recent": recent, "kernels": learned.digest}
     claims = []
 
@@ -102,7 +102,8 @@ def held_out(tokenizer: Any, learned: Learned, count: int, tokens: int, continua
     known: set[tuple[int, ...]] = set()
     for kind in ("", "tuned_"):
         if f"{kind}documents" in learned.about:
-            texts = learning_texts(tokenizer, *(int(learned.about[f"{kind}{one}"]) for one in ("documents", "tokens")))
+            many, long = (int(learned.about[f"{kind}{one}"]) for one in ("documents", "tokens"))
+            texts = learning_texts(tokenizer, many, long)
             known.update(passage for text in texts for passage in passages(text))
     made = make_documents(tokenizer, count + SPARE, tokens, continuation)
     return [one for one in made if known.isdisjoint(passages(one.context + one.continuation))][:count]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -29,7 +29,7 @@ from cakekv.errors import BadInput
 
 EXACT = "exact"
 """The name of the full cache's own figures."""
-Way = Method | Sight | LayerMap
+Way: TypeAlias = Method | Sight | LayerMap
 """What is judged."""
 COMPRESS, DECODE, SHARE = "compress", "decode", "share"
 _SAME = ("model", "dtype", "tokens", "continuation", "questions")
@@ -80,10 +80,6 @@ class Measured:
     cache_bytes: int
     choose_s: float
     token_s: float
-
-
-Way = Method | Sight | LayerMap
-"""What is judged."""
 
 
 def way_named(option: str, recipe: str) -> Method | Sight:
