@@ -394,7 +394,7 @@ def compress(data: dict[str, Any]) -> str:
 
 def decode(data: dict[str, Any]) -> str:
     """A row per sight, with intervals over documents."""
-    columns = {"kl": ".4f", "agreement": ".3f", "retrieval": ".2f", "gold_nats": ".2f"}
+    columns = {"kl": ".5f", "agreement": ".3f", "retrieval": ".2f", "gold_nats": ".2f"}
     rows = [
         [f"`{one['name']}`", *(with_interval(one, name, form) for name, form in columns.items())]
         for one in data["judge"]
