@@ -15,18 +15,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.bound import compute_curve
-from cakekv.bench.grid import check_grid, fill
+from cakekv.bench.grid import check_grid
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
 from cakekv.bench.servers import valkey_behind
-from cakekv.bench.ttft import write_ttft
+from cakekv.bench.ttft import balanced_bandwidth, in_turns, restore, stored, write_ttft
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list
 from cakekv.cli.model import load_cake
@@ -121,39 +121,26 @@ def measure(
     """
     options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
     with ExitStack() as stack:
-        cakes, stored = {}, {}
+        cakes, found = {}, {}
         for number, way in enumerate(ways):
             codec, _, method = way.partition("+")
             store = stack.enter_context(open_store(f"{url}?prefix=way{number}:&pack=no&timeout=60s"))
             cakes[way] = stack.enter_context(
                 Cake(loaded.engine, None, store, codec=codec, compress=method or None, **options)
             )
-            stored[way] = _filled(cakes[way], prompt, prefix)
-        alone = cakes[ways[0]].prefill(prompt, mode="compute", save=False).report
-        balanced = sum(stored[ways[0]].bytes_by_tier.values()) / compute_curve(alone.spans).at(prefix)
+            found[way] = stored(cakes[way], prompt, prefix)
+        balanced = balanced_bandwidth(cakes[ways[0]], prompt, found[ways[0]])
         points: list[dict[str, Any]] = []
         for multiple in multiples:
             if set_bandwidth is not None:
                 set_bandwidth(multiple * balanced)
-            runs: dict[str, list[RestoreReport]] = {way: [] for way in ways}
-            for turn in range(repeats + 1):
-                for way in reversed(ways) if turn % 2 else ways:
-                    runs[way].append(cakes[way].prefill(prompt, mode="both", save=False).report)
-            first = median(report.ttft_s for report in runs[ways[0]][1:])
+            runs = in_turns({way: partial(restore, cakes[way], prompt) for way in ways}, repeats)
+            first = median(report.ttft_s for report in runs[ways[0]])
             for way in ways:
-                point = _point(way, stored[way], runs[way][1:], first)
+                point = _point(way, found[way], runs[way], first)
                 at = {"bandwidth_ratio": multiple, "bandwidth_bytes_per_s": multiple * balanced}
                 points.append(point | (at if set_bandwidth else dict.fromkeys(at)))
     return points
-
-
-def _filled(cake: Cake, prompt: Sequence[int], prefix: int) -> RestoreReport:
-    """Store a prompt's prefix, and load it."""
-    fill(cake, prompt[:prefix])
-    report = cake.prefill(prompt, mode="load", save=False).report
-    if report.loaded_tokens < prefix:
-        raise CakeError(f"only {report.loaded_tokens} of {prefix} tokens were loaded: {report.miss_reasons()}")
-    return report
 
 
 def _point(way: str, loaded: RestoreReport, runs: Sequence[RestoreReport], first: float) -> dict[str, Any]:

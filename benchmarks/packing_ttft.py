@@ -16,17 +16,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.bound import compute_curve
-from cakekv.bench.grid import check_grid, fill
+from cakekv.bench.grid import check_grid
 from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
 from cakekv.bench.servers import valkey_behind
+from cakekv.bench.ttft import balanced_bandwidth, in_turns, restore, stored
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list, write_json
 from cakekv.cli.model import load_cake
@@ -121,34 +122,22 @@ def measure(
     """
     options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
     with ExitStack() as stack:
-        cakes, stored = {}, {}
+        cakes, found = {}, {}
         for form in FORMS:
             store = stack.enter_context(open_store(urls[form]))
             with Cake(loaded.engine, None, store, **options) as other:
-                _filled(other, prompt[::-1], prefix)
+                stored(other, prompt[::-1], prefix)
             cakes[form] = stack.enter_context(Cake(loaded.engine, None, store, **options))
-            stored[form] = _filled(cakes[form], prompt, prefix)
-        alone = cakes["raw"].prefill(prompt, mode="compute", save=False).report
-        balanced = stored["raw"] / compute_curve(alone.spans).at(prefix)
+            found[form] = stored(cakes[form], prompt, prefix)
+        balanced = balanced_bandwidth(cakes["raw"], prompt, found["raw"])
+        sizes = {form: sum(report.bytes_by_tier.values()) for form, report in found.items()}
         points = []
         for multiple in multiples:
             if set_bandwidth is not None and multiple is not None:
                 set_bandwidth(multiple * balanced)
-            runs: dict[str, list[RestoreReport]] = {form: [] for form in FORMS}
-            for number in range(repeats + 1):
-                for form in FORMS if number % 2 else reversed(FORMS):
-                    runs[form].append(cakes[form].prefill(prompt, mode="both", save=False).report)
-            points.append(_point(multiple, balanced, {form: reports[1:] for form, reports in runs.items()}, stored))
+            runs = in_turns({form: partial(restore, cakes[form], prompt) for form in FORMS}, repeats)
+            points.append(_point(multiple, balanced, runs, sizes))
     return points
-
-
-def _filled(cake: Cake, prompt: Sequence[int], prefix: int) -> int:
-    """Store a prompt's prefix, and load it. Returns the bytes that were read."""
-    fill(cake, prompt[:prefix])
-    report = cake.prefill(prompt, mode="load", save=False).report
-    if report.loaded_tokens < prefix:
-        raise CakeError(f"only {report.loaded_tokens} of {prefix} tokens were loaded: {report.miss_reasons()}")
-    return sum(report.bytes_by_tier.values())
 
 
 def _point(

@@ -60,9 +60,9 @@ def main(
                 print(f"{number} {document.kind}, {task}: {report.acceptance} of {report.drafted_tokens}", flush=True)
     full = engine.held_bytes(engine.new_cache(context))
     claims = _claims(answers, full)
-    write_systems(json_file, "quantspec", claims, settings)
+    write_systems(json_file, "quantspec:", claims, settings)
     claims.append(_timed(_seconds(loaded, make_documents(loaded.tokenizer, 1, long, 2)[0].context, gamma)))
-    write_systems(json_file, "quantspec", claims, settings)
+    write_systems(json_file, "quantspec:", claims, settings)
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.measured}")
 

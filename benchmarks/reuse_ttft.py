@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -27,7 +28,7 @@ from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
 from cakekv.bench.quality.documents import make_documents
 from cakekv.bench.servers import valkey_behind
-from cakekv.bench.ttft import write_ttft
+from cakekv.bench.ttft import in_turns, write_ttft
 from cakekv.cake import Cake
 from cakekv.cli.model import load_cake
 from cakekv.errors import CakeError
@@ -36,7 +37,7 @@ from cakekv.restore.report import RestoreReport
 from cakekv.store.base import Store
 from cakekv.store.opening import open_store
 
-ENGINE = "embedded"
+ENGINE, COMPUTING = "embedded", "computing"
 WAYS = ("epic:link=16", "blend:recompute=0.15", "turned")
 TARGETS = {"epic:link=16": 0.6}
 """Of the time of computing everything, at most."""
@@ -152,16 +153,16 @@ def measure(
         balanced = sum(stored.bytes_by_tier.values()) / (curve.at(begin + held) - curve.at(begin))
         if set_bandwidth is not None:
             set_bandwidth(balanced)
-        computed: list[RestoreReport] = []
-        reused: dict[str, list[RestoreReport]] = {way: [] for way in ways}
-        turns: list[str | None] = [None, *ways]
-        for number in range(repeats + 1):
-            for way in reversed(turns) if number % 2 else turns:
-                if way is None:
-                    computed.append(plain.prefill(parts, mode="compute").report)
-                else:
-                    reused[way].append(cakes[way].prefill(parts, save=False).report)
-    return [_point(way, computed[1:], reused[way][1:], balanced if set_bandwidth else None) for way in ways]
+        turns: dict[str, Callable[[], RestoreReport]] = {
+            way: partial(_reused, cake, parts) for way, cake in cakes.items()
+        }
+        runs = in_turns({COMPUTING: lambda: plain.prefill(parts, mode="compute").report, **turns}, repeats)
+    bandwidth = balanced if set_bandwidth else None
+    return [_point(way, runs[COMPUTING], runs[way], bandwidth) for way in ways]
+
+
+def _reused(cake: Cake, parts: Sequence[Any]) -> RestoreReport:
+    return cake.prefill(parts, save=False).report
 
 
 def _point(

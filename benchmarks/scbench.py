@@ -26,7 +26,7 @@ METHODS = (
     *("dbudgetkv", "corm:window=64,recent=64", "vl_cache:share=0.2"),
     *("elastic_cache:share=0.2", "kvmerger", "cascading:size=256"),
 )
-SIGHTS: tuple[str, ...] = ()
+SIGHTS = ("clusterkv:budget=256,tokens=32", "quantspec", "less")
 
 
 def main(

@@ -358,16 +358,18 @@ def sessions(data: dict[str, Any]) -> str:
     )
 
 
+def with_interval(one: dict[str, Any], name: str, form: str) -> str:
+    """A figure, and its interval over documents."""
+    low, high = one["intervals"][name]
+    return "–" if one[name] is None else f"{one[name]:{form}} ({low:{form}}–{high:{form}})"
+
+
 def compress(data: dict[str, Any]) -> str:
     """A row per method and study, with intervals over documents; then a row per claim."""
 
-    def cell(one: dict[str, Any], name: str, form: str) -> str:
-        low, high = one["intervals"][name]
-        return "–" if one[name] is None else f"{one[name]:{form}} ({low:{form}}–{high:{form}})"
-
     columns = {"kept": ".1%", "kl": ".3f", "agreement": ".3f", "retrieval": ".2f"}
     rows = [
-        [f"`{one['name']}`", one["study"], *(cell(one, name, form) for name, form in columns.items())]
+        [f"`{one['name']}`", one["study"], *(with_interval(one, name, form) for name, form in columns.items())]
         for one in data["methods"]
         if one["name"] != "exact"
     ]
@@ -388,6 +390,20 @@ def compress(data: dict[str, Any]) -> str:
         for one in data["claims"]
     ]
     return text + "\n\n" + markdown(["method", "claim", "measured", "holds"], rows)
+
+
+def decode(data: dict[str, Any]) -> str:
+    """A row per sight, with intervals over documents."""
+    columns = {"kl": ".5f", "agreement": ".3f", "retrieval": ".2f", "gold_nats": ".2f"}
+    rows = [
+        [f"`{one['name']}`", *(with_interval(one, name, form) for name, form in columns.items())]
+        for one in data["judge"]
+    ]
+    first = data["judge"][0]
+    shape = f"; {first['documents']} documents of {first['tokens']:,} tokens, float32"
+    return markdown(["sight", "KL, nats", "agreement", "retrieval", "nats of answers"], rows) + measured(
+        data["judged"], shape
+    )
 
 
 def decode_steps(data: dict[str, Any]) -> str:
@@ -487,6 +503,7 @@ TABLES = {
     "reuse": Table("docs/reuse.md", reuse),
     "sessions": Table("docs/sessions.md", sessions),
     "compress": Table("docs/compress.md", compress),
+    "decode": Table("docs/decode.md", decode),
     "decode_steps": Table("docs/compress.md", decode_steps),
     "scbench": Table("docs/compress.md", scbench),
     "overflow": Table("docs/overflow.md", overflow),

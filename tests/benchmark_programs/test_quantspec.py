@@ -17,4 +17,4 @@ def test_every_claim_is_measured(tiny_model: Path, tmp_path: Path) -> None:
     assert claims["tokens"]["measured"] == {"answers": 2, "identical": 2}
     assert claims["tokens"]["holds"]
     assert 0 <= claims["acceptance"]["measured"]["acceptance"] <= 1
-    assert written["settings"]["quantspec"]["documents"] == 3
+    assert written["settings"]["quantspec:"]["documents"] == 3

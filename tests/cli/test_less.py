@@ -26,6 +26,20 @@ def test_a_model_is_learned_twice_alike(tiny_model: Path, tmp_path: Path) -> Non
     assert read_kernels(out).digest == learned.digest
 
 
+def test_what_was_learned_is_tuned(tiny_model: Path, tmp_path: Path) -> None:
+    """It begins with what was learned before, and is found in its place."""
+    out, tuned = tmp_path / "tiny.less", tmp_path / "tuned.less"
+    assert CliRunner().invoke(app, _train(tiny_model, "--out", str(out))).exit_code == 0
+    options = ["--documents", "2", "--tokens", "512", "--rounds", "1", "--out", str(tuned)]
+    run = CliRunner().invoke(app, ["less", "tune", "--model", str(tiny_model), *options])
+    assert run.exit_code == 0, run.output
+    learned = read_kernels(tuned)
+    assert learned.about["tuned_tokens"] == "512"
+    assert learned.about["epochs"] == "1"
+    assert learned.layers[0].key_in.shape == read_kernels(out).layers[0].key_in.shape
+    assert "without a state" in run.output
+
+
 def test_too_few_texts(tiny_model: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(app, _train(tiny_model, "--texts", str(tmp_path), "--documents", "4"))
     assert run.exit_code != 0

@@ -14,6 +14,7 @@ from cakekv.decode import sight_named
 from cakekv.decode.less import Less
 from cakekv.decode.less_kernels import SHIPPED, Kernels, Learned, kernels_file, read_kernels
 from cakekv.decode.less_training import Example, Settings, collect, fit, output_of
+from cakekv.decode.less_tuning import Tuning, answer_of, blocks_of, tune
 from cakekv.engine.ragged import RaggedCache
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput, UnsupportedModel
@@ -147,6 +148,45 @@ def test_what_is_learned_helps(tmp_path: Path) -> None:
     assert again.about == {"recent": "8"}
     for name, table in vars(again.layers[2]).items():
         assert torch.equal(table, getattr(learned.layers[2], name).half().float())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("recent", [4, 12, 40])
+def test_tuning_sees_what_steps_see(name: str, recent: int) -> None:
+    """A block computed at once says what steps say one by one; also where it lets go of its own tokens."""
+    engine = engine_of(name)
+    learned = kernels_for(engine)
+    text = TOKENS + [token // 2 + 9 for token in TOKENS]
+    tuning = Tuning(sinks=2, recent=(recent,), blocks=2, shortest=20, rows=8)
+    (blocks,) = blocks_of(engine, [text], tuning)
+    assert [len(block.tokens) for block in blocks] == [8, 8]
+    for block in blocks:
+        start = next(at for at in range(len(text)) if text[at : at + 8] == block.tokens)
+        cache = engine.new_cache(len(text))
+        engine.compute(cache, text[:start], 0)
+        left = engine.look(cache, text[:start], Less(2, recent).with_kernels(learned))
+        expected = [engine.compute(left, [token], start + at) for at, token in enumerate(block.tokens)]
+        with torch.no_grad():
+            found, _ = answer_of(engine, block, learned.layers, tuning.sinks, recent)
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-2, atol=1e-2)
+
+
+def test_tuning_goes_on_from_what_was_learned() -> None:
+    engine = engine_of("llama")
+    generator = torch.Generator().manual_seed(5)
+    texts = 5 * torch.randint(3, 120, (3, 96), generator=generator).tolist()  # alike, as it learns little here
+    settings = Settings(sinks=2, recent=(8,), features=4, hidden=16, epochs=1)
+    begun = {layer.number: fit(layer, settings).kernels for layer in collect(engine, texts[:3])}
+    as_before = {number: one.key_in.clone() for number, one in begun.items()}
+    tuning = Tuning(sinks=2, recent=(8,), blocks=3, shortest=24, rows=16, rounds=3, rate=5e-3)
+    rounds: list[float] = []
+    tuned = tune(engine, begun, texts, tuning, on_round=lambda one: rounds.append(one.kl))
+    assert len(rounds) == 3
+    assert tuned.kl == min(rounds) < tuned.before
+    assert tuned.before < tuned.without
+    assert all(torch.equal(one.key_in, as_before[number]) for number, one in begun.items())
+    assert not torch.equal(tuned.layers[0].key_in, as_before[0])
+    assert all(weight.grad is None for weight in engine.model.parameters())
 
 
 def test_a_model_with_weights_of_its_own_kind_is_refused() -> None:

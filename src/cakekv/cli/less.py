@@ -76,3 +76,55 @@ def train(
     RESULTS.print(f"kernels {digest}: {len(data):,} bytes, from {len(read)} documents")
     for file in files:
         RESULTS.print(str(file))
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+    documents: Annotated[int, typer.Option(min=2, help="From how many documents; their kinds take turns.")] = 24,
+    tokens: Annotated[int, typer.Option(min=512, help="Length of each, in tokens.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to go through them.")] = 3,
+    texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the kernels here, too.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What to run the model in, such as float32; auto: what it was saved in.")
+    ] = "auto",
+) -> None:
+    """Go on learning a model's kernels for decode=less, all layers together, behind texts of many lengths.
+
+    It begins with what `cakekv less train` has learned layer by layer, or with what comes with this package, and makes
+    the divergence of the next token's distribution from that over the full cache small. After each round, the best
+    kernels so far are written to where they are found.
+
+    Examples:
+
+        cakekv less train --model ./my-model && cakekv less tune --model ./my-model
+    """
+    from cakekv.cli.model import load_cake
+    from cakekv.codec.texts import learning_texts
+    from cakekv.decode.less_kernels import Learned, find_kernels, kernels_file, write_kernels
+    from cakekv.decode.less_training import FAIR
+    from cakekv.decode.less_tuning import Tuned, Tuning, tune
+
+    cake = load_cake(model, None, dtype=dtype)
+    engine, length = cake.engine, min(tokens, cake.engine.max_context)
+    learned = find_kernels(engine.weights_names())
+    settings = Tuning(rounds=rounds)
+    read = list(learning_texts(cake.tokenizer, documents, length, texts))
+    files = [kernels_file(name) for name in engine.weights_names()] + ([out] if out else [])
+    about = {**learned.about, "tuned_documents": str(documents), "tuned_tokens": str(length)}
+    with NEWS.status(f"Computing {len(read)} texts …") as status:
+
+        def on_step(step: int, steps: int, kl: float) -> None:
+            status.update(f"Step {step} of {steps}: {kl:.4f} nats …")
+
+        def on_round(tuned: Tuned) -> None:
+            write_kernels(Learned(tuned.layers, about).to_bytes(), files)
+
+        tuned = tune(engine, learned.layers, read, settings, on_step, on_round)  # type: ignore[arg-type]
+    RESULTS.print(f"Divergence from the full cache on texts that were held out, in nats: {tuned.kl:.4f}; before,")
+    RESULTS.print(
+        f"{tuned.before:.4f}; without a state {tuned.without:.4f}, with {FAIR} tokens more {tuned.four_more:.4f}"
+    )
+    for file in files:
+        RESULTS.print(str(file))

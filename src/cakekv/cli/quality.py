@@ -297,6 +297,7 @@ def judge_compress(
     from cakekv.bench.quality.compress import CompressResults
     from cakekv.bench.quality.documents import make_documents
     from cakekv.cli.model import load_cake
+    from cakekv.engine.sharing import LayerMap
 
     settings = {"model": model, "dtype": dtype, "documents": documents, "tokens": tokens, "continuation": continuation}
     settings |= {"questions": "first" if question_first else "last", "chunk_tokens": chunk_tokens}
@@ -306,7 +307,7 @@ def judge_compress(
     if results.is_complete:
         raise BadInput(f"{json_file} has all of these already")
     cake = load_cake(model, None, dtype=dtype)
-    cake.engine.compressible(list(results.ways.values()))
+    cake.engine.compressible([way for way in results.ways.values() if not isinstance(way, LayerMap)])
     made = make_documents(cake.tokenizer, documents, tokens, continuation, texts)
     for number, document in enumerate(track(made, "Judging", console=NEWS, transient=True)):
         results.judge(cake.engine, number, document)  # type: ignore[arg-type]  # load_cake makes transformers engines

@@ -140,9 +140,7 @@ def collect(engine: TransformersEngine, texts: Sequence[Sequence[int]]) -> Itera
     UnsupportedModel
         A layer attends in a way of its own, or its output projection cannot be told.
     """
-    layers = engine.new_cache(1).layers
-    stored = [at for at, layer in enumerate(layers) if isinstance(layer, TwoEndedLayer)]
-    numbers = {at: number for number, at in enumerate(stored) if layers[at].window is None}
+    layers, numbers = engine.new_cache(1).layers, layers_that_see_everything(engine)
     wanted = list(numbers)
     tokens = sum(map(len, texts))
     per_layer = max(2 * tokens * _elements(engine, layers[at]) for at in wanted)
@@ -154,7 +152,14 @@ def collect(engine: TransformersEngine, texts: Sequence[Sequence[int]]) -> Itera
             with torch.inference_mode(), engine.tap.handing(watch) as twin:
                 engine.forward_of(twin, engine.new_cache(len(token_ids)), token_ids, **engine.arguments)
         for at in group:
-            yield LayerSeen(numbers[at], *watch.how[at], _projection(engine.model, at), watch.seen.pop(at))
+            yield LayerSeen(numbers[at], *watch.how[at], projection(engine.model, at), watch.seen.pop(at))
+
+
+def layers_that_see_everything(engine: TransformersEngine) -> dict[int, int]:
+    """By the model's number of a layer, its number among those that keep something."""
+    layers = engine.new_cache(1).layers
+    stored = [at for at, layer in enumerate(layers) if isinstance(layer, TwoEndedLayer)]
+    return {at: number for number, at in enumerate(stored) if layers[at].window is None}
 
 
 class _Watch:
@@ -310,7 +315,7 @@ def _elements(engine: TransformersEngine, layer: TwoEndedLayer) -> int:
     return int(config.num_attention_heads * keys.shape[3] + keys[0, :, 0].numel() + values[0, :, 0].numel())
 
 
-def _projection(model: Any, at: int) -> torch.Tensor:
+def projection(model: Any, at: int) -> torch.Tensor:
     """The weight of the output projection of the attention of layer `at`."""
     for module in model.modules():
         if getattr(module, "layer_idx", None) == at:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -24,12 +25,15 @@ from cakekv.decode import sight_named
 from cakekv.decode.base import Sight
 from cakekv.engine.cache import TwoEndedCache
 from cakekv.engine.ragged import RaggedCache, ragged_view
+from cakekv.engine.sharing import LayerMap, cache_with
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import BadInput
 
 EXACT = "exact"
 """The name of the full cache's own figures."""
-COMPRESS, DECODE = "compress", "decode"
+Way: TypeAlias = Method | Sight | LayerMap
+"""What is judged."""
+COMPRESS, DECODE, SHARE = "compress", "decode", "share"
 _SAME = ("model", "dtype", "tokens", "continuation", "questions", "chunk_tokens")
 _CHUNKS = {"chunk_tokens": 64}
 """Where settings do not say."""
@@ -94,6 +98,16 @@ def way_named(option: str, recipe: str) -> Method | Sight:
     return sight_named(recipe) if option == DECODE else method_named(recipe)
 
 
+def _way_or_map(option: str, recipe: str) -> Way:
+    """As `way_named`; and of "share", "share:11>27,9>25" names a map of layers, an earlier one and a later one each."""
+    if option != SHARE:
+        return way_named(option, recipe)
+    pairs = re.findall(r"(\d+)>(\d+)", recipe)
+    if not pairs or recipe != f"share:{','.join(map('>'.join, pairs))}":
+        raise BadInput(f"{recipe!r:.80} is no map of layers, such as share:11>27,9>25")
+    return LayerMap(tuple((int(earlier), int(later)) for earlier, later in pairs))
+
+
 class _Part(NamedTuple):
     """What is asked of a model behind a prompt."""
 
@@ -119,7 +133,7 @@ class _Said(NamedTuple):
 def judge(
     engine: TransformersEngine,
     document: Document,
-    ways: Mapping[str, Method | Sight],
+    ways: Mapping[str, Way],
     *,
     question_first: bool = False,
     exact: TwoEndedCache | None = None,
@@ -137,8 +151,8 @@ def judge(
         The model.
     document : Document
         What is read and what is asked.
-    ways : mapping of str to Method or Sight
-        By name.
+    ways : mapping of str to Method, Sight or LayerMap
+        By name. With layers shared, the whole prompt is computed again.
     question_first : bool
         Whether the question about a needle is part of the prompt, marked "question", when a method chooses. Else it
         comes afterwards, like the continuation.
@@ -170,9 +184,14 @@ def judge(
         for name, way in ways.items():
             exact.set_length(end)
             left, choose_s = _left(engine, exact, part, way, shown, chunk_tokens)
-            cache = left if isinstance(left, RaggedCache) else ragged_view(left, end)
-            kept, size = cache.kept_share, cache.held_bytes
-            stride = None if isinstance(way, Method) and "decode" not in way.at else getattr(way, "stride", 1)
+            if isinstance(way, LayerMap):
+                kept = 1 - len(way.pairs) / len(engine.shapes)
+                size = round(kept * sizes[EXACT][1])
+            else:
+                cache = left if isinstance(left, RaggedCache) else ragged_view(left, end)
+                kept, size = cache.kept_share, cache.held_bytes
+            singly = isinstance(way, Sight) or (isinstance(way, Method) and "decode" in way.at)
+            stride = getattr(way, "stride", 1) if singly else None
             logits, token_s = follow_singly(engine, left, part.tail[:-1], end, _steps(len(part.tail) - 1, stride))
             said[name].append(_said(part, reference, logits))
             sizes[name] = kept, size, choose_s, token_s
@@ -216,11 +235,16 @@ def _left(
     engine: TransformersEngine,
     exact: TwoEndedCache,
     part: _Part,
-    way: Method | Sight,
+    way: Way,
     shown: dict[int, _Shown],
     chunk_tokens: int,
 ) -> tuple[TwoEndedCache | RaggedCache, float]:
     """What a method leaves of the full cache, or a sight sees, and the seconds it took: also where they were shared."""
+    if isinstance(way, LayerMap):
+        shared = cache_with(engine, exact.capacity, way)
+        for start in range(0, len(part.prompt), _SPAN):
+            engine.compute(shared, part.prompt[start : start + _SPAN], start)
+        return shared, 0.0  # nothing was chosen
     looked_s = 0.0
     if isinstance(way, Method) and "store" in way.at:
         return _loaded(engine, exact, part.prompt, Rows(method=way, inner=Raw()), chunk_tokens)
@@ -392,7 +416,7 @@ class CompressResults:
     def __init__(self, run: Mapping[str, Any], settings: Mapping[str, Any], ways: Mapping[str, str]) -> None:
         self.run, self.settings = dict(run), _CHUNKS | dict(settings)
         self._options = dict(ways)
-        self.ways = {recipe: way_named(option, recipe) for recipe, option in ways.items()}
+        self.ways = {recipe: _way_or_map(option, recipe) for recipe, option in ways.items()}
         self.judged: dict[str, list[Measured]] = {name: [] for name in (EXACT, *ways)}
 
     @property
@@ -435,7 +459,7 @@ class CompressResults:
         if len(exact) > self.settings["documents"]:
             raise BadInput(f"cannot add to {file}: it has {len(exact)} documents, so that as many have to be judged")
         for recipe, (option, fingerprint) in said.items():
-            way = self.ways[recipe] = way_named(option, recipe)
+            way = self.ways[recipe] = _way_or_map(option, recipe)
             self._options[recipe] = option
             if fingerprint != _fingerprint(way):
                 judged[recipe] = []
@@ -482,8 +506,10 @@ class CompressResults:
         }
 
 
-def _fingerprint(way: Method | Sight | None) -> str | None:
-    """What decides what a method keeps; of a sight, its parameters."""
+def _fingerprint(way: Way | None) -> str | None:
+    """What decides what a method keeps; of a sight, its parameters; of a map of layers, its digest."""
+    if isinstance(way, LayerMap):
+        return way.digest
     return way.fingerprint if isinstance(way, Method) else None if way is None else way.recipe
 
 
