@@ -109,10 +109,10 @@ def claims(rows: Sequence[dict[str, Any]], sights: Sequence[str], tokens: int) -
         pairs = list(zip(rows, own, strict=True))
         figures: dict[str, Any] = figures_of(
             {
-                "agreement": [(one["same"], row["tokens"]) for row, one in pairs],
-                "first_token": [(one["first"], row["prompts"]) for row, one in pairs],
-                "retrieval": [(one["found"], row["needles"]) for row, one in pairs],
-                "bytes_share": [(one["bytes"], row["whole_bytes"]) for row, one in pairs],
+                "agreement": [(one["same"] / row["tokens"], row["tokens"]) for row, one in pairs],
+                "first_token": [(one["first"] / row["prompts"], row["prompts"]) for row, one in pairs],
+                "retrieval": [(one["found"] / row["needles"], row["needles"]) for row, one in pairs if row["needles"]],
+                "bytes_share": [(one["bytes"] / row["whole_bytes"], row["whole_bytes"]) for row, one in pairs],
             }
         )
         figures["needles"] = sum(row["needles"] for row in rows)
