@@ -107,14 +107,13 @@ def claims(rows: Sequence[dict[str, Any]], sights: Sequence[str], tokens: int) -
     for sight in sights:
         own = [row[sight] for row in rows]
         pairs = list(zip(rows, own, strict=True))
-        figures: dict[str, Any] = figures_of(
-            {
-                "agreement": [(one["same"] / row["tokens"], row["tokens"]) for row, one in pairs],
-                "first_token": [(one["first"] / row["prompts"], row["prompts"]) for row, one in pairs],
-                "retrieval": [(one["found"] / row["needles"], row["needles"]) for row, one in pairs if row["needles"]],
-                "bytes_share": [(one["bytes"] / row["whole_bytes"], row["whole_bytes"]) for row, one in pairs],
-            }
-        )
+        counted = {
+            "agreement": [(one["same"] / row["tokens"], row["tokens"]) for row, one in pairs],
+            "first_token": [(one["first"] / row["prompts"], row["prompts"]) for row, one in pairs],
+            "retrieval": [(one["found"] / row["needles"], row["needles"]) for row, one in pairs if row["needles"]],
+            "bytes_share": [(one["bytes"] / row["whole_bytes"], row["whole_bytes"]) for row, one in pairs],
+        }
+        figures: dict[str, Any] = figures_of({name: each for name, each in counted.items() if each})
         figures["needles"] = sum(row["needles"] for row in rows)
         claim = f"at least {AGREEMENT} of the likeliest tokens are those of a prefix that was read whole"
         name = f"clusterkv lazy answers: {sight} of {tokens} tokens"

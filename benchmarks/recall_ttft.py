@@ -11,7 +11,7 @@ backwards; the first two rounds teach the costs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -33,8 +33,8 @@ from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
 
 CLUSTERS = "tokens=32,span=1024,lazy=yes"
+WHOLE = "whole"
 WAYS = {
-    "whole": None,
     "budget=256": f"clusterkv:budget=256,{CLUSTERS}",
     "budget=256,average=yes": f"clusterkv:budget=256,average=yes,{CLUSTERS}",
 }
@@ -87,6 +87,7 @@ def measure(
     multiples: Sequence[float],
     repeats: int,
     set_bandwidth: Callable[[float], None] | None = None,
+    ways: Mapping[str, str] = WAYS,
 ) -> list[Claim]:
     """Restore a prompt in several ways, in turn, at every bandwidth.
 
@@ -106,6 +107,8 @@ def measure(
         Rounds that count.
     set_bandwidth : callable or None
         Changes the link's, in bytes per second; None: nothing is limited.
+    ways : mapping of str to str
+        Sights, by what they are called; what they have beside chunks is the same.
 
     Raises
     ------
@@ -115,35 +118,34 @@ def measure(
     options: dict[str, Any] = {"chunk_tokens": loaded.chunk_tokens, "max_span_tokens": loaded.max_span_tokens}
     with ExitStack() as stack:
         cakes = {}
-        for way, sight in WAYS.items():
+        for way, sight in {WHOLE: None, **ways}.items():
             store = stack.enter_context(open_store(f"{url}?pack=no&timeout=60s"))
             cakes[way] = stack.enter_context(Cake(loaded.engine, None, store, decode=sight, **options))
-        stored = cakes["budget=256"].prefill(prompt, mode="compute").report
-        saved = cakes["budget=256"].wait_saved()
+        first = cakes[next(iter(ways))]
+        stored = first.prefill(prompt, mode="compute").report
+        saved = first.wait_saved()
         if saved.failed_chunks:
             raise CakeError(f"the prefix could not be stored: {saved.error}")
-        loading = cakes["whole"].prefill(prompt, mode="load", save=False).report
+        loading = cakes[WHOLE].prefill(prompt, mode="load", save=False).report
         balanced = sum(loading.bytes_by_tier.values()) / compute_curve(stored.spans).at(prefix)
         claims = []
         for multiple in multiples:
             if set_bandwidth is not None:
                 set_bandwidth(multiple * balanced)
-            runs: dict[str, list[RestoreReport]] = {way: [] for way in WAYS}
+            runs: dict[str, list[RestoreReport]] = {way: [] for way in cakes}
             for turn in range(repeats + TAUGHT):
-                for way in reversed(WAYS) if turn % 2 else WAYS:
-                    taught = way == "whole" or turn >= TAUGHT
+                for way in reversed(cakes) if turn % 2 else cakes:
+                    taught = way == WHOLE or turn >= TAUGHT
                     prefill = cakes[way].prefill(prompt, mode="auto" if taught else "both", save=False)
                     if prefill.recall is not None:
                         prefill.recall.settle()
                     runs[way].append(prefill.report)
-            claims += [_claim(way, multiple, {one: every[TAUGHT:] for one, every in runs.items()}) for way in WAYS]
-    return [claim for claim in claims if claim is not None]
+            claims += [_claim(way, multiple, {one: every[TAUGHT:] for one, every in runs.items()}) for way in ways]
+    return claims
 
 
-def _claim(way: str, multiple: float, runs: dict[str, list[RestoreReport]]) -> Claim | None:
-    if way == "whole":
-        return None
-    own, whole = runs[way], runs["whole"]
+def _claim(way: str, multiple: float, runs: dict[str, list[RestoreReport]]) -> Claim:
+    own, whole = runs[way], runs[WHOLE]
     ttft_s, whole_s = (median(report.ttft_s for report in reports) for reports in (own, whole))
     first = median(report.first_read_bytes for report in own)
     measured = {
