@@ -22,15 +22,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.grid import check_grid
-from cakekv.bench.link import ShapedLink
 from cakekv.bench.machine import describe_run
-from cakekv.bench.servers import valkey_behind
-from cakekv.bench.ttft import balanced_bandwidth, in_turns, restore, stored, write_ttft
+from cakekv.bench.ttft import balanced_bandwidth, in_turns, prompt_behind_link, restore, stored, write_ttft
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list
-from cakekv.cli.model import load_cake
-from cakekv.demo.document import read_document
 from cakekv.errors import CakeError
 from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
@@ -56,23 +51,10 @@ def main(
     if tiny:
         prefix, repeats = 512, 1
     multiples: list[float] = number_list(ratios, float, "ratios")
-    loaded = load_cake(model, None, dtype=dtype)
-    token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
-    check_grid(loaded.engine, len(token_ids), [prefix], suffix_tokens, loaded.chunk_tokens)
-    loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
-    with ExitStack() as stack:
-        link = None if tiny else stack.enter_context(ShapedLink())
-        url = stack.enter_context(valkey_behind(link))
-        prompt = token_ids[: prefix + suffix_tokens]
-        ways = list(dict.fromkeys((RAW, *(way or WAYS))))
-        points = measure(loaded, url, prompt, prefix, ways, multiples, repeats, link.set_bandwidth if link else None)
-    settings = {
-        "model": model,
-        "dtype": loaded.engine.identity(loaded.chunk_tokens).dtype,
-        "chunk_tokens": loaded.chunk_tokens,
-        "suffix_tokens": suffix_tokens,
-        "link": "two network namespaces, shaped by tc tbf" if link else "none",
-    }
+    ways = list(dict.fromkeys((RAW, *(way or WAYS))))
+    with prompt_behind_link(model, dtype, prefix, suffix_tokens, not tiny) as linked:
+        loaded, prompt, url, set_bandwidth, settings = linked
+        points = measure(loaded, url, prompt, prefix, ways, multiples, repeats, set_bandwidth)
     write_ttft(json_file, ENGINE, [{**point, **settings, **describe_run()} for point in points])
     for point in points:
         print(described(point), flush=True)

@@ -24,14 +24,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from cakekv.bench.grid import check_grid
-from cakekv.bench.link import ShapedLink
-from cakekv.bench.servers import valkey_behind
 from cakekv.bench.systems import Claim, write_systems
-from cakekv.bench.ttft import balanced_bandwidth, in_turns, stored
+from cakekv.bench.ttft import balanced_bandwidth, in_turns, prompt_behind_link, stored
 from cakekv.cake import Cake
-from cakekv.cli.model import load_cake
-from cakekv.demo.document import read_document
 from cakekv.errors import CakeError
 from cakekv.store.opening import open_store
 
@@ -67,27 +62,12 @@ def main(
     """Measure drafting before all is loaded."""
     if tiny:
         prefix, repeats = 512, 1
-    loaded = load_cake(model, None, dtype=dtype)
-    engine: Any = loaded.engine
-    engine.stop_tokens = frozenset()  # the answer has as many tokens as are asked for
-    token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
-    check_grid(loaded.engine, len(token_ids), [prefix], suffix_tokens, loaded.chunk_tokens)
-    loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
-    with ExitStack() as stack:
-        link = None if tiny else stack.enter_context(ShapedLink())
-        url = stack.enter_context(valkey_behind(link))
-        prompt = token_ids[: prefix + suffix_tokens]
-        runs, bandwidth = measure(loaded, url, prompt, prefix, gamma, repeats, link.set_bandwidth if link else None)
-    settings = {
-        "model": model,
-        "dtype": loaded.engine.identity(loaded.chunk_tokens).dtype,
-        "codec": CODEC,
-        "gamma": gamma,
-        "prefix_tokens": prefix,
-        "suffix_tokens": suffix_tokens,
-        "bandwidth_bytes_per_s": bandwidth,
-        "link": "two network namespaces, shaped by tc tbf" if link else "none",
-    }
+    with prompt_behind_link(model, dtype, prefix, suffix_tokens, not tiny) as linked:
+        loaded, prompt, url, set_bandwidth, settings = linked
+        engine: Any = loaded.engine
+        engine.stop_tokens = frozenset()  # the answer has as many tokens as are asked for
+        runs, bandwidth = measure(loaded, url, prompt, prefix, gamma, repeats, set_bandwidth)
+    settings |= {"codec": CODEC, "gamma": gamma, "prefix_tokens": prefix, "bandwidth_bytes_per_s": bandwidth}
     found = claims(runs)
     write_systems(json_file, NAME, found, settings)
     for claim in found:

@@ -11,24 +11,22 @@ backwards; the first two rounds teach the costs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from cakekv.bench.bound import compute_curve
-from cakekv.bench.grid import check_grid
-from cakekv.bench.link import ShapedLink
-from cakekv.bench.servers import valkey_behind
 from cakekv.bench.systems import Claim, write_systems
+from cakekv.bench.ttft import balanced_bandwidth, in_turns, prompt_behind_link
 from cakekv.cake import Cake
 from cakekv.cli.console import number_list
-from cakekv.cli.model import load_cake
-from cakekv.demo.document import read_document
 from cakekv.errors import CakeError
+from cakekv.restore.options import Mode
 from cakekv.restore.report import RestoreReport
 from cakekv.store.opening import open_store
 
@@ -56,24 +54,10 @@ def main(
     if tiny:
         prefix, repeats = 1024, 1
     multiples: list[float] = number_list(ratios, float, "ratios")
-    loaded = load_cake(model, None, dtype=dtype)
-    token_ids = [int(token) for token in loaded.tokenizer(read_document("demo", loaded.tokenizer))["input_ids"]]
-    check_grid(loaded.engine, len(token_ids), [prefix], suffix_tokens, loaded.chunk_tokens)
-    loaded.prefill(token_ids[:512], mode="compute")  # the first forward of a process is slow
-    with ExitStack() as stack:
-        link = None if tiny else stack.enter_context(ShapedLink())
-        url = stack.enter_context(valkey_behind(link))
-        prompt = token_ids[: prefix + suffix_tokens]
-        claims = measure(loaded, url, prompt, prefix, multiples, repeats, link.set_bandwidth if link else None)
-    settings = {
-        "model": model,
-        "dtype": loaded.engine.identity(loaded.chunk_tokens).dtype,
-        "chunk_tokens": loaded.chunk_tokens,
-        "prefix_tokens": prefix,
-        "suffix_tokens": suffix_tokens,
-        "clusters": CLUSTERS,
-        "link": "two network namespaces, shaped by tc tbf" if link else "none",
-    }
+    with prompt_behind_link(model, dtype, prefix, suffix_tokens, not tiny) as linked:
+        loaded, prompt, url, set_bandwidth, settings = linked
+        claims = measure(loaded, url, prompt, prefix, multiples, repeats, set_bandwidth)
+    settings |= {"prefix_tokens": prefix, "clusters": CLUSTERS}
     write_systems(json_file, "clusterkv lazy ttft", claims, settings)
     for claim in claims:
         print(claim.name, claim.measured, flush=True)
@@ -86,7 +70,7 @@ def measure(
     prefix: int,
     multiples: Sequence[float],
     repeats: int,
-    set_bandwidth: Callable[[float], None] | None = None,
+    set_bandwidth: Callable[[float | None], None] | None = None,
     ways: Mapping[str, str] = WAYS,
 ) -> list[Claim]:
     """Restore a prompt in several ways, in turn, at every bandwidth.
@@ -122,29 +106,36 @@ def measure(
             store = stack.enter_context(open_store(f"{url}?pack=no&timeout=60s"))
             cakes[way] = stack.enter_context(Cake(loaded.engine, None, store, decode=sight, **options))
         first = cakes[next(iter(ways))]
-        stored = first.prefill(prompt, mode="compute").report
+        first.prefill(prompt, mode="compute")
         saved = first.wait_saved()
         if saved.failed_chunks:
             raise CakeError(f"the prefix could not be stored: {saved.error}")
-        loading = cakes[WHOLE].prefill(prompt, mode="load", save=False).report
-        balanced = sum(loading.bytes_by_tier.values()) / compute_curve(stored.spans).at(prefix)
+        balanced = balanced_bandwidth(
+            cakes[WHOLE], prompt, cakes[WHOLE].prefill(prompt, mode="load", save=False).report
+        )
         claims = []
         for multiple in multiples:
             if set_bandwidth is not None:
                 set_bandwidth(multiple * balanced)
-            runs: dict[str, list[RestoreReport]] = {way: [] for way in cakes}
-            for turn in range(repeats + TAUGHT):
-                for way in reversed(cakes) if turn % 2 else cakes:
-                    taught = way == WHOLE or turn >= TAUGHT
-                    prefill = cakes[way].prefill(prompt, mode="auto" if taught else "both", save=False)
-                    if prefill.recall is not None:
-                        prefill.recall.settle()
-                    runs[way].append(prefill.report)
-            claims += [_claim(way, multiple, {one: every[TAUGHT:] for one, every in runs.items()}) for way in ways]
+            turns = {way: partial(_report, cake, prompt, _modes()) for way, cake in cakes.items()}
+            runs = in_turns(turns, repeats, TAUGHT)
+            claims += [_claim(way, multiple, runs) for way in ways]
     return claims
 
 
-def _claim(way: str, multiple: float, runs: dict[str, list[RestoreReport]]) -> Claim:
+def _modes() -> Iterator[Mode]:
+    return chain(repeat("both", TAUGHT), repeat("auto"))
+
+
+def _report(cake: Cake, prompt: Sequence[int], modes: Iterator[Mode]) -> RestoreReport:
+    """Restore a prompt in the next mode, and wait for all of it."""
+    prefill = cake.prefill(prompt, mode=next(modes), save=False)
+    if prefill.recall is not None:
+        prefill.recall.settle()
+    return prefill.report
+
+
+def _claim(way: str, multiple: float, runs: Mapping[str, list[RestoreReport]]) -> Claim:
     own, whole = runs[way], runs[WHOLE]
     ttft_s, whole_s = (median(report.ttft_s for report in reports) for reports in (own, whole))
     first = median(report.first_read_bytes for report in own)

@@ -23,7 +23,7 @@ def engine() -> TransformersEngine:
 
 
 def test_a_recalled_and_a_whole_prefix_take_turns() -> None:
-    set_to: list[float] = []
+    set_to: list[float | None] = []
     with single_thread(), valkey_behind() as url, Cake(engine(), None, None) as loaded:
         ways = {"one": f"clusterkv:budget=50,{CLUSTERS}"}
         (claim,) = recall_ttft.measure(loaded, url, TOKENS, 256, [1.0], 1, set_to.append, ways)
