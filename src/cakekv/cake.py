@@ -867,7 +867,7 @@ class Cake:
         if plan is None:
             return None
         again = partial(self._restored_whole, prompt, capacity, asked)
-        return self._recaller.recall(request, found, plan, prompt.token_ids, capacity, again)
+        return self._recaller.recall(request, found, plan, prompt.token_ids, capacity, again, asked.on_progress)
 
     def _restored_whole(
         self, prompt: Tokenized, capacity: int, asked: PrefillOptions, damaged: Sidecar | None

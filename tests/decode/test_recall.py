@@ -19,6 +19,7 @@ from cakekv.embedded.recalling import Planned, Recaller
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+from cakekv.results import Progress
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
 from cakekv.store.wrapper import WrappedReader, WrappedStore
@@ -259,6 +260,31 @@ def test_what_is_not_stored_is_computed_exactly_and_saved(engine: TransformersEn
         assert cake.wait_saved().saved_chunks == 3
         assert cake.prefill(longer, mode="load").report.recalled_tokens == SPANS
         assert cake.prefill(longer, mode="compute").report.recalled_tokens == 0
+
+
+def test_progress_is_told(engine: TransformersEngine, store: MemoryStore) -> None:
+    told: list[Progress] = []
+    with cake_of(engine, store) as cake:
+        cake.prefill(PROMPT, mode="load", on_progress=told.append)
+    assert [(one.mode, one.front, one.back, one.prefix_tokens) for one in told] == [("load", len(PROMPT), 0, SPANS)]
+    assert told[0].bands == [(0, SPANS, "loaded"), (SPANS, len(PROMPT), "computed")]
+
+
+def test_without_threads_it_is_restored_whole(
+    engine: TransformersEngine, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name.startswith("cakekv-recall"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    with cake_of(engine, store) as cake:
+        report = cake.prefill(PROMPT, mode="load").report
+    assert (report.recalled_tokens, report.loaded_tokens) == (0, SPANS)
+    assert any("no thread" in note for note in report.notes)
 
 
 def test_a_plan_says_so(engine: TransformersEngine, store: MemoryStore) -> None:

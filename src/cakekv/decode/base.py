@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cakekv.engine.ragged import RaggedCache
     from cakekv.engine.tap import Attending
     from cakekv.keys import ChunkKey
-    from cakekv.layout import KVLayout
+    from cakekv.layout import KVLayout, PlaneLayout
 
 
 class View(NamedTuple):
@@ -71,9 +71,18 @@ class Sight(ABC):
         return False
 
     @property
+    def budget(self) -> int:
+        """Tokens that a query sees, if they are limited; else 0."""
+        return 0
+
+    @property
     def lazy(self) -> bool:
         """Whether what is `beside` has rows, of which a first token reads those that its queries select."""
         return False
+
+    def beside_bytes(self, plane: PlaneLayout) -> float:
+        """About how many bytes there are `beside` a token, rows apart, of a layer with groups whose keys are so."""
+        return 0.0
 
     def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:  # noqa: B027  # some store nothing
         """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them, and the model."""

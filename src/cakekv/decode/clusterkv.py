@@ -15,9 +15,9 @@ from cakekv.chunk import MAX_LAYERS
 from cakekv.compress.base import Layer
 from cakekv.decode.groups import Grouped, Groups
 from cakekv.decode.kmeans import kmeans
-from cakekv.decode.sidecar import LONGEST, Sidecar, sidecar_key
+from cakekv.decode.sidecar import INDEX_BYTES, LONGEST, MARK_BYTES, Sidecar, sidecar_key
 from cakekv.keys import ChunkKey, canonical
-from cakekv.layout import KVLayout
+from cakekv.layout import KVLayout, PlaneLayout
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ class ClusterKV(Grouped):
             Sidecar(sidecar_key(keys[end // chunk_tokens - 1], self.fingerprint), end - self.span, end, self.lazy)
             for end in ends
         ]
+
+    def beside_bytes(self, plane: PlaneLayout) -> float:
+        return plane.heads * (INDEX_BYTES + MARK_BYTES * plane.width / self.tokens)
 
     def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:
         self.check("span", self.span % chunk_tokens == 0, f"a multiple of chunk_tokens, {chunk_tokens}")

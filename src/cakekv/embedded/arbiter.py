@@ -11,6 +11,7 @@ from typing import Protocol
 from cakekv.embedded.executor import check
 from cakekv.restore.contention import Burden, burdens
 from cakekv.restore.priority import Kind, Policy, RequestState, Turns
+from cakekv.results import OnProgress, Progress
 
 
 class OpenPrefill(Protocol):
@@ -141,6 +142,14 @@ class Arbiter:
         """Tell the open requests what they are to each other."""
         if len(self._open) > 1:
             self._weigh(now)
+
+    def tell(self, on_progress: OnProgress, progress: Progress) -> None:
+        """Tell a caller of progress, who must not call a `Cake` from there."""
+        self.teller = threading.get_ident()
+        try:
+            on_progress(progress)
+        finally:
+            self.teller = None
 
     # The following are called without it.
 

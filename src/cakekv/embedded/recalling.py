@@ -20,7 +20,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-from cakekv.decode.base import Sight
 from cakekv.embedded.answering import Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
@@ -32,7 +31,7 @@ from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
 from cakekv.restore.recall import RecallShape, Spread, by_promise, recalled_from
 from cakekv.restore.report import FrontierPoint, LoadRecord, RestoreReport, SpanRecord
-from cakekv.results import Prefill
+from cakekv.results import OnProgress, Prefill, Progress
 from cakekv.store.base import ChunkReader, Store
 
 if TYPE_CHECKING:
@@ -46,13 +45,21 @@ _SUFFIX_SPAN = 256
 """Tokens of the suffix that are computed at once, and see the same."""
 Place = tuple[int, int]
 """Which sidecar, and which of its segments."""
-
-
 Again = Callable[["Sidecar | None"], Prefill]
 
 
 class RecallLost(StoreError):
-    """Rows that a layer waits for will not come."""
+    """Rows that a layer waits for will not come.
+
+    Parameters
+    ----------
+    reason : str
+        As reports say it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the rest of a prefix is not read any more ({reason}): prefill the prompt again")
+        self.reason = reason
 
 
 class Planned(NamedTuple):
@@ -63,6 +70,7 @@ class Planned(NamedTuple):
     end: int
     """What is from there on, too."""
     tier: int
+    mode: Mode
 
 
 class Recaller:
@@ -105,11 +113,11 @@ class Recaller:
                 break
             sidecars.append(sidecar)
         tokens, stored = arms.coder.exact.tokens, sum(1 for _ in takewhile(bool, found.holders))
-        if not sidecars or sidecars[-1].end <= _budget(sight) or stored < len(found.keys):
+        if not sidecars or sidecars[-1].end <= sight.budget or stored < len(found.keys):
             return None  # chunks of the prompt that are not stored should be computed exactly, and saved
         end, tier = sidecars[-1].end, beside.tiers[sidecars[0]]
         if mode == "load":
-            return Planned(0, end, tier)
+            return Planned(0, end, tier, mode)
         layout = arms.engine.layout
         whole = [layer.token_bytes for number, layer in enumerate(layout.layers) if not sight.groups_layer(number)]
         shape = RecallShape(
@@ -117,18 +125,18 @@ class Recaller:
             layout.token_bytes,
             beside.token_bytes,
             sum(whole),
-            self._spread.share(_budget(sight), end),
+            self._spread.share(sight.budget, end),
             len(layout.layers) - len(whole),
         )
         with arms.arbiter.lock:
             chunk_bytes = max(found.sizes[tier], default=arms.coder.exact.total_bytes)
             load, compute = arms.tiers[tier].cost, arms.compute_cost
             front = recalled_from(shape, prompt_tokens, stored * tokens, compute, load, chunk_bytes, tokens)
-        return None if front is None else Planned(front, end, tier)
+        return None if front is None else Planned(front, end, tier, mode)
 
     def runs(self, plan: Planned, prompt_tokens: int) -> list[PlannedRun]:
         """A plan in words, as `Planner.explain`."""
-        compute, (front, end, tier) = self._arms.compute_cost, plan
+        compute, (front, end, tier, _) = self._arms.compute_cost, plan
         why = "as queries ask for it; the rest while the answer is computed"
         suffix_s = compute.seconds(end, prompt_tokens - end)
         runs = [
@@ -139,7 +147,14 @@ class Recaller:
         return [run for run in runs if run.tokens]
 
     def recall(
-        self, request: Request, found: Found, plan: Planned, token_ids: list[int], capacity: int, again: Again
+        self,
+        request: Request,
+        found: Found,
+        plan: Planned,
+        token_ids: list[int],
+        capacity: int,
+        again: Again,
+        tell: OnProgress | None,
     ) -> Prefill | None:
         """Compute a prompt's suffix over what its queries select; None if that is not to be had.
 
@@ -157,6 +172,8 @@ class Recaller:
             Tokens that the cache has room for.
         again : callable
             Restores the prompt whole, given the sidecar that is damaged, if one is.
+        tell : callable or None
+            Is told of every span.
         """
         beside = found.beside
         assert beside is not None
@@ -165,13 +182,13 @@ class Recaller:
         beginnings = {one: beside.beginnings[one] for one in wanted if one in beside.beginnings}
         if len(beginnings) < len(wanted):
             return None  # who restores it whole is told why
-        reading = Reading(self._arms, self._stores[plan.tier], request, plan, beginnings, again)
+        reading = Reading(self._arms, self._stores[plan.tier], request, plan, beginnings, again, tell)
         self._open.add(reading)
         try:
             prefill = reading.prefill(token_ids, capacity)
         except RecallLost as lost:
             request.notes.append(
-                f"What the first token selects could not be read ({lost}), so the prompt was restored whole."
+                f"What the first token selects could not be read ({lost.reason}), so the prompt was restored whole."
             )
             if reading.damaged is not None:
                 beside.distrust(reading.damaged)
@@ -182,18 +199,13 @@ class Recaller:
         if prefill is not None:
             sight = self._arms.options.decode
             assert sight is not None
-            self._spread.observe(reading.selected_share, _budget(sight), plan.end)
+            self._spread.observe(reading.selected_share, sight.budget, plan.end)
         return prefill
 
     def close(self) -> None:
         """Read nothing more for anybody."""
         for reading in list(self._open):
             reading.stop()
-
-
-def _budget(sight: Sight) -> int:
-    budget: int = getattr(sight, "budget", 0)
-    return budget
 
 
 def reading_until(pieces: Iterator[Piece], prefill: Prefill) -> Iterator[Piece]:
@@ -214,8 +226,8 @@ def restored_again(prefill: Prefill, lost: RecallLost) -> None:
     for tier, size in whole.report.bytes_by_tier.items():
         report.bytes_by_tier[tier] = report.bytes_by_tier.get(tier, 0) + size
     report.notes.append(
-        f"The rest of the prefix could not be read ({lost}), so the prompt was restored again, whole, while its answer "
-        f"was computed: {whole.report.loaded_tokens} tokens loaded, {whole.report.computed_tokens} computed."
+        f"The rest of the prefix could not be read ({lost.reason}), so the prompt was restored again, whole, while its "
+        f"answer was computed: {whole.report.loaded_tokens} tokens loaded, {whole.report.computed_tokens} computed."
     )
     report.notes += [note for note in whole.report.notes if note not in report.notes]
 
@@ -257,6 +269,7 @@ class Reading:
         plan: Planned,
         beginnings: Mapping[Sidecar, Beginning],
         again: Again,
+        tell: OnProgress | None = None,
     ) -> None:
         self._arms, self._store, self._request, self._plan = arms, store, request, plan
         self._sidecars, self._beginnings = list(beginnings), list(beginnings.values())
@@ -289,6 +302,7 @@ class Reading:
         self._lost = ""
         self.damaged: Sidecar | None = None
         self.again = again
+        self._on_progress = tell
         self.has_begun = False
         self.selected_share = 0.0
 
@@ -300,7 +314,7 @@ class Reading:
         tokens, sight = len(token_ids), options.decode
         assert sight is not None
         report = RestoreReport(
-            "auto", tokens, options.chunk_tokens, prefix_tokens=plan.end, codec=arms.coder.codec.label
+            plan.mode, tokens, options.chunk_tokens, prefix_tokens=plan.end, codec=arms.coder.codec.label
         )
         report.bytes_by_tier = {tier.name: 0 for tier in arms.tiers}
         report.lookup_s = self._began_s = self._now()
@@ -316,8 +330,7 @@ class Reading:
                 if plane.device.type != "cpu":  # fresh memory is zeros there; elsewhere it may hold what is no number
                     plane[:, : plan.end].zero_()
         self._ask(first)
-        for _ in range(min(len(first), self._store.parallel_reads)):
-            threading.Thread(target=self._work, name=f"cakekv-recall-{self._store.name}", daemon=True).start()
+        self._hire(min(len(first), self._store.parallel_reads))
         for start in range(0, plan.front, options.max_span_tokens):
             self._compute(cache, token_ids[: plan.front], start, start + options.max_span_tokens, report)
         self._await(first)
@@ -357,6 +370,16 @@ class Reading:
             self._changed.notify_all()
         self._await(range(len(self._places)))
 
+    def _hire(self, wanted: int) -> None:
+        """Start threads that read. If the system has fewer to spare, those will do; without any, nothing is read."""
+        for number in range(wanted):
+            try:
+                threading.Thread(target=self._work, name=f"cakekv-recall-{self._store.name}", daemon=True).start()
+            except RuntimeError as error:
+                if not number:
+                    raise RecallLost(f"no thread can be started to read it: {error}") from error
+                return
+
     def _compute(self, cache: Any, token_ids: list[int], start: int, end: int, report: RestoreReport) -> Any:
         """Compute a span, or as much of it as there is."""
         check()
@@ -366,7 +389,24 @@ class Reading:
         report.spans.append(SpanRecord(start, len(span), began, self._now()))
         report.frontiers.append(FrontierPoint(self._now(), start + len(span), self._plan.front))
         report.computed_tokens += len(span)
+        if self._on_progress is not None:
+            self._show(self._on_progress, start + len(span), report)
         return logits
+
+    def _show(self, on_progress: OnProgress, computed: int, report: RestoreReport) -> None:
+        """Tell of progress: computed is the front, and the suffix once its turn has come."""
+        (front, end, _, mode), length, arbiter = self._plan, report.prompt_tokens, self._arms.arbiter
+        begun, behind = min(computed, front), max(end, computed)
+        runs = [
+            (0, begun, "computed"),
+            (begun, front, "missing"),
+            (front, end, "loaded" if computed == length else "loading"),
+            (end, behind, "computed"),
+            (behind, length, "missing"),
+        ]
+        bands = [run for run in runs if run[0] < run[1]]
+        with arbiter.lock:
+            arbiter.tell(on_progress, Progress(mode, length, end, computed, front, bands, self._now()))
 
     def _lay_out(self, view: Any) -> list[int]:
         """Find out where all rows are to be had; returns the places of those that are needed before anything else."""
@@ -436,7 +476,7 @@ class Reading:
                 if monotonic() - self._moved_at > deadline_s:
                     self._lose("late")
                 if self._stopped:
-                    raise RecallLost(self._lost or "nothing more is read of it: prefill the prompt again")
+                    raise RecallLost(self._lost or "its answer is over")
                 self._changed.wait(LOOK_S)
 
     def _now(self) -> float:
@@ -480,7 +520,7 @@ class Reading:
         for place in places[1:]:
             size += self._size(place)
             (sidecar, segment), (before, last) = self._places[place], self._places[batch[-1]]
-            if place in self._taken or sidecar != before or segment != last + 1 or size > _AT_ONCE:
+            if sidecar != before or segment != last + 1 or size > _AT_ONCE:
                 break
             batch.append(place)
         self._taken.update(batch)

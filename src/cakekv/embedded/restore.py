@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from threading import get_ident
 from time import monotonic
 from typing import Generic, NamedTuple
 
@@ -408,21 +407,18 @@ class EmbeddedRestore(Generic[Cache, Logits]):
             return
         planner = self.planner
         latest = planner.latest
-        self._arbiter.teller = get_ident()
-        try:
-            self._on_progress(
-                Progress(
-                    planner.mode,
-                    planner.prompt_tokens,
-                    planner.prefix_tokens,
-                    latest.front,
-                    latest.back,
-                    planner.coverage.bands(),
-                    monotonic() - self.request.arrived_s,
-                )
-            )
-        finally:
-            self._arbiter.teller = None
+        self._arbiter.tell(
+            self._on_progress,
+            Progress(
+                planner.mode,
+                planner.prompt_tokens,
+                planner.prefix_tokens,
+                latest.front,
+                latest.back,
+                planner.coverage.bands(),
+                monotonic() - self.request.arrived_s,
+            ),
+        )
 
 
 def _earlier(first: int | None, chunk: int) -> int:

@@ -128,10 +128,9 @@ class Sidecars:
             for number, layer in layers
             if sight is not None and sight.groups_layer(number) and layer.window is None
         }
-        per_group: int = getattr(sight, "tokens", 1)
         grouped = [self._layers[number].planes[0] for number in self._heads]
-        self.token_bytes = sum(-(-plane.heads * (2 * per_group + 4 * plane.width) // per_group) for plane in grouped)
-        self._token_bytes = -(-arms.coder.exact.total_bytes // arms.coder.exact.tokens)
+        self.token_bytes = round(sum(sight.beside_bytes(plane) for plane in grouped)) if sight is not None else 0
+        self._most_token_bytes = -(-arms.coder.exact.total_bytes // arms.coder.exact.tokens)
 
     def read(self, tier: Store, sidecars: Sequence[Sidecar]) -> Read:
         """What a tier holds of them."""
@@ -142,7 +141,7 @@ class Sidecars:
             with tier.open(sidecar.key) as reader:
                 if sidecar.has_rows:
                     return self._read_beginning(reader, sidecar)
-                if reader.size > (sidecar.end - sidecar.start) * self._token_bytes:
+                if reader.size > (sidecar.end - sidecar.start) * self._most_token_bytes:
                     raise CorruptChunk(ChunkFault.OVERLONG, f"{reader.size} bytes")
                 buffer = memoryview(bytearray(reader.size))
                 fill(reader, buffer, 0, reader.size, _Going(), Progress())
@@ -152,7 +151,7 @@ class Sidecars:
 
     def _read_beginning(self, reader: ChunkReader, sidecar: Sidecar) -> Beginning:
         """The groups of a sidecar, without the rows behind them."""
-        going, progress, most = _Going(), Progress(), (sidecar.end - sidecar.start) * self._token_bytes
+        going, progress, most = _Going(), Progress(), (sidecar.end - sidecar.start) * self._most_token_bytes
         first = memoryview(bytearray(min(ALIGNMENT, reader.size)))
         fill(reader, first, 0, len(first), going, progress)
         header_bytes = header_bytes_of(first, reader.size)

@@ -6,7 +6,6 @@ Nothing of such a prompt is loaded or saved: what a stride computes depends on w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import get_ident
 from time import monotonic
 from typing import Any
 
@@ -116,11 +115,7 @@ class Streaming:
         arbiter = self._arms.arbiter
         bands = [(0, end, "computed"), (end, length, "missing")][: 1 if end == length else 2]
         with arbiter.lock:
-            arbiter.teller = get_ident()
-            try:
-                on_progress(Progress("compute", length, 0, end, length, bands, elapsed_s))
-            finally:
-                arbiter.teller = None
+            arbiter.tell(on_progress, Progress("compute", length, 0, end, length, bands, elapsed_s))
 
 
 def take(engine: Engine[Any, Any], method: Method, cache: Any, stride: Sequence[int], start: int) -> tuple[Any, Any]:
