@@ -9,6 +9,11 @@ import typer
 
 from cakekv.cli.console import NEWS, RESULTS
 
+Model = Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")]
+Texts = Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")]
+Out = Annotated[Path | None, typer.Option(help="Write the kernels here, too.")]
+Dtype = Annotated[str, typer.Option(help="What to run the model in, such as float32; auto: what it was saved in.")]
+
 app = typer.Typer(no_args_is_help=True, help="Prepare decode=less, which has to learn a model first.")
 
 
@@ -19,15 +24,13 @@ def less() -> None:
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+    model: Model = "demo",
     documents: Annotated[int, typer.Option(min=2, help="From how many documents; their kinds take turns.")] = 64,
     tokens: Annotated[int, typer.Option(min=48, help="Length of each, in tokens.")] = 512,
     epochs: Annotated[int, typer.Option(min=1, help="How often to go through them.")] = 10,
-    texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the kernels here, too.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="What to run the model in, such as float32; auto: what it was saved in.")
-    ] = "auto",
+    texts: Texts = None,
+    out: Out = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Learn a model's kernels for decode=less, once per model: what a few numbers per layer can tell of tokens that
     were let go of.
@@ -80,15 +83,13 @@ def train(
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Option(help="A model folder, a model's name, or demo.")] = "demo",
+    model: Model = "demo",
     documents: Annotated[int, typer.Option(min=2, help="From how many documents; their kinds take turns.")] = 24,
     tokens: Annotated[int, typer.Option(min=512, help="Length of each, in tokens.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="How often to go through them.")] = 3,
-    texts: Annotated[Path | None, typer.Option(help="A folder with .txt files: one kind of documents more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the kernels here, too.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="What to run the model in, such as float32; auto: what it was saved in.")
-    ] = "auto",
+    texts: Texts = None,
+    out: Out = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Go on learning a model's kernels for decode=less, all layers together, behind texts of many lengths.
 
