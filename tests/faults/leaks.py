@@ -55,9 +55,9 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def leaks(samples: Sequence[Sample]) -> list[str]:
+def leaks(samples: Sequence[Sample], allowed_bytes: int = ALLOWED_BYTES) -> list[str]:
     """What leaks: one sentence each."""
-    allowed = {"memory": ALLOWED_BYTES, "files": ALLOWED_COUNT, "threads": ALLOWED_COUNT}
+    allowed = {"memory": allowed_bytes, "files": ALLOWED_COUNT, "threads": ALLOWED_COUNT}
     return [
         f"{name} grew by {grown:,.0f}, from {getattr(samples[0], name):,} to {getattr(samples[-1], name):,}"
         for name, grown in growth(samples).items()

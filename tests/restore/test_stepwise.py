@@ -130,6 +130,10 @@ def test_a_load_that_queues_is_late_only_if_nothing_moves() -> None:
     flights.land(loads[0])
     assert flights.give_up_late(2.2) == []
     assert flights.give_up_late(50.0) == loads[1:]
+    more = [Load(chunk, 0, 1, 0, True, 1000, 50.0) for chunk in (3, 4)]
+    for load in more:
+        flights.begin(load, may_queue=True)
+    assert [load.queued for load in more] == [False, True]  # late ones that never began take nobody's place
 
 
 def test_loads_that_queue_end_one_after_the_other() -> None:

@@ -103,7 +103,8 @@ class Flights:
         """A load was handed out; if it may, it queues while the tier is at as many as keep it busy."""
         self.any_begun = True
         useful = self._tiers[load.tier].useful_depth(load.size)
-        load.queued = may_queue and len(self._read_now(load.tier)) - self._stuck[load.tier] >= useful
+        reading = [other for other in self._read_now(load.tier) if not other.late]
+        load.queued = may_queue and len(reading) >= useful
         if not load.queued:
             self.started(load)
         self._wanted[load.chunk, load.group] = load
