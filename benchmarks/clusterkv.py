@@ -1,6 +1,7 @@
 """ClusterKV beside pages of 16 tokens: what they see of the true top keys, and what becomes of answers.
 
     python benchmarks/clusterkv.py --json benchmarks/decode.json
+    python benchmarks/clusterkv.py --json benchmarks/decode.json --lengths 8000 --documents 20 --add
 
 Every document's context is computed once. Its continuation and its needles are then run over it, once with everything
 in sight, and once with each sight: with the full cache's queries for the recall of the keys with the greatest products,
@@ -47,6 +48,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="Contexts, in tokens.")] = "4096",
     documents: Annotated[str, typer.Option(help="How many documents of each length.")] = "21",
     budgets: Annotated[str, typer.Option(help="Tokens that a query sees.")] = "128,256,512",
+    add: Annotated[bool, typer.Option("--add", help="Keep what the file has of other lengths.")] = False,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens behind a context that are compared.")] = 64,
 ) -> None:
     """Compare sights."""
@@ -73,7 +75,7 @@ def main(
                 "recall_of_every": _EVERY,
                 "sights": [one.recipe for one in seen],
             }
-            write_systems(json_file, "clusterkv:", claims, settings)
+            write_systems(json_file, "clusterkv:", claims, settings, f" {lengths} tokens" if add else "")
 
 
 def judged(engine: TransformersEngine, document: Document, sights: Sequence[Grouped]) -> dict[str, dict[str, float]]:

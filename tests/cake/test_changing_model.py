@@ -19,7 +19,7 @@ from cakekv.errors import BadInput, UnsupportedModel
 from cakekv.store.memory import MemoryStore
 from tests.matrix.models import build, tiny
 
-PROMPT = [random.Random(4).randrange(3, 128) for _ in range(100)]
+PROMPT = random.Random(4).choices(range(3, 128), k=100)
 CHANGED = "The model changed"
 
 

@@ -22,7 +22,7 @@ class Claim(NamedTuple):
     holds: bool
 
 
-def write_systems(file: Path, prefix: str, claims: Sequence[Claim], settings: dict[str, Any]) -> None:
+def write_systems(file: Path, prefix: str, claims: Sequence[Claim], settings: dict[str, Any], add: str = "") -> None:
     """Put claims into a file's list `systems`, instead of those whose names begin with `prefix`; all else in it stays.
 
     Parameters
@@ -35,12 +35,19 @@ def write_systems(file: Path, prefix: str, claims: Sequence[Claim], settings: di
         All of this system.
     settings : dict
         What it was measured with; it is told together with the command and the machine.
+    add : str
+        Only claims that are measured anew go; what this run was measured with is told under the prefix and this.
     """
     data = json.loads(file.read_text()) if file.exists() else {}
     strangers = [one.name for one in claims if not one.name.startswith(prefix)]
     if strangers:
         raise ValueError(f"claims of {prefix} are called so: {strangers}")
-    kept = [one for one in data.get("systems", ()) if not one["name"].startswith(prefix)]
+    gone = {one.name for one in claims}
+    kept = [
+        one
+        for one in data.get("systems", ())
+        if one["name"] not in gone and (add or not one["name"].startswith(prefix))
+    ]
     systems = sorted([*kept, *(one._asdict() for one in claims)], key=lambda one: one["name"])
-    runs = {**data.get("settings", {}), prefix: {**describe_run(), **settings}}
+    runs = {**data.get("settings", {}), prefix + add: {**describe_run(), **settings}}
     write_json(file, {**data, "settings": dict(sorted(runs.items())), "systems": systems})
