@@ -11,7 +11,6 @@ import pytest
 from tests.faults.leaks import ALLOWED_BYTES, Sample, leaks
 from tests.faults.processes import printed, running
 
-
 WARMING_BYTES = 8 << 20
 """By so much may memory drift in a short run, in which allocators and caches of code still fill: 32 kB a request."""
 
