@@ -181,9 +181,8 @@ def _tokens_per_s(loads: Sequence[LoadRecord]) -> float:
 def _prefixed(url: str, name: object) -> Store:
     """A store of its own on a server."""
     place, _, query = url.partition("?")
-    if place.startswith("s3"):
-        return open_store(f"{place}/{name}?{query}&timeout=60s")
-    return open_store(f"{place}?prefix={name}:&timeout=60s")
+    place, own = (f"{place}/{name}", "") if place.startswith("s3") else (place, f"prefix={name}:")
+    return open_store(f"{place}?{'&'.join(filter(None, (query, own, 'timeout=60s')))}")
 
 
 def _show(server: str, point: dict[str, Any]) -> None:
