@@ -12,15 +12,19 @@ from cakekv.bench.scbench.results import ALL, FULL, Results
 from cakekv.bench.scbench.running import MODES, TURNS, Answer, Answers, Variant
 from cakekv.codec import codec_named
 from cakekv.compress import method_named
+from cakekv.decode import sight_named
 from cakekv.errors import BadInput
 
 SCORES = {
     FULL: [1, 1, 1, 0, 1],
     "int8": [1, 1, 0, 1, 1],
     "sink_recent": [1, 0, 0, 1, 0],
+    "less": [1, 0, 0, 0, 0],
+    "pages": [1, 1, 1, 1, 1],
 }
 """By turn, of the task kv; nobody can do mf."""
 VARIANTS = (Variant("int8", codec=codec_named("int8")), Variant("sink_recent", method=method_named("sink_recent")))
+DROPPING = ("sink_recent", "less")
 RUN = {"command": "here", "machine": {"processor": "P"}}
 
 
@@ -32,7 +36,7 @@ class FixedRunner:
             for mode in MODES:
                 scores = SCORES[variant.name] if session.task == "kv" else [0] * 5
                 turns = [Answer(float(score), float(score) - 1.0, "said") for score in scores]
-                yield variant.name, mode, Answers(0.5, turns)
+                yield variant.name, mode, Answers(0.5 if variant.name in DROPPING else 1.0, turns)
 
 
 def sessions() -> list[Session]:
@@ -62,6 +66,7 @@ def test_scores_are_of_what_the_full_cache_can_do() -> None:
     assert {(row["method"], row["turn"]): (row["score"], row["items"]) for row in rows} == {
         (name, turn + 1): (score, 4)
         for name, scores in SCORES.items()
+        if name in (FULL, "int8", "sink_recent")
         for turn, score in enumerate(scores)
         if SCORES[FULL][turn]
     }
@@ -79,6 +84,16 @@ def test_claims_are_of_falls_from_the_first_turn_to_the_last() -> None:
         assert (pair["measured"], pair["interval"], pair["holds"], pair["sessions"]) == (1.0, [1.0, 1.0], True, 4)
         assert claims["sink_recent falls from turn 1 to turn 5", figure]["holds"]
         assert claims["int8 does not fall by more than 0.05 from turn 1 to turn 5", figure]["measured"] == 0.0
+
+
+def test_a_sight_that_lets_go_of_tokens_should_fall() -> None:
+    sights = [Variant(name, sight=sight_named(name)) for name in ("less", "pages")]
+    claims = {one["claim"] for one in judged(sights).to_dict()["claims"]}
+    assert claims == {
+        "less falls from turn 1 to turn 5",
+        "less falls more from turn 1 to turn 5 than pages",
+        "pages does not fall by more than 0.05 from turn 1 to turn 5",
+    }
 
 
 def test_what_a_file_lacks_is_added(tmp_path: Path) -> None:

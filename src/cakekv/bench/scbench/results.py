@@ -197,8 +197,9 @@ class Results:
         requests (`gold_nats_seen`), so that it does not matter which questions come first and last. The latter two are
         over all sessions of tasks that count.
         """
-        dropping = [name for name, kind in self._kinds.items() if kind == "compress" and self._judged[name]]
-        keeping = [name for name, kind in self._kinds.items() if kind in ("codec", "decode") and self._judged[name]]
+        judged = [name for name in self._kinds if self._judged[name] and name != FULL]
+        dropping = [name for name in judged if self._drops(name)]
+        keeping = [name for name in judged if name not in dropping]
         falls = {"score": self._fall, "gold_nats": self._fall_in_nats, "gold_nats_seen": self._fall_of_seen}
         for figure, fall in falls.items():
             for name in dropping:
@@ -211,6 +212,10 @@ class Results:
                 for other in keeping:
                     text = f"{name} falls more from turn 1 to turn 5 than {other}"
                     yield from _claim(text, figure, [fall(name), fall(other)], lambda measured, low, high: low > 0)
+
+    def _drops(self, name: str) -> bool:
+        """Whether tokens are let go of: by methods that should, and by some sights."""
+        return self._kinds[name] == "compress" or any(one[TURNS].kept_share < 1 for one in self._judged[name])
 
     def _fall(self, name: str) -> dict[int, float]:
         """By session: the score at the first turn less that at the last."""
