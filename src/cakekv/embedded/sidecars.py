@@ -24,7 +24,7 @@ SIZE_BYTES = 4
 Spans = dict[int, dict[int, "Groups"]]
 """By layer, and by the position where they end."""
 Read = dict["Sidecar", tuple["dict[int, Groups] | Beginning | str", int]]
-"""What a sidecar holds, by layer, or its beginning, if it has rows; or why that is not to be had; and the bytes read."""
+"""What a sidecar holds, by layer, or its beginning, if it has rows; or why that cannot be had; and the bytes read."""
 
 
 class Beside:

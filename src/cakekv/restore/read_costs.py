@@ -9,6 +9,7 @@ _TO_BYTES = 0.02
 _HOLD = 1.0
 """How firmly bytes are held to cost what is known of them. Reads that are mostly waiting say little of it."""
 _LEAST = 0.02
+"""Of what an average read takes, the part that is taken to be its bytes', at the least."""
 
 
 class ReadCost:
@@ -45,7 +46,15 @@ class ReadCost:
         held = _HOLD if known_byte_s else 0.0
         weight, xx, xy = self._weight * (1 + _TO_BYTES), self._xx + held, self._xy + held * known_byte_s
         byte_s = (weight * xy - self._x * self._y) / (weight * xx - self._x**2)
-        byte_s = min(max(byte_s, _LEAST * xy / xx), xy / xx)  # neither costs less than nothing
+        byte_s = max(min(byte_s, xy / xx), _LEAST * self._y / self._x)  # neither costs less than nothing
         request_s = max(0.0, (self._y - self._x * byte_s) / weight)
-        self._request_bytes = request_s / byte_s
+        self._weigh(request_s / byte_s)
         return request_s, byte_s
+
+    def _weigh(self, request_bytes: float) -> None:
+        """Have reads weigh as if a request cost as much as so many bytes: those to come, and about so those before."""
+        usual = self._x / self._weight
+        factor = ((usual + self._request_bytes) / (usual + request_bytes)) ** 2
+        self._request_bytes = request_bytes
+        for name in ("_weight", "_x", "_y", "_xx", "_xy"):
+            setattr(self, name, factor * getattr(self, name))
