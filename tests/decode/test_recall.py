@@ -294,7 +294,9 @@ def test_a_first_token_goes_before_what_is_read_behind_others(engine: Transforme
     order: list[ChunkKey] = []
 
     def wait(key: ChunkKey) -> None:
-        if cake.last_report is not None and threading.current_thread().name.startswith("cakekv-recall"):
+        if any(
+            reading.has_begun for reading in list(cake._recaller._open)
+        ) and threading.current_thread().name.startswith("cakekv-recall"):
             order.append(key)
             assert gate.wait(60)
 
@@ -314,7 +316,7 @@ def test_a_first_token_goes_before_what_is_read_behind_others(engine: Transforme
         first.recall.settle()
     assert order[0] in first_keys
     others = [index for index, key in enumerate(order) if key not in first_keys]
-    assert others[0] <= 2, "at most what was in flight, before it came"
+    assert others[0] <= 2 < len(order) - len(others), "at most what was in flight, before it came"
 
 
 def whole(prompt: list[int]) -> Tokenized:
