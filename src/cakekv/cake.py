@@ -32,7 +32,7 @@ from cakekv.embedded.executor import Executor, check
 from cakekv.embedded.hints import Hints
 from cakekv.embedded.learning import Learner
 from cakekv.embedded.planning import Planning
-from cakekv.embedded.recalling import Recaller, RecallLost, reading_until, restored_again
+from cakekv.embedded.recalling import Reading, Recaller, RecallLost, reading_until, restored_again
 from cakekv.embedded.restore import EmbeddedRestore
 from cakekv.embedded.saver import PromptSaver, Saver, SaveReport
 from cakekv.embedded.session import Session
@@ -257,7 +257,7 @@ class Cake:
         self._compressing = Compressing(self._arms)
         self._streaming = Streaming(self._arms, self._compressing.method)
         self._stored = StoredPrefixes(self._arms, self.tiers)
-        self._recaller = Recaller(self._arms, self.tiers)
+        self._recaller = Recaller(self._arms, self.tiers, self._outside)
         self._hints = Hints(self._arms, self._stored, stores, self.tiers)
         self._learner = Learner(lambda: self._arms.arbiter.is_idle)
         self._executor = Executor(self._arms.arbiter.wake)
@@ -649,6 +649,10 @@ class Cake:
         """Have a call run by a thread of the executor's; every call that an interrupt may end goes through here."""
         return self._executor.run(self._call(work))
 
+    def _outside(self, work: Callable[[], None]) -> None:
+        """Have something done by a thread that no interrupt reaches, also once the `Cake` is closed."""
+        self._executor.run(work, though_closed=True)
+
     def _call(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """What such a thread is to do."""
         self._check_caller()
@@ -857,12 +861,17 @@ class Cake:
             found.beside.begin()
         with self._hints.needed(request.id, found):
             recalled = self._recalled(request, found, prompt, capacity, asked)
-            return found, recalled or self._restore_found(request, found, prompt.token_ids, capacity, asked)
+            if isinstance(recalled, Prefill):
+                return found, recalled
+            prefill = self._restore_found(request, found, prompt.token_ids, capacity, asked)
+            if recalled is not None:
+                recalled.count_in(prefill.report)
+            return found, prefill
 
     def _recalled(
         self, request: Request, found: Found, prompt: Tokenized, capacity: int, asked: PrefillOptions
-    ) -> Prefill | None:
-        """A prompt of which only what its queries select was read; None if it has to be restored whole."""
+    ) -> Prefill | Reading | None:
+        """A prompt of which only what its queries select was read, unless it has to be restored whole."""
         plan = self._recaller.planned(found, len(prompt.token_ids), asked.mode)
         if plan is None:
             return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
 from typing import Any
@@ -16,13 +17,16 @@ from cakekv import BadInput, Cake
 from cakekv.chunk import ALIGNMENT, header_bytes_of, read_header
 from cakekv.decode.clusterkv import ClusterKV
 from cakekv.embedded.recalling import Planned, Recaller
+from cakekv.embedded.sidecars import Sidecars
 from cakekv.engine.transformers import TransformersEngine
 from cakekv.errors import StoreError
 from cakekv.keys import ChunkKey
+from cakekv.prompt import Tokenized
 from cakekv.results import Progress
 from cakekv.store.base import ChunkReader
 from cakekv.store.memory import MemoryStore
 from cakekv.store.wrapper import WrappedReader, WrappedStore
+from tests.cake.test_forks import in_child
 from tests.matrix.models import build
 
 CHUNK = 8
@@ -160,28 +164,42 @@ class Failing(WrappedStore):
         super().__init__(inner)
         self.how, self.left = how, after
         self.bad = set(sidecars(inner))
+        self.read_bytes = 0
+        self.announced: dict[ChunkKey, list[tuple[int, int]]] = {}
+        self.before: Callable[[ChunkKey], None] = lambda key: None
+        self._counting = threading.Lock()
 
     def open(self, key: ChunkKey) -> ChunkReader:
-        reader = self._inner.open(key)
-        return FailingReader(self, reader) if key in self.bad else reader
+        return FailingReader(self, self._inner.open(key), key)
+
+    def count(self, size: int) -> int:
+        with self._counting:
+            self.read_bytes += size
+        return size
 
 
 class FailingReader(WrappedReader):
-    def __init__(self, store: Failing, inner: ChunkReader) -> None:
+    def __init__(self, store: Failing, inner: ChunkReader, key: ChunkKey) -> None:
         super().__init__(inner)
-        self.store = store
+        self.store, self.key = store, key
+
+    def announce(self, start: int, end: int) -> None:
+        self.store.announced.setdefault(self.key, []).append((start, end))
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
+        self.store.before(self.key)
+        if self.key not in self.store.bad:
+            return self.store.count(self._inner.read_into(buffer, offset))
         self.store.left -= 1
         count = self._inner.read_into(buffer, offset)
         if self.store.left >= 0:
-            return count
+            return self.store.count(count)
         if self.store.how == "error":
             raise StoreError("the link is down")
         if self.store.how == "cut":
             return 0
         buffer[count // 2] ^= 1
-        return count
+        return self.store.count(count)
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "error"])
@@ -201,6 +219,10 @@ def test_damage_costs_a_restore_and_no_answer(
         else:
             assert answer.token_ids == whole
             assert answer.report.notes
+            vain = [load for load in answer.report.loads if load.outcome != "placed"]
+            assert (answer.report.wasted_bytes > 0) == any(load.tokens == 32 for load in vain) or after < 10
+        wait_for_no_readers()
+        assert sum(answer.report.bytes_by_tier.values()) == failing.read_bytes
         failing.left = 1 << 30
         cake.wait_saved()
         assert cake.generate(PROMPT, max_new_tokens=STEPS, mode="load").token_ids == lazily
@@ -233,6 +255,136 @@ def test_several_at_once(engine: TransformersEngine, store: MemoryStore) -> None
         answers = pool.map(lambda _: cake.generate(PROMPT, max_new_tokens=STEPS, mode="load"), range(8))
         assert [answer.token_ids for answer in answers] == [lazily] * 8
     wait_for_no_readers()
+
+
+@pytest.mark.parametrize("parallel_reads", [1, 4])
+def test_all_recalls_share_a_few_readers(engine: TransformersEngine, store: MemoryStore, parallel_reads: int) -> None:
+    """While all of them wait for a tier that delivers nothing, and one of them may hold the compute arm."""
+    lazily = [int(one.argmax()) for one in expected(engine)[:STEPS]]
+    gated, gate, waiting = Failing(store, "error", 1 << 30), threading.Event(), threading.Semaphore(0)
+    gated.parallel_reads = parallel_reads
+
+    def wait(key: ChunkKey) -> None:
+        if threading.current_thread().name.startswith("cakekv-recall"):
+            waiting.release()
+            assert gate.wait(60)
+
+    gated.before = wait
+    with cake_of(engine, gated) as cake, ThreadPoolExecutor(12) as pool:
+        answers = pool.map(lambda _: cake.generate(PROMPT, max_new_tokens=STEPS, mode="load"), range(12))
+        readers = cake._recaller._readers[0]
+        until = monotonic() + 60
+        while len(readers._open) < 12:
+            assert monotonic() < until
+            sleep(0.01)
+        for _ in range(parallel_reads):
+            assert waiting.acquire(timeout=60)
+        assert sum(thread.name.startswith("cakekv-recall") for thread in threading.enumerate()) == parallel_reads
+        gate.set()
+        assert [answer.token_ids for answer in answers] == [lazily] * 12
+
+
+def test_a_first_token_goes_before_what_is_read_behind_others(engine: TransformersEngine, store: MemoryStore) -> None:
+    other = [*PROMPT[:8][::-1], *PROMPT[8:]]
+    with cake_of(engine, store) as cake:
+        cake.prefill(other)
+        cake.wait_saved()
+    gated, gate = Failing(store, "error", 1 << 30), threading.Event()
+    gated.parallel_reads = 1
+    order: list[ChunkKey] = []
+
+    def wait(key: ChunkKey) -> None:
+        if any(
+            reading.has_begun for reading in list(cake._recaller._open)
+        ) and threading.current_thread().name.startswith("cakekv-recall"):
+            order.append(key)
+            assert gate.wait(60)
+
+    with cake_of(engine, gated) as cake, ThreadPoolExecutor(1) as pool:
+        first_keys = {key.key for key in cake.options.decode.beside(cake._stored.keys_of(whole(PROMPT)), CHUNK)}
+        gated.before = wait
+        first = cake.prefill(PROMPT, mode="load")
+        second = pool.submit(cake.prefill, other, mode="load")
+        readers = cake._recaller._readers[0]
+        until = monotonic() + 60
+        while len(readers._open) < 2 and first.report.loads[0].outcome != "placed":
+            assert monotonic() < until
+            sleep(0.01)
+        gate.set()
+        second.result(60)
+        assert first.recall is not None
+        first.recall.settle()
+    assert order[0] in first_keys
+    others = [index for index, key in enumerate(order) if key not in first_keys]
+    assert others[0] <= 2 < len(order) - len(others), "at most what was in flight, before it came"
+
+
+def whole(prompt: list[int]) -> Tokenized:
+    return Tokenized(prompt)
+
+
+def test_a_beginning_is_one_request(engine: TransformersEngine, store: MemoryStore) -> None:
+    watched = Failing(store, "error", 1 << 30)
+    for _ in range(2):
+        watched.announced.clear()
+        with cake_of(engine, watched) as cake:
+            cake.prefill(PROMPT, mode="load")
+        for key in sidecars(store):
+            data = bytes_of(store, key)
+            end = read_header(data, len(data)).offsets[len(engine.layout.layers)]
+            (one,) = [(start, stop) for start, stop in watched.announced[key] if start < end]
+            assert one[0] == 0
+            assert end <= one[1] < end + ALIGNMENT + 2048
+
+
+def test_a_beginning_longer_than_expected_is_read_in_more(
+    engine: TransformersEngine, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sidecars, "_expected", lambda *_: 0)
+    with cake_of(engine, store) as cake:
+        assert cake.prefill(PROMPT, mode="load").report.recalled_tokens == SPANS
+
+
+def test_recalls_teach_what_a_tier_costs(engine: TransformersEngine, store: MemoryStore) -> None:
+    slow = Failing(store, "error", 1 << 30)
+    with cake_of(engine, slow) as cake:
+        cost = cake.load_costs[0]
+        assert not cost.known
+        cake.generate(PROMPT, max_new_tokens=STEPS, mode="load")
+        assert cost.measured
+        before = cost.request_s + cost.seconds(1 << 14)
+        slow.before = lambda key: sleep(max(0.02, 3 * before))
+        cake.generate(PROMPT, max_new_tokens=STEPS, mode="load")
+        assert cost.request_s + cost.seconds(1 << 14) > 1.5 * before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_knows_that_nobody_reads(engine: TransformersEngine, store: MemoryStore) -> None:
+    gated, gate, has_begun = Failing(store, "error", 1 << 30), threading.Event(), threading.Event()
+
+    def wait(key: ChunkKey) -> None:
+        if has_begun.is_set() and threading.current_thread().name.startswith("cakekv-recall"):
+            assert gate.wait(60)
+
+    with cake_of(engine, gated) as cake:
+        gated.before = lambda key: (sleep(0.01), wait(key))[1]
+        has_begun_before = cake.prefill(PROMPT, mode="load")
+        has_begun.set()
+        assert has_begun_before.recall is not None
+        if has_begun_before.report.loads[0].outcome != "reading":
+            pytest.skip("all was read at once")
+
+        def child() -> None:
+            assert has_begun_before.recall is not None
+            with pytest.raises(StoreError, match="forked"):
+                has_begun_before.recall.settle()
+            has_begun_before.recall.stop()
+
+        with cake._recaller._readers[0].lock:
+            in_child(child)
+        gate.set()
+        has_begun_before.recall.settle()
 
 
 def test_who_stops_early_stops_the_reading(engine: TransformersEngine, store: MemoryStore) -> None:

@@ -84,6 +84,10 @@ class Sight(ABC):
         """About how many bytes there are `beside` a token, rows apart, of a layer with groups whose keys are so."""
         return 0.0
 
+    def groups_beside(self, tokens: int) -> int:
+        """How many groups a head has of so many tokens that something is `beside`."""
+        return 0
+
     def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:  # noqa: B027  # some store nothing
         """Raise `BadInput` unless what is stored beside chunks of so many tokens suits them, and the model."""
 

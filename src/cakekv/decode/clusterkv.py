@@ -80,6 +80,9 @@ class ClusterKV(Grouped):
     def beside_bytes(self, plane: PlaneLayout) -> float:
         return plane.heads * (INDEX_BYTES + MARK_BYTES * plane.width / self.tokens)
 
+    def groups_beside(self, tokens: int) -> int:
+        return min(tokens, max(1, round(tokens / self.tokens)))
+
     def check_chunks(self, chunk_tokens: int, layout: KVLayout) -> None:
         self.check("span", self.span % chunk_tokens == 0, f"a multiple of chunk_tokens, {chunk_tokens}")
         if self.lazy:

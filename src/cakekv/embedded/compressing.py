@@ -94,6 +94,9 @@ class Compressing:
             else:
                 report.decode = self.sight.recipe
                 read = found.beside.spans(report.notes) if found.beside is not None else {}
+                if found.beside is not None:
+                    for sidecar, size in found.beside.read_bytes.items():
+                        report.bytes_by_tier[self._arms.tiers[found.beside.tiers[sidecar]].name] += size
                 left = engine.look(prefill.cache, prefill.token_ids, self.sight, marked(prompt), read)
                 is_exact = not (report.lossy_tokens or report.after_lossy_tokens or report.blended_tokens)
                 if found.beside is not None and saver is not None and is_exact and found.still():

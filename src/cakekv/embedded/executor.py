@@ -49,6 +49,11 @@ def check() -> None:
         raise Cancelled
 
 
+def in_call() -> bool:
+    """Whether this thread runs a call, which may be its caller's if there is no other."""
+    return getattr(_ours, "call", None) is not None
+
+
 class Executor:
     """Runs as many calls at once as there are callers. Its threads are used again.
 

@@ -229,6 +229,10 @@ class Loader:
                 emit(_LOG, logging.WARNING, "deadline_missed", tier=tier, operation="load", waited_s=waited_s)
         self.wake()
 
+    def is_loading(self, tier: int) -> bool:
+        """Whether anything is being loaded from a tier."""
+        return bool(self._in_flight[tier])
+
     def hangs(self, tier: int) -> bool:
         """Whether as many workers as the tier has places are stuck in loads that nobody waits for any more."""
         return self._stuck(tier) >= self._tiers[tier].parallel_reads

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
 from time import monotonic
@@ -23,9 +22,11 @@ from weakref import WeakSet
 from cakekv.embedded.answering import Piece
 from cakekv.embedded.arbiter import Request
 from cakekv.embedded.arms import Arms
-from cakekv.embedded.executor import LOOK_S, check
+from cakekv.embedded.executor import LOOK_S, check, in_call
+from cakekv.embedded.recall_readers import AT_ONCE, STUCK_S, Job, RecallReaders, Urgency
 from cakekv.embedded.stored import Found
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
+from cakekv.keys import ChunkKey
 from cakekv.load.reading import failure_reason
 from cakekv.restore.explanation import PlannedRun
 from cakekv.restore.options import Mode
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
 
     from cakekv.decode.sidecar import Beginning, Rows, Sidecar
 
-_AT_ONCE = 1 << 20
-"""Bytes that are read in one go, if the rows stand next to each other."""
 _SUFFIX_SPAN = 256
 """Tokens of the suffix that are computed at once, and see the same."""
+_LAST_READS_S = 0.3
+"""Seconds that reads which were given up have to end, to be in the report. A tier that hangs costs them, too."""
 Place = tuple[int, int]
 """Which sidecar, and which of its segments."""
 Again = Callable[["Sidecar | None"], Prefill]
+Outside = Callable[[Callable[[], None]], None]
+"""Runs something in a thread that is never interrupted."""
 
 
 class RecallLost(StoreError):
@@ -82,11 +85,14 @@ class Recaller:
         The model, what both arms cost, and the options.
     stores : sequence of Store
         The tiers.
+    outside : callable
+        Does something in a thread that is never interrupted, and waits for it.
     """
 
-    def __init__(self, arms: Arms[Any, Any], stores: Sequence[Store]) -> None:
+    def __init__(self, arms: Arms[Any, Any], stores: Sequence[Store], outside: Outside) -> None:
         self._arms = arms
-        self._stores = stores
+        self._outside = outside
+        self._readers = [RecallReaders(arms, tier, store) for tier, store in enumerate(stores)]
         self._spread = Spread()
         self._open: WeakSet[Reading] = WeakSet()
 
@@ -116,6 +122,9 @@ class Recaller:
         if not sidecars or sidecars[-1].end <= sight.budget or stored < len(found.keys):
             return None  # chunks of the prompt that are not stored should be computed exactly, and saved
         end, tier = sidecars[-1].end, beside.tiers[sidecars[0]]
+        with self._readers[tier].lock:
+            if self._readers[tier].hangs:
+                return None
         if mode == "load":
             return Planned(0, end, tier, mode)
         layout = arms.engine.layout
@@ -155,8 +164,8 @@ class Recaller:
         capacity: int,
         again: Again,
         tell: OnProgress | None,
-    ) -> Prefill | None:
-        """Compute a prompt's suffix over what its queries select; None if that is not to be had.
+    ) -> Prefill | Reading | None:
+        """Compute a prompt's suffix over what its queries select; or what was read of that in vain, if anything.
 
         Parameters
         ----------
@@ -182,7 +191,9 @@ class Recaller:
         beginnings = {one: beside.beginnings[one] for one in wanted if one in beside.beginnings}
         if len(beginnings) < len(wanted):
             return None  # who restores it whole is told why
-        reading = Reading(self._arms, self._stores[plan.tier], request, plan, beginnings, again, tell)
+        read_bytes = [beside.read_bytes[one] for one in beginnings]
+        readers = self._readers[plan.tier]
+        reading = Reading(self._arms, readers, request, plan, beginnings, read_bytes, again, self._outside, tell)
         self._open.add(reading)
         try:
             prefill = reading.prefill(token_ids, capacity)
@@ -192,20 +203,21 @@ class Recaller:
             )
             if reading.damaged is not None:
                 beside.distrust(reading.damaged)
-            prefill = None
+            return reading
         finally:
             if not reading.has_begun:
                 reading.stop()
-        if prefill is not None:
-            sight = self._arms.options.decode
-            assert sight is not None
-            self._spread.observe(reading.selected_share, sight.budget, plan.end)
+        sight = self._arms.options.decode
+        assert sight is not None
+        self._spread.observe(reading.selected_share, sight.budget, plan.end)
         return prefill
 
     def close(self) -> None:
         """Read nothing more for anybody."""
         for reading in list(self._open):
             reading.stop()
+        for readers in self._readers:
+            readers.join(STUCK_S)
 
 
 def reading_until(pieces: Iterator[Piece], prefill: Prefill) -> Iterator[Piece]:
@@ -225,6 +237,8 @@ def restored_again(prefill: Prefill, lost: RecallLost) -> None:
     prefill.cache, prefill.recall = whole.cache, None
     for tier, size in whole.report.bytes_by_tier.items():
         report.bytes_by_tier[tier] = report.bytes_by_tier.get(tier, 0) + size
+    report.wasted_bytes += whole.report.wasted_bytes
+    report.wasted_tokens += whole.report.wasted_tokens
     report.notes.append(
         f"The rest of the prefix could not be read ({lost.reason}), so the prompt was restored again, whole, while its "
         f"answer was computed: {whole.report.loaded_tokens} tokens loaded, {whole.report.computed_tokens} computed."
@@ -247,7 +261,28 @@ class _Layer:
 
 
 class Reading:
-    """What is read of one prompt, by threads of its own.
+    """What is read of one prompt, by threads that all recalls share. A `Recalling`.
+
+    Parameters
+    ----------
+    arms : Arms
+        The model, what both arms cost, and the options.
+    readers : RecallReaders
+        Of the tier that it is read from; their lock guards what is read.
+    request : Request
+        Whose it is.
+    plan : Planned
+        How it is read.
+    beginnings : mapping
+        Its sidecars, from the first.
+    read_bytes : sequence of int
+        What was read of each so far.
+    again : callable
+        Restores the prompt whole, given the sidecar that is damaged, if one is.
+    outside : callable
+        Does something in a thread that is never interrupted: locks are taken in no other.
+    tell : callable or None
+        Is told of every span.
 
     Attributes
     ----------
@@ -264,14 +299,17 @@ class Reading:
     def __init__(
         self,
         arms: Arms[Any, Any],
-        store: Store,
+        readers: RecallReaders,
         request: Request,
         plan: Planned,
         beginnings: Mapping[Sidecar, Beginning],
+        read_bytes: Sequence[int],
         again: Again,
+        outside: Outside,
         tell: OnProgress | None = None,
     ) -> None:
-        self._arms, self._store, self._request, self._plan = arms, store, request, plan
+        self._arms, self._readers, self._request, self._plan = arms, readers, request, plan
+        self._outside = outside
         self._sidecars, self._beginnings = list(beginnings), list(beginnings.values())
         self._places: list[Place] = []
         self._rows: list[Rows] = []
@@ -280,7 +318,7 @@ class Reading:
         """Of each place: the number of its group in its head, counted through the prompt; -1 for none."""
         self._view: Any = None
         self._layers: list[_Layer] = []
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(readers.lock)
         """Guards the following, and the report."""
         self._wanted: list[int] = []
         """What layers wait for, in the order of the bytes."""
@@ -291,11 +329,14 @@ class Reading:
         """What somebody reads, or has read."""
         self._missing: set[int] = set()
         """What is not placed yet."""
-        self._reads_rest = self._is_sorted = self._stopped = False
-        self._moved_at = monotonic()
-        layers = len(arms.engine.layout.layers)
-        self._bytes = [one.header.offsets[layers] for one in self._beginnings]
+        self._reads_rest = self._is_sorted = False
+        self.stopped = False
+        self._layer_waits = self._all_is_awaited = False
+        self._beginning_bytes = sum(read_bytes)
+        self._bytes = [*read_bytes]
         """Read of each, its beginning included."""
+        self._told = 0
+        """How much of that the report has."""
         self._report: RestoreReport | None = None
         self._began_s = 0.0
         self._crash: BaseException | None = None
@@ -329,8 +370,9 @@ class Reading:
             for plane in own.planes:
                 if plane.device.type != "cpu":  # fresh memory is zeros there; elsewhere it may hold what is no number
                     plane[:, : plan.end].zero_()
-        self._ask(first)
-        self._hire(min(len(first), self._store.parallel_reads))
+        with self._changed:
+            self._ask(first)
+            self._readers.open(self)
         for start in range(0, plan.front, options.max_span_tokens):
             self._compute(cache, token_ids[: plan.front], start, start + options.max_span_tokens, report)
         self._await(first)
@@ -352,33 +394,45 @@ class Reading:
             self._report = report
             self._reads_rest = True
             self._tell()
-            self._changed.notify_all()
+            self._readers.wake()
         return Prefill(token_ids, view, logits, report, recall=self)
 
     def stop(self) -> None:
         """Read nothing more."""
-        with self._changed:
-            if not self._stopped:
-                self._tell()
-            self._stopped = True
-            self._changed.notify_all()
+        if not self.stopped:
+            self._safely(self._stop)
 
     def settle(self) -> None:
         """Wait until everything is there; raises `RecallLost` if it will not be."""
-        with self._changed:
-            self._reads_rest = True
-            self._changed.notify_all()
-        self._await(range(len(self._places)))
+        self._safely(self._settle)
 
-    def _hire(self, wanted: int) -> None:
-        """Start threads that read. If the system has fewer to spare, those will do; without any, nothing is read."""
-        for number in range(wanted):
-            try:
-                threading.Thread(target=self._work, name=f"cakekv-recall-{self._store.name}", daemon=True).start()
-            except RuntimeError as error:
-                if not number:
-                    raise RecallLost(f"no thread can be started to read it: {error}") from error
-                return
+    def count_in(self, report: RestoreReport) -> None:
+        """Count what was read in vain in the report of the restore that came instead; of beginnings it knows."""
+        self._readers.await_last(self, _LAST_READS_S)
+        with self._changed:
+            size, name, ended = sum(self._bytes) - self._beginning_bytes, self._name, self._now()
+            report.bytes_by_tier[name] += size
+            report.wasted_bytes += size
+            report.wasted_tokens += round(size / self._arms.engine.layout.token_bytes)
+            report.loads[:0] = self._records(ended)
+
+    def _safely(self, work: Callable[[], None]) -> None:
+        """Do what takes locks: not in the main thread, where an interrupt might leave them taken for ever."""
+        if threading.current_thread() is threading.main_thread() and not in_call():
+            self._outside(work)
+        else:
+            work()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._end()
+            self._tell()
+
+    def _settle(self) -> None:
+        with self._changed:
+            self._reads_rest = self._all_is_awaited = True
+            self._readers.wake()
+        self._await(range(len(self._places)))
 
     def _compute(self, cache: Any, token_ids: list[int], start: int, end: int, report: RestoreReport) -> Any:
         """Compute a span, or as much of it as there is."""
@@ -451,38 +505,67 @@ class Reading:
         wanted = wanted.where(wanted < layer.missing.shape[1], 0)  # what is newer is there; so are the sinks
         places = set(layer.place.gather(1, wanted)[layer.missing.gather(1, wanted)].tolist())
         if places:
-            self._ask(places)
-            self._await(places)
+            self._safely(partial(self._fetch, places))
 
     def _scored(self, layer: _Layer, scores: torch.Tensor) -> None:
         """As `Recall.scored`."""
         layer.scores = scores
 
-    def _ask(self, places: Iterable[int]) -> None:
-        """Have these be read before anything else."""
+    def _fetch(self, places: Iterable[int]) -> None:
+        """Have these be read before anything else, in mid-forward."""
         with self._changed:
-            self._moved_at = monotonic()
-            self._wanted = sorted({*self._wanted, *(place for place in places if place not in self._taken)})
-            self._changed.notify_all()
+            self._ask(places)
+            self._layer_waits = True
+            self._readers.wake()
+        try:
+            self._await(places)
+        finally:
+            with self._changed:
+                self._layer_waits = False
 
     def _await(self, places: Iterable[int]) -> None:
-        """Until these are placed, or nothing has come for as long as the deadline says."""
-        deadline_s = self._arms.options.deadline_s
+        """Until these are placed, or nothing has come for as long as tiers are waited for."""
         with self._changed:
-            while not self._missing.isdisjoint(places):
+            self._raise_trouble(places)
+        patience_s, began = self._readers.patience_s(AT_ONCE), monotonic()
+        with self._changed:
+            while self._raise_trouble(places):
                 check()
-                if self._crash is not None:
-                    raise self._crash
-                if monotonic() - self._moved_at > deadline_s:
-                    self._lose("late")
-                if self._stopped:
-                    raise RecallLost(self._lost or "its answer is over")
+                self._readers.check_late(monotonic())
+                if not self._readers.is_busy_with(self) and self._readers.is_silent(began, monotonic(), patience_s):
+                    self.lose("late")
+                    continue
                 self._changed.wait(LOOK_S)
 
     def _now(self) -> float:
         return monotonic() - self._request.arrived_s
 
+    @property
+    def _name(self) -> str:
+        return self._arms.tiers[self._plan.tier].name
+
     # ------------------------------------------------------------------ called with the lock held
+
+    @property
+    def urgency(self) -> Urgency:
+        """As in `Recalling`."""
+        if self._layer_waits:
+            return Urgency.LAYER
+        return Urgency.ALL if self._all_is_awaited else Urgency.REST if self.has_begun else Urgency.FIRST
+
+    def _raise_trouble(self, places: Iterable[int]) -> bool:
+        """Whether some of these are still to come; raises why, if they will not."""
+        if self._missing.isdisjoint(places):
+            return False
+        if self._crash is not None:
+            raise self._crash
+        if self.stopped:
+            raise RecallLost(self._lost or "its answer is over")
+        return True
+
+    def _ask(self, places: Iterable[int]) -> None:
+        """Have these be read before the rest."""
+        self._wanted = sorted({*self._wanted, *(place for place in places if place not in self._taken)})
 
     def _sort(self) -> None:
         """Have what promises most be read next of the rest."""
@@ -497,22 +580,27 @@ class Reading:
                 units[unit] = [0.0]
         self._order, self._is_sorted = by_promise(units), True
 
-    def _next(self) -> list[int] | None:
-        """What to read next, in one go; None: nothing any more."""
-        while not self._stopped and self._missing:
-            if self._wanted:
-                batch = self._adjacent(self._wanted)
-                self._wanted = self._wanted[len(batch) :]
-                return batch
-            if self._reads_rest and not self._is_sorted:
-                self._sort()
-            while self._reads_rest and self._order:
-                left = [place for place in self._unread[self._order[0]] if place not in self._taken]
-                if left:
-                    return self._adjacent(left)
-                self._order.pop(0)
-            self._changed.wait()
+    def next_job(self) -> Job | None:
+        """As in `Recalling`."""
+        if self.stopped:
+            return None
+        if self._wanted:
+            batch = self._adjacent(self._wanted)
+            self._wanted = self._wanted[len(batch) :]
+            return self._job(batch)
+        if not self._reads_rest:
+            return None
+        if not self._is_sorted:
+            self._sort()
+        while self._order:
+            left = [place for place in self._unread[self._order[0]] if place not in self._taken]
+            if left:
+                return self._job(self._adjacent(left))
+            self._order.pop(0)
         return None
+
+    def _job(self, batch: Sequence[int]) -> Job:
+        return Job(self, self._places[batch[0]][0], batch, sum(map(self._size, batch)))
 
     def _adjacent(self, places: Sequence[int]) -> list[int]:
         """The first of these, with those behind it as far as their bytes are next to each other."""
@@ -520,7 +608,7 @@ class Reading:
         for place in places[1:]:
             size += self._size(place)
             (sidecar, segment), (before, last) = self._places[place], self._places[batch[-1]]
-            if sidecar != before or segment != last + 1 or size > _AT_ONCE:
+            if sidecar != before or segment != last + 1 or size > AT_ONCE:
                 break
             batch.append(place)
         self._taken.update(batch)
@@ -530,75 +618,102 @@ class Reading:
         sidecar, segment = self._places[place]
         return self._beginnings[sidecar].header.lengths[segment]
 
-    def _lose(self, why: str) -> None:
-        self._lost, self._stopped = self._lost or why, True
+    def key_of(self, sidecar: int) -> ChunkKey:
+        """As in `Recalling`."""
+        return self._sidecars[sidecar].key
+
+    def ended(self, job: Job) -> None:
+        """As in `Recalling`."""
+        from cakekv.decode.groups import RECALL
+
+        self._tell()
+        if not self._missing:
+            self._end()
+            for kept in self._view.stored:
+                kept.memo.pop(RECALL, None)
+        self._changed.notify_all()
+
+    def failed(self, job: Job, error: Exception) -> None:
+        """As in `Recalling`."""
+        if isinstance(error, CorruptChunk | MissingChunk):
+            self.damaged = self._sidecars[job.sidecar]
+        self.lose(failure_reason(error))
+
+    def crashed(self, crash: BaseException) -> None:
+        """As in `Recalling`."""
+        self._crash = crash
+        self._end()
+
+    def lose(self, why: str) -> None:
+        """As in `Recalling`."""
+        if not self.stopped:
+            self._lost = why
+            self._end()
+            self._tell()
+
+    def forked(self) -> None:
+        """As in `Recalling`."""
+        self._changed = threading.Condition(self._readers.lock)
+        self._lost = self._lost or "this process was forked from the one that reads it"
+        self.stopped = True
+
+    def _end(self) -> None:
+        """Read nothing more."""
+        self.stopped = True
+        self._readers.close(self)
         self._changed.notify_all()
 
     def _tell(self) -> None:
         """Say in the report what was read."""
         report = self._report
         if report is not None:
-            name, ended = self._arms.tiers[self._plan.tier].name, self._now()
-            report.bytes_by_tier[name] = sum(self._bytes)
-            outcome = self._lost or ("placed" if not self._missing else "reading")
-            report.loads = [
-                LoadRecord(one.start, one.end - one.start, name, self._began_s, ended, size, outcome)
-                for one, size in zip(self._sidecars, self._bytes, strict=True)
-            ]
+            total = sum(self._bytes)
+            report.bytes_by_tier[self._name] += total - self._told
+            self._told = total
+            report.loads = self._records(self._now())
 
-    # ------------------------------------------------------------------ the threads that read
+    def _records(self, ended_s: float) -> list[LoadRecord]:
+        outcome = self._lost or ("placed" if not self._missing else "reading")
+        return [
+            LoadRecord(one.start, one.end - one.start, self._name, self._began_s, ended_s, size, outcome)
+            for one, size in zip(self._sidecars, self._bytes, strict=True)
+        ]
 
-    def _work(self) -> None:
-        readers: dict[int, ChunkReader] = {}
-        with ExitStack() as stack:
-            while True:
-                with self._changed:
-                    batch = self._next()
-                if batch is None:
-                    return
-                sidecar = self._places[batch[0]][0]
-                try:
-                    if sidecar not in readers:
-                        readers[sidecar] = stack.enter_context(self._store.open(self._sidecars[sidecar].key))
-                    self._read(readers[sidecar], sidecar, batch)
-                except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
-                    with self._changed:
-                        if isinstance(error, CorruptChunk | MissingChunk):
-                            self.damaged = self._sidecars[sidecar]
-                        self._lose(failure_reason(error))
-                        self._tell()
-                except BaseException as crash:
-                    with self._changed:
-                        self._crash = crash
-                        self._changed.notify_all()
-                    return
+    # ------------------------------------------------------------------ called by the threads that read
 
-    def _read(self, reader: ChunkReader, sidecar: int, batch: Sequence[int]) -> None:
-        """Read rows that stand next to each other, verify them, and put them where they belong."""
-        import torch
-
-        from cakekv.decode.groups import RECALL
-        from cakekv.decode.sidecar import placed
-
-        header = self._beginnings[sidecar].header
-        segments = [self._places[place][1] for place in batch]
-        begin = header.offsets[segments[0]]
-        data = memoryview(bytearray(header.offsets[segments[-1]] + header.lengths[segments[-1]] - begin))
+    def read(self, job: Job, reader: ChunkReader) -> memoryview | None:
+        """As in `Recalling`: rows that stand next to each other."""
+        header = self._beginnings[job.sidecar].header
+        begin = header.offsets[self._places[job.batch[0]][1]]
+        last = self._places[job.batch[-1]][1]
+        data = memoryview(bytearray(header.offsets[last] + header.lengths[last] - begin))
         if reader.size != header.total_bytes:
             raise CorruptChunk(ChunkFault.WRONG_SHAPE, f"it has {reader.size} bytes, and had {header.total_bytes}")
         reader.announce(begin, begin + len(data))
         read = 0
-        while read < len(data) and not self._stopped:
-            count = reader.read_into(data[read : read + reader.slice_bytes], begin + read)
-            if not count:
-                raise CorruptChunk(ChunkFault.TRUNCATED, f"it ends at {begin + read} bytes")
-            read += count
-        with self._changed:
-            self._bytes[sidecar] += read
-        if read < len(data):
-            return
+        try:
+            while read < len(data) and not self.stopped:
+                count = reader.read_into(data[read : read + reader.slice_bytes], begin + read)
+                if not count:
+                    raise CorruptChunk(ChunkFault.TRUNCATED, f"it ends at {begin + read} bytes")
+                read += count
+                job.moved_at = monotonic()
+        finally:
+            with self._changed:
+                self._bytes[job.sidecar] += read
+        return data if read == len(data) else None
+
+    def place(self, job: Job, data: memoryview) -> None:
+        """As in `Recalling`."""
+        import torch
+
+        from cakekv.decode.sidecar import placed
+
+        header = self._beginnings[job.sidecar].header
+        begin = header.offsets[self._places[job.batch[0]][1]]
         with torch.inference_mode():
-            for place, segment in zip(batch, segments, strict=True):
+            for place in job.batch:
+                segment = self._places[place][1]
                 at = header.offsets[segment] - begin
                 part = data[at : at + header.lengths[segment]]
                 header.verify(segment, part)
@@ -607,10 +722,4 @@ class Reading:
                 placed(rows, part, layer.planes)
                 layer.missing[rows.head, rows.positions] = False
         with self._changed:
-            self._missing.difference_update(batch)
-            self._moved_at = monotonic()
-            if not self._missing:
-                self._tell()
-                for kept in self._view.stored:
-                    kept.memo.pop(RECALL, None)
-            self._changed.notify_all()
+            self._missing.difference_update(job.batch)

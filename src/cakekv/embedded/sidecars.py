@@ -7,7 +7,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from cakekv.chunk import ALIGNMENT, header_bytes_of, read_header
+from cakekv.chunk import ALIGNMENT, TIGHT, Form, header_bytes, header_bytes_of, read_header
 from cakekv.embedded.arms import Arms
 from cakekv.errors import ChunkFault, CorruptChunk, MissingChunk, StoreError
 from cakekv.load.reading import Progress, failure_reason, fill
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from cakekv.decode.sidecar import Beginning, Planes, Sidecar
     from cakekv.embedded.saver import Saver
 
+SIZE_BYTES = 4
+"""Of a group's size, and of a number of its mark."""
 Spans = dict[int, dict[int, "Groups"]]
 """By layer, and by the position where they end."""
-Read = dict["Sidecar", "dict[int, Groups] | Beginning | str"]
-"""What a sidecar holds, by layer, or its beginning, if it has rows; or why that is not to be had."""
+Read = dict["Sidecar", tuple["dict[int, Groups] | Beginning | str", int]]
+"""What a sidecar holds, by layer, or its beginning, if it has rows; or why that cannot be had; and the bytes read."""
 
 
 class Beside:
@@ -43,6 +45,8 @@ class Beside:
     ----------
     beginnings : dict
         Of those that have rows: what was read of them, once `spans` has returned.
+    read_bytes : dict
+        How many bytes were read of each, likewise.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Beside:
         self.tiers = tiers
         self.token_bytes = token_bytes
         self.beginnings: dict[Sidecar, Beginning] = {}
+        self.read_bytes: dict[Sidecar, int] = {}
         self._ask = ask
         self._questions: list[Question[Read] | StoreError] = []
         self._distrusted: set[Sidecar] = set()
@@ -80,7 +85,8 @@ class Beside:
             if isinstance(read, StoreError):
                 troubles.append(str(read))
                 continue
-            for sidecar, layers in read.items():
+            for sidecar, (layers, size) in read.items():
+                self.read_bytes[sidecar] = size
                 if isinstance(layers, str):
                     troubles.append(layers)
                     continue
@@ -120,7 +126,9 @@ class Sidecars:
     """
 
     def __init__(self, arms: Arms[Any, Any]) -> None:
-        sight = arms.options.decode
+        self._sight = sight = arms.options.decode
+        self._ends: dict[tuple[int, bool], int] = {}
+        """Where the groups of sidecars with rows end, by how many tokens they are about, and whether from the first."""
         layers = enumerate(arms.engine.layout.layers)
         self._layers = arms.engine.layout.layers
         self._heads = {
@@ -136,39 +144,60 @@ class Sidecars:
         """What a tier holds of them."""
         return {sidecar: self._read(tier, sidecar) for sidecar in sidecars}
 
-    def _read(self, tier: Store, sidecar: Sidecar) -> dict[int, Groups] | Beginning | str:
+    def _read(self, tier: Store, sidecar: Sidecar) -> tuple[dict[int, Groups] | Beginning | str, int]:
+        progress = Progress()
         try:
             with tier.open(sidecar.key) as reader:
                 if sidecar.has_rows:
-                    return self._read_beginning(reader, sidecar)
+                    return self._read_beginning(reader, sidecar, progress), progress.bytes
                 if reader.size > (sidecar.end - sidecar.start) * self._most_token_bytes:
                     raise CorruptChunk(ChunkFault.OVERLONG, f"{reader.size} bytes")
                 buffer = memoryview(bytearray(reader.size))
-                fill(reader, buffer, 0, reader.size, _Going(), Progress())
-            return sidecar.read(buffer, self._heads)
+                fill(reader, buffer, 0, reader.size, _Going(), progress)
+            return sidecar.read(buffer, self._heads), progress.bytes
         except (CorruptChunk, MissingChunk, StoreError, MemoryError) as error:
-            return failure_reason(error)
+            return failure_reason(error), progress.bytes
 
-    def _read_beginning(self, reader: ChunkReader, sidecar: Sidecar) -> Beginning:
-        """The groups of a sidecar, without the rows behind them."""
-        going, progress, most = _Going(), Progress(), (sidecar.end - sidecar.start) * self._most_token_bytes
-        first = memoryview(bytearray(min(ALIGNMENT, reader.size)))
-        fill(reader, first, 0, len(first), going, progress)
-        header_bytes = header_bytes_of(first, reader.size)
-        data = memoryview(bytearray(header_bytes))
-        data[: len(first)] = first
-        fill(reader, data, len(first), header_bytes, going, progress)
-        offsets = read_header(data, reader.size).offsets
+    def _read_beginning(self, reader: ChunkReader, sidecar: Sidecar, progress: Progress) -> Beginning:
+        """The groups of a sidecar, without the rows behind them: in one request, if it is as long as expected."""
+        span = sidecar.end - sidecar.start
+        data = self._longer(reader, memoryview(b""), max(self._expected(sidecar), ALIGNMENT), progress)
+        head = header_bytes_of(data[:ALIGNMENT], reader.size)
+        data = self._longer(reader, data, head, progress)
+        offsets = read_header(data[:head], reader.size).offsets
         end = offsets[len(self._layers)] if len(self._layers) < len(offsets) else reader.size
-        if end - header_bytes > most:
+        if end - head > span * self._most_token_bytes:
             raise CorruptChunk(ChunkFault.OVERLONG, f"{end} bytes before its rows")
-        both = memoryview(bytearray(end))
-        both[:header_bytes] = data
-        fill(reader, both, header_bytes, end, going, progress)
-        beginning = sidecar.read_beginning(both, reader.size, self._layers)
+        data = self._longer(reader, data, end, progress)
+        beginning = sidecar.read_beginning(data[:end], reader.size, self._layers)
         if missing := self._heads.keys() - beginning.groups.keys():
             raise CorruptChunk(ChunkFault.WRONG_SHAPE, f"it has no groups of layer {min(missing)}")
+        self._ends[span, sidecar.start == 0] = end  # of spans of one length, only the first has sinks
         return beginning
+
+    def _expected(self, sidecar: Sidecar) -> int:
+        """How long the beginning of a sidecar should be; rather too long than too short."""
+        span, sight = sidecar.end - sidecar.start, self._sight
+        known = self._ends.get((span, sidecar.start == 0))
+        if known is not None or sight is None:
+            return known or 0
+        planes, groups = [layer.planes[0] for layer in self._layers], sight.groups_beside(span)
+        heads = sum(self._heads.values())
+        segments = len(planes) + sum(plane.heads for plane in planes) + heads * groups
+        numbers = sum(self._heads[at] * (groups + plane.width) for at, plane in enumerate(planes) if at in self._heads)
+        lengths = span * self.token_bytes + numbers * SIZE_BYTES + len(planes) * 2 * TIGHT
+        return header_bytes(segments, Form.CODED) + lengths
+
+    @staticmethod
+    def _longer(reader: ChunkReader, data: memoryview, end: int, progress: Progress) -> memoryview:
+        """What was read of a chunk, and what is behind that, up to `end` or the chunk's."""
+        end = min(end, reader.size)
+        if end <= len(data):
+            return data
+        longer = memoryview(bytearray(end))
+        longer[: len(data)] = data
+        fill(reader, longer, len(data), end, _Going(), progress)
+        return longer
 
 
 class _Going:

@@ -168,6 +168,13 @@ class SharedLoad(LoadModel):
     def observe(self, size: int, began: float, ended: float, alone: bool = False) -> None:
         self._cost.observe(size, began, ended, alone and began > self.crowded_s)
 
+    @property
+    def request_s(self) -> float:
+        return self._cost.request_s
+
+    def observe_read(self, size: int, began: float, ended: float, beside: float = 1.0) -> None:
+        self._cost.observe_read(size, began, ended, beside)
+
     def _read(self, size: int) -> int:
         return round(size * self._share_read)
 

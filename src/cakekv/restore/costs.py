@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from cakekv.restore.read_costs import ReadCost
+
 _NOISE = 0.05
 """Relative noise expected of a span's time."""
 _TRUST = (1.0, 1.0, 0.2)
@@ -232,13 +234,33 @@ class LoadModel(ABC):
             Whether no other load was in flight meanwhile.
         """
 
+    @property
+    @abstractmethod
+    def request_s(self) -> float:
+        """Seconds that a read takes however small it is, as far as `observe_read` tells."""
+
+    @abstractmethod
+    def observe_read(self, size: int, began: float, ended: float, beside: float = 1.0) -> None:
+        """Learn from a read of a part of a chunk. These differ in size, and small ones are mostly waiting.
+
+        Parameters
+        ----------
+        size : int
+            Bytes.
+        began, ended : float
+            As of `observe`.
+        beside : float
+            How many reads were in flight on average meanwhile, this one included. No loads were.
+        """
+
 
 class LoadCost(LoadModel):
     """Learns how fast one tier delivers chunks.
 
     Three figures: seconds per byte while the tier is busy (from the intervals between completions, so that parallel
     reads count once), the duration of a load among others (for what is in flight), and of one that had the tier to
-    itself, which tells whether parallel reads gain anything. All fade within a few chunks.
+    itself, which tells whether parallel reads gain anything. All fade within a few chunks. Reads of parts of chunks
+    tell what a byte costs, once what a request costs is taken off; durations of loads are taken to change as that does.
 
     Parameters
     ----------
@@ -258,6 +280,9 @@ class LoadCost(LoadModel):
         self._alone_s = 0.0
         self._alone_bytes = 1.0
         self._last_completed: float | None = None
+        self._reads = ReadCost()
+        self._request_s = 0.0
+        self._last_read: float | None = None
         self._seen_busy = prior is not None
         """Whether any load had others beside it."""
         if prior is not None:
@@ -271,11 +296,17 @@ class LoadCost(LoadModel):
 
     @property
     def measured(self) -> bool:
-        return self._last_completed is not None
+        return self.last_completed is not None
 
     @property
     def last_completed(self) -> float | None:
-        return self._last_completed
+        # Of loads alone it says when the tier began with the next one: reads are not counted in what that took.
+        both = [at for at in (self._last_completed, self._last_read) if at is not None]
+        return max(both, default=None)
+
+    @property
+    def request_s(self) -> float:
+        return self._request_s
 
     @property
     def figures(self) -> LoadFigures:
@@ -329,6 +360,21 @@ class LoadCost(LoadModel):
         fresh = 1.0 if not self._duration_s else 0.4
         self._duration_s += fresh * (ended - began - self._duration_s)
         self._duration_bytes += fresh * (size - self._duration_bytes)
+
+    def observe_read(self, size: int, began: float, ended: float, beside: float = 1.0) -> None:
+        if size <= 0 or ended <= began:
+            return
+        before = self._busy_s / self._bytes if self.known else 0.0
+        self._reads.observe(size, ended - began, beside)
+        self._request_s, byte_s = self._reads.fit(before)
+        self._last_read = ended if self._last_read is None else max(ended, self._last_read)
+        if before:
+            self._alone_s *= byte_s / before
+            self._duration_s *= byte_s / before
+        else:
+            self._bytes = self._duration_bytes = float(size)
+            self._duration_s = size * byte_s
+        self._busy_s = self._bytes * byte_s
 
     def _doubt_prior(self, size: int, seconds: float) -> None:
         """Bring the prior to what the first load allows: it was alone on the tier, or beside `depth - 1` others."""

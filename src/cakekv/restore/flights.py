@@ -250,9 +250,14 @@ class Flights:
         since = load.began
         if load.queued and cost.last_completed is not None:
             since = max(since, cost.last_completed)  # it waits for those before it, and they come
-        if cost.known:
-            return since + min(max(LEAST_PATIENCE_S, 10.0 * cost.duration(load.size)), self._deadline_s)
-        return since + (_PATIENCE_S if self._deadline_s == math.inf else self._deadline_s)
+        return since + patience_s(cost, load.size, self._deadline_s)
+
+
+def patience_s(cost: LoadModel, size: int, deadline_s: float) -> float:
+    """How many seconds a load of `size` bytes is waited for; `deadline_s` as in `PlannerOptions`."""
+    if cost.known:
+        return min(max(LEAST_PATIENCE_S, 10.0 * cost.duration(size)), deadline_s)
+    return _PATIENCE_S if deadline_s == math.inf else deadline_s
 
 
 def _age(load: Load) -> float:

@@ -52,7 +52,7 @@ class RecallShape:
         computed = compute.seconds(0, front) if front else 0.0
         before = load.seconds(self.beside_bytes * end + self.first_bytes * (end - front))
         rows = (self.token_bytes - self.first_bytes) * (end - front) * min(1.0, self.share)
-        asked = load.seconds(round(rows)) + self.reads * load.duration(1)
+        asked = load.seconds(round(rows)) + self.reads * max(load.duration(1), load.request_s)
         return max(computed, before) + asked + compute.seconds(end, prompt_tokens - end)
 
 
