@@ -73,8 +73,6 @@ class ElasticCache(Method):
         return [self._keep(layer) for layer in layers]
 
     def _keep(self, layer: Layer) -> torch.Tensor:
-        import torch
-
         received = -layer.keys.float().norm(dim=-1) if self.when == "store" else layer.received()
         tokens, which = layer.positions.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         scores = received.new_zeros(len(tokens))  # of all heads together
