@@ -85,6 +85,8 @@ def parameters_of(kind: type[Any], said: str, name: str, number: str = "a number
         if key not in defaults or not equals:
             takes = ", ".join(f"{known}=" for known in defaults) or "none"
             raise BadInput(f"{name} has no parameter {option!r}: it takes {takes}")
+        if key in parameters:
+            raise BadInput(f"{name}: {key} is given twice: leave one out")
         parameters[key] = _parsed(text, defaults[key], f"{name}: {key}", number)
     return parameters
 

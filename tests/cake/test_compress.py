@@ -86,6 +86,7 @@ def test_a_sight_of_everything(engine: TransformersEngine, prompt: list[int]) ->
     [
         ({"compress": "nothing"}, "unknown method to keep fewer tokens 'nothing': choose one of sink_recent"),
         ({"compress": "sink_recent:shares=1"}, "no parameter 'shares=1': it takes sinks="),
+        ({"compress": "sink_recent:share=0.1,share=0.2"}, "sink_recent: share is given twice"),
         ({"compress": "sink_recent:share=2"}, "share is 2.0, but must be above 0, up to 1"),
         ({"compress": "sink_recent+heavy_hitter"}, "sink_recent and heavy_hitter cannot be combined"),
         ({"compress": "key_norm+cascading"}, "cascading moves tokens up, and needs a cache that has everything"),

@@ -445,6 +445,13 @@ def test_a_plan_says_so(engine: TransformersEngine, store: MemoryStore) -> None:
     assert [(run.start, run.tokens, run.how) for run in runs] == [(0, SPANS, "memory"), (SPANS, 5, "compute")]
 
 
+def test_a_cache_ends_where_the_context_does(engine: TransformersEngine, store: MemoryStore) -> None:
+    with cake_of(engine, store) as cake:
+        prefill = cake.prefill(PROMPT, mode="load")
+        with pytest.raises(BadInput, match="does not fit a cache of 256 tokens"):
+            engine.compute(prefill.cache, [5] * 28, len(PROMPT))
+
+
 def test_both_kinds_of_sidecars_stand_side_by_side(engine: TransformersEngine, store: MemoryStore) -> None:
     with cake_of(engine, store, PLAIN) as cake:
         cake.prefill(PROMPT)

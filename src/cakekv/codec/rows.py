@@ -105,7 +105,7 @@ class Rows(Codec):
             if layer[0].windowed:
                 continue
             keys, others = (torch.from_numpy(one) for one in copies)
-            positions = torch.arange(position, position + layer[0].tokens).expand(layer[0].heads, -1)
+            positions = torch.arange(position, position + layer[0].tokens, device="cpu").expand(layer[0].heads, -1)
             shown.append(Layer(number, len(planes), keys, others, positions, position + layer[0].tokens))
             targets.append(copies)
         for seen, copies, chosen in zip(shown, targets, self.method.keep(shown) if shown else [], strict=True):

@@ -141,7 +141,7 @@ class Cascading(Method):
 
         tokens = layer.entries - memory.scores.shape[1]  # a forward that failed may have cost queries of theirs
         rows = layer.attention()
-        ages = torch.arange(rows.shape[2] - 1, -1, -1, device=rows.device)
+        ages = torch.arange(rows.shape[2] - 1, -1, -1, dtype=rows.dtype, device=rows.device)
         received = torch.matmul(self.beta**ages, rows).double() * (1 - self.beta)
         over = (0, 1) if self.shared else 1
         received = received.mean(over) if self.reduce == "mean" else received.amax(over)

@@ -82,6 +82,6 @@ class Corm(Method):
         assert layer.query_positions is not None
         attention, visible = layer.attention(), layer.visible()
         shares = attention.amax(1) if self.union else attention.mean(1)
-        important = visible & (shares >= 1 / visible.sum(-1, keepdim=True))
+        important = visible & (shares >= 1 / visible.sum(-1, keepdim=True, dtype=torch.float32))
         rows = layer.query_positions.to(torch.int32)[None, :, None]
         return torch.where(important, rows, _NEVER).amax(1)

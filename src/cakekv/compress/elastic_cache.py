@@ -73,11 +73,9 @@ class ElasticCache(Method):
         return [self._keep(layer) for layer in layers]
 
     def _keep(self, layer: Layer) -> torch.Tensor:
-        import torch
-
         received = -layer.keys.float().norm(dim=-1) if self.when == "store" else layer.received()
         tokens, which = layer.positions.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        scores = torch.zeros(len(tokens), device=received.device)  # of all heads together
+        scores = received.new_zeros(len(tokens))  # of all heads together
         scores.scatter_add_(0, which.flatten(), received.masked_fill(~layer.present, 0.0).flatten())
         always = self._always(layer)
         scores[which[always]] = float("inf")
@@ -134,9 +132,8 @@ def _means(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     """(kv_heads, entries, width): where a bucket's anchor is, the mean of the rows in it."""
     import torch
 
-    sums = torch.zeros(rows.shape, device=rows.device)
+    sums = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     sums.scatter_add_(1, into[..., None].expand_as(rows), rows.float())
-    counts = torch.zeros(into.shape, device=rows.device).scatter_add_(
-        1, into, torch.ones(into.shape, device=rows.device)
-    )
+    ones = torch.ones(into.shape, dtype=torch.float32, device=rows.device)
+    counts = torch.zeros_like(ones).scatter_add_(1, into, ones)
     return torch.where(counts[..., None] > 1, sums / counts[..., None].clamp(min=1), rows.float()).to(rows.dtype)

@@ -76,7 +76,7 @@ class VLCache(Method):
         """How dense the rows are, as a share of what they see; how much every entry receives, (kv_heads, entries)."""
         import torch
 
-        scores = torch.zeros(layer.positions.shape, device=layer.keys.device)
+        scores = torch.zeros(layer.positions.shape, dtype=torch.float32, device=layer.keys.device)
         dense = causal = 0
         for part in self._asking(layer).by_rows():
             attention, visible = part.attention(), part.visible()[:, None]

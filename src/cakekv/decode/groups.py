@@ -189,7 +189,7 @@ class Grouped(Sight):
         scores = self.score(queries, groups)
         recall: Recall | None = layer.memo.get(RECALL)
         if recall is not None:
-            mass = scores * layer.scaling + groups.sizes.log()[:, None, None]
+            mass = scores * layer.scaling + groups.sizes.float().log()[:, None, None]
             recall.scored(mass.softmax(-1).sum((1, 2)))
         return groups.best(scores, self.budget - self.sinks)
 
@@ -198,8 +198,10 @@ class Grouped(Sight):
 
     def _always(self, layer: Layer, groups: Groups) -> torch.Tensor:
         """The entries that every query sees."""
-        sinks, new = torch.arange(self.sinks), torch.arange(groups.end, layer.length)
-        return torch.cat([sinks, new]).to(layer.keys.device)
+        device = layer.keys.device
+        return torch.cat(
+            [torch.arange(self.sinks, device=device), torch.arange(groups.end, layer.length, device=device)]
+        )
 
     def _masked(self, layer: Layer, groups: Groups, chosen: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         assert layer.queries is not None

@@ -29,7 +29,7 @@ def kmeans(keys: torch.Tensor, clusters: int, iterations: int) -> tuple[torch.Te
     """
     heads, entries, width = keys.shape
     generator = torch.Generator().manual_seed(_SEED)
-    chosen = torch.stack([torch.randperm(entries, generator=generator)[:clusters] for _ in range(heads)])
+    chosen = torch.stack([torch.randperm(entries, generator=generator, device="cpu")[:clusters] for _ in range(heads)])
     centroids = keys.gather(1, chosen.to(keys.device)[:, :, None].expand(-1, -1, width))
     pointing = torch.nn.functional.normalize(keys, dim=-1)
     labels = _nearest(pointing, centroids)
@@ -48,6 +48,6 @@ def _nearest(pointing: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 def _means(keys: torch.Tensor, labels: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     heads, clusters, width = before.shape
     rows = (labels + torch.arange(heads, device=keys.device)[:, None] * clusters).flatten()
-    sums = torch.zeros((heads * clusters, width), device=keys.device).index_add_(0, rows, keys.flatten(0, 1))
+    sums = keys.new_zeros((heads * clusters, width)).index_add_(0, rows, keys.flatten(0, 1))
     counts = rows.bincount(minlength=heads * clusters)[:, None]
     return torch.where(counts > 0, sums / counts.clamp(min=1), before.flatten(0, 1)).view(before.shape)

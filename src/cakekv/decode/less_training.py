@@ -266,7 +266,7 @@ def output_of(kernels: Kernels, one: Example) -> torch.Tensor:
 
 def _loss(kernels: Kernels, batch: Sequence[Example], gram: torch.Tensor) -> torch.Tensor:
     """Has the gradient of the mean square error; half the products that autograd would take."""
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32)
     for one in batch:
         off = (output_of(kernels, one) - one.whole).transpose(0, 1).flatten(1)
         total = total + 2 * (off * (off.detach() @ gram)).sum() / len(off)
@@ -293,9 +293,9 @@ def _begin(text: Seen, made: Sequence[Example], settings: Settings, generator: t
 
     def drawn(*sizes: int) -> torch.Tensor:
         limit: float = (6 / (sizes[-1] + sizes[-2])) ** 0.5
-        return (torch.rand(sizes, generator=generator) * 2 - 1) * limit
+        return (torch.rand(sizes, generator=generator, dtype=torch.float32) * 2 - 1) * limit
 
-    small = torch.full((kv_heads, features), 1e-4)
+    small = torch.full((kv_heads, features), 1e-4, dtype=torch.float32)
     return Kernels(
         query_in=drawn(heads, width, hidden),
         query_out=drawn(heads, hidden, features),

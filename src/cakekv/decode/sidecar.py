@@ -128,7 +128,7 @@ class Sidecar(NamedTuple):
 
     def rows(self, groups: Mapping[int, Groups], heads: Sequence[int]) -> list[Rows]:
         """Which rows its segments have, in their order, of layers with so many heads of keys each."""
-        span, rows, segment = torch.arange(self.start, self.end), list[Rows](), len(heads)
+        span, rows, segment = torch.arange(self.start, self.end, device="cpu"), list[Rows](), len(heads)
         for layer, count in enumerate(heads):
             known = groups.get(layer)
             for head in range(count):

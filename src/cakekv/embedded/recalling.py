@@ -253,8 +253,8 @@ class _Layer:
         import torch
 
         self.planes = planes
-        self.missing = torch.zeros((heads, end), dtype=torch.bool)
-        self.place = torch.zeros((heads, end), dtype=torch.int64)
+        self.missing = torch.zeros((heads, end), dtype=torch.bool, device="cpu")
+        self.place = torch.zeros((heads, end), dtype=torch.int64, device="cpu")
         """Where each missing row is to be had: an index into all places."""
         self.scores: torch.Tensor | None = None
         """(heads, groups): what the last queries think of the groups."""

@@ -154,7 +154,8 @@ class _Watch:
         layer = Layer(
             number, len(self.windows), keys, attending.value[0], positions, end, queries, at, *self.scaling[number]
         )
-        total = self.totals.setdefault(number, torch.zeros((queries.shape[0], self.length), device=keys.device))
+        none = torch.zeros((queries.shape[0], self.length), dtype=torch.float32, device=keys.device)
+        total = self.totals.setdefault(number, none)
         total[:, :end] += layer.attention().sum(2).flatten(0, 1)
 
 

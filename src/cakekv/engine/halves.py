@@ -63,8 +63,8 @@ class Halves:
         numbers = upper.numel() - lower.numel()
         scales = upper[:numbers].view(torch.bfloat16).view(2, self.heads, -1, self._across)
         codes = torch.stack([upper[numbers:], lower]).view(2, self.heads, -1, self.width)
-        self._scales = torch.cat([self._scales, scales.to(self._device)], 2)
-        self._codes = torch.cat([self._codes, codes.to(self._device)], 2)
+        self._scales = _joined([self._scales, scales.to(self._device)], 2)
+        self._codes = _joined([self._codes, codes.to(self._device)], 2)
         self.tokens += tokens
 
     def read(self, both: bool) -> torch.Tensor:
@@ -209,8 +209,14 @@ class HalvesLayer(RaggedLayer):
     def _read(self, number: int, buffer: torch.Tensor) -> torch.Tensor:
         rounded = self._halves[number].read(self._reads_both).to(buffer.dtype)
         if self._is_sparse:
-            rounded = torch.cat([rounded[:, : self._sinks], rounded[:, self._cut :]], 1)
-        return torch.cat([rounded, buffer[:, : self.used]], 1)[None]
+            rounded = _joined([rounded[:, : self._sinks], rounded[:, self._cut :]], 1)
+        return _joined([rounded, buffer[:, : self.used]], 1)[None]
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Parts of one type behind each other, as they are: autocast would look at their type, and refuses some."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts, dim)
 
 
 class HalvesCache(RaggedCache):

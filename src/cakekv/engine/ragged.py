@@ -214,7 +214,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.bias = None if self.bias is None else self.bias[:, : self.used]
             if merged.bias is not None:
                 if self.bias is None:
-                    self.bias = torch.zeros(self._positions.shape, device=self._positions.device)
+                    self.bias = torch.zeros(self._positions.shape, dtype=torch.float32, device=self._positions.device)
                 self.bias[:, : self.used] = merged.bias
         self.positions.masked_fill_(~kept, -1)
         self._hides = self.has_dropped = True

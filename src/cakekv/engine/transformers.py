@@ -473,7 +473,9 @@ class TransformersEngine(Engine[TwoEndedCache, torch.Tensor]):
         self, cache: TwoEndedCache, length: int, sight: Sight, spans: Mapping[int, Mapping[int, Groups]]
     ) -> RaggedCache:
         """As `Engine.begin_recall`."""
-        return begin_recall(cache, length, sight, spans)
+        view = begin_recall(cache, length, sight, spans)
+        view.capacity = self.max_context
+        return view
 
     def forward(self, cache: Any, token_ids: Sequence[int], **arguments: Any) -> Any:
         """The model's own forward over one sequence and a cache of transformers' kind; returns its output."""
