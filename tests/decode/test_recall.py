@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -396,6 +397,30 @@ def test_who_stops_early_stops_the_reading(engine: TransformersEngine, store: Me
     if prefill.report.loads[0].outcome != "placed":
         with pytest.raises(StoreError, match="prefill the prompt again"):
             engine.compute(prefill.cache, [5], len(PROMPT))
+
+
+@pytest.mark.parametrize("after", [0, 3, 7, 10, 14])
+def test_an_interrupt_ends_the_reading(engine: TransformersEngine, store: MemoryStore, after: int) -> None:
+    """Before the first token, while a sidecar's beginning, or rows, are read."""
+    failing, reads = Failing(store, "error", 1 << 30), 0
+
+    def interrupt(key: ChunkKey) -> None:
+        nonlocal reads
+        if key in failing.bad:
+            reads += 1
+            if reads == after + 1:
+                signal.pthread_kill(main, signal.SIGINT)
+                sleep(0.05)
+
+    main = threading.get_ident()
+    with cake_of(engine, failing) as cake:
+        wanted = cake.generate(PROMPT, max_new_tokens=STEPS, mode="load").token_ids
+        wait_for_no_readers()
+        failing.before = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            cake.generate(PROMPT, max_new_tokens=STEPS, mode="load")
+        wait_for_no_readers()
+        assert cake.generate(PROMPT, max_new_tokens=STEPS, mode="load").token_ids == wanted
 
 
 def wait_for_no_readers() -> None:
