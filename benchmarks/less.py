@@ -60,7 +60,8 @@ def main(
 
     def add(claim: Claim) -> None:
         claims.append(claim)
-        typer.echo(f"{claim.name}: {{key: one for key, one in claim.measured.items() if key != 'layers'}}")
+        shown = {key: one for key, one in claim.measured.items() if key != "layers"}
+        typer.echo(f"{claim.name}: {shown}")
         write_systems(json_file, "less", claims, settings)
 
     for length in dict.fromkeys((tokens, *(also or ALSO))):
