@@ -66,7 +66,7 @@ def check(url: str) -> None:
 
 
 URLS: dict[str, Callable[[Any, Path], str]] = {
-    "valkey": lambda shared, folder: f"redis://127.0.0.1:{shared.valkey}/3",
+    "valkey": lambda shared, folder: f"redis://127.0.0.1:{shared.valkey}/0?prefix=recalls:",
     "s3": lambda shared, folder: f"s3://bucket/recalls?endpoint={shared.s3}&http=true",
     "disk": lambda shared, folder: str(folder),
 }
