@@ -1,6 +1,7 @@
 """What the state of LESS makes up for, of what sinks and the newest tokens alone lose, on the demo's model.
 
     python benchmarks/less.py --json benchmarks/decode.json
+    python benchmarks/less.py --json benchmarks/decode.json --add --also 2048    # one gap more, the rest stays
 
 *Error* is the mean square difference of a layer's attention from full attention, after the output projection, on texts
 that no kernel has seen; *gap* is the Kullback-Leibler divergence of the next token's distribution from that of the full
@@ -47,6 +48,7 @@ def main(
     ] = None,
     recent: Annotated[int, typer.Option(min=1, help="Newest tokens that are kept; sinks come on top.")] = 60,
     long: Annotated[int, typer.Option(min=256, help="Tokens before the steps that are timed.")] = 7000,
+    add_gaps: Annotated[bool, typer.Option("--add", help="Measure only the gaps at --also.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="Two short documents, to see that it works.")] = False,
 ) -> None:
     """Measure LESS against what it replaces, in float32."""
@@ -62,9 +64,11 @@ def main(
         claims.append(claim)
         shown = {key: one for key, one in claim.measured.items() if key != "layers"}
         typer.echo(f"{claim.name}: {shown}")
-        write_systems(json_file, "less", claims, settings)
+        write_systems(json_file, "less", claims, settings, run)
 
-    for length in dict.fromkeys((tokens, *(also or ALSO))):
+    others = also or ALSO
+    run = f" {', '.join(map(str, others))} tokens" if add_gaps else ""
+    for length in dict.fromkeys(others if add_gaps else (tokens, *others)):
         read = held_out(tokenizer, learned, documents, length, continuation)
         add(gap_claim("less gap" if length == tokens else f"less gap, {length} tokens", engine, learned, read, recent))
         if length == tokens:
@@ -72,6 +76,8 @@ def main(
             better = sum(one["less"] < one["four_more"] for one in layers.values()) / len(layers)
             claim = f"The held-out error is below that of {FAIR} more tokens in at least 80 % of layers"
             add(Claim("less error", claim, {"layers_better": better, "layers": layers}, better >= 0.8))
+    if add_gaps:
+        return
     seconds = timed(engine, learned, long, recent)
     claim = f"A step at {long} tokens is faster than over the full cache"
     add(Claim("less seconds per token", claim, seconds, seconds["less"] < seconds["full"]))
