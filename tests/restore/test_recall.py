@@ -38,6 +38,18 @@ def test_at_balance_hardly_anything_is_computed() -> None:
     assert front <= 512
 
 
+def test_a_front_is_computed_only_where_that_gains_clearly() -> None:
+    """Not where it is expected to be a little sooner: computing takes cores from what reads."""
+    gains: dict[bool, list[float]] = {True: [], False: []}
+    for ratio in (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0):
+        cost = load(ratio * COMPUTE_S)
+        front = start(cost)
+        if front is not None:
+            seconds = [SHAPE.seconds(one, TOKENS, compute(), cost) for one in SHAPE.ends[:-1]]
+            gains[front > 0].append(seconds[0] / min(seconds))
+    assert 1.0 < max(gains[False]) < 1.15 <= min(gains[True])
+
+
 def test_where_loading_is_far_slower_all_is_computed() -> None:
     assert start(load(100 * COMPUTE_S)) is None
 

@@ -17,6 +17,8 @@ Unit = TypeVar("Unit")
 _TIMES = 4.0
 """Times its budget that a question of a dozen tokens selects, where nothing is known."""
 _LEARNS = 0.3
+_FRONT_GAINS = 1.15
+"""So many times as long should it take without a front before one is computed: that takes cores from what is read."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,11 @@ def recalled_from(
 
     whole = min(until(met) for met in range(0, prefix_tokens + 1, chunk_tokens))
     whole += compute.seconds(prefix_tokens, prompt_tokens - prefix_tokens)
-    best = min(shape.ends[:-1], key=lambda front: shape.seconds(front, prompt_tokens, compute, load))
-    return best if shape.seconds(best, prompt_tokens, compute, load) < whole else None
+    seconds = {front: shape.seconds(front, prompt_tokens, compute, load) for front in shape.ends[:-1]}
+    best = min(seconds, key=lambda front: seconds[front])
+    if seconds[shape.ends[0]] < _FRONT_GAINS * seconds[best]:
+        best = shape.ends[0]
+    return best if seconds[best] < whole else None
 
 
 def by_promise(units: Mapping[Unit, Iterable[float]]) -> list[Unit]:
