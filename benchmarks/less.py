@@ -56,8 +56,10 @@ def main(
         documents, tokens, also, continuation, long = 2, 256, [300], 2, 300
     engine = TransformersEngine.from_pretrained(demo_model(), dtype="float32")
     learned, tokenizer = find_kernels(engine.weights_names()), load_tokenizer(demo_model())
-    settings: dict[str, Any] = {"documents": documents, "tokens": tokens, "continuation": continuation, "sinks": SINKS}
-    settings |= {"recent": recent, "kernels": learned.digest}
+    others = also or ALSO
+    lengths, run = ((*others,), f" {', '.join(map(str, others))} tokens") if add_gaps else ((tokens, *others), "")
+    settings: dict[str, Any] = {"documents": documents, "tokens": lengths[0], "continuation": continuation}
+    settings |= {"sinks": SINKS, "recent": recent, "kernels": learned.digest}
     claims = []
 
     def add(claim: Claim) -> None:
@@ -66,9 +68,7 @@ def main(
         typer.echo(f"{claim.name}: {shown}")
         write_systems(json_file, "less", claims, settings, run)
 
-    others = also or ALSO
-    run = f" {', '.join(map(str, others))} tokens" if add_gaps else ""
-    for length in dict.fromkeys(others if add_gaps else (tokens, *others)):
+    for length in dict.fromkeys(lengths):
         read = held_out(tokenizer, learned, documents, length, continuation)
         add(gap_claim("less gap" if length == tokens else f"less gap, {length} tokens", engine, learned, read, recent))
         if length == tokens:
