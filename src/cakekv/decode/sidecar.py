@@ -27,7 +27,7 @@ from cakekv.layout import LayerLayout
 
 _HEAD = struct.Struct("<5I")
 _INDEX, _SIZE, _MARK = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<f4")
-INDEX_BYTES, MARK_BYTES = _INDEX.itemsize, _MARK.itemsize
+INDEX_BYTES, SIZE_BYTES, MARK_BYTES = _INDEX.itemsize, _SIZE.itemsize, _MARK.itemsize
 LONGEST = 1 << 16
 """Entries of one sidecar."""
 

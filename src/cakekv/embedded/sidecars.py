@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cakekv.decode.sidecar import Beginning, Planes, Sidecar
     from cakekv.embedded.saver import Saver
 
-SIZE_BYTES = 4
-"""Of a group's size, and of a number of its mark."""
 Spans = dict[int, dict[int, "Groups"]]
 """By layer, and by the position where they end."""
 Read = dict["Sidecar", tuple["dict[int, Groups] | Beginning | str", int]]
@@ -181,11 +179,17 @@ class Sidecars:
         known = self._ends.get((span, sidecar.start == 0))
         if known is not None or sight is None:
             return known or 0
+        from cakekv.decode.sidecar import MARK_BYTES, SIZE_BYTES
+
         planes, groups = [layer.planes[0] for layer in self._layers], sight.groups_beside(span)
         heads = sum(self._heads.values())
         segments = len(planes) + sum(plane.heads for plane in planes) + heads * groups
-        numbers = sum(self._heads[at] * (groups + plane.width) for at, plane in enumerate(planes) if at in self._heads)
-        lengths = span * self.token_bytes + numbers * SIZE_BYTES + len(planes) * 2 * TIGHT
+        own = sum(
+            self._heads[at] * (groups * SIZE_BYTES + plane.width * MARK_BYTES)
+            for at, plane in enumerate(planes)
+            if at in self._heads
+        )
+        lengths = span * self.token_bytes + own + len(planes) * 2 * TIGHT
         return header_bytes(segments, Form.CODED) + lengths
 
     @staticmethod
